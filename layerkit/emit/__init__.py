@@ -1,0 +1,1 @@
+"""Renderings of one metadata layer: a directory, a tar, an EROFS image."""

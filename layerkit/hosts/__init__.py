@@ -1,0 +1,1 @@
+"""Work on this host: mounts, bundles, snapshotters."""

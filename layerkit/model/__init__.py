@@ -1,0 +1,1 @@
+"""Frozen values without IO: digests, descriptors, images, entries, indexes and trees."""

@@ -1,0 +1,217 @@
+"""The tree: layers merged by the OCI rules, as columns of names and of inodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerkit.errors import InvalidImage
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.sparse import SparseMaps
+from layerkit.model.strings import Strings
+
+
+class Node(NamedTuple):
+    """One name of a tree with its inode, as a Python value; for edges and tests."""
+
+    path: bytes
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    mtime: int
+    mtime_ns: int
+    major: int
+    minor: int
+    target: bytes
+    xattrs: XattrSet
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tree:
+    """A root filesystem's metadata: ``n`` names (dentries) over ``m`` inodes.
+
+    Names come in canonical order (``model.index.path_key``): row 0 is the root, a parent stands before
+    its children, siblings rise by their bytes, and all below a directory follows it without a gap.
+    Inodes are numbered by their first name. A hard link is a second name of an inode, never a path.
+    Content is a reference: ``layers[layer[i]]``, ``offset``, ``size``, ``sha256``; no data is held.
+
+    Attributes:
+        parent: int32 (n,), row of the parent name; -1 for the root.
+        name: n strings, the last part of the path; ``b""`` for the root.
+        inode: int32 (n,), the inode of the name.
+        mode: uint32 (m,), ``st_mode`` with the type bits.
+        uid, gid: uint32 (m,): container ids, or host ids once a map was applied.
+        nlink: uint32 (m,): names of the inode; for a directory 2 + its directories.
+        size: int64 (m,), bytes; a regular file's logical size, a symlink's target length, else 0.
+        mtime: int64 (m,), seconds. mtime_ns: uint32 (m,).
+        major, minor: uint32 (m,), of devices.
+        target: int32 (m,), row of ``targets`` for a symlink, else -1.
+        targets: symlink targets.
+        xattr: int32 (m,), row of ``xattr_sets``; 0 is the empty set.
+        xattr_sets: distinct sets in order of first use, after ``()``.
+        layer: int32 (m,), row of ``layers`` that holds a regular file's bytes; -1 where there are none.
+        offset: int64 (m,), place of the stored bytes in that layer's uncompressed tar, else -1.
+        sha256: uint8 (m, 32), of a regular file's logical content, else zeros.
+        sparse: int32 (m,), row of ``sparse_maps``, -1 for a file without holes.
+        sparse_maps: runs of data of sparse files.
+        layers: diff_ids, bottom first.
+        warnings: what was odd but harmless, as text with the path.
+    """
+
+    parent: NDArray[np.int32]
+    name: Strings
+    inode: NDArray[np.int32]
+    mode: NDArray[np.uint32]
+    uid: NDArray[np.uint32]
+    gid: NDArray[np.uint32]
+    nlink: NDArray[np.uint32]
+    size: NDArray[np.int64]
+    mtime: NDArray[np.int64]
+    mtime_ns: NDArray[np.uint32]
+    major: NDArray[np.uint32]
+    minor: NDArray[np.uint32]
+    target: NDArray[np.int32]
+    targets: Strings
+    xattr: NDArray[np.int32]
+    xattr_sets: tuple[XattrSet, ...]
+    layer: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+    sparse: NDArray[np.int32]
+    sparse_maps: SparseMaps
+    layers: tuple[Digest, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @property
+    def inodes(self) -> int:
+        """Return ``m``, the number of inodes."""
+        return len(self.mode)
+
+    @property
+    def kind(self) -> NDArray[np.uint8]:
+        """Return uint8 (m,): the :class:`Kind` of each inode."""
+        return (self.mode >> 12).astype(np.uint8)
+
+    def first_name(self) -> NDArray[np.int64]:
+        """Return int64 (m,): for each inode the row of its first name."""
+        return np.unique(self.inode, return_index=True)[1]
+
+    def paths(self) -> list[bytes]:
+        """Return the full path of every name, in order; ``b""`` for the root."""
+        parents, names = self.parent.tolist(), self.name.tolist()
+        paths = [b""] * len(names)
+        for row in range(1, len(names)):
+            above = paths[parents[row]]
+            paths[row] = above + b"/" + names[row] if above else names[row]
+        return paths
+
+    def path(self, row: int) -> bytes:
+        """Return the full path of name ``row`` without building those of all others."""
+        parts = []
+        while row > 0:
+            parts.append(self.name[row])
+            row = int(self.parent[row])
+        return b"/".join(reversed(parts))
+
+    def inode_path(self, inode: int) -> bytes:
+        """Return the path of the first name of ``inode``."""
+        return self.path(int(np.argmax(self.inode == inode)))
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield every name with its inode as a Python value."""
+        for path, i in zip(self.paths(), self.inode.tolist(), strict=True):
+            target = int(self.target[i])
+            yield Node(
+                path=path,
+                inode=i,
+                mode=int(self.mode[i]),
+                uid=int(self.uid[i]),
+                gid=int(self.gid[i]),
+                nlink=int(self.nlink[i]),
+                size=int(self.size[i]),
+                mtime=int(self.mtime[i]),
+                mtime_ns=int(self.mtime_ns[i]),
+                major=int(self.major[i]),
+                minor=int(self.minor[i]),
+                target=b"" if target < 0 else self.targets[target],
+                xattrs=self.xattr_sets[int(self.xattr[i])],
+                sha256=self.sha256[i].tobytes() if self.mode[i] >> 12 == Kind.REG else b"",
+            )
+
+    def with_owners(
+        self, uid: NDArray[np.uint32], gid: NDArray[np.uint32], xattr_sets: tuple[XattrSet, ...]
+    ) -> Tree:
+        """Return the same tree with other owners; ``xattr_sets`` row by row in place of the old ones."""
+        return replace(self, uid=uid, gid=gid, xattr_sets=xattr_sets)
+
+    def digest(self) -> Digest:
+        """Return the sha256 of what the tree shows: names, inodes, attributes and content.
+
+        How the bytes are stored does not count (layers, offsets, holes), so two images with the same
+        root filesystem have the same tree digest whatever layers it is cut into.
+        """
+        h = hashlib.sha256(b"layerkit.tree.v1\0")
+        for strings in (self.name, self.targets):
+            # Lengths go first: without them "ab","c" and "a","bc" would be the same bytes.
+            h.update(len(strings).to_bytes(8, "little"))
+            h.update(strings.lengths.astype("<i8").tobytes())
+            h.update(strings.blob)
+        for column, dtype in (
+            (self.parent, "<i4"), (self.inode, "<i4"), (self.mode, "<u4"), (self.uid, "<u4"), (self.gid, "<u4"),
+            (self.size, "<i8"), (self.mtime, "<i8"), (self.mtime_ns, "<u4"), (self.major, "<u4"),
+            (self.minor, "<u4"), (self.target, "<i4"), (self.xattr, "<i4"), (self.sha256, "u1"),
+        ):  # fmt: skip
+            h.update(len(column).to_bytes(8, "little"))
+            h.update(np.ascontiguousarray(column, dtype).data)
+        for pairs in self.xattr_sets:
+            h.update(len(pairs).to_bytes(8, "little"))
+            for text in (part for pair in pairs for part in pair):
+                h.update(len(text).to_bytes(8, "little") + text)
+        return Digest("sha256", h.hexdigest())
+
+    def check(self) -> None:
+        """State the invariants of a tree.
+
+        Raises:
+            InvalidImage: one does not hold; the message names it. A tree from ``merge`` always holds them.
+        """
+        n, m = len(self), self.inodes
+        problems = {
+            "no root": n == 0 or self.parent[0] != -1 or self.name[0] != b"" or self.inode[0] != 0,
+            "the root is not a directory": m == 0 or self.mode[0] >> 12 != Kind.DIR,
+            "a parent after its child": bool((self.parent[1:] >= np.arange(1, n)).any()),
+            "a second root": bool((self.parent[1:] < 0).any()),
+            "a parent that is no directory": bool((self.kind[self.inode[self.parent[1:]]] != Kind.DIR).any()),
+            "inodes not numbered by first name": not np.array_equal(
+                np.unique(self.inode[np.sort(self.first_name())]), np.arange(m)
+            )
+            or bool((np.diff(self.first_name()) <= 0).any()),
+            "a directory with two names": bool(
+                (np.bincount(self.inode, minlength=m)[self.kind == Kind.DIR] != 1).any()
+            ),
+            "column lengths": len({len(c) for c in (self.parent, self.name, self.inode)}) != 1
+            or len({
+                len(c) for c in (
+                    self.mode, self.uid, self.gid, self.nlink, self.size, self.mtime, self.mtime_ns, self.major,
+                    self.minor, self.target, self.xattr, self.layer, self.offset, self.sha256, self.sparse,
+                )
+            }) != 1,
+            "nanoseconds": bool((self.mtime_ns >= 1_000_000_000).any()),
+            "the empty xattr set": not self.xattr_sets or self.xattr_sets[0] != (),
+        }  # fmt: skip
+        for problem, found in problems.items():
+            if found:
+                raise InvalidImage(f"tree: {problem}")
