@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +19,7 @@ def _missing(reason: str) -> None:
 
 def need_root() -> None:
     """Skip unless the test runs as root in the initial user namespace."""
-    with open("/proc/self/uid_map") as f:  # noqa: PTH123
-        whole = f.read().split() == ["0", "0", "4294967295"]
+    whole = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
     if os.geteuid() != 0 or not whole:
         _missing("needs root in the initial user namespace")
 
@@ -28,3 +29,15 @@ def need_tool(*names: str) -> None:
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
         _missing(f"needs {', '.join(absent)} (apt-get install)")
+
+
+def mounts_below(folder: Path) -> list[bytes]:
+    """Return the mount points below ``folder``, in the order they were mounted."""
+    prefix = os.fsencode(folder.resolve()) + b"/"
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        # proc_pid_mountinfo(5): blanks and backslashes in names are written as three octal digits.
+        target = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        if target.startswith(prefix):
+            found.append(target)
+    return found
