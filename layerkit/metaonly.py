@@ -8,14 +8,13 @@ overlayfs.rst, "Metadata only copy up" and "Data-only lower layers"). Its render
 from __future__ import annotations
 
 import base64
-import struct
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry
+from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.tree import Tree
 
@@ -27,6 +26,9 @@ METACOPY_VALUE = b"\0\4\0\0"
 
 _ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", np.uint8)
 _CAPABILITY = b"security.capability"
+_OVERLAY = (b"trusted.overlay.", b"user.overlay.")
+_XATTR_NAME_MAX = 255
+_MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
 
 
 class Namespace(StrEnum):
@@ -71,13 +73,20 @@ def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
     ``/:x/`` + 20 characters: the first 126 bits of the digest in base64url, the first character in the
     place of ``x``, so that data spreads over 64 folders.
     """
-    bits = np.unpackbits(np.ascontiguousarray(sha256[:, :16]), axis=1)[:, :126].reshape(-1, 21, 6)
-    letters = _ALPHABET[(bits << np.arange(5, -1, -1, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)]
+    high, low = _words(sha256)
     out = np.empty((len(sha256), REDIRECT_BYTES), np.uint8)
     out[:, 0] = out[:, 3] = ord("/")
     out[:, 1] = ord(":")
-    out[:, 2] = letters[:, 0]
-    out[:, 4:] = letters[:, 1:]
+    six = np.uint64(63)
+    for place in range(21):
+        shift = 58 - 6 * place
+        if shift >= 0:
+            code = high >> np.uint64(shift)
+        elif shift > -6:  # the one character whose bits lie in both words
+            code = (high << np.uint64(-shift)) | (low >> np.uint64(64 + shift))
+        else:
+            code = low >> np.uint64(64 + shift)
+        out[:, 2 if place == 0 else 3 + place] = _ALPHABET[code & six]
     return out
 
 
@@ -90,62 +99,114 @@ def data_path(sha256: bytes) -> bytes:
 def metadata_layer(tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, strict: bool = False) -> MetadataLayer:
     """Return the metadata layer of ``tree`` (whose owners are already mapped, if they are to be).
 
+    A mount of the result shows the tree's xattrs as they were, those in the overlay namespaces included:
+    the kernel hides and acts on ``overlay.*`` of its own namespace only, and shows ``overlay.overlay.X``
+    there as ``overlay.X`` (overlayfs.rst, "Nesting overlayfs mounts"), so names of ``namespace`` get one
+    level of escaping; names of the other one pass through it untouched and have no effect. That is why a
+    metadata layer must never be mounted in the namespace that it was not made for.
+
     Args:
         tree: what the mount is to show.
         namespace: ``trusted`` for privileged mounts, ``user`` for ``userxattr`` ones.
-        strict: refuse overlay xattrs of the image instead of escaping them.
+        strict: refuse overlay xattrs of the image, in either namespace, instead of escaping them.
 
     Raises:
         UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
-        LossyResult: something a metadata layer cannot express: a character device 0:0 (the kernel's
-            whiteout), or a top folder with a reserved name.
+        LossyResult: something that no mount of a metadata layer can show: a character device 0:0 (the
+            kernel's whiteout), a device number beyond 12 + 20 bits, a top folder with a reserved name,
+            a ``user.`` xattr on what is neither file nor directory, an overlay xattr whose escaped name
+            is above 255 bytes or whose own name is empty.
         InvalidImage: two contents whose short names are equal.
     """
     _check_expressible(tree)
     _check_names_unique(tree)
-    sets = tuple(_escaped(pairs) for pairs in tree.xattr_sets)
-    if strict and sets != tuple(_escaped(pairs, escape=False) for pairs in tree.xattr_sets):
-        row = next(r for r, (a, b) in enumerate(zip(sets, tree.xattr_sets, strict=True))
-                   if [n for n, _ in a] != [n for n, _ in b])  # fmt: skip
-        path = tree.inode_path(int(np.argmax(tree.xattr == row)))
-        raise UnsafeEntry("image", path, "brings overlay xattrs of its own, refused under --strict")
-    return MetadataLayer(replace(tree, xattr_sets=sets), namespace)
+    sets = []
+    for row, pairs in enumerate(tree.xattr_sets):
+        try:
+            sets.append(_escaped(pairs, namespace, strict))
+        except ValueError as reason:
+            path = tree.inode_path(int(np.argmax(tree.xattr == row)))
+            if strict:
+                raise UnsafeEntry("image", path, str(reason)) from None
+            raise LossyResult(path, str(reason)) from None
+    return MetadataLayer(replace(tree, xattr_sets=tuple(sets)), namespace)
 
 
-def _escaped(pairs: XattrSet, *, escape: bool = True) -> XattrSet:
-    """Return ``pairs`` with overlay names escaped one level (the kernel strips it) and capabilities as v3."""
+def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
+    """Return ``pairs`` with overlay names of ``namespace`` escaped one level and capabilities as v3."""
     out = []
     for name, value in pairs:
-        if escape:
-            for prefix in (Namespace.TRUSTED.prefix, Namespace.USER.prefix):
-                if name.startswith(prefix):
-                    # The mount shows `overlay.overlay.X` as `overlay.X` only in its own namespace; the
-                    # other one passes through it untouched, and a nested mount must see it as it was.
-                    name = prefix + b"overlay." + name[len(prefix) :]
-                    break
-        if name == _CAPABILITY and len(value) == 20:
-            # v2 means "root of the filesystem's owner", which v3 spells as rootid 0. Patching a map
-            # into a rendered META needs the room for the rootid from the start.
-            value = struct.pack("<I", int.from_bytes(value[:4], "little") + 0x01000000) + value[4:] + bytes(4)
+        if name.startswith(_OVERLAY):
+            if strict:
+                raise ValueError(f"brings the overlay xattr {show_path(name)} of its own, refused under --strict")
+            if name.startswith(namespace.prefix):
+                name = _escaped_name(name, namespace.prefix)
+        elif name == _CAPABILITY and len(value) == 20 and value[3] == 2:
+            # v2 means "root of the filesystem's owner", which v3 spells as rootid 0 and the kernel shows
+            # as v2 again. Patching a map into a rendered META needs the room from the start.
+            value = value[:3] + b"\3" + value[4:] + bytes(4)
         out.append((name, value))
     return tuple(sorted(out))
 
 
+def _escaped_name(name: bytes, prefix: bytes) -> bytes:
+    escaped = prefix + b"overlay." + name[len(prefix) :]
+    if name == prefix:
+        # The kernel lists it through an overlay and refuses to read it: EINVAL, there is no suffix.
+        raise ValueError(f"the xattr {show_path(name)} cannot be read through an overlay mount")
+    if len(escaped) > _XATTR_NAME_MAX:
+        raise ValueError(f"the xattr {show_path(name)} is too long to be escaped ({len(escaped)} > 255 bytes)")
+    return escaped
+
+
 def _check_expressible(tree: Tree) -> None:
-    whiteout = (tree.kind == Kind.CHAR) & (tree.major == 0) & (tree.minor == 0)
+    kind = tree.kind
+    device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
+    whiteout = (kind == Kind.CHAR) & (tree.major == 0) & (tree.minor == 0)
     if whiteout.any():
         path = tree.inode_path(int(np.argmax(whiteout)))
         raise LossyResult(path, "a character device 0:0 is a whiteout to overlayfs and would be invisible")
+    beyond = device & ((tree.major > _MAJOR_MAX) | (tree.minor > _MINOR_MAX))
+    if beyond.any():
+        i = int(np.argmax(beyond))
+        raise LossyResult(
+            tree.inode_path(i), f"the kernel has no device {tree.major[i]}:{tree.minor[i]} (12 and 20 bits)"
+        )
+    users = [row for row, pairs in enumerate(tree.xattr_sets) if any(n.startswith(b"user.") for n, _ in pairs)]
+    odd = np.isin(tree.xattr, users) & (kind != Kind.REG) & (kind != Kind.DIR)
+    if odd.any():
+        path = tree.inode_path(int(np.argmax(odd)))
+        raise LossyResult(path, "the kernel has no user xattrs on anything but files and directories")
     for row in np.flatnonzero(tree.parent == 0).tolist():
         name = tree.name[row]
         if len(name) == 2 and name[:1] == b":" and name[1:] in _ALPHABET.tobytes():
             raise LossyResult(name, "a top folder of this name is reserved for the data of stubs")
 
 
+def _words(sha256: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return the first 16 bytes of each (k, 32) digest as two big-endian words of native type."""
+    pairs = np.ascontiguousarray(sha256[:, :16]).view(">u8").astype(np.uint64)
+    return pairs[:, 0], pairs[:, 1] & ~np.uint64(3)
+
+
 def _check_names_unique(tree: Tree) -> None:
-    digests = tree.sha256[(tree.kind == Kind.REG) & (tree.size > 0)]
-    whole = np.unique(np.ascontiguousarray(digests).view("V32").ravel())
-    short = np.unique(np.frombuffer(whole.tobytes(), "V16").reshape(-1, 2)[:, 0] if len(whole) else whole)
-    # 128 bits compared here, 126 are used: masking the last two off matters only for a deliberate clash.
-    if len(short) != len(whole):
-        raise InvalidImage("two files of different content share the first 126 bits of their sha256")
+    stubs = np.flatnonzero((tree.kind == Kind.REG) & (tree.size > 0))
+    high, low = _words(tree.sha256[stubs])
+    # One sort of the first word leaves almost nothing: only rows that share it go through the rest.
+    order = np.argsort(high)
+    same = high[order[1:]] == high[order[:-1]]
+    shared = np.zeros(len(order), np.bool_)
+    shared[1:] |= same
+    shared[:-1] |= same
+    rows = order[shared]
+    rows = rows[np.lexsort((low[rows], high[rows]))]
+    a, b = rows[:-1], rows[1:]
+    equal_names = (high[a] == high[b]) & (low[a] == low[b])
+    clash = equal_names & (tree.sha256[stubs[a]] != tree.sha256[stubs[b]]).any(axis=1)
+    if clash.any():
+        at = int(np.argmax(clash))
+        first, second = (show_path(tree.inode_path(int(stubs[side[at]]))) for side in (a, b))
+        raise InvalidImage(
+            f"{first} and {second} differ but share the first 126 bits of their sha256: "
+            "such a pair is made on purpose; do not use this image"
+        )
