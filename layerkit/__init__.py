@@ -1,3 +1,52 @@
-"""layerkit: change who owns files in container images by writing metadata only."""
+"""layerkit: change who owns files in container images by writing metadata only.
+
+The names below are the public API; they are loaded when they are first used, so that importing the package
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from layerkit.api import (
+        Mounted,
+        OpenImage,
+        Settings,
+        collect_garbage,
+        default_store,
+        mapping,
+        mounts,
+        open_image,
+        open_store,
+        umount,
+    )
+    from layerkit.errors import LayerkitError
+
+__all__ = [
+    "LayerkitError",
+    "Mounted",
+    "OpenImage",
+    "Settings",
+    "collect_garbage",
+    "default_store",
+    "mapping",
+    "mounts",
+    "open_image",
+    "open_store",
+    "umount",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'layerkit' has no attribute {name!r}")
+    module = "layerkit.errors" if name == "LayerkitError" else "layerkit.api"
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,500 @@
+"""The Python API: open an image, look at its tree, remap it, mount it.
+
+::
+
+    with layerkit.open_image("oci:images:app") as image:
+        mapping = layerkit.mapping(["0:100000:65536"])
+        with image.mount("/mnt", mapping):
+            ...
+
+This is where adapters (transports, the store, the kernel) meet the use cases. Everything imported here is
+light; numpy and the rest come when a call needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from layerkit import limits as bounds
+from layerkit.errors import UsageError
+from layerkit.limits import Limits
+
+if TYPE_CHECKING:
+    from layerkit.attach import Render
+    from layerkit.hosts.choose import Ways
+    from layerkit.idmap import Mapping
+    from layerkit.model.facts import TreeFacts
+    from layerkit.model.image import Image
+    from layerkit.model.index import Index
+    from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
+    from layerkit.model.tree import Tree
+    from layerkit.ports import ImageSource, Progress
+    from layerkit.stores.local import LocalStore, MetaEntry
+
+
+def default_store() -> Path:
+    """Return the store of this user: ``/var/lib/layerkit`` for root, else below ``$XDG_DATA_HOME``.
+
+    Root of a user namespace is not root here: it cannot write to /var/lib.
+    """
+    from layerkit.kernel import userns
+
+    if os.geteuid() == 0 and userns.in_initial_userns():
+        return Path("/var/lib/layerkit")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "layerkit"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for every operation on an image.
+
+    Attributes:
+        store: the local store; None is :func:`default_store`.
+        data: ``auto``, ``tar`` or ``objects``: how file data is kept.
+        jobs: layers read at the same time.
+        strict: refuse overlay xattrs that an image brings, instead of escaping them.
+        limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
+    """
+
+    store: Path | None = None
+    data: str = "auto"
+    jobs: int = 1
+    strict: bool = False
+    limits: Limits | None = None
+
+    @property
+    def store_path(self) -> Path:
+        """Return the store's folder."""
+        return self.store if self.store is not None else default_store()
+
+
+def mapping(
+    uid_map: Sequence[str] | None = None,
+    gid_map: Sequence[str] | None = None,
+    *,
+    subuid_name: str | None = None,
+    overflow_id: int | None = None,
+    squash: bool = False,
+) -> Mapping | None:
+    """Return the id map that the texts spell, None if there are none.
+
+    Args:
+        uid_map: ``C:H:N`` texts (container id, host id, count), each may hold several with commas.
+        gid_map: the same for groups; None takes the uid map.
+        subuid_name: take the map from /etc/subuid and /etc/subgid instead.
+        overflow_id: host id for owners outside the map; None makes them an error.
+        squash: allow several container ids on one host id.
+
+    Raises:
+        UsageError: malformed, overlapping or contradictory.
+    """
+    if not uid_map and not gid_map and subuid_name is None:
+        if overflow_id is not None or squash:
+            raise UsageError("--overflow-id and --squash mean something only with a map; add --uid-map C:H:N")
+        return None
+    from layerkit.idmap import IdMap, Mapping
+
+    if subuid_name is not None:
+        if uid_map or gid_map:
+            raise UsageError(
+                "--subuid-name takes the whole map from /etc/subuid; leave --uid-map and --gid-map out"
+            )
+        return Mapping(IdMap.from_subid(subuid_name, "uid"), IdMap.from_subid(subuid_name, "gid"), overflow_id)
+    if not uid_map:
+        raise UsageError("--gid-map without --uid-map: give the users' map too")
+    uid = IdMap.parse(uid_map, what="--uid-map", squash=squash)
+    gid = IdMap.parse(gid_map, what="--gid-map", squash=squash) if gid_map else uid
+    return Mapping(uid, gid, overflow_id)
+
+
+def open_image(ref: str, *, platform: str | None = None, settings: Settings | None = None) -> OpenImage:
+    """Open the image that ``ref`` names; use the result as a context manager, or close it.
+
+    Args:
+        ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``, ``docker-archive:FILE[:NAME]``, ``store:NAME``,
+            a bare file or folder, or ``-`` for an archive on standard input.
+        platform: ``os/arch[/variant]``; None takes this host's.
+        settings: store, limits and the rest.
+
+    Raises:
+        NotFound: nothing there, or no image of that name or platform.
+        InvalidImage: malformed, or not what its digests promise.
+    """
+    from layerkit.model.descriptor import Platform
+    from layerkit.stores import reference
+
+    chosen = settings or Settings()
+    limits = chosen.limits or bounds.from_environment()
+    parsed = reference.parse(ref)
+    with contextlib.ExitStack() as stack:
+        source: ImageSource
+        if parsed.transport == "store":
+            from layerkit.stores.source import StoreSource
+
+            store = stack.enter_context(_store(chosen.store_path, limits, create=False))
+            source = StoreSource(store, parsed.name)
+        else:
+            tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerkit-")))
+            source = reference.open_source(parsed, limits=limits, tmp=tmp)
+        stack.callback(source.close)
+        image = source.image(Platform.parse(platform) if platform else None)
+        return OpenImage(ref, source, image, chosen, limits, stack.pop_all())
+
+
+@contextlib.contextmanager
+def _store(path: Path, limits: Limits, *, create: bool = True) -> Iterator[LocalStore]:
+    from layerkit.stores.local import LocalStore
+
+    store = LocalStore.open(path, create=create, limits=limits)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def open_store(path: Path | None = None) -> contextlib.AbstractContextManager[LocalStore]:
+    """Open the local store at ``path`` (None: the default one), which must exist."""
+    return _store(path or default_store(), bounds.from_environment(), create=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount that was made; leaving it as a context manager unmounts it.
+
+    Attributes:
+        target: where.
+        report: what was made for it.
+    """
+
+    target: Path
+    report: RemapReport
+    _store_path: Path = field(repr=False)
+
+    def umount(self) -> None:
+        """Unmount it."""
+        umount(self.target, store=self._store_path)
+
+    def __enter__(self) -> Mounted:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.umount()
+
+
+class OpenImage:
+    """An image that was opened for reading."""
+
+    def __init__(
+        self,
+        ref: str,
+        source: ImageSource,
+        image: Image,
+        settings: Settings,
+        limits: Limits,
+        resources: contextlib.ExitStack,
+    ) -> None:
+        """Use :func:`open_image`."""
+        self.ref, self.source, self.image = ref, source, image
+        self._settings, self._limits, self._resources = settings, limits, resources
+
+    def __enter__(self) -> OpenImage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release files and temporary data."""
+        self._resources.close()
+
+    @property
+    def name(self) -> str:
+        """Return the name by which the image is kept in the store."""
+        return self.image.name or os.path.basename(self.ref.rstrip("/").rpartition(":")[2]) or "image"
+
+    def indexes(self, *, progress: Progress | None = None) -> list[Index]:
+        """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
+        from layerkit.unpack import read_indexes
+
+        with self._kept() as store:
+            return read_indexes(
+                self.source, self.image, store.load_index if store else lambda _: None,
+                limits=self._limits, progress=progress,
+            )[0]  # fmt: skip
+
+    def tree(self, *, progress: Progress | None = None) -> Tree:
+        """Return the merged root filesystem, with container ids. Nothing is stored."""
+        from layerkit.merge import merge
+
+        return merge(self.indexes(progress=progress), limits=self._limits)
+
+    def inspect(self, mapping: Mapping | None = None, *, progress: Progress | None = None) -> InspectReport:
+        """Return what the image holds and what ``mapping`` would do to it."""
+        from layerkit.look import inspect
+
+        return inspect(self.name, self.image, self.indexes(progress=progress), mapping, self._limits)
+
+    def verify(self, *, progress: Progress | None = None) -> VerifyReport:
+        """Read every blob and check it; make every attached remap artifact again and compare.
+
+        Raises:
+            InvalidImage: something is not what it promises to be.
+        """
+        from layerkit.formats.artifact import ARTIFACT_TYPE
+        from layerkit.look import verify
+        from layerkit.unpack import read_indexes
+
+        indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
+        referrers = getattr(self.source, "referrers", None)
+        attached = referrers(self.image.descriptor.digest, ARTIFACT_TYPE) if referrers else []
+        return verify(self.name, self.image, indexes, self.source, attached, _renderer, self._limits)
+
+    def remap(
+        self,
+        mapping: Mapping | None,
+        *,
+        rendering: str = "auto",
+        namespace: str = "auto",
+        own_meta: bool = False,
+        progress: Progress | None = None,
+    ) -> RemapReport:
+        """Bring the image into the store and make what a mount under ``mapping`` needs.
+
+        Args:
+            mapping: the id map; None keeps the owners.
+            rendering: ``auto``, ``erofs`` or ``directory``.
+            namespace: ``auto``, ``trusted`` or ``user``.
+            own_meta: write META for this map even where an idmapped mount of the shared one would do.
+            progress: told about the bytes read.
+
+        Raises:
+            UnmappedId: an owner outside the map.
+        """
+        with _store(self._settings.store_path, self._limits) as store:
+            return self._prepare(store, mapping, rendering, namespace, own_meta, progress)[0]
+
+    def mount(
+        self,
+        target: str | Path,
+        mapping: Mapping | None = None,
+        *,
+        upper: Path | None = None,
+        work: Path | None = None,
+        rendering: str = "auto",
+        own_meta: bool = False,
+        progress: Progress | None = None,
+    ) -> Mounted:
+        """Mount the image under ``mapping`` at ``target``; read-only unless ``upper`` is given.
+
+        See :meth:`remap` for the other arguments.
+
+        Raises:
+            UnsupportedHost: this host or user cannot mount it so; the hint says what can.
+        """
+        from layerkit.hosts import mount as mounter
+        from layerkit.hosts.prepare import data_layers, meta_layer
+
+        path = Path(target)
+        with _store(self._settings.store_path, self._limits) as store:
+            report, ways, facts, entry = self._prepare(store, mapping, rendering, "auto", own_meta, progress)
+            mounter.mount(
+                mounter.MountSpec(
+                    meta=meta_layer(entry),
+                    data=data_layers(store, ways.backend, facts),
+                    namespace=ways.namespace,
+                    target=path,
+                    idmap=(mapping.uid.kernel_extents, mapping.gid.kernel_extents) if ways.idmap and mapping else None,
+                    upper=upper,
+                    work=work,
+                    read_only=upper is None,
+                    label={
+                        "image": self.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
+                        "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
+                    },
+                ),
+                run=mounter.default_run(store.root),
+            )  # fmt: skip
+        return Mounted(path, report, self._settings.store_path)
+
+    def attach(
+        self,
+        mapping: Mapping | None,
+        dst: str,
+        *,
+        rendering: str = "auto",
+        namespace: str = "auto",
+        progress: Progress | None = None,
+    ) -> RemapReport:
+        """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
+
+        Args:
+            mapping: the id map.
+            dst: ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard output.
+            rendering: ``auto`` (erofs), ``erofs`` or ``tar``.
+            namespace: ``auto`` (trusted), ``trusted`` or ``user``.
+            progress: told about the bytes read.
+        """
+        if mapping is None:
+            raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
+        from layerkit.attach import attach
+        from layerkit.merge import merge
+        from layerkit.metaonly import Namespace
+        from layerkit.stores import reference
+        from layerkit.unpack import read_indexes
+
+        if rendering not in ("auto", "erofs", "tar"):
+            raise UsageError(f"--rendering {rendering!r}: an artifact holds erofs (the default) or tar")
+        if namespace not in ("auto", *Namespace):
+            raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
+        form = "erofs" if rendering == "auto" else rendering
+        with self._kept() as store:
+            indexes, read = read_indexes(
+                self.source, self.image, store.load_index if store else lambda _: None,
+                limits=self._limits, progress=progress,
+            )  # fmt: skip
+        parsed = reference.parse(dst)
+        # The image is copied as it is: only META and its manifest are made here.
+        return attach(
+            self.image, merge(indexes, limits=self._limits), mapping, self.source,
+            reference.open_sink(parsed, limits=self._limits),
+            name=self.name, dst_name=parsed.name or self.image.name, render=_renderer(form), rendering=form,
+            namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
+            strict=self._settings.strict, layers_read=read, limits=self._limits, progress=progress,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[LocalStore | None]:
+        """Give the store if there is one; looking at an image makes none."""
+        path = self._settings.store_path
+        if not (path / "version.json").exists():
+            yield None
+            return
+        with _store(path, self._limits, create=False) as store:
+            yield store
+
+    def _prepare(
+        self,
+        store: LocalStore,
+        mapping: Mapping | None,
+        rendering: str,
+        namespace: str,
+        own_meta: bool,
+        progress: Progress | None,
+    ) -> tuple[RemapReport, Ways, TreeFacts, MetaEntry]:
+        from layerkit.hosts import choose, prepare
+        from layerkit.model.reports import RemapReport
+
+        start = time.monotonic()
+        ways = choose.choose(
+            store.root,
+            mapping,
+            rendering=rendering,
+            data=self._settings.data,
+            namespace=namespace,
+            own_meta=own_meta,
+        )
+        # gc must not take layers between their import and the row that says who needs them.
+        with store.hold():
+            read = prepare.import_layers(
+                self.source, self.image, store, ways.backend,
+                limits=self._limits, jobs=self._settings.jobs, progress=progress,
+            )  # fmt: skip
+            work = prepare.Preparation(store, self.image, limits=self._limits, strict=self._settings.strict)
+            facts = work.facts()
+            if ways.idmap and mapping is not None:
+                work.check(mapping)
+            entry = work.meta(None if ways.idmap else mapping, ways.rendering, ways.namespace, progress=progress)
+            store.add_image(self.image, [self.name], metas=[entry.key])
+        own = 0 if ways.idmap or mapping is None else entry.allocated_bytes
+        report = RemapReport(
+            name=self.name,
+            manifest=str(self.image.descriptor.digest),
+            map_text=mapping.canonical() if mapping else "",
+            map_flags=mapping.flags() if mapping else "",
+            next_ref=f"store:{self.name}",
+            entries=facts.names,
+            layers=len(self.image.layers),
+            layers_read=read,
+            data_bytes=facts.data_bytes,
+            data_backend=ways.backend.value,
+            rendering=ways.rendering.value,
+            how="idmapped mount of shared metadata"
+            if ways.idmap
+            else "own metadata"
+            if mapping
+            else "owners as they are",
+            meta_bytes=own,
+            shared_meta_bytes=entry.allocated_bytes - own,
+            seconds=time.monotonic() - start,
+            warnings=facts.warnings,
+        )
+        return report, ways, facts, entry
+
+
+def _renderer(form: str) -> Render:
+    if form == "tar":
+        from layerkit.emit.tar import write_tar
+
+        return write_tar
+    from layerkit.emit.erofs import build_meta
+
+    return build_meta
+
+
+def umount(target: str | Path, *, store: Path | None = None) -> None:
+    """Unmount what layerkit mounted at ``target`` over ``store``.
+
+    Raises:
+        NotFound: layerkit mounted nothing there.
+    """
+    from layerkit.hosts import mount as mounter
+
+    mounter.umount(Path(target), run=mounter.default_run(store or default_store()))
+
+
+def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
+    """Return the mounts made over ``store``: target, image, manifest digest, map."""
+    from layerkit.hosts import mount as mounter
+
+    return [
+        {"target": record.target, **{k: record.label.get(k, "") for k in ("image", "manifest", "map")}}
+        for record in mounter.active(mounter.default_run(store or default_store()))
+    ]
+
+
+def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
+    """Free what no image and no mount of ``store`` uses; return what was freed."""
+    from layerkit.hosts import mount as mounter
+
+    path = store or default_store()
+    run = mounter.default_run(path)
+    cleared = [] if dry_run else mounter.clear_stale(run)
+    with open_store(path) as held:
+
+        def in_use() -> tuple[set[str], set[str]]:
+            labels = [record.label for record in mounter.active(run)]
+            return (
+                {x for label in labels for x in label.get("layers", "").split(",") if x},
+                {label["meta"] for label in labels if "meta" in label},
+            )
+
+        report = held.gc(in_use=in_use, dry_run=dry_run)
+    return {"removed": [*cleared, *report.removed], "freed_bytes": report.freed_bytes}
+
+
+__all__ = [
+    "Mounted", "OpenImage", "Settings", "collect_garbage", "default_store", "mapping", "mounts", "open_image",
+    "open_store", "umount",
+]  # fmt: skip

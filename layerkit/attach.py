@@ -1,0 +1,154 @@
+"""Use case: copy an image as it is, with the META for a map attached to it as an OCI artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
+
+from layerkit.formats import artifact, oci
+from layerkit.idmap import Mapping
+from layerkit.idmap import apply as apply_map
+from layerkit.limits import Limits
+from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.facts import TreeFacts
+from layerkit.model.image import Image
+from layerkit.model.reports import RemapReport
+from layerkit.model.tree import Tree
+from layerkit.pack import copy_image
+from layerkit.ports import ImageSink, ImageSource, Progress
+
+UNCOMPRESSED_KEY = "io.layerkit.remap.uncompressed-digest"
+"""Annotation of the META's descriptor: the digest of its bytes before compression."""
+
+_CHUNK_BYTES = 1 << 20
+_ZSTD_LEVEL = 3
+
+Render = Callable[[MetadataLayer, BinaryIO], object]
+"""Writes a rendering of a metadata layer to a file."""
+
+
+def attach(
+    image: Image,
+    tree: Tree,
+    mapping: Mapping,
+    source: ImageSource,
+    sink: ImageSink,
+    *,
+    name: str,
+    dst_name: str,
+    render: Render,
+    rendering: str,
+    namespace: Namespace,
+    strict: bool,
+    layers_read: int,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> RemapReport:
+    """Copy ``image`` from ``source`` to ``sink`` and attach META for ``mapping``; the sink is committed.
+
+    Args:
+        image: what to copy; its manifest keeps its digest.
+        tree: of the image, with container ids.
+        mapping: the id map.
+        source: where the blobs are.
+        sink: where it all goes; on an error it is aborted and nothing of it is visible.
+        name: of the image, for the report.
+        dst_name: name of the image in the sink.
+        render: writes META in the form ``rendering``.
+        rendering: ``erofs`` or ``tar``.
+        namespace: of the stubs' xattrs.
+        strict: refuse overlay xattrs of the image.
+        layers_read: for the report.
+        limits: bounds on input.
+        progress: told about the bytes copied.
+    """
+    start = time.monotonic()
+    layer = metadata_layer(apply_map(tree, mapping), namespace, strict=strict)
+    facts = TreeFacts.of(tree)
+    with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
+        render(layer, plain)
+        blob = _compress(plain, packed, rendering)
+        manifest, descriptor = artifact.build(
+            image, blobs=[blob], mapping_text=mapping.canonical(), namespace=namespace.value, rendering=rendering
+        )
+        try:
+            copy_image(source, sink, image, dst_name, progress=progress)
+            if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
+                sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
+            if not sink.has_blob(blob.digest):
+                sink.put_blob(blob, _chunks(packed))
+            sink.put_manifest(descriptor, manifest)
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+    return RemapReport(
+        name=name,
+        manifest=str(image.descriptor.digest),
+        map_text=mapping.canonical(),
+        map_flags=mapping.flags(),
+        next_ref=dst_name,
+        entries=facts.names,
+        layers=len(image.layers),
+        layers_read=layers_read,
+        data_bytes=facts.data_bytes,
+        data_backend="",
+        rendering=rendering,
+        how=f"artifact with {namespace.value}.overlay xattrs",
+        meta_bytes=blob.size,
+        shared_meta_bytes=0,
+        seconds=time.monotonic() - start,
+        warnings=facts.warnings,
+        artifact=str(descriptor.digest),
+    )
+
+
+def _compress(plain: BinaryIO, packed: BinaryIO, rendering: str) -> Descriptor:
+    """Compress ``plain`` into ``packed``, and return the blob's descriptor."""
+    import zstandard
+
+    media_type = artifact.META_EROFS if rendering == "erofs" else artifact.META_TAR
+    whole, compressed, size = hashlib.sha256(), hashlib.sha256(), 0
+    packer = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False).compressobj()
+
+    def put(piece: bytes) -> None:
+        nonlocal size
+        compressed.update(piece)
+        size += packed.write(piece)
+
+    for chunk in _chunks(plain):
+        whole.update(chunk)
+        put(packer.compress(chunk))
+    put(packer.flush())
+    return Descriptor(
+        media_type + "+zstd",
+        Digest("sha256", compressed.hexdigest()),
+        size,
+        annotations={UNCOMPRESSED_KEY: f"sha256:{whole.hexdigest()}"},
+    )
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def plain_digest(tree: Tree, found: artifact.RemapArtifact, render: Render, *, strict: bool = False) -> Digest:
+    """Return the digest of the META that ``found`` should hold, made anew from the image's ``tree``."""
+    mapping = Mapping.parse_canonical(found.mapping)
+    layer = metadata_layer(apply_map(tree, mapping), Namespace(found.namespace), strict=strict)
+    h = hashlib.sha256()
+    with tempfile.TemporaryFile() as plain:
+        render(layer, plain)
+        for chunk in _chunks(plain):
+            h.update(chunk)
+    return Digest("sha256", h.hexdigest())
+
+
+__all__: Sequence[str] = ["Render", "attach", "plain_digest"]

@@ -1,0 +1,35 @@
+"""``layerkit doctor``: what this host can do, what fits it best, and why."""
+
+from __future__ import annotations
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, table
+
+
+def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
+    """Probe this host and the store's filesystem, and say which way of remapping fits best.
+
+    Example: `layerkit doctor --store /srv/layerkit`
+    """
+    from layerkit.hosts.doctor import examine
+
+    report = examine(o.store_dir(store))
+    if json:
+        emit_json("doctor", report.to_dict())
+        return
+    table(
+        "",
+        ["FEATURE", "HERE", "WHAT FOR", "IF ABSENT"],
+        [
+            (row.feature, "yes" if row.present else "no", row.why, "" if row.present else row.hint)
+            for row in report.rows
+        ],
+    )
+    fields(report.conclusions())
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("doctor", rich_help_panel="Host")(doctor)

@@ -1,0 +1,87 @@
+"""The ``layerkit`` command: groups the subcommands, turns errors into messages and exit codes.
+
+Nothing heavy is imported here: ``layerkit --help`` must answer in a tenth of a second, so each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from layerkit import __version__
+from layerkit.cli import doctor, inspect, mount, remap, store, verify
+from layerkit.errors import LayerkitError
+
+app = typer.Typer(
+    name="layerkit",
+    help="Change who owns files in container images by writing metadata only.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""Examples:
+
+`layerkit remap image.tar --uid-map 0:100000:65536`
+
+`layerkit mount image.tar /mnt --uid-map 0:100000:65536`
+
+`layerkit doctor`""",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"layerkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Change who owns files in container images by writing metadata only."""
+
+
+for module in (remap, mount, inspect, verify, store, doctor):
+    module.register(app)
+
+
+def run() -> None:
+    """Run the command line and exit with its code (0 done, 1 failed, 2 usage, 3 input, 4 registry, 5 batch)."""
+    # A terminated run has to leave by the same road as an interrupted one: through every `finally`.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=True)
+    except LayerkitError as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("layerkit: interrupted; nothing half-made is left", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`layerkit … | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename is not None else ""
+        print(f"layerkit: {error.strerror or error}{where}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _report(error: LayerkitError) -> int:
+    print(f"layerkit: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,109 @@
+"""``layerkit mount`` and ``layerkit umount``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, human, note, progress, table
+
+
+def mount(
+    ref: o.Ref,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="An existing folder to mount on.")],
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    subuid_name: o.SubuidName = None,
+    overflow_id: o.OverflowId = None,
+    squash: o.Squash = False,
+    strict: o.Strict = False,
+    upper: Annotated[
+        Path | None,
+        typer.Option("--upper", metavar="DIR", help="Make the mount writable; changes go to this folder."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", metavar="DIR", help="overlayfs's work folder [default: beside DIR, as DIR.work]."),
+    ] = None,
+    rendering: Annotated[
+        str, typer.Option("--rendering", metavar="auto|erofs|directory", help="Form of the metadata.")
+    ] = "auto",
+    own_meta: Annotated[
+        bool,
+        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
+    ] = False,
+    data: o.Data = "auto",
+    platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
+    jobs: o.Jobs = 1,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Mount an image with remapped owners, as a real overlay; read-only unless --upper is given.
+
+    Examples:
+
+    `layerkit mount image.tar /mnt --uid-map 0:100000:65536`
+
+    `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`
+    """
+    from layerkit import api
+
+    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
+    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
+    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+        mounted = image.mount(
+            target, mapping, upper=upper, work=work, rendering=rendering, own_meta=own_meta, progress=step
+        )
+    result = mounted.report
+    for warning in result.warnings:
+        note(f"warning: {warning}", quiet=quiet)
+    if json:
+        emit_json("mount", {"target": str(mounted.target), **result.to_dict()})
+        return
+    fields(
+        [
+            ("mounted", f"{result.name} on {mounted.target}" + ("" if upper else " (read-only)")),
+            ("map", result.map_text or "none"),
+            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+        ]
+    )
+
+
+def umount(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that `layerkit mount` mounted on.")],
+    store: o.StoreDir = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Unmount what `layerkit mount` mounted; the last user of an image's data releases it too.
+
+    Example: `layerkit umount /mnt`
+    """
+    from layerkit import api
+
+    api.umount(target, store=o.store_dir(store))
+    note(f"unmounted {target}", quiet=quiet)
+
+
+def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
+    """List the mounts that layerkit made over this store.
+
+    Example: `layerkit mounts --json`
+    """
+    from layerkit import api
+
+    rows = api.mounts(store=o.store_dir(store))
+    if json:
+        emit_json("mounts", {"mounts": rows})
+        return
+    table("", ["TARGET", "IMAGE", "MAP"], [(r["target"], r["image"], r["map"] or "none") for r in rows])
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("mount", rich_help_panel="Host")(mount)
+    app.command("umount", rich_help_panel="Host")(umount)
+    app.command("mounts", rich_help_panel="Host")(mounts)

@@ -1,0 +1,117 @@
+"""``layerkit remap``: the main command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, human, note, progress
+
+
+def remap(
+    src: o.Ref,
+    dst: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DST]",
+            help="Where the image and its remap artifact go (`oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`); "
+            "without it the result stays in the local store, ready for `layerkit mount`.",
+        ),
+    ] = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    subuid_name: o.SubuidName = None,
+    overflow_id: o.OverflowId = None,
+    squash: o.Squash = False,
+    strict: o.Strict = False,
+    rendering: Annotated[
+        str,
+        typer.Option(
+            "--rendering",
+            metavar="auto|erofs|directory|tar",
+            help="Form of the metadata: tar is for artifacts only.",
+        ),
+    ] = "auto",
+    namespace: Annotated[
+        str,
+        typer.Option(
+            "--namespace",
+            metavar="auto|trusted|user",
+            help="Xattr namespace of the stubs: user for userxattr mounts.",
+        ),
+    ] = "auto",
+    own_meta: Annotated[
+        bool,
+        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
+    ] = False,
+    data: o.Data = "auto",
+    platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
+    jobs: o.Jobs = 1,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Apply an id map to an image by writing metadata only.
+
+    The image stays as it is. Without DST the result is kept in the local store and can be mounted at once;
+    with DST the image is copied there byte for byte, and the metadata is attached to it as an OCI artifact.
+
+    Examples:
+
+    `layerkit remap image.tar --uid-map 0:100000:65536`
+
+    `layerkit remap oci:images:app --uid-map 0:100000:1000 --uid-map 1000:1000:1 --gid-map 0:100000:65536`
+
+    `layerkit remap image.tar oci-archive:remapped.tar --subuid-name alice`
+    """
+    from layerkit import api
+
+    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
+    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
+    with api.open_image(src, platform=platform, settings=settings) as image:
+        if dry_run:
+            plan = image.inspect(mapping)
+            _print_plan(plan.to_dict(), json)
+            return
+        with progress(quiet) as step:
+            if dst is None:
+                result = image.remap(
+                    mapping, rendering=rendering, namespace=namespace, own_meta=own_meta, progress=step
+                )
+            else:
+                result = image.attach(mapping, dst, rendering=rendering, namespace=namespace, progress=step)
+    for warning in result.warnings:
+        note(f"warning: {warning}", quiet=quiet)
+    if json:
+        emit_json("remap", result.to_dict())
+        return
+    fields(
+        [
+            ("image", f"{result.name}  {result.manifest}"),
+            ("map", result.map_text or "none"),
+            ("entries", f"{result.entries:,} in {result.layers} layers, {human(result.data_bytes)} of data"),
+            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+            ("made in", f"{result.seconds:.2f} s, {result.layers_read} layers read"),
+        ]
+    )
+    if result.artifact:
+        fields([("artifact", result.artifact), ("written", str(dst))])
+    else:
+        note(f"\nnext: layerkit mount {result.next_ref} TARGET {result.map_flags}".rstrip(), quiet=quiet)
+
+
+def _print_plan(plan: dict[str, object], json: bool) -> None:
+    if json:
+        emit_json("remap-plan", plan)
+    else:
+        fields(
+            [(name.replace("_", " "), value) for name, value in plan.items() if not isinstance(value, (list, dict))]
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("remap", rich_help_panel="Images")(remap)

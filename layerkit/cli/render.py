@@ -1,0 +1,91 @@
+"""The one renderer: results on standard output, progress and notes on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from layerkit.errors import show_path
+from layerkit.ports import Progress
+
+
+def human(size: float) -> str:
+    """Return ``size`` bytes in the unit people would choose: ``0 B``, ``12.3 MB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError(size)
+
+
+def emit_json(schema: str, body: Mapping[str, object]) -> None:
+    """Print ``body`` as one JSON document that names its ``schema`` and version."""
+    print(json.dumps({"schema": f"layerkit.{schema}.v1", **body}, indent=2, default=_plain))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return show_path(value)
+    return str(value)
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    """Print a line for people on standard error."""
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+def table(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()
+) -> None:
+    """Print a table; on a pipe as plain text as wide as it needs, so that nothing is cut."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    out = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, heading in enumerate(headings):
+        out.add_column(heading, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        # Text, not str: a name with brackets in it must not be read as markup.
+        out.add_row(*(Text(str(cell)) for cell in row))
+    console.print(out)
+
+
+def fields(pairs: Sequence[tuple[str, object]]) -> None:
+    """Print names and values in two aligned columns."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        lines = str(value).splitlines() or [""]
+        print(f"{name:<{width}}  {lines[0]}")
+        for line in lines[1:]:
+            print(f"{'':<{width}}  {line}")
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress | None]:
+    """Give a progress callback that draws bars on a terminal, or None where nobody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bars:
+        tasks: dict[str, object] = {}
+
+        def step(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total or None)
+            bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
+
+        yield step

@@ -1,0 +1,139 @@
+"""``layerkit store``: what the local store holds, whether it is whole, and what can go."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, human, note, table
+
+group = typer.Typer(no_args_is_help=True, help="Look after the local store.", rich_markup_mode="markdown")
+
+
+@group.command()
+def df(store: o.StoreDir = None, json: o.Json = False) -> None:
+    """Show what takes how much space: data, indexes, and metadata per map.
+
+    Example: `layerkit store df`
+    """
+    from layerkit import api
+
+    with api.open_store(o.store_dir(store)) as held:
+        report = held.df()
+    if json:
+        emit_json("store-df", report.to_dict())
+        return
+    table(
+        "",
+        ["WHAT", "COUNT", "ON DISK", "SIZE"],
+        [(r.what, f"{r.count:,}", human(r.allocated_bytes), human(r.apparent_bytes)) for r in report.classes],
+        right=(1, 2, 3),
+    )
+    if report.metas:
+        table(
+            "metadata layers",
+            ["IMAGE", "MAP", "FORM", "ON DISK", "ENTRIES", "BYTES/ENTRY"],
+            [
+                (", ".join(m.images) or "-", m.map or "none (shared by idmapped mounts)", m.rendering,
+                 human(m.allocated_bytes), f"{m.entries:,}", f"{m.bytes_per_entry:.0f}")
+                for m in report.metas
+            ],
+            right=(3, 4, 5),
+        )  # fmt: skip
+    note(f"a full copy for each map would take {human(report.saved_bytes)} more")
+
+
+@group.command()
+def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
+    """List the images in the store, with the maps that have metadata of their own.
+
+    Example: `layerkit store ls --json`
+    """
+    from layerkit import api
+
+    with api.open_store(o.store_dir(store)) as held:
+        rows = held.ls()
+    if json:
+        emit_json("store-ls", {"images": [row.to_dict() for row in rows]})
+        return
+    table(
+        "",
+        ["NAME", "MANIFEST", "PLATFORM", "LAYERS", "MAPS"],
+        [
+            ("\n".join(r.names) or "-", r.manifest, r.platform, r.layers, "\n".join(m or "none" for m in r.maps))
+            for r in rows
+        ],
+        right=(3,),
+    )
+
+
+@group.command()
+def rm(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Names or digests as `store ls` shows them.")
+    ],
+    store: o.StoreDir = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Forget images; `layerkit store gc` then frees what no other image uses.
+
+    Example: `layerkit store rm image.tar && layerkit store gc`
+    """
+    from layerkit import api
+
+    with api.open_store(o.store_dir(store)) as held:
+        for name in names:
+            held.remove_image(name)
+            note(f"removed {name}", quiet=quiet)
+
+
+@group.command()
+def verify(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take out what is damaged; images can bring it back.")
+    ] = False,
+    shallow: Annotated[bool, typer.Option("--shallow", help="Do not read the data again, only its sizes.")] = False,
+    store: o.StoreDir = None,
+    json: o.Json = False,
+) -> None:
+    """Check everything in the store against its digests; exit 1 if something is damaged.
+
+    Example: `layerkit store verify --repair`
+    """
+    from layerkit import api
+
+    with api.open_store(o.store_dir(store)) as held:
+        findings = held.verify(repair=repair, deep=not shallow)
+    damaged = [f for f in findings if f.is_damage]
+    if json:
+        emit_json("store-verify", {"whole": not damaged, "findings": [f.to_dict() for f in findings]})
+    else:
+        for finding in findings:
+            print(finding)
+        print("the store is whole" if not damaged else f"{len(damaged)} things are damaged")
+    if damaged and not repair:
+        raise typer.Exit(1)
+
+
+@group.command()
+def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False) -> None:
+    """Free what no image and no mount uses: leftovers of killed runs, old metadata, layers.
+
+    Example: `layerkit store gc --dry-run`
+    """
+    from layerkit import api
+
+    report = api.collect_garbage(o.store_dir(store), dry_run=dry_run)
+    if json:
+        emit_json("store-gc", {"dry_run": dry_run, **report})
+        return
+    for line in report["removed"]:  # type: ignore[attr-defined]
+        print(line)
+    print(f"{'would free' if dry_run else 'freed'} {human(int(str(report['freed_bytes'])))}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.add_typer(group, name="store", rich_help_panel="Host")

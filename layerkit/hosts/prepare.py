@@ -1,0 +1,272 @@
+"""From an image to what can be mounted: layers in the store, the tree, META for a map.
+
+Everything here is done once and kept: a layer by its diff_id, the facts of a tree by the chain of its
+layers, a META by (tree, map, rendering). A second run reads what is kept and no blob.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from enum import StrEnum
+
+from layerkit import unpack
+from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta
+from layerkit.idmap import Mapping
+from layerkit.idmap import apply as apply_map
+from layerkit.limits import Limits
+from layerkit.merge import merge
+from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
+from layerkit.model.digest import Digest
+from layerkit.model.facts import TreeFacts
+from layerkit.model.image import Image, Layer
+from layerkit.model.index import Index
+from layerkit.model.tree import Tree
+from layerkit.ports import ImageSource, Progress
+from layerkit.stores.layout import DataBackend
+from layerkit.stores.local import LocalStore, MetaEntry, meta_key
+
+FORMAT_VERSION = 1
+"""Of METAs: raised when the same tree and map would give other bytes."""
+
+
+class Rendering(StrEnum):
+    """The form of a META that is kept in the store."""
+
+    EROFS = "erofs"
+    DIRECTORY = "directory"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Layers that are in the store now.
+
+    Attributes:
+        read: how many blobs had to be read for it.
+    """
+
+    image: Image
+    read: int
+
+
+def import_layers(
+    source: ImageSource,
+    image: Image,
+    store: LocalStore,
+    backend: DataBackend,
+    *,
+    limits: Limits,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> int:
+    """Bring every layer of ``image`` into ``store``; return how many blobs were read for it.
+
+    Raises:
+        InvalidImage: a layer is malformed, unsafe, or not what its digests promise; layers that were
+            whole before stay in the store, of this one nothing does.
+    """
+    limits.check("layers_per_image", len(image.layers), image.name or "image")
+    missing = [
+        (place, layer)
+        for place, layer in {layer.diff_id: (i, layer) for i, layer in enumerate(image.layers)}.values()
+        if not store.has_layer(layer.diff_id, backend)
+    ]
+
+    def work(place: int, layer: Layer) -> int:
+        return _import_layer(source, layer, store, backend, limits, _labelled(progress, place, len(image.layers)))
+
+    if jobs <= 1 or len(missing) <= 1:
+        return sum(work(place, layer) for place, layer in missing)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(work, place, layer) for place, layer in missing]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+        return sum(future.result() for future in futures if not future.cancelled())
+
+
+def _import_layer(
+    source: ImageSource,
+    layer: Layer,
+    store: LocalStore,
+    backend: DataBackend,
+    limits: Limits,
+    progress: Progress | None,
+) -> int:
+    with store.layer_lock(layer.diff_id):
+        # Another process may have brought it while this one waited, or the other backend has its bytes.
+        if store.has_layer(layer.diff_id, backend) or store.convert_layer(layer.diff_id, backend):
+            return 0
+        reader = source.open_blob(layer.descriptor)
+        try:
+            writer = store.begin_layer(backend)
+            try:
+                index = unpack.index_layer(
+                    reader, layer.descriptor, layer.diff_id, limits=limits, data=writer, progress=progress
+                )
+                writer.commit(index)
+            except BaseException:
+                writer.abort()
+                raise
+        finally:
+            reader.close()
+    return 1
+
+
+def _labelled(progress: Progress | None, place: int, count: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda _what, done, total: progress(f"layer {place + 1}/{count}", done, total)
+
+
+def read_indexes(
+    source: ImageSource, image: Image, load: Callable[[Digest], Index | None], *, limits: Limits,
+    progress: Progress | None = None,
+) -> tuple[list[Index], int]:  # fmt: skip
+    """Return the index of every layer, bottom first, and how many blobs were read because none was kept."""
+    limits.check("layers_per_image", len(image.layers), image.name or "image")
+    indexes: list[Index] = []
+    read = 0
+    for place, layer in enumerate(image.layers):
+        index = load(layer.diff_id)
+        if index is None:
+            reader = source.open_blob(layer.descriptor)
+            try:
+                index = unpack.index_layer(
+                    reader, layer.descriptor, layer.diff_id, limits=limits,
+                    progress=_labelled(progress, place, len(image.layers)),
+                )  # fmt: skip
+            finally:
+                reader.close()
+            read += 1
+        indexes.append(index)
+    return indexes, read
+
+
+def chain_key(diff_ids: Sequence[Digest]) -> str:
+    """Return a name for layers in this order; unlike a chain_id it is that of the whole list at once."""
+    return hashlib.sha256("\n".join(map(str, diff_ids)).encode()).hexdigest()
+
+
+class Preparation:
+    """One image whose layers are in a store, on its way to a mount."""
+
+    def __init__(self, store: LocalStore, image: Image, *, limits: Limits, strict: bool = False) -> None:
+        """Layers must be in the store already, see :func:`import_layers`."""
+        self._store, self._image, self._limits, self._strict = store, image, limits, strict
+        self._tree: Tree | None = None
+
+    def tree(self) -> Tree:
+        """Return the merged tree, with container ids."""
+        if self._tree is None:
+            indexes = []
+            for diff_id in self._image.diff_ids:
+                index = self._store.load_index(diff_id)
+                assert index is not None, f"{diff_id} was not imported"
+                indexes.append(index)
+            self._tree = merge(indexes, limits=self._limits)
+        return self._tree
+
+    def facts(self) -> TreeFacts:
+        """Return the facts of the tree: the kept ones, or those of the tree, which are kept from then on."""
+        chain = chain_key(self._image.diff_ids)
+        kept = self._store.tree_facts(chain)
+        facts = None if kept is None else TreeFacts.from_dict(kept)
+        if facts is None:
+            facts = TreeFacts.of(self.tree())
+            self._store.put_tree_facts(chain, facts.to_dict())
+        return facts
+
+    def meta(
+        self,
+        mapping: Mapping | None,
+        rendering: Rendering,
+        namespace: Namespace,
+        *,
+        progress: Progress | None = None,
+    ) -> MetaEntry:
+        """Return META for ``mapping`` (None: owners as they are in the image), made if it is not kept.
+
+        Raises:
+            UnmappedId: the map does not cover an owner.
+            LossyResult: the rendering cannot express an entry.
+        """
+        facts = self.facts()
+        text = mapping.canonical() if mapping is not None else ""
+        key = meta_key(Digest.parse(facts.tree), text, rendering.value, namespace.value, self._version)
+        with self._store.meta_lock(key):
+            kept = self._store.meta(key)
+            if kept is not None:
+                return kept
+            info: dict[str, object] = {
+                "tree": facts.tree,
+                "map": text,
+                "rendering": rendering.value,
+                "namespace": namespace.value,
+                "names": facts.names,
+            }
+            base = None
+            if mapping is not None and rendering is Rendering.EROFS:
+                base = self.meta(None, rendering, namespace)
+            layer = self.metadata_layer(mapping, namespace)
+            return self._write(key, layer, rendering, base, info, progress)
+
+    @property
+    def _version(self) -> int:
+        # A strict META of a tree without overlay xattrs is the same META; one of another tree is an error.
+        return FORMAT_VERSION
+
+    def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
+        """Return the value that a META of this image renders."""
+        tree = self.tree()
+        if mapping is not None:
+            tree = apply_map(tree, mapping)
+        return metadata_layer(tree, namespace, strict=self._strict)
+
+    def _write(
+        self,
+        key: str,
+        layer: MetadataLayer,
+        rendering: Rendering,
+        base: MetaEntry | None,
+        info: dict[str, object],
+        progress: Progress | None,
+    ) -> MetaEntry:
+        from layerkit.emit import directory, erofs
+
+        writer = self._store.begin_meta(key)
+        try:
+            if rendering is Rendering.DIRECTORY:
+                root = writer.path / "root"
+                root.mkdir()
+                directory.write_directory(layer, root, progress=progress)
+            elif base is None:
+                with (writer.path / "meta.erofs").open("xb") as file:
+                    fixups = erofs.build_meta(layer, file)
+                (writer.path / "fixups").write_bytes(fixups.encode())
+            else:
+                fixups = erofs.Fixups.decode((base.path / "fixups").read_bytes())
+                with (base.path / "meta.erofs").open("rb") as old, (writer.path / "meta.erofs").open("xb") as new:
+                    erofs.patch_meta(old.fileno(), new.fileno(), fixups, layer.tree)
+            return writer.commit(info)
+        except BaseException:
+            writer.abort()
+            raise
+
+
+def meta_layer(entry: MetaEntry) -> ErofsMeta | FolderMeta:
+    """Return a META of the store as the mounter takes it."""
+    image = entry.path / "meta.erofs"
+    return ErofsMeta(entry.key, image) if image.exists() else FolderMeta(entry.path / "root")
+
+
+def data_layers(store: LocalStore, backend: DataBackend, facts: TreeFacts) -> tuple[ErofsData | FolderData, ...]:
+    """Return the data that the stubs of a tree point at; layers whose files are all hidden are left out."""
+    if backend is DataBackend.OBJECTS:
+        return (FolderData(store.objects_root),)
+    digests = [Digest.parse(text) for text in facts.data_layers]
+    return tuple(ErofsData(digest.hex, store.data_image(digest), store.tar_path(digest)) for digest in digests)

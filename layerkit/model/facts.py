@@ -1,0 +1,79 @@
+"""What is worth remembering of a tree: enough to remap and mount it again without merging its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from layerkit.errors import InvalidImage
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Kind
+from layerkit.model.tree import Tree
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFacts:
+    """Sums over one tree with container ids.
+
+    Attributes:
+        tree: its digest, as text.
+        names: entries of the root filesystem.
+        inodes: inodes behind them.
+        data_bytes: sum of the logical sizes of regular files, hard links counted once.
+        data_layers: diff_ids (text) of the layers that hold data of a file that is still visible.
+        warnings: of the merge.
+    """
+
+    tree: str
+    names: int
+    inodes: int
+    data_bytes: int
+    data_layers: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> TreeFacts:
+        """Return the facts of ``tree``."""
+        files = (tree.kind == Kind.REG) & (tree.size > 0)
+        used = np.unique(tree.layer[files])
+        return cls(
+            tree=str(tree.digest()),
+            names=len(tree),
+            inodes=tree.inodes,
+            data_bytes=int(tree.size[files].sum()),
+            data_layers=tuple(str(tree.layers[row]) for row in used.tolist()),
+            warnings=tree.warnings,
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Return a JSON-able form that :meth:`from_dict` takes back."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, object]) -> TreeFacts | None:
+        """Return the facts that ``value`` holds, or None if another version wrote them.
+
+        Raises:
+            InvalidImage: the version is ours and the content is not.
+        """
+        if value.get("version") != VERSION:
+            return None
+        try:
+            names, inodes, data_bytes = (int(str(value[k])) for k in ("names", "inodes", "data_bytes"))
+            layers, warnings = value["data_layers"], value["warnings"]
+            if not isinstance(layers, (list, tuple)) or not isinstance(warnings, (list, tuple)):
+                raise TypeError("want a list")
+            return cls(
+                tree=str(Digest.parse(str(value["tree"]))),
+                names=names,
+                inodes=inodes,
+                data_bytes=data_bytes,
+                data_layers=tuple(str(Digest.parse(str(x))) for x in layers),
+                warnings=tuple(map(str, warnings)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidImage(f"facts of a tree: {error}") from None
