@@ -143,6 +143,11 @@ def normal_name(name: str) -> str:
     return path if ":" in path.rpartition("/")[2] else f"{path}:latest"
 
 
+def tagged(name: str) -> str:
+    """Return ``name`` with the tag that ``docker load`` needs: ``latest`` where it has none."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
 def to_image(
     name: str, config: bytes, layers: Sequence[Descriptor], what: str, *, limits: Limits = DEFAULT
 ) -> Image:

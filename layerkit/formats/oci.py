@@ -8,7 +8,7 @@ something else and then one digest stands for two images. Fields that are not kn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -354,3 +354,31 @@ def index_json(manifests: Sequence[Descriptor], document: JsonObject | None = No
     """Return an image index of ``manifests``; other members are taken from ``document``."""
     head: JsonObject = {"schemaVersion": 2, "mediaType": INDEX} if document is None else document
     return dumps({**head, "manifests": [descriptor_json(entry) for entry in manifests]})
+
+
+def references(data: bytes, media_type: str, what: str, *, limits: Limits = DEFAULT) -> tuple[Descriptor, ...]:
+    """Return what must be there for the manifest or index ``data`` to be whole; a subject need not be."""
+    if media_type in INDEX_TYPES:
+        return parse_index(data, what, media_type=media_type, limits=limits).manifests
+    manifest = parse_manifest(data, what, media_type=media_type, limits=limits)
+    return (manifest.config, *(layer for layer in manifest.layers if not layer.extra.get("urls")))
+
+
+def add_entry(entries: list[Descriptor], entry: Descriptor, name: str) -> None:
+    """List ``entry`` under ``name`` ("" for none) in the entries of a layout's ``index.json``.
+
+    As skopeo does: an older entry of that name stays, but loses the name, and an entry of the same manifest
+    that has no name becomes the new one.
+    """
+    annotations = {key: value for key, value in entry.annotations.items() if key not in (REF_NAME, CONTAINERD_NAME)}
+    new = replace(entry, annotations=annotations | ({REF_NAME: name} if name else {}))
+    for i, old in enumerate(entries):
+        if name and old.annotations.get(REF_NAME) == name:
+            kept = {key: value for key, value in old.annotations.items() if key not in (REF_NAME, CONTAINERD_NAME)}
+            entries[i] = replace(old, annotations=kept)
+    for i, old in enumerate(entries):
+        if old.digest == new.digest and (REF_NAME not in old.annotations or not name):
+            # A manifest that has a name already is listed; it needs no second entry without one.
+            entries[i] = new if REF_NAME not in old.annotations else old
+            return
+    entries.append(new)

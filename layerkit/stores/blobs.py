@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 
 from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded
 from layerkit.limits import Limits
@@ -39,33 +38,15 @@ class FileRange:
             self._fd = -1
 
 
-class RawReader(io.RawIOBase):
-    """A :class:`BlobReader` as a raw file, for libraries that want one."""
+class Readable(Protocol):
+    """What :func:`chunks` reads: a part of :class:`~layerkit.ports.BlobReader`."""
 
-    def __init__(self, reader: BlobReader) -> None:
-        """Wrap ``reader``, which is closed along with this."""
-        self._reader = reader
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: object, /) -> int:
-        """Fill ``buffer`` from its start."""
-        return self._reader.readinto(memoryview(buffer).cast("B"))  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        """Close this and the reader."""
-        if not self.closed:
-            self._reader.close()
-        super().close()
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill ``buffer`` from its start; return the bytes written, 0 at the end."""
+        ...
 
 
-class _Read(Protocol):
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-
-
-def chunks(reader: _Read) -> Iterator[memoryview]:
+def chunks(reader: Readable) -> Iterator[memoryview]:
     """Yield the rest of ``reader`` in pieces; each is valid until the next is asked for."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     while got := reader.readinto(buffer):
@@ -110,7 +91,7 @@ def verified(pieces: Iterable[bytes | memoryview], entry: Descriptor, what: str)
 
 def unlinked_file(tmp: str | os.PathLike[str] | None) -> BinaryIO:
     """Return a new file without a name in ``tmp`` (default: the system's folder): nothing to clean up."""
-    return tempfile.TemporaryFile(dir=tmp, prefix="layerkit-")  # type: ignore[return-value]
+    return tempfile.TemporaryFile(dir=tmp, prefix="layerkit-")
 
 
 def spool(
@@ -150,57 +131,28 @@ def compression(head: bytes) -> str:
 def inflated(reader: BlobReader, kind: str, what: str, limits: Limits) -> Iterator[memoryview]:
     """Yield the decompressed bytes of ``reader`` (``kind`` from :func:`compression`) and close it.
 
+    Each piece is valid until the next is asked for.
+
     Raises:
         InvalidImage: the compressed data is damaged or cut off, or ``kind`` is not supported.
         LimitExceeded: it expands beyond ``limits.compression_ratio``.
     """
-    raw = _Counting(reader)
     try:
-        if kind == "gzip":
-            from isal import igzip
-
-            stream: _Read = igzip.GzipFile(fileobj=raw)  # type: ignore[no-untyped-call]
-        elif kind == "zstd":
-            import zstandard
-
-            # The window is bounded, as memory is the file's to choose otherwise.
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-            stream = unpacker.stream_reader(cast(BinaryIO, raw), read_across_frames=True, read_size=CHUNK_BYTES)
-        elif kind:
+        if kind in ("xz", "bzip2"):
             raise InvalidImage(f"{what}: compressed with {kind}, which is not read here; decompress it first")
+        if kind:
+            from layerkit.formats.compress import Decompressor
+
+            yield from chunks(Decompressor(reader, limits=limits, where=what))
         else:
-            stream = raw
-        total = 0
-        for chunk in chunks(stream):
-            total += len(chunk)
-            if total > limits.bomb_floor_bytes:
-                limits.check("compression_ratio", total // max(1, raw.count), f"{what}: expansion")
-            yield chunk
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise InvalidImage(f"{what}: damaged {kind} data: {error}") from None
-    except Exception as error:
-        if type(error).__name__ in ("ZstdError", "IsalError"):
-            raise InvalidImage(f"{what}: damaged {kind} data: {error}") from None
-        raise
+            yield from chunks(reader)
     finally:
-        raw.close()
-
-
-class _Counting(RawReader):
-    count = 0
-
-    def readinto(self, buffer: object, /) -> int:
-        got = super().readinto(buffer)
-        self.count += got
-        return got
+        reader.close()
 
 
 __all__ = [
     "CHUNK_BYTES",
     "FileRange",
-    "RawReader",
     "chunks",
     "compression",
     "inflated",

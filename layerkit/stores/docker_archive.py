@@ -97,10 +97,8 @@ class DockerArchiveSource:
             raise NotFound(f"{self.where}: holds no image")
         if name.startswith("@") and name[1:].isascii() and name[1:].isdigit() and int(name[1:]) < len(images):
             return images[int(name[1:])]
-        if name:
-            found = [i for i in images if docker.normal_name(name) in map(docker.normal_name, i[0])]
-        else:
-            found = images
+        want = docker.normal_name(name)
+        found = [i for i in images if not name or want in map(docker.normal_name, i[0])]
         if len(found) == 1:
             return found[0]
         shown = ", ".join(", ".join(tags) or f"@{place} (no name)" for place, (tags, _) in enumerate(images[:20]))
