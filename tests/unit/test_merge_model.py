@@ -1,0 +1,246 @@
+"""The merge against a model that shares nothing with it: a dict of paths, layers applied one by one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from layerkit.errors import UnsafeEntry
+from layerkit.merge import merge
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Entry, Kind
+from layerkit.model.index import Index
+from layerkit.model.tree import Tree
+
+EXAMPLES = 300 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+
+
+class Broken(Exception):
+    """The model refuses the layers."""
+
+
+@dataclass(eq=False)
+class Inode:
+    entry: Entry
+    layer: int
+    marks: list[str] = field(default_factory=list)
+
+
+Files = dict[bytes, Inode]
+
+
+def is_dir(inode: Inode) -> bool:
+    return inode.entry.kind is Kind.DIR
+
+
+def ancestors(path: bytes) -> list[bytes]:
+    parts = path.split(b"/")
+    return [b"", *(b"/".join(parts[:i]) for i in range(1, len(parts)))] if path else []
+
+
+def drop_below(files: Files, path: bytes) -> None:
+    for name in [n for n in files if n != path and (not path or n.startswith(path + b"/"))]:
+        del files[name]
+
+
+def drop(files: Files, path: bytes) -> None:
+    drop_below(files, path)
+    files.pop(path, None)
+
+
+def made(layer: int, why: str) -> Inode:
+    return Inode(Entry(b"", Kind.DIR, perm=0o755), layer, [why])
+
+
+def apply_layer(files: Files, entries: list[Entry], layer: int) -> None:
+    """Apply one layer: first its markers, then its entries, parents first."""
+    own = {e.path: e for e in entries if e.kind <= Kind.HARDLINK}
+    for e in entries:
+        inside = [*ancestors(e.path), *([e.path] if e.kind is Kind.OPAQUE else [])]
+        if any(p in own and own[p].kind is not Kind.DIR for p in inside):
+            raise Broken("below something that is no directory")
+    for e in entries:
+        if e.kind is Kind.WHITEOUT:
+            drop(files, e.path)
+        elif e.kind is Kind.OPAQUE:
+            drop_below(files, e.path)
+    below = dict(files)
+    fresh = {p: Inode(e, layer) for p, e in own.items() if e.kind is not Kind.HARDLINK}
+
+    def follow(path: bytes, seen: frozenset[bytes]) -> Inode:
+        if path in seen:
+            raise Broken("cycle")
+        if path in own:
+            return follow(own[path].link, seen | {path}) if own[path].kind is Kind.HARDLINK else fresh[path]
+        if path not in below:
+            raise Broken("nothing")
+        return below[path]
+
+    for path in sorted(own, key=lambda p: p.split(b"/")):
+        for above in ancestors(path):
+            if above not in files:
+                files[above] = made(layer, "missing")
+            elif not is_dir(files[above]):
+                drop(files, above)
+                files[above] = made(layer, "replaced")
+        inode = fresh[path] if path in fresh else follow(path, frozenset())
+        if own[path].kind is Kind.HARDLINK and is_dir(inode):
+            raise Broken("directory")
+        if not (is_dir(inode) and path in files and is_dir(files[path])):
+            drop(files, path)
+        files[path] = inode
+
+
+def last_of(entries: list[Entry]) -> list[Entry]:
+    """Return ``entries`` without those that a later one of the same path replaces."""
+    return list({(e.path, e.kind if e.kind >= Kind.WHITEOUT else None): e for e in entries}.values())
+
+
+def model(layers: list[list[Entry]]) -> Files:
+    files: Files = {b"": made(-1, "root")}
+    for number, entries in enumerate(layers):
+        apply_layer(files, last_of(entries), number)
+    return files
+
+
+NAMES = st.sampled_from([b"a", b"b", b"a-", b"ab", b"\xff"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(b"/".join)
+XATTRS = st.sampled_from([(), ((b"user.a", b"1"),), ((b"user.a", b""), (b"user.b", b"\0\xff"))])
+
+
+@st.composite
+def entry(draw: st.DrawFn) -> Entry:
+    kind = draw(
+        st.sampled_from([
+            Kind.DIR, Kind.DIR, Kind.DIR, Kind.REG, Kind.REG, Kind.SYMLINK, Kind.CHAR, Kind.FIFO,
+            Kind.HARDLINK, Kind.HARDLINK, Kind.WHITEOUT, Kind.OPAQUE,
+        ])
+    )  # fmt: skip
+    path = draw(PATHS)
+    if kind in (Kind.DIR, Kind.OPAQUE) and draw(st.integers(0, 9)) == 0:
+        path = b""
+    number = draw(st.integers(0, 5))
+    regular = kind is Kind.REG
+    return Entry(
+        path=path,
+        kind=kind,
+        perm=0o600 + number,
+        uid=number,
+        mtime=-number,
+        size=number if regular else 0,
+        offset=512 * number if regular and number else -1,
+        sha256=bytes([number]) * 32 if regular else b"",
+        major=number if kind is Kind.CHAR else 0,
+        link=draw(PATHS) if kind in (Kind.SYMLINK, Kind.HARDLINK) else b"",
+        xattrs=draw(XATTRS),
+        sparse=((0, 1), (3, number)) if regular and number == 5 else None,
+    )
+
+
+STACKS = st.lists(st.lists(entry(), max_size=8), max_size=5)
+
+
+def indexes(layers: list[list[Entry]]) -> list[Index]:
+    return [Index.of(entries, Digest.of(b"%d" % i)) for i, entries in enumerate(layers)]
+
+
+def entries_of(tree: Tree) -> list[Entry]:
+    """Return a layer that makes the same tree: what a squash would write."""
+    out, names = [], dict[int, bytes]()
+    for n in tree.nodes():
+        first = names.setdefault(n.inode, n.path)
+        if first != n.path:
+            out.append(Entry(n.path, Kind.HARDLINK, link=first))
+        else:
+            out.append(Entry(
+                n.path, Kind(n.mode >> 12), n.mode & 0o7777, n.uid, n.gid, n.mtime, n.mtime_ns,
+                n.size if n.mode >> 12 == Kind.REG else 0, n.major, n.minor, n.target, n.xattrs, -1, n.sha256,
+            ))  # fmt: skip
+    return out
+
+
+def compare(layers: list[list[Entry]]) -> None:
+    try:
+        want = model(layers)
+    except Broken:
+        with pytest.raises(UnsafeEntry):
+            merge(indexes(layers))
+        return
+    tree = merge(indexes(layers))
+    tree.check()
+    nodes = {n.path: n for n in tree.nodes()}
+    assert set(nodes) == set(want)
+    assert [n.path for n in nodes.values()] == sorted(nodes, key=lambda p: p.split(b"/") if p else [])
+    inode_of: dict[int, int] = {}
+    for path, node in nodes.items():
+        inode = want[path]
+        e = inode.entry
+        assert inode_of.setdefault(id(inode), node.inode) == node.inode
+        assert (node.mode, node.uid, node.gid, node.mtime) == (e.perm | e.kind << 12, e.uid, e.gid, e.mtime), path
+        assert (node.xattrs, node.major) == (e.xattrs, e.major)
+        assert node.sha256 == e.sha256
+        assert node.size == (len(e.link) if e.kind is Kind.SYMLINK else e.size)
+        assert node.target == (e.link if e.kind is Kind.SYMLINK else b"")
+        names = [p for p in want if want[p] is inode]
+        below = [p for p in want if p and p.rpartition(b"/")[0] == path and is_dir(want[p])]
+        assert node.nlink == (2 + len(below) if is_dir(inode) else len(names))
+        holds = e.kind is Kind.REG and e.offset >= 0
+        assert tree.layer[node.inode] == (inode.layer if holds else -1)
+        assert tree.offset[node.inode] == (e.offset if e.kind is Kind.REG else -1)
+        row = int(tree.sparse[node.inode])
+        assert (None if row < 0 else tree.sparse_maps.extents(row)) == e.sparse
+    assert len(inode_of) == tree.inodes
+    warned = {path for path, inode in want.items() if inode.marks and inode.marks != ["root"]}
+    assert len(tree.warnings) == len(warned)
+    # Cut into layers or in one: the same root filesystem has the same digest.
+    assert merge([Index.of(entries_of(tree), Digest.of(b""))]).digest() == tree.digest()
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(STACKS)
+def test_merge_equals_the_model(layers: list[list[Entry]]) -> None:
+    compare(layers)
+
+
+@st.composite
+def sound_stack(draw: st.DrawFn) -> list[list[Entry]]:
+    """Draw layers that are rarely refused: random ones mostly are, once they hold a few links."""
+    files: Files = {b"": made(-1, "root")}
+    layers = []
+    for number in range(draw(st.integers(1, 6))):
+        layer: list[Entry] = []
+        for new in draw(st.lists(entry(), min_size=1, max_size=8)):
+            if new.kind is Kind.HARDLINK and draw(st.booleans()):
+                targets = [e.path for e in layer if e.kind not in (Kind.DIR, Kind.WHITEOUT, Kind.OPAQUE)]
+                targets += [p for p, i in files.items() if not is_dir(i)]
+                if targets:
+                    new = new._replace(link=draw(st.sampled_from(targets)))
+            trial = dict(files)
+            try:
+                apply_layer(trial, last_of([*layer, new]), number)
+            except Broken:
+                continue
+            layer.append(new)
+        layers.append(layer)
+        apply_layer(files, last_of(layer), number)
+    return layers
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sound_stack())
+def test_merge_of_sound_layers_equals_the_model(layers: list[list[Entry]]) -> None:
+    compare(layers)
+
+
+@settings(max_examples=EXAMPLES // 3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sound_stack(), st.randoms())
+def test_order_in_the_tar_does_not_matter(layers: list[list[Entry]], random: object) -> None:
+    unique = [last_of(layer) for layer in layers]
+    want = merge(indexes(unique)).digest()
+    for layer in unique:
+        random.shuffle(layer)  # type: ignore[attr-defined]
+    assert merge(indexes(unique)).digest() == want
