@@ -1,0 +1,254 @@
+"""System calls that Python's ``os`` lacks, by ctypes; errors are ``OSError`` with the path concerned.
+
+Numbers from 424 on are the same on every architecture of Linux, and everything older that is needed here
+has a C library function. Flags and structures: ``include/uapi/linux/mount.h``, mount_setattr(2), fsopen(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
+SYS_FSOPEN = 430
+SYS_FSCONFIG = 431
+SYS_FSMOUNT = 432
+SYS_MOUNT_SETATTR = 442
+SYS_CACHESTAT = 451
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+
+FSOPEN_CLOEXEC = 1
+FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSCONFIG_SET_FD = 5
+FSCONFIG_CMD_CREATE = 6
+FSCONFIG_STRING_BYTES = 255
+"""Longest string value that fsconfig(2) takes."""
+
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+
+MOUNT_ATTR_RDONLY = 0x01
+MOUNT_ATTR_NOSUID = 0x02
+MOUNT_ATTR_NODEV = 0x04
+MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_IDMAP = 0x00100000
+
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+
+FICLONE = 0x40049409
+EROFS_MAGIC = 0xE0F5E1E2
+OVERLAYFS_MAGIC = 0x794C7630
+FUSE_MAGIC = 0x65735546
+
+PathLike = str | bytes | os.PathLike[str]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def failed(number: int, what: str, path: PathLike | None = None) -> OSError:
+    """Return the ``OSError`` for ``number``: its text says which call failed, its ``filename`` on what."""
+    text = f"{what}: {os.strerror(number)}"
+    return OSError(number, text) if path is None else OSError(number, text, os.fsdecode(path))
+
+
+def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    """Call a system call; return its result, or minus the errno."""
+    # Variadic C arguments: a bare Python int would be passed as a 32-bit one.
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+def fsopen(fstype: str) -> int:
+    """Return a filesystem context for ``fstype``.
+
+    Raises:
+        OSError: ``ENODEV`` for an unknown filesystem, ``EPERM`` without the right to mount, ``ENOSYS``.
+    """
+    result = _syscall(SYS_FSOPEN, fstype.encode(), FSOPEN_CLOEXEC)
+    if result < 0:
+        raise failed(-result, f"fsopen {fstype}")
+    return result
+
+
+def fsconfig(context: int, command: int, key: str | None, value: bytes | None, aux: int) -> int:
+    """Configure a context; return 0, or minus the errno (the context's log says more)."""
+    return _syscall(SYS_FSCONFIG, context, command, key.encode() if key is not None else None, value, aux)
+
+
+def fsmount(context: int, attributes: int = 0) -> int:
+    """Return a detached mount of a created context; minus the errno on failure."""
+    return _syscall(SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+
+
+def context_log(context: int) -> list[str]:
+    """Return and drain what the kernel says about a context: its errors and warnings, oldest first."""
+    lines = []
+    for _ in range(32):
+        try:
+            message = os.read(context, 4096)
+        except OSError:
+            break
+        if message[:2] in (b"e ", b"w "):
+            lines.append(message[2:].decode("utf-8", "replace").strip())
+    return lines
+
+
+def open_tree(path: PathLike | int, *, clone: bool, recursive: bool = False) -> int:
+    """Return a descriptor for a mount: an ``O_PATH`` one, or a detached copy of the mount.
+
+    Args:
+        path: a path, or an open descriptor.
+        clone: make a private, detached copy with ``path`` as its root.
+        recursive: copy the mounts below it as well.
+
+    Raises:
+        OSError: as open_tree(2).
+    """
+    flags = OPEN_TREE_CLOEXEC | (OPEN_TREE_CLONE if clone else 0) | (AT_RECURSIVE if recursive else 0)
+    if isinstance(path, int):
+        result = _syscall(SYS_OPEN_TREE, path, b"", flags | AT_EMPTY_PATH)
+    else:
+        result = _syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+    if result < 0:
+        raise failed(-result, "open_tree", None if isinstance(path, int) else path)
+    return result
+
+
+def move_mount(mount: int, target: PathLike | int) -> None:
+    """Attach the detached mount ``mount`` at ``target`` (a path, or a descriptor of the mount point).
+
+    Raises:
+        OSError: as move_mount(2).
+    """
+    flags = MOVE_MOUNT_F_EMPTY_PATH
+    if isinstance(target, int):
+        result = _syscall(SYS_MOVE_MOUNT, mount, b"", target, b"", flags | MOVE_MOUNT_T_EMPTY_PATH)
+    else:
+        result = _syscall(SYS_MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), flags)
+    if result < 0:
+        raise failed(-result, "move_mount", None if isinstance(target, int) else target)
+
+
+def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) -> None:
+    """Change the attributes of a mount; with ``MOUNT_ATTR_IDMAP`` give ``userns``, a descriptor.
+
+    Raises:
+        OSError: as mount_setattr(2); ``EINVAL`` where the filesystem cannot be mounted idmapped.
+    """
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", add, clear, 0, userns), 32)
+    result = _syscall(SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, attributes, len(attributes))
+    if result < 0:
+        raise failed(-result, "mount_setattr")
+
+
+def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """Unmount what is mounted at ``target``, not following a symbolic link.
+
+    Raises:
+        OSError: ``EBUSY`` in use, ``EINVAL`` not a mount point, ``EPERM``.
+    """
+    if _libc.umount2(os.fsencode(target), ctypes.c_int(flags)) < 0:
+        raise failed(ctypes.get_errno(), "umount", target)
+
+
+def syncfs(fd: int) -> None:
+    """Write out the filesystem that ``fd`` lies on.
+
+    Raises:
+        OSError: as syncfs(2).
+    """
+    if _libc.syncfs(ctypes.c_int(fd)) < 0:
+        raise failed(ctypes.get_errno(), "syncfs")
+
+
+def unshare(flags: int) -> None:
+    """Move the calling process into new namespaces.
+
+    Raises:
+        OSError: as unshare(2).
+    """
+    if _libc.unshare(ctypes.c_int(flags)) < 0:
+        raise failed(ctypes.get_errno(), "unshare")
+
+
+def filesystem_magic(path: PathLike | int) -> int:
+    """Return the magic number of the filesystem that ``path`` (or a descriptor, also ``O_PATH``) lies on.
+
+    Raises:
+        OSError: as statfs(2).
+    """
+    # struct statfs begins with f_type, a long; the rest is not needed and differs between architectures.
+    buffer = ctypes.create_string_buffer(512)
+    if isinstance(path, int):
+        result = _libc.fstatfs(ctypes.c_int(path), buffer)
+    else:
+        result = _libc.statfs(os.fsencode(path), buffer)
+    if result < 0:
+        raise failed(ctypes.get_errno(), "statfs", None if isinstance(path, int) else path)
+    return ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
+
+
+def clone_file(source: int, target: int) -> None:
+    """Make ``target`` share all blocks of ``source`` (``FICLONE``).
+
+    Raises:
+        OSError: ``EOPNOTSUPP``, ``EXDEV`` or ``EINVAL`` where the filesystem cannot.
+    """
+    fcntl.ioctl(target, FICLONE, source)
+
+
+def copy_range(source: int, target: int, length: int) -> int:
+    """Copy ``length`` bytes between the descriptors' positions, inside the kernel where it can.
+
+    Returns:
+        The bytes copied; less than ``length`` only at the end of ``source``.
+    """
+    done = 0
+    while done < length:
+        try:
+            step = os.copy_file_range(source, target, min(length - done, 1 << 30))
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            chunk = os.read(source, min(length - done, 1 << 20))
+            step = len(chunk)
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(target, view) :]
+        if step == 0:
+            break
+        done += step
+    return done
+
+
+def cachestat(fd: int, length: int = 0) -> tuple[int, int, int]:
+    """Return (cached, dirty, under writeback) pages of a file, in pages (cachestat(2), Linux 6.5).
+
+    An overlay's own descriptor shows none: its pages belong to the file below.
+
+    Raises:
+        OSError: ``ENOSYS`` where the kernel lacks it.
+    """
+    span = ctypes.create_string_buffer(struct.pack("=QQ", 0, length), 16)
+    counts = ctypes.create_string_buffer(40)
+    result = _syscall(SYS_CACHESTAT, fd, span, counts, 0)
+    if result < 0:
+        raise failed(-result, "cachestat")
+    cached, dirty, writeback = struct.unpack_from("=QQQ", counts.raw)
+    return cached, dirty, writeback
