@@ -177,14 +177,15 @@ class ArchiveSink:
                 shutil.copyfileobj(self._file, stream, 1 << 20)
             return
         os.fsync(fd)
-        if not self._temporary:
-            name = self._temporary_name()
-            os.link(f"/proc/self/fd/{fd}", name, follow_symlinks=True)
-            self._temporary = name
-        os.rename(self._temporary, target)
-        self._temporary = ""
         folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
         try:
+            if not self._temporary:
+                name = self._temporary_name()
+                # Only with a folder given does Python call linkat(), which follows the link in /proc.
+                os.link(f"/proc/self/fd/{fd}", os.path.basename(name), dst_dir_fd=folder, follow_symlinks=True)
+                self._temporary = name
+            os.rename(self._temporary, target)
+            self._temporary = ""
             os.fsync(folder)
         finally:
             os.close(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -187,6 +188,10 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
         raise NotFound(f"{path}: no such file or folder; a reference is a path or one of {_listing()}") from None
     except IsADirectoryError:
         raise InvalidImage(f"{path}: a folder, not an archive; try oci:{path}") from None
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise InvalidImage(f"{path}: a socket or device, not an archive") from None
+        raise
     if file.seekable():
         return file
     with file:  # a named pipe, or /dev/fd/N of a shell's <(...)
