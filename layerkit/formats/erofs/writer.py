@@ -1,0 +1,392 @@
+"""Renders a tree of stubs as an uncompressed EROFS image with 4 KiB blocks.
+
+The image is, in this order: the superblock; the shared xattrs; the inodes of directories, symlinks and odd
+cases one after the other (*loose*), the root first; all other inodes as arrays of equal records, one array
+per shape; blocks of directories and of symlinks that found no room beside their inode. Nothing in the
+layout depends on owners, so that :mod:`~layerkit.formats.erofs.patch` can write other ones in their place.
+
+Only stubs have content, and theirs is one null chunk: a hole over the whole file, never read because the
+overlay takes the bytes from elsewhere (``fs/erofs/data.c``, chunk-based files).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerkit.errors import LossyResult
+from layerkit.formats.erofs import dirs, xattrs
+from layerkit.formats.erofs import format as f
+from layerkit.formats.erofs.patch import Fixups, XattrFixup
+from layerkit.model.entry import Kind
+from layerkit.model.tree import Tree
+
+_BLOCK = 1 << f.META_BLOCK_BITS
+_CHUNK_BITS = f.META_BLOCK_BITS + f.MAX_CHUNK_BITS
+_CLASS_ALIGN = 128
+"""The usual stub is one record of 128 bytes: so aligned, none spans two blocks."""
+
+_INODES_AT_ONCE = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class StubForm:
+    """What makes a regular file a stub.
+
+    Attributes:
+        shared: (name, value) of the xattr that is equal for all stubs.
+        own_name: name of the xattr that every stub has with a value of its own.
+        own_bytes: length of those values.
+        values: returns uint8 (k, own_bytes) for the digests uint8 (k, 32) of k stubs.
+    """
+
+    shared: tuple[bytes, bytes]
+    own_name: bytes
+    own_bytes: int
+    values: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+def write(tree: Tree, is_stub: NDArray[np.bool_], form: StubForm, file: BinaryIO) -> Fixups:
+    """Write the image of ``tree`` to ``file`` from its current position on, without seeking.
+
+    Args:
+        tree: what the mount shows; holds its invariants (``Tree.check``).
+        is_stub: bool (m,): the regular files that are stubs; all others must be empty.
+        form: their xattrs.
+        file: takes some 160 to 200 bytes per name.
+
+    Returns:
+        Where the owners are, for :mod:`~layerkit.formats.erofs.patch`.
+
+    Raises:
+        LossyResult: an entry that EROFS cannot express, by path.
+    """
+    image = _Image(tree, is_stub, form)
+    for piece in image.pieces():
+        file.write(piece)
+    return image.fixups()
+
+
+class _Image:
+    """The layout of one image, fixed when constructed, and its bytes in order."""
+
+    def __init__(self, tree: Tree, is_stub: NDArray[np.bool_], form: StubForm) -> None:
+        self.tree, self.is_stub, self.form = tree, is_stub, form
+        self.kind = tree.kind
+        _check(tree, self.kind, is_stub)
+        self.devices = _devices(tree, self.kind)
+        own, common = f.split_xattr_name(form.own_name), f.split_xattr_name(form.shared[0])
+        assert own is not None and common is not None
+        self.own_index, self.own_entry = own[0], f.xattr_entry(own[0], own[1], bytes(form.own_bytes))
+        self.own_value_at = f.XATTR_ENTRY_BYTES + len(own[1])
+        extra_bytes = len(form.own_name) + len(form.shared[0]) + 2
+        self.xattrs = xattrs.plan(tree, form.shared, extra_bytes)
+        self.filters = self.xattrs.filters()
+        self.stub_filters = self.xattrs.filters((own, common))
+        self.shared = self.xattrs.shared
+        self.inline_bytes = np.array([len(b) for b in self.xattrs.inline], np.int64)
+        self.body = self._body_bytes()
+        self.dirs = dirs.plan(tree.name, tree.parent, (self.kind == Kind.DIR)[tree.inode], f.META_BLOCK_BITS)
+        self.dir_inodes = tree.inode[self.dirs.owner]
+        self.size = tree.size.copy()
+        self.size[self.dir_inodes] = self.dirs.sizes
+        self._lay_out()
+
+    def _body_bytes(self) -> NDArray[np.int64]:
+        """Return int64 (m,): the bytes of each inode's inline xattr area."""
+        plain = 4 * self.shared + self.inline_bytes
+        plain += np.where(plain > 0, f.XATTR_BODY_BYTES, 0)
+        body = plain[self.tree.xattr]
+        bare = body == 0
+        body[self.is_stub] += 4 + len(self.own_entry)
+        body[self.is_stub & bare] += f.XATTR_BODY_BYTES
+        return body
+
+    def _lay_out(self) -> None:
+        tree, kind = self.tree, self.kind
+        self.inodes_at = _BLOCK + f.align(len(self.xattrs.area), _BLOCK)
+        # Nids count from the block before, so that no inode has number 0, which readdir(3) takes for a hole.
+        self.meta_block = self.inodes_at // _BLOCK - 1
+        odd = (kind == Kind.DIR) | (kind == Kind.SYMLINK) | (self.inline_bytes > 0)[tree.xattr]
+        self.loose = np.flatnonzero(odd)
+        self.position = np.zeros(tree.inodes, np.int64)
+        end = self._place_loose()
+        chunks = np.where(self.is_stub, (tree.size + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS, 0)
+        key = np.where(odd, -1, (self.shared[tree.xattr] * 2 + self.is_stub) << 24 | chunks)
+        self.classes: list[tuple[NDArray[np.int64], int, int]] = []
+        for shape in np.unique(key[~odd]).tolist():
+            rows = np.flatnonzero(key == shape)
+            start = f.align(end, _CLASS_ALIGN)
+            nchunks = shape & 0xFFFFFF
+            size = f.align(f.EXTENDED_INODE_BYTES + int(self.body[rows[0]]) + 4 * nchunks, f.SLOT_BYTES)
+            self.position[rows] = start + size * np.arange(len(rows))
+            end = start + size * len(rows)
+            self.classes.append((rows, size, nchunks))
+        self.inodes_end = end
+        self.blocks_at = f.align(end, _BLOCK) // _BLOCK
+        self._place_blocks()
+        self.nid = ((self.position - self.meta_block * _BLOCK) // f.SLOT_BYTES).astype(np.uint32)
+
+    def _place_loose(self) -> int:
+        """Give every loose inode its place, and its tail one beside it where it fits; return the end.
+
+        A tail may not cross a block (``fs/erofs/data.c``). One that would moves, with its inode, to the next
+        block, unless a block of its own wastes less.
+        """
+        rows = self.loose
+        tails = np.zeros(self.tree.inodes, np.int64)
+        tails[self.kind == Kind.SYMLINK] = self.tree.size[self.kind == Kind.SYMLINK]
+        tails[self.dir_inodes] = self.dirs.tail
+        heads = f.EXTENDED_INODE_BYTES + self.body[rows]
+        chunks = np.where(self.is_stub[rows], 4 * (-(-self.tree.size[rows] >> _CHUNK_BITS)), 0)
+        at = self.inodes_at
+        places, inline = [], []
+        for head, tail, more in zip(heads.tolist(), tails[rows].tolist(), chunks.tolist(), strict=True):
+            used = (at + head) % _BLOCK
+            fits = used + tail <= _BLOCK
+            if tail and not fits:
+                # The next place for the inode at which the tail begins a block or lies in the first one.
+                skip = -at % _BLOCK
+                if head % _BLOCK + tail <= _BLOCK and skip <= _BLOCK - tail:
+                    at, fits = at + skip, True
+            places.append(at)
+            inline.append(fits)
+            at += head + more + (tail if fits else 0)
+            at += -at % f.SLOT_BYTES
+        self.position[rows] = places
+        self.inline = np.zeros(self.tree.inodes, bool)
+        self.inline[rows] = inline
+        self.inline &= tails > 0
+        return at
+
+    def _place_blocks(self) -> None:
+        """Give every block that lies apart from its inode its address."""
+        tree = self.tree
+        apart = np.ones(len(self.dirs.block_first) - 1, bool)
+        apart[(self.dirs.dir_first[1:] - 1)[self.inline[self.dir_inodes]]] = False
+        self.dir_blocks = np.flatnonzero(apart)
+        self.long_links = np.flatnonzero((self.kind == Kind.SYMLINK) & ~self.inline)
+        before = np.zeros(len(apart) + 1, np.int64)
+        np.cumsum(apart, out=before[1:])
+        self.block = np.zeros(tree.inodes, np.int64)
+        self.block[self.dir_inodes] = self.blocks_at + before[self.dirs.dir_first[:-1]]
+        links_at = self.blocks_at + len(self.dir_blocks)
+        self.block[self.long_links] = links_at + np.arange(len(self.long_links))
+        self.blocks = links_at + len(self.long_links)
+        if self.blocks > f.NULL_BLOCK or self.inodes_end // f.SLOT_BYTES > f.NULL_BLOCK:
+            raise LossyResult(b"", f"an image of {self.blocks} blocks; EROFS numbers no more than 2^32")
+
+    def pieces(self) -> Iterator[bytes | bytearray | memoryview]:
+        """Yield the image's bytes in order."""
+        yield f.head(
+            block_bits=f.META_BLOCK_BITS,
+            compat=f.Compat.MTIME | f.Compat.XATTR_FILTER,
+            incompat=f.Incompat.CHUNKED_FILE,
+            root_nid=int(self.nid[0]),
+            inodes=self.tree.inodes,
+            blocks=self.blocks,
+            meta_block=self.meta_block,
+            xattr_block=1,
+            uuid=_uuid(self.tree, self.form),
+            size=_BLOCK,
+        )
+        yield self.xattrs.area + bytes(-len(self.xattrs.area) % _BLOCK)
+        file_type = np.zeros(16, np.uint8)
+        file_type[list(f.FILE_TYPE)] = list(f.FILE_TYPE.values())
+        self._name_nid = self.nid[self.tree.inode]
+        self._name_type = file_type[self.kind][self.tree.inode]
+        end = self.inodes_at
+        for last, piece in self._loose_pieces():
+            yield piece
+            end = last
+        for rows, size, nchunks in self.classes:
+            start = int(self.position[rows[0]])
+            yield bytes(start - end)
+            end = start + size * len(rows)
+            for at in range(0, len(rows), _INODES_AT_ONCE):
+                yield self._records(rows[at : at + _INODES_AT_ONCE], size, nchunks)
+        yield bytes(-end % _BLOCK)
+        for block in self.dirs.blocks(self.dir_blocks, self._name_nid, self._name_type):
+            yield block.ljust(_BLOCK, b"\0")
+        for link in self.long_links.tolist():
+            yield self._target(link).ljust(_BLOCK, b"\0")
+
+    def _headers(self, rows: NDArray[np.int64], out: NDArray[np.void]) -> None:
+        """Fill the fields of an inode in ``out`` for the inodes ``rows``."""
+        tree = self.tree
+        layout = np.where(
+            self.inline[rows], f.inode_format(f.Layout.FLAT_INLINE), f.inode_format(f.Layout.FLAT_PLAIN)
+        )
+        stub = self.is_stub[rows]
+        layout[stub] = f.inode_format(f.Layout.CHUNK_BASED)
+        out["format"] = layout
+        body = self.body[rows]
+        out["xattr_icount"] = np.where(body > 0, (body - f.XATTR_BODY_BYTES) // 4 + 1, 0)
+        out["mode"] = tree.mode[rows]
+        out["size"] = self.size[rows]
+        out["u"] = np.where(stub, f.MAX_CHUNK_BITS, self.block[rows] | self.devices[rows])
+        out["ino"] = rows + 1
+        out["uid"] = tree.uid[rows]
+        out["gid"] = tree.gid[rows]
+        out["mtime"] = tree.mtime[rows]
+        out["mtime_ns"] = tree.mtime_ns[rows]
+        out["nlink"] = tree.nlink[rows]
+
+    def _records(self, rows: NDArray[np.int64], size: int, nchunks: int) -> memoryview:
+        """Return the records of inodes of one shape."""
+        head = f.EXTENDED_INODE_BYTES
+        fields: dict[str, tuple[int, object]] = {}
+        sets = self.tree.xattr[rows]
+        stub = bool(self.is_stub[rows[0]])
+        shared = int(self.shared[sets[0]])
+        body = int(self.body[rows[0]])
+        if body:
+            fields["filter"] = (head, "<u4")
+            fields["count"] = (head + 4, "u1")
+            fields["ids"] = (head + f.XATTR_BODY_BYTES, ("<u4", (shared + stub,)))
+        if stub:
+            fields["own"] = (head + body - len(self.own_entry), ("u1", (len(self.own_entry),)))
+            fields["chunks"] = (head + body, ("<u4", (nchunks,)))
+        out = np.zeros(len(rows), f.extended_inode(size, fields))
+        self._headers(rows, out)
+        if body:
+            out["filter"] = (self.stub_filters if stub else self.filters)[sets]
+            out["count"] = shared + stub
+            ids = out["ids"]
+            if stub:
+                ids[:, 0] = self.xattrs.extra_id
+            if shared:
+                ids[:, int(stub) :] = self.xattrs.ids[self.xattrs.starts[sets][:, None] + np.arange(shared)]
+        if stub:
+            entry = out["own"]
+            entry[:] = np.frombuffer(self.own_entry, np.uint8)
+            entry[:, self.own_value_at : self.own_value_at + self.form.own_bytes] = self.form.values(
+                self.tree.sha256[rows]
+            )
+            out["chunks"] = f.NULL_BLOCK
+        return out.view(np.uint8).data
+
+    def _loose_pieces(self) -> Iterator[tuple[int, bytearray]]:
+        """Yield (place of its end, bytes) for the loose inodes with their tails, piece by piece."""
+        chosen = self.dirs.dir_first[1:] - 1
+        tails = self.dirs.blocks(chosen[self.inline[self.dir_inodes]], self._name_nid, self._name_type)
+        rows = self.loose
+        for at in range(0, len(rows), _INODES_AT_ONCE):
+            part = rows[at : at + _INODES_AT_ONCE]
+            yield self._loose_piece(part, rows[at + len(part)] if at + len(part) < len(rows) else -1, tails)
+
+    def _loose_piece(self, rows: NDArray[np.int64], after: int, tails: Iterator[bytes]) -> tuple[int, bytearray]:
+        """Return (place of its end, bytes) for the inodes ``rows``, up to the inode ``after``."""
+        start = int(self.position[rows[0]])
+        heads = np.zeros(len(rows), f.EXTENDED)
+        self._headers(rows, heads)
+        raw = heads.tobytes()
+        out = bytearray()
+        kinds, sets, inline = self.kind[rows].tolist(), self.tree.xattr[rows].tolist(), self.inline[rows].tolist()
+        has_body = (self.body[rows] > 0).tolist()
+        links = self.tree.target[rows].tolist()
+        targets = self.tree.targets
+        for i, place in enumerate((self.position[rows] - start).tolist()):
+            if place != len(out):
+                out += bytes(place - len(out))
+            out += raw[i * f.EXTENDED_INODE_BYTES : (i + 1) * f.EXTENDED_INODE_BYTES]
+            if has_body[i]:
+                out += self._loose_body(int(rows[i]), sets[i])
+            if inline[i]:
+                out += next(tails) if kinds[i] == Kind.DIR else targets[links[i]]
+        end = int(self.position[after]) if after >= 0 else start + f.align(len(out), f.SLOT_BYTES)
+        return end, out + bytes(end - start - len(out))
+
+    def _loose_body(self, row: int, xattr_set: int) -> bytes:
+        """Return the inline xattr area of one loose inode, and its chunks if it is a stub."""
+        stub = bool(self.is_stub[row])
+        plan = self.xattrs
+        ids = plan.ids[plan.starts[xattr_set] : plan.starts[xattr_set + 1]].tolist()
+        filters = self.filters
+        own = b""
+        if stub:
+            ids.insert(0, plan.extra_id)
+            filters = self.stub_filters
+            value = self.form.values(self.tree.sha256[row : row + 1]).tobytes()
+            own = self.own_entry[: self.own_value_at] + value
+            own += self.own_entry[len(own) :]
+            chunks = (int(self.tree.size[row]) + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS
+            own += b"\xff" * (4 * chunks)
+        head = int(filters[xattr_set]).to_bytes(4, "little") + bytes((len(ids),)) + bytes(7)
+        return head + np.array(ids, "<u4").tobytes() + plan.inline[xattr_set] + own
+
+    def _target(self, row: int) -> bytes:
+        return self.tree.targets[int(self.tree.target[row])]
+
+    def fixups(self) -> Fixups:
+        """Return where the owners are, inodes in the order of the file."""
+        rows = np.concatenate([self.loose, *(rows for rows, _, _ in self.classes)]).astype(np.uint32)
+        return Fixups(
+            image_bytes=self.blocks * _BLOCK,
+            meta_bytes=self.meta_block * _BLOCK,
+            rows=rows,
+            nids=self.nid[rows],
+            xattrs=tuple(XattrFixup(_BLOCK + at, length, s, which) for at, length, s, which in self.xattrs.fixups),
+            sets=len(self.tree.xattr_sets),
+        )
+
+
+def _check(tree: Tree, kind: NDArray[np.uint8], is_stub: NDArray[np.bool_]) -> None:
+    known = np.isin(kind, np.array(list(f.FILE_TYPE), np.uint8))
+    link = kind == Kind.SYMLINK
+    lengths = np.where(link, tree.targets.lengths[tree.target] if len(tree.targets) else 0, tree.size)
+    problems = {
+        "a kind of file that EROFS does not have": ~known,
+        "a regular file with data that is no stub": (kind == Kind.REG) & ~is_stub & (tree.size > 0),
+        "a symlink without a target, or with one beyond 4095 bytes": link & ((lengths < 1) | (lengths >= _BLOCK)),
+        "a symlink whose size is not the length of its target": link & (lengths != tree.size),
+        "a directory, device or fifo with a size": ~link & (kind != Kind.REG) & (tree.size != 0),
+    }  # fmt: skip
+    for problem, found in problems.items():
+        if found.any():
+            raise LossyResult(tree.inode_path(int(np.argmax(found))), problem)
+    too_long = tree.name.lengths > f.NAME_MAX
+    if too_long.any():
+        row = int(np.argmax(too_long))
+        raise LossyResult(tree.path(row), f"a name of {tree.name.lengths[row]} bytes; EROFS holds {f.NAME_MAX}")
+
+
+def _devices(tree: Tree, kind: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return int64 (m,): device numbers as they are stored, 0 for all that is no device."""
+    out = np.zeros(tree.inodes, np.int64)
+    for row in np.flatnonzero((kind == Kind.CHAR) | (kind == Kind.BLOCK)).tolist():
+        major, minor = int(tree.major[row]), int(tree.minor[row])
+        number = f.encode_device(major, minor)
+        if number is None:
+            raise LossyResult(tree.inode_path(row), f"device {major}:{minor}; EROFS holds 4095:1048575 at most")
+        out[row] = number
+    return out
+
+
+def _uuid(tree: Tree, form: StubForm) -> bytes:
+    """Return a UUID (version 8, RFC 9562) of all that the image holds but owners.
+
+    Overlayfs tells layers apart by UUID, so it must not be zero; and an upper directory made over one map
+    must fit the META of another, so it must not depend on the map.
+    """
+    h = hashlib.sha256(b"layerkit.erofs.v1\0" + form.own_name + b"\0")
+    for strings in (tree.name, tree.targets):
+        h.update(np.ascontiguousarray(strings.offsets, "<i8").data)
+        h.update(strings.blob)
+    for column, dtype in (
+        (tree.parent, "<i4"), (tree.inode, "<i4"), (tree.mode, "<u4"), (tree.size, "<i8"), (tree.mtime, "<i8"),
+        (tree.mtime_ns, "<u4"), (tree.major, "<u4"), (tree.minor, "<u4"), (tree.target, "<i4"),
+        (tree.xattr, "<i4"), (tree.sha256, "u1"),
+    ):  # fmt: skip
+        h.update(np.ascontiguousarray(column, dtype).data)
+    for pairs in tree.xattr_sets:
+        h.update(repr([(name, b"" if name in xattrs.ID_NAMES else value) for name, value in pairs]).encode())
+    raw = bytearray(h.digest()[:16])
+    raw[6] = raw[6] & 0x0F | 0x80
+    raw[8] = raw[8] & 0x3F | 0x80
+    return bytes(raw)
