@@ -12,7 +12,7 @@ from pathlib import Path
 from layerkit.errors import UnsupportedHost, UsageError
 from layerkit.kernel import syscalls as sc
 from layerkit.kernel import userns
-from layerkit.kernel.mounts import MAX_LAYERS
+from layerkit.kernel.mounts import MAX_LAYERS, mount_id
 from layerkit.metaonly import Namespace
 
 IdExtents = tuple[tuple[int, int, int], ...]
@@ -226,7 +226,7 @@ def _with_upper(spec: MountSpec) -> MountSpec:
             raise UsageError(
                 f"{place} lies on an overlay itself, which cannot hold an upper folder; use a disk or tmpfs"
             )
-    if _mount_id(places[0]) != _mount_id(places[1]):
+    if mount_id(places[0]) != mount_id(places[1]):
         raise UsageError(f"upper {upper} and work {work} lie on different mounts; overlayfs wants them on one")
     if work.exists():
         _check_work(work)
@@ -254,15 +254,6 @@ def _may_be_absent(path: Path, what: str) -> Path:
 
 def _nearest(path: Path) -> Path:
     return path if path.exists() else path.parent
-
-
-def _mount_id(path: Path) -> str:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
-    finally:
-        os.close(fd)
-    return next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
 
 
 def check_stubs(meta: str, namespace: Namespace, where: str) -> None:

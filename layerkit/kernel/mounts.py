@@ -115,7 +115,7 @@ def erofs(image: Path, device: Path | None = None, *, directio: bool = False, lo
     if not loop_only:
         for direct in (True, False) if directio else (False,):
             try:
-                return _erofs(image, device, direct)
+                return erofs_file(image, device, directio=direct)
             except OSError as error:
                 if error.errno == errno.ENOTBLK:
                     break
@@ -125,12 +125,17 @@ def erofs(image: Path, device: Path | None = None, *, directio: bool = False, lo
                     raise
     with loop.attached(image, direct=directio) as disk:
         if device is None:
-            return _erofs(disk, None, False)
+            return erofs_file(disk)
         with loop.attached(device, direct=directio) as second:
-            return _erofs(disk, second, False)
+            return erofs_file(disk, second)
 
 
-def _erofs(image: Path, device: Path | None, directio: bool) -> int:
+def erofs_file(image: Path, device: Path | None = None, *, directio: bool = False) -> int:
+    """Return a detached mount of an image as it is, a file or a block device, or fail.
+
+    Raises:
+        OSError: ``ENOTBLK`` where the kernel wants a block device, else as for :func:`erofs`.
+    """
     keep: list[int] = []
     try:
         with Context("erofs") as context:
@@ -315,6 +320,23 @@ def mount_table() -> list[Mount]:
             )
         )  # fmt: skip
     return table
+
+
+def mount_id(path: Path | str) -> int:
+    """Return the id of the mount that ``path`` lies on.
+
+    Raises:
+        OSError: the path cannot be reached.
+    """
+    with closing(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("mnt_id:")))
+
+
+def mount_of(path: Path | str) -> Mount | None:
+    """Return the mount that ``path`` lies on, None where it is not in our mount table."""
+    wanted = mount_id(path)
+    return next((m for m in mount_table() if m.mount_id == wanted), None)
 
 
 def _unescape(field: bytes) -> str:
