@@ -1,0 +1,183 @@
+"""Run the benchmarks and write docs/benchmarks.md: ``make bench``, or ``python bench/run.py [NAME...]``.
+
+Every ``bench_NAME.py`` beside this file has ``rows(work: Path) -> list[dict]`` with the keys ``what``,
+``ours_s``, ``peer``, ``peer_s``, ``ratio``, ``target`` and, where it is known, ``memory`` (peak bytes). Each
+runs in a process of its own (its peak memory and imports are its own), in a folder of its own on a fresh ext4
+in a loop file when root: after a large removal ext4 creates files up to 15 times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+REPORT = HERE.parent / "docs/benchmarks.md"
+HEADINGS = ("what", "ours", "peer", "peer's", "ratio", "target", "peak memory")
+
+
+@contextlib.contextmanager
+def fresh_filesystem(gigabytes: int) -> Iterator[tuple[Path, str]]:
+    """Give an empty folder, on a new ext4 where that is possible, and what it lies on."""
+    with tempfile.TemporaryDirectory(prefix="lk-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
+        base = Path(folder)
+        if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+            yield base, "the machine's own filesystem (no root, or no mkfs.ext4)"
+            return
+        image, target = base / "disk", base / "m"
+        with image.open("wb") as file:
+            file.truncate(gigabytes << 30)
+        target.mkdir()
+        # Lazy initialisation would write behind the measurements.
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", image], check=True)
+        mounted = subprocess.run(
+            ["mount", "-o", "loop", image, target], capture_output=True, text=True, check=False
+        )
+        if mounted.returncode:
+            yield base, f"the machine's own filesystem (no loop mount: {mounted.stderr.strip()})"
+            return
+        try:
+            work = target / "work"
+            work.mkdir()
+            yield work, "a fresh ext4 in a loop file"
+        finally:
+            _unmount_all(target)
+
+
+def _unmount_all(target: Path) -> None:
+    """Unmount ``target`` and whatever a failed benchmark left below it, the deepest first."""
+    prefix = f"{target}/"
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split(" ")[4] for line in lines]
+    for point in reversed([p for p in points if p == str(target) or p.startswith(prefix)]):
+        done = subprocess.run(["umount", point], capture_output=True, check=False)
+        if done.returncode:
+            subprocess.run(["umount", "--lazy", point], check=False)
+
+
+def load(name: str) -> Any:
+    """Import ``bench_NAME.py``; its neighbours can be imported by it."""
+    sys.path.insert(0, str(HERE))
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", HERE / f"bench_{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(name: str, work: Path) -> list[dict[str, Any]]:
+    """Run one benchmark in a process of its own and return its rows."""
+    out = work / "rows.json"
+    scratch = work / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, __file__, "--child", name, str(scratch), str(out)]
+    subprocess.run(command, check=True, cwd=HERE)
+    rows: list[dict[str, Any]] = json.loads(out.read_text())
+    return rows
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f} s" if value >= 0.995 else f"{value * 1000:.3g} ms"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row as text."""
+    ratio, memory = row.get("ratio"), row.get("memory")
+    return [
+        row["what"], _seconds(row.get("ours_s")), row.get("peer") or "", _seconds(row.get("peer_s")),
+        "" if ratio is None else f"{ratio:.2f}", row.get("target") or "",
+        "" if memory is None else f"{memory / 1e6:,.0f} MB",
+    ]  # fmt: skip
+
+
+def facts() -> list[str]:
+    """Return what the figures depend on, without anything that names the machine."""
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    model = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]  # fmt: skip
+    return [
+        f"{os.cpu_count()} cores" + (f" ({model[0]})" if model else ""),
+        f"{int(memory.split()[1]) / 1e6:.0f} GB of memory",
+        f"Linux {platform.release().split('-')[0]}, {platform.machine()}",
+        f"Python {platform.python_version()}",
+    ]
+
+
+def report(results: dict[str, list[dict[str, Any]]], failures: dict[str, str], place: str) -> str:
+    """Return docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make bench` (`python bench/run.py`), as root; do not edit. Times are medians, alternating with",
+        "the peer in one run. Look at ratios: they are the peer's time by ours, above 1 is faster than the peer.",
+        "",
+        f"Machine: {'; '.join(facts())}; {place}.",
+    ]
+    for name, rows in results.items():
+        lines += ["", f"## {name.replace('_', ' ')}", ""]
+        lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---:|---|---:|---:|---|---:|"]
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row)) + " |" for row in rows]
+    if failures:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {name}: {why}" for name, why in failures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        name, scratch, out = sys.argv[2:5]
+        Path(out).write_text(json.dumps(load(name).rows(Path(scratch))))
+        return 0
+    known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(known)} [default: all]")
+    parser.add_argument("--gigabytes", type=int, default=16, help="size of the (sparse) loop file")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(known):
+        parser.error(f"no benchmark called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    results: dict[str, list[dict[str, Any]]] = {}
+    failures: dict[str, str] = {}
+    places: set[str] = set()
+    for name in args.names or known:
+        with fresh_filesystem(args.gigabytes) as (work, place):
+            places.add(place)
+            try:
+                results[name] = measure(name, work)
+            except subprocess.CalledProcessError as error:
+                failures[name] = f"failed with exit code {error.returncode}"
+                console.print(f"[red]{name}: {failures[name]}[/]")
+                continue
+        table = Table(title=name, title_justify="left")
+        for number, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if number in (1, 3, 4, 6) else "left")
+        for row in results[name]:
+            table.add_row(*cells(row))
+        console.print(table)
+    if args.names:
+        console.print("only a part was run: docs/benchmarks.md stays as it is")
+    else:
+        REPORT.write_text(report(results, failures, ", ".join(sorted(places))))
+        console.print(f"written: {REPORT.relative_to(HERE.parent)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
