@@ -81,10 +81,22 @@ class LayoutSource:
             if not found:
                 raise NotFound(f"{self.where}: holds no image")
         distinct = list({e.digest: e for e in found}.values())
-        if len(distinct) > 1 and any(e.platform is None for e in distinct):
+        if len(distinct) > 1 and not self._name:
+            # Few tools write artifactType into index.json: what is attached to an image shows in its manifest.
+            distinct = [e for e in distinct if not self._is_artifact(e)]
+        # One name on several entries, each for another platform, is an index in all but form.
+        one_each = len({e.platform for e in distinct} - {None}) == len(distinct)
+        if len(distinct) > 1 and not (one_each and len({tuple(_names(e)) for e in distinct}) == 1):
             which = f"{len(distinct)} are named {self._name!r}" if self._name else f"{len(distinct)} images"
             raise NotFound(f"{self.where}: {which}, so one must be chosen; {self._listing()}")
         return distinct
+
+    def _is_artifact(self, entry: Descriptor) -> bool:
+        if entry.platform is not None or entry.media_type not in oci.MANIFEST_TYPES:
+            return False
+        data = oci_images.fetch_manifest(self.fetch, entry, self.where, self._limits)
+        manifest = oci.parse_manifest(data, f"{self.where}: manifest {entry.digest}", limits=self._limits)
+        return bool(manifest.artifact_type) or manifest.config.media_type not in (oci.CONFIG, oci.DOCKER_CONFIG)
 
     def _by_digest(self, digest: Digest) -> Descriptor:
         for entry in self.entries:
