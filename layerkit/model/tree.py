@@ -58,7 +58,7 @@ class Tree:
         target: int32 (m,), row of ``targets`` for a symlink, else -1.
         targets: symlink targets.
         xattr: int32 (m,), row of ``xattr_sets``; 0 is the empty set.
-        xattr_sets: distinct sets in order of first use, after ``()``.
+        xattr_sets: distinct sets in order of first use, after ``()``; a squashing map can make some equal.
         layer: int32 (m,), row of ``layers`` that holds a regular file's bytes; -1 where there are none.
         offset: int64 (m,), place of the stored bytes in that layer's uncompressed tar, else -1.
         sha256: uint8 (m, 32), of a regular file's logical content, else zeros.
@@ -163,6 +163,7 @@ class Tree:
         How the bytes are stored does not count (layers, offsets, holes), so two images with the same
         root filesystem have the same tree digest whatever layers it is cut into.
         """
+        xattr, xattr_sets = self._canonical_xattrs()
         h = hashlib.sha256(b"layerkit.tree.v1\0")
         for strings in (self.name, self.targets):
             # Lengths go first: without them "ab","c" and "a","bc" would be the same bytes.
@@ -172,15 +173,28 @@ class Tree:
         for column, dtype in (
             (self.parent, "<i4"), (self.inode, "<i4"), (self.mode, "<u4"), (self.uid, "<u4"), (self.gid, "<u4"),
             (self.size, "<i8"), (self.mtime, "<i8"), (self.mtime_ns, "<u4"), (self.major, "<u4"),
-            (self.minor, "<u4"), (self.target, "<i4"), (self.xattr, "<i4"), (self.sha256, "u1"),
+            (self.minor, "<u4"), (self.target, "<i4"), (xattr, "<i4"), (self.sha256, "u1"),
         ):  # fmt: skip
             h.update(len(column).to_bytes(8, "little"))
             h.update(np.ascontiguousarray(column, dtype).data)
-        for pairs in self.xattr_sets:
+        for pairs in xattr_sets:
             h.update(len(pairs).to_bytes(8, "little"))
             for text in (part for pair in pairs for part in pair):
                 h.update(len(text).to_bytes(8, "little") + text)
         return Digest("sha256", h.hexdigest())
+
+    def _canonical_xattrs(self) -> tuple[NDArray[np.int32], tuple[XattrSet, ...]]:
+        """Return ``xattr`` and ``xattr_sets`` with distinct sets in order of first use, all of them used."""
+        highest = np.maximum.accumulate(np.concatenate([np.zeros(1, np.int32), self.xattr]))
+        in_order = bool((self.xattr <= highest[:-1] + 1).all()) and int(highest[-1]) + 1 == len(self.xattr_sets)
+        if in_order and len(set(self.xattr_sets)) == len(self.xattr_sets):
+            return self.xattr, self.xattr_sets
+        rows, first = np.unique(self.xattr, return_index=True)
+        sets: dict[XattrSet, int] = {(): 0}
+        number = np.zeros(len(self.xattr_sets), np.int32)
+        for row in rows[np.argsort(first)].tolist():
+            number[row] = sets.setdefault(self.xattr_sets[row], len(sets))
+        return number[self.xattr], tuple(sets)
 
     def check(self) -> None:
         """State the invariants of a tree.
