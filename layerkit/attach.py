@@ -15,7 +15,6 @@ from layerkit.limits import Limits
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.facts import TreeFacts
 from layerkit.model.image import Image
 from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
@@ -69,7 +68,6 @@ def attach(
     """
     start = time.monotonic()
     layer = metadata_layer(apply_map(tree, mapping), namespace, strict=strict)
-    facts = TreeFacts.of(tree)
     with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
         render(layer, plain)
         blob = _compress(plain, packed, rendering)
@@ -93,17 +91,17 @@ def attach(
         map_text=mapping.canonical(),
         map_flags=mapping.flags(),
         next_ref=dst_name,
-        entries=facts.names,
+        entries=len(tree),
         layers=len(image.layers),
         layers_read=layers_read,
-        data_bytes=facts.data_bytes,
+        data_bytes=tree.data_bytes,
         data_backend="",
         rendering=rendering,
         how=f"artifact with {namespace.value}.overlay xattrs",
         meta_bytes=blob.size,
         shared_meta_bytes=0,
         seconds=time.monotonic() - start,
-        warnings=facts.warnings,
+        warnings=tree.warnings,
         artifact=str(descriptor.digest),
     )
 

@@ -36,7 +36,6 @@ def inspect(
     """Return what ``image``, whose layers have ``indexes``, holds, and what ``mapping`` would do to it."""
     tree = merge(indexes, limits=limits)
     kinds = np.bincount(tree.kind, minlength=16)
-    files = (tree.kind == Kind.REG) & (tree.size > 0)
     problems: list[str] = []
     if mapping is not None:
         try:
@@ -49,7 +48,7 @@ def inspect(
         platform=str(image.platform),
         entries=len(tree),
         inodes=tree.inodes,
-        data_bytes=int(tree.size[files].sum()),
+        data_bytes=tree.data_bytes,
         tree_digest=str(tree.digest()),
         layers=tuple(_layer_row(image, place, index) for place, index in enumerate(indexes)),
         kinds={text: int(kinds[kind]) for kind, text in _KIND_NAMES.items() if kinds[kind]},

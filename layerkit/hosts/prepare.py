@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
 
 from layerkit import unpack
 from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.idmap import check as check_map
+from layerkit.idmap import reach
 from layerkit.limits import Limits
 from layerkit.merge import merge
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
@@ -37,18 +40,6 @@ class Rendering(StrEnum):
 
     EROFS = "erofs"
     DIRECTORY = "directory"
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """Layers that are in the store now.
-
-    Attributes:
-        read: how many blobs had to be read for it.
-    """
-
-    image: Image
-    read: int
 
 
 def import_layers(
@@ -147,6 +138,15 @@ def read_indexes(
     return indexes, read
 
 
+def facts_of(tree: Tree) -> TreeFacts:
+    """Return the facts of ``tree``, which has container ids."""
+    found = reach(tree)
+    uids, gids = set(found.uid.tolist()), set(found.gid.tolist())
+    return TreeFacts.of(
+        tree, tuple(sorted(uids.union(found.xattr_uids))), tuple(sorted(gids.union(found.xattr_gids)))
+    )
+
+
 def chain_key(diff_ids: Sequence[Digest]) -> str:
     """Return a name for layers in this order; unlike a chain_id it is that of the whole list at once."""
     return hashlib.sha256("\n".join(map(str, diff_ids)).encode()).hexdigest()
@@ -177,9 +177,22 @@ class Preparation:
         kept = self._store.tree_facts(chain)
         facts = None if kept is None else TreeFacts.from_dict(kept)
         if facts is None:
-            facts = TreeFacts.of(self.tree())
+            facts = facts_of(self.tree())
             self._store.put_tree_facts(chain, facts.to_dict())
         return facts
+
+    def check(self, mapping: Mapping) -> None:
+        """Raise unless ``mapping`` covers every owner, as :func:`layerkit.idmap.apply` would.
+
+        The kernel itself would show an owner outside the map as 65534 and say nothing.
+
+        Raises:
+            UnmappedId: the first owner that it does not cover.
+        """
+        facts = self.facts()
+        for ids, id_map in ((facts.uids, mapping.uid), (facts.gids, mapping.gid)):
+            if not id_map.lookup(np.array(ids, np.uint32))[1].all():
+                check_map(self.tree(), mapping)
 
     def meta(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ class TreeFacts:
         names: entries of the root filesystem.
         inodes: inodes behind them.
         data_bytes: sum of the logical sizes of regular files, hard links counted once.
+        uids, gids: every container id that a map has to cover, in ACLs and capabilities as well; rising.
         data_layers: diff_ids (text) of the layers that hold data of a file that is still visible.
         warnings: of the merge.
     """
@@ -32,19 +33,23 @@ class TreeFacts:
     names: int
     inodes: int
     data_bytes: int
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
     data_layers: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @classmethod
-    def of(cls, tree: Tree) -> TreeFacts:
-        """Return the facts of ``tree``."""
+    def of(cls, tree: Tree, uids: tuple[int, ...], gids: tuple[int, ...]) -> TreeFacts:
+        """Return the facts of ``tree``, whose owners are ``uids`` and ``gids``."""
         files = (tree.kind == Kind.REG) & (tree.size > 0)
         used = np.unique(tree.layer[files])
         return cls(
             tree=str(tree.digest()),
             names=len(tree),
             inodes=tree.inodes,
-            data_bytes=int(tree.size[files].sum()),
+            data_bytes=tree.data_bytes,
+            uids=uids,
+            gids=gids,
             data_layers=tuple(str(tree.layers[row]) for row in used.tolist()),
             warnings=tree.warnings,
         )
@@ -62,18 +67,26 @@ class TreeFacts:
         """
         if value.get("version") != VERSION:
             return None
+
+        def numbers(key: str) -> tuple[int, ...]:
+            return tuple(int(str(x)) for x in items(key))
+
+        def items(key: str) -> Sequence[object]:
+            found = value[key]
+            if not isinstance(found, (list, tuple)):
+                raise TypeError(f"{key}: want a list")
+            return found
+
         try:
-            names, inodes, data_bytes = (int(str(value[k])) for k in ("names", "inodes", "data_bytes"))
-            layers, warnings = value["data_layers"], value["warnings"]
-            if not isinstance(layers, (list, tuple)) or not isinstance(warnings, (list, tuple)):
-                raise TypeError("want a list")
             return cls(
                 tree=str(Digest.parse(str(value["tree"]))),
-                names=names,
-                inodes=inodes,
-                data_bytes=data_bytes,
-                data_layers=tuple(str(Digest.parse(str(x))) for x in layers),
-                warnings=tuple(map(str, warnings)),
+                names=int(str(value["names"])),
+                inodes=int(str(value["inodes"])),
+                data_bytes=int(str(value["data_bytes"])),
+                uids=numbers("uids"),
+                gids=numbers("gids"),
+                data_layers=tuple(str(Digest.parse(str(x))) for x in items("data_layers")),
+                warnings=tuple(map(str, items("warnings"))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidImage(f"facts of a tree: {error}") from None

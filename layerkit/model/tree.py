@@ -105,6 +105,11 @@ class Tree:
         """Return uint8 (m,): the :class:`Kind` of each inode."""
         return (self.mode >> 12).astype(np.uint8)
 
+    @property
+    def data_bytes(self) -> int:
+        """Return the sum of the logical sizes of regular files, hard links counted once."""
+        return int(self.size[self.kind == Kind.REG].sum())
+
     def first_name(self) -> NDArray[np.int64]:
         """Return int64 (m,): for each inode the row of its first name."""
         return np.unique(self.inode, return_index=True)[1]
