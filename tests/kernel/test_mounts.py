@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import os
 import signal
 import stat
@@ -47,8 +49,6 @@ class Lab:
 
 
 def sha(data: bytes) -> bytes:
-    import hashlib
-
     return hashlib.sha256(data).digest()
 
 
@@ -120,6 +120,9 @@ def check_shown(target: Path, uid_shift: int = 0, gid_shift: int = 0) -> None:
     assert sorted(p.name for p in target.iterdir()) == ["bin", "etc"]
     ran = subprocess.run([target / "bin/tool"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("ran ")
+    # As a program's loader maps it; the shared layers below are noexec, and that must not show.
+    with (target / "bin/tool").open("rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC) as m:
+        assert m[:2] == b"#!"
 
 
 @pytest.mark.parametrize("kind", ["erofs", "folder", "mixed"])
@@ -471,10 +474,12 @@ class TestRefusals:
         code = (
             f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
             "import os\nfrom layerkit.hosts.mount import *\nfrom layerkit.metaonly import Namespace\n"
-            "from layerkit.kernel import userns\nfrom layerkit.errors import UnsupportedHost\nfrom pathlib import Path\n"
+            "from layerkit.kernel import userns\nfrom layerkit.errors import UnsupportedHost\n"
+            "from pathlib import Path\n"
             "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "print(userns.can_mount(), userns.is_privileged())\n"
-            "try: mount(MountSpec(FolderMeta(Path('/usr')), (), Namespace.USER, Path('/tmp')), run=Path('/tmp/x'))\n"
+            "spec = MountSpec(FolderMeta(Path('/usr')), (), Namespace.USER, Path('/tmp'))\n"
+            "try: mount(spec, run=Path('/tmp/x'))\n"
             "except UnsupportedHost as e: print(e)"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
