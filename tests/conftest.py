@@ -78,13 +78,25 @@ def store_dir(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def _shared_mounts(folder: Path) -> list[bytes]:
+    """Return what is still mounted in the run folders of the stores in ``folder``, which lie below /run."""
+    from layerkit.hosts.mount import default_run
+
+    stores = [path.parent for path in folder.glob("*/version.json")]
+    return [target for store in stores for target in mounts_below(default_run(store))]
+
+
 @pytest.fixture(autouse=True)
 def mount_guard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test that leaves a mount below this process's temporary folder, and clear it away."""
     base = tmp_path_factory.getbasetemp()
     before = mounts_below(base)
+    # Asked for here, so that it outlives this guard.
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
     left = [target for target in mounts_below(base) if target not in before]
+    if folder is not None:
+        left += _shared_mounts(folder)
     # The deepest first: a mount cannot go while another lies on it.
     for target in reversed(left):
         subprocess.run(["umount", "--lazy", target], check=False)
@@ -101,6 +113,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     quiet = sum(len(reporter.stats.get(kind, [])) for kind in ("skipped", "xfailed", "xpassed"))
     if quiet:
+        reporter.ensure_newline()
         reporter.write_line(f"{quiet} tests skipped or expected to fail: not accepted in CI", red=True)
         session.exitstatus = max(int(session.exitstatus), int(pytest.ExitCode.TESTS_FAILED))
 
