@@ -27,7 +27,11 @@ _OWN_OPTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ErofsData:
-    """A DATA image over the raw tar of a layer, mounted once per ``key`` (its diff_id, say)."""
+    """A DATA image over the raw tar of a layer, mounted once per ``key``.
+
+    The key stands for the content: what is mounted under it serves whoever comes with the same key. Make it
+    of a digest (the layer's diff_id).
+    """
 
     key: str
     image: Path

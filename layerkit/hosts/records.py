@@ -84,8 +84,15 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock; others wait. The kernel drops it if we die."""
+        """Hold the folder's lock; others wait. The kernel drops it if we die.
+
+        Raises:
+            StoreError: the folder belongs to another user, who could put mounts of theirs in place of ours.
+        """
         self.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = self.run.stat().st_uid
+        if owner != os.geteuid():
+            raise StoreError(f"the run folder {self.run} belongs to uid {owner}; name one of your own")
         while True:
             for folder in (self.base, self.layers, self.records):
                 folder.mkdir(mode=0o700, exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from support import need_root, need_tool
 
-from layerkit.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
+from layerkit.errors import LayerkitError, NotFound, StoreError, UnsupportedHost, UsageError
 from layerkit.hosts import mount as mounter
 from layerkit.hosts.mount import ErofsData, ErofsMeta, FolderData, FolderMeta, MountSpec
 from layerkit.hosts.records import RunFolder
@@ -184,6 +184,36 @@ def test_many_mounts_at_once_from_threads_and_processes(lab: Lab) -> None:
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda n: mounter.umount(lab.target(f"at-once-{n}"), run=lab.run), range(20)))
     assert lab.ours() == []
+
+
+def test_processes_that_come_and_go_at_once(lab: Lab) -> None:
+    children = [
+        run_child(
+            lab,
+            f"""
+from dataclasses import replace
+for round in range(8):
+    target = root / "p{number}"
+    target.mkdir(exist_ok=True)
+    mounter.mount(replace(spec, target=target), run=root / "run")
+    assert (target / "etc/conf").read_bytes().startswith(b"key=value")
+    assert (target / "etc/conf").stat().st_uid == 101000
+    mounter.umount(target, run=root / "run")
+""",
+        )
+        for number in range(4)
+    ]
+    for child in children:
+        child.communicate(timeout=60)
+    assert [child.returncode for child in children] == [0] * 4
+    assert lab.ours() == []
+
+
+def test_a_run_folder_of_another_user_is_refused(lab: Lab) -> None:
+    lab.run.mkdir()
+    os.chown(lab.run, 12_345, 12_345)
+    with pytest.raises(StoreError, match="belongs to uid 12345"):
+        mounter.mount(lab.spec, run=lab.run)
 
 
 CHILD = """
