@@ -105,7 +105,7 @@ def _rendering_why(features: Features, ways: Ways) -> str:
 
 def _data_why(features: Features, ways: Ways) -> str:
     if ways.backend is DataBackend.TAR:
-        cache = "cached once" if features.erofs_directio else "read through a loop device with direct I/O"
+        cache = "cached once" if features.erofs_directio else "read through loop devices"
         return f"raw layer tars are used where they lie, no extraction, {cache}"
     if not features.privileged:
         return "ordinary users read plain files by content; layers are extracted once"
