@@ -204,10 +204,11 @@ def squashed(tree: Tree, owner: int = 7) -> Tree:
         if name == CAPABILITY:
             return old[:20] + struct.pack("<I", owner)
         if name in (ACL_ACCESS, ACL_DEFAULT):
-            return acl(*((t, p, i if i == 0xFFFFFFFF else owner) for t, p, i in struct.iter_unpack("<HHI", old[4:])))
+            return acl(
+                *((t, p, i if i == 0xFFFFFFFF else owner) for t, p, i in struct.iter_unpack("<HHI", old[4:]))
+            )
         return old
 
     sets = tuple(tuple((n, value(n, v)) for n, v in pairs) for pairs in tree.xattr_sets)
     same = np.full(tree.inodes, owner, np.uint32)
     return tree.with_owners(same, same, sets)
-

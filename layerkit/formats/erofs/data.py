@@ -224,18 +224,23 @@ def _sort_out(
             f"layer {index.diff_id}: {index.path[row]!r} lies beyond the end of its tar of {tar_bytes} bytes; "
             "the kept tar is cut short, unpack the layer again"
         )
-    plain = (sparse < 0) & (offset % _BLOCK == 0) & (size < 1 << 32)
+    # Reading the last block of a device that ends within it is EIO under `directio`: it is not mapped.
+    cut = -(-(offset + stored) // _BLOCK) * _BLOCK > tar_bytes
+    plain = (sparse < 0) & (offset % _BLOCK == 0) & (size < 1 << 32) & ~cut
     odd = []
     for place in np.flatnonzero(~plain).tolist():
         row = int(rows[place])
         number = int(index.sparse[row])
         runs = index.sparse_maps.extents(number) if number >= 0 else ((0, int(size[place])),)
-        odd.append((place, _plan_odd(int(size[place]), runs, max(0, int(offset[place])))))
+        odd.append((place, _plan_odd(int(size[place]), runs, max(0, int(offset[place])), bool(cut[place]))))
     return np.flatnonzero(plain), odd
 
 
-def _plan_odd(size: int, runs: tuple[Extent, ...], offset: int) -> _Odd:
-    """Return how to map a file: onto the tar where its runs keep to blocks, and cheaper than a copy."""
+def _plan_odd(size: int, runs: tuple[Extent, ...], offset: int, copy_it: bool) -> _Odd:
+    """Return how to map a file: onto the tar where its runs keep to blocks, and cheaper than a copy.
+
+    ``copy_it`` forbids the tar; else the file is copied only where the tar cannot serve.
+    """
     joined: list[Extent] = []
     for start, length in runs:
         if joined and sum(joined[-1]) == start:
@@ -248,7 +253,7 @@ def _plan_odd(size: int, runs: tuple[Extent, ...], offset: int) -> _Odd:
         (_copied(size, starts, ends, bits) for bits in range(f.MAX_CHUNK_BITS + 1)), key=lambda choice: choice[0]
     )
     edges = math.gcd(*starts.tolist(), *(end for end in ends.tolist() if end != size))
-    if edges % _BLOCK == 0 and offset % _BLOCK == 0:
+    if edges % _BLOCK == 0 and offset % _BLOCK == 0 and not copy_it:
         # The largest power of two that every edge is a multiple of; 0 is one of all.
         unit = min(edges & -edges or _MAX_CHUNK, _MAX_CHUNK)
         mapped = _Odd(size, tuple(joined), offset, (unit >> _BITS).bit_length() - 1)

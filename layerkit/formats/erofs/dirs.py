@@ -87,7 +87,7 @@ class DirPlan:
         dotdot = row[special] == _DOTDOT
         target = row.copy()
         target[special] = np.where(dotdot, np.maximum(self.parent[owner], 0), owner)
-        length = lengths[row]
+        length = lengths.take(row, mode="clip")
         length[special] = 1 + dotdot
         text_ends = np.cumsum(length)
         text_starts = text_ends - length
@@ -109,7 +109,7 @@ class DirPlan:
         length: NDArray[np.int64],
         starts: NDArray[np.int64],
     ) -> bytes:
-        source = self.names.offsets[:-1][row]
+        source = self.names.offsets[:-1].take(row, mode="clip")
         source[special] = 0
         blob = np.frombuffer(self.names.blob, np.uint8)
         if not len(blob):
@@ -154,7 +154,7 @@ def plan(names: Strings, parent: NDArray[np.int32], is_dir: NDArray[np.bool_], b
     row[first + before_dot] = _DOT
     row[first + before_dot + between + 1] = _DOTDOT
 
-    width = names.lengths[row]
+    width = names.lengths.take(row, mode="clip")
     width[first + before_dot] = 1
     width[first + before_dot + between + 1] = 2
     ends = np.zeros(len(row) + 1, np.int64)

@@ -178,7 +178,7 @@ def split_xattr_name(name: bytes) -> tuple[int, bytes] | None:
         if name == whole:
             return index, b""
     for index, prefix in XATTR_PREFIXES:
-        if name.startswith(prefix) and 0 < len(name) - len(prefix) <= NAME_MAX:
+        if name.startswith(prefix) and len(prefix) < len(name) <= NAME_MAX:
             return index, name[len(prefix) :]
     return None
 
