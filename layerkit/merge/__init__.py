@@ -115,14 +115,11 @@ def _surviving(paths: Paths, rows: Rows) -> _Surviving:
     top[at[entries]] = entries
     top_layer = np.full(count, -1, np.int16)
     top_layer[at[entries]] = layer[entries]
-    whiteout, cut = np.zeros(count, np.int16), np.zeros(count, np.int16)
-    for hiding in (kind == Kind.OPAQUE, kind == Kind.WHITEOUT, (kind <= Kind.HARDLINK) & (kind != Kind.DIR)):
-        places = np.flatnonzero(hiding & (layer > 0))
-        own = np.zeros(count, np.int16)
-        own[at[places]] = layer[places]
-        np.maximum(cut, own, out=cut)
-        if len(places) and kind[places[0]] == Kind.WHITEOUT:
-            whiteout = own
+    above_bottom = layer > 0
+    whiteout = _topmost(count, at, layer, above_bottom & (kind == Kind.WHITEOUT))
+    cut = np.maximum(whiteout, _topmost(count, at, layer, above_bottom & (kind == Kind.OPAQUE)))
+    plain = (kind <= Kind.HARDLINK) & (kind != Kind.DIR)
+    np.maximum(cut, _topmost(count, at, layer, above_bottom & plain), out=cut)
     if cut.any():
         for level in paths.levels[1:]:
             above = paths.parent[level]
@@ -138,6 +135,16 @@ def _surviving(paths: Paths, rows: Rows) -> _Surviving:
     replaced = alive & (kind[top] != Kind.DIR) & (beneath > top_layer)
     exists = alive | (beneath >= whiteout)
     return _Surviving(exists, top, exists & (~alive | replaced), replaced)
+
+
+def _topmost(
+    count: int, at: NDArray[np.int32], layer: NDArray[np.int16], chosen: NDArray[np.bool_]
+) -> NDArray[np.int16]:
+    """Return for each path the highest layer of its ``chosen`` rows, 0 where it has none."""
+    out = np.zeros(count, np.int16)
+    places = np.flatnonzero(chosen)
+    out[at[places]] = layer[places]
+    return out
 
 
 def _number(source: NDArray[np.int32], total: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -162,6 +169,11 @@ def _check_layer(index: Index) -> None:
     if b"\0" in bytes(path.blob):
         row = int(np.searchsorted(offsets, bytes(path.blob).index(b"\0"), "right")) - 1
         raise UnsafeEntry(where, path[row], "a path cannot hold a NUL")
+    starts = offsets[:-1][path.lengths > 0]
+    leading = np.frombuffer(path.blob, np.uint8)[starts] == ord("/")
+    if leading.any():
+        row = int(np.flatnonzero(path.lengths > 0)[np.argmax(leading)])
+        raise UnsafeEntry(where, path[row], "a path in an index is relative")
     # The root's rows, if any, are the first ones.
     for row in np.flatnonzero(path.lengths[:3] == 0).tolist():
         if kind[row] not in (Kind.DIR, Kind.OPAQUE):
