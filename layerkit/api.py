@@ -226,7 +226,7 @@ class OpenImage:
 
     def indexes(self, *, progress: Progress | None = None) -> list[Index]:
         """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
-        from layerkit.unpack import read_indexes
+        from layerkit.indexes import read_indexes
 
         with self._kept() as store:
             return read_indexes(
@@ -253,8 +253,8 @@ class OpenImage:
             InvalidImage: something is not what it promises to be.
         """
         from layerkit.formats.artifact import ARTIFACT_TYPE
+        from layerkit.indexes import read_indexes
         from layerkit.look import verify
-        from layerkit.unpack import read_indexes
 
         indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
         referrers = getattr(self.source, "referrers", None)
@@ -349,10 +349,10 @@ class OpenImage:
         if mapping is None:
             raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
         from layerkit.attach import attach
+        from layerkit.indexes import read_indexes
         from layerkit.merge import merge
         from layerkit.metaonly import Namespace
         from layerkit.stores import reference
-        from layerkit.unpack import read_indexes
 
         if rendering not in ("auto", "erofs", "tar"):
             raise UsageError(f"--rendering {rendering!r}: an artifact holds erofs (the default) or tar")

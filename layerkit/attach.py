@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from layerkit.formats import artifact, oci
+from layerkit.formats.compress import Compression, compress
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.limits import Limits
@@ -25,7 +26,6 @@ UNCOMPRESSED_KEY = "io.layerkit.remap.uncompressed-digest"
 """Annotation of the META's descriptor: the digest of its bytes before compression."""
 
 _CHUNK_BYTES = 1 << 20
-_ZSTD_LEVEL = 3
 
 Render = Callable[[MetadataLayer, BinaryIO], object]
 """Writes a rendering of a metadata layer to a file."""
@@ -108,21 +108,17 @@ def attach(
 
 def _compress(plain: BinaryIO, packed: BinaryIO, rendering: str) -> Descriptor:
     """Compress ``plain`` into ``packed``, and return the blob's descriptor."""
-    import zstandard
-
     media_type = artifact.META_EROFS if rendering == "erofs" else artifact.META_TAR
     whole, compressed, size = hashlib.sha256(), hashlib.sha256(), 0
-    packer = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False).compressobj()
 
-    def put(piece: bytes) -> None:
-        nonlocal size
+    def hashed() -> Iterator[bytes]:
+        for chunk in _chunks(plain):
+            whole.update(chunk)
+            yield chunk
+
+    for piece in compress(hashed(), Compression.ZSTD):
         compressed.update(piece)
         size += packed.write(piece)
-
-    for chunk in _chunks(plain):
-        whole.update(chunk)
-        put(packer.compress(chunk))
-    put(packer.flush())
     return Descriptor(
         media_type + "+zstd",
         Digest("sha256", compressed.hexdigest()),

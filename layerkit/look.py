@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from layerkit import idmap
 from layerkit.attach import UNCOMPRESSED_KEY, Render, plain_digest
 from layerkit.errors import DigestMismatch, InvalidImage, LayerkitError, show_path
-from layerkit.formats import artifact, compress
+from layerkit.formats import artifact
+from layerkit.formats.compress import Decompressor
 from layerkit.idmap import Mapping
 from layerkit.limits import Limits
 from layerkit.merge import merge
@@ -23,6 +24,7 @@ from layerkit.model.index import Index
 from layerkit.model.reports import IdRow, InspectReport, LayerRow, VerifyReport
 from layerkit.model.tree import Tree
 from layerkit.ports import ImageSource
+from layerkit.unpack import VerifiedBlob
 
 _KIND_NAMES = {
     Kind.REG: "files", Kind.DIR: "directories", Kind.SYMLINK: "symlinks", Kind.FIFO: "fifos",
@@ -143,10 +145,14 @@ def verify(
 def _read_meta(source: ImageSource, blob: Descriptor, what: str, limits: Limits) -> str:
     """Return the digest of a META's uncompressed bytes, its blob verified."""
     h = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
     reader = source.open_blob(blob)
     try:
-        for chunk in compress.verified_chunks(reader, blob, what, limits=limits):
-            h.update(chunk)
+        verified = VerifiedBlob(reader, blob, limits)
+        plain = Decompressor(verified, limits=limits, where=what)
+        while got := plain.readinto(buffer):
+            h.update(buffer[:got])
+        verified.finish()
     finally:
         reader.close()
     digest = f"sha256:{h.hexdigest()}"

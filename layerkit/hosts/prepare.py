@@ -6,30 +6,28 @@ layers, a META by (tree, map, rendering). A second run reads what is kept and no
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from enum import StrEnum
 
 import numpy as np
 
-from layerkit import unpack
 from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta
-from layerkit.idmap import Mapping
+from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
-from layerkit.idmap import reach
+from layerkit.indexes import labelled
 from layerkit.limits import Limits
 from layerkit.merge import merge
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.facts import TreeFacts
 from layerkit.model.image import Image, Layer
-from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 from layerkit.ports import ImageSource, Progress
 from layerkit.stores.layout import DataBackend
-from layerkit.stores.local import LocalStore, MetaEntry, meta_key
+from layerkit.stores.local import LocalStore
+from layerkit.stores.metas import FIXUPS_FILE, IMAGE_FILE, ROOT_FOLDER, MetaEntry, chain_key, meta_key
+from layerkit.unpack import index_layer
 
 FORMAT_VERSION = 1
 """Of METAs: raised when the same tree and map would give other bytes."""
@@ -66,7 +64,7 @@ def import_layers(
     ]
 
     def work(place: int, layer: Layer) -> int:
-        return _import_layer(source, layer, store, backend, limits, _labelled(progress, place, len(image.layers)))
+        return _import_layer(source, layer, store, backend, limits, labelled(progress, place, len(image.layers)))
 
     if jobs <= 1 or len(missing) <= 1:
         return sum(work(place, layer) for place, layer in missing)
@@ -96,7 +94,7 @@ def _import_layer(
         try:
             writer = store.begin_layer(backend)
             try:
-                index = unpack.index_layer(
+                index = index_layer(
                     reader, layer.descriptor, layer.diff_id, limits=limits, data=writer, progress=progress
                 )
                 writer.commit(index)
@@ -108,36 +106,6 @@ def _import_layer(
     return 1
 
 
-def _labelled(progress: Progress | None, place: int, count: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda _what, done, total: progress(f"layer {place + 1}/{count}", done, total)
-
-
-def read_indexes(
-    source: ImageSource, image: Image, load: Callable[[Digest], Index | None], *, limits: Limits,
-    progress: Progress | None = None,
-) -> tuple[list[Index], int]:  # fmt: skip
-    """Return the index of every layer, bottom first, and how many blobs were read because none was kept."""
-    limits.check("layers_per_image", len(image.layers), image.name or "image")
-    indexes: list[Index] = []
-    read = 0
-    for place, layer in enumerate(image.layers):
-        index = load(layer.diff_id)
-        if index is None:
-            reader = source.open_blob(layer.descriptor)
-            try:
-                index = unpack.index_layer(
-                    reader, layer.descriptor, layer.diff_id, limits=limits,
-                    progress=_labelled(progress, place, len(image.layers)),
-                )  # fmt: skip
-            finally:
-                reader.close()
-            read += 1
-        indexes.append(index)
-    return indexes, read
-
-
 def facts_of(tree: Tree) -> TreeFacts:
     """Return the facts of ``tree``, which has container ids."""
     found = reach(tree)
@@ -145,11 +113,6 @@ def facts_of(tree: Tree) -> TreeFacts:
     return TreeFacts.of(
         tree, tuple(sorted(uids.union(found.xattr_uids))), tuple(sorted(gids.union(found.xattr_gids)))
     )
-
-
-def chain_key(diff_ids: Sequence[Digest]) -> str:
-    """Return a name for layers in this order; unlike a chain_id it is that of the whole list at once."""
-    return hashlib.sha256("\n".join(map(str, diff_ids)).encode()).hexdigest()
 
 
 class Preparation:
@@ -254,16 +217,16 @@ class Preparation:
         writer = self._store.begin_meta(key)
         try:
             if rendering is Rendering.DIRECTORY:
-                root = writer.path / "root"
+                root = writer.path / ROOT_FOLDER
                 root.mkdir()
                 directory.write_directory(layer, root, progress=progress)
             elif base is None:
-                with (writer.path / "meta.erofs").open("xb") as file:
+                with (writer.path / IMAGE_FILE).open("xb") as file:
                     fixups = erofs.build_meta(layer, file)
-                (writer.path / "fixups").write_bytes(fixups.encode())
+                (writer.path / FIXUPS_FILE).write_bytes(fixups.encode())
             else:
-                fixups = erofs.Fixups.decode((base.path / "fixups").read_bytes())
-                with (base.path / "meta.erofs").open("rb") as old, (writer.path / "meta.erofs").open("xb") as new:
+                fixups = erofs.Fixups.decode(base.fixups_file.read_bytes())
+                with base.image_file.open("rb") as old, (writer.path / IMAGE_FILE).open("xb") as new:
                     erofs.patch_meta(old.fileno(), new.fileno(), fixups, layer.tree)
             return writer.commit(info)
         except BaseException:
@@ -273,8 +236,9 @@ class Preparation:
 
 def meta_layer(entry: MetaEntry) -> ErofsMeta | FolderMeta:
     """Return a META of the store as the mounter takes it."""
-    image = entry.path / "meta.erofs"
-    return ErofsMeta(entry.key, image) if image.exists() else FolderMeta(entry.path / "root")
+    if entry.info["rendering"] == Rendering.EROFS:
+        return ErofsMeta(entry.key, entry.image_file)
+    return FolderMeta(entry.root)
 
 
 def data_layers(store: LocalStore, backend: DataBackend, facts: TreeFacts) -> tuple[ErofsData | FolderData, ...]:

@@ -53,14 +53,9 @@ def test_an_ordinary_user_mounts_a_remapped_image(
     (work / "image.tar").write_bytes(image.read_bytes())
     for path in (work, work / "m", work / "image.tar"):
         os.chown(path, USER, USER)
-    # pytest's own folder is closed to other users.
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent == Path("/tmp"):
-            break
-        parent.chmod(0o755)
     root = HELPER.parent.parent
     done = subprocess.run(
-        [sys.executable, HELPER, str(USER), sys.executable, "-c", SCRIPT,
+        [sys.executable, HELPER, str(USER), f"{sys.base_prefix}:{sys.prefix}:{root}:{work}", sys.executable, "-c", SCRIPT,
          str(work / "store"), str(work / "image.tar"), str(work / "m"), str(root)],
         env={**os.environ, "HOME": str(work), "XDG_RUNTIME_DIR": str(work)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
