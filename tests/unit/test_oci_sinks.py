@@ -246,6 +246,9 @@ def _steps(layout: Path) -> dict[str, Callable[[ImageSink], None]]:
     return {
         "short": lambda sink: sink.put_blob(blob, [b"xy"]),
         "long": lambda sink: sink.put_blob(blob, [b"xyz", b"!"]),
+        "size too small": lambda sink: sink.put_blob(Descriptor("x", blob.digest, 2), [b"xyz"]),
+        "size too large": lambda sink: sink.put_blob(Descriptor("x", blob.digest, 4), [b"xyz"]),
+        "manifest size": lambda sink: sink.put_manifest(Descriptor(MANIFEST, Digest.of(b"{}"), 3), b"{}"),
         "other": lambda sink: sink.put_blob(blob, [b"xy", b"Z"]),
         "stopped": stopped,
         "manifest of another digest": lambda sink: sink.put_manifest(Descriptor(MANIFEST, blob.digest, 3), b"{}}"),
@@ -293,6 +296,30 @@ def test_a_blob_that_failed_can_be_put_again(form: str, layout: Path, tmp_path: 
     with pytest.raises(UsageError, match="written already"):
         sink.commit()
     _digest(f"{tmp_path}/target:one")
+
+
+@pytest.mark.parametrize("form", ["oci-archive", "docker-archive"])
+def test_a_blob_that_failed_leaves_no_bytes_in_the_archive(form: str, layout: Path, tmp_path: Path) -> None:
+    sink = open_sink(f"{form}:{tmp_path}/failed")
+    with pytest.raises(DigestMismatch):
+        sink.put_blob(Descriptor("x", Digest.of(b""), 5 << 20), [b"x" * (1 << 20)] * 5)
+    _put(layout, sink)
+    sink.commit()
+    _copy(layout, f"{form}:{tmp_path}/clean")
+    assert (tmp_path / "failed").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+@pytest.mark.parametrize("victim", ["blobs", "blobs/sha256"])
+def test_a_commit_does_not_write_through_links(victim: str, layout: Path, tmp_path: Path) -> None:
+    target = simple("two").folder(tmp_path / "target")
+    sink = LayoutSink(str(target))
+    sink.put_blob(Descriptor("x", Digest.of(b"xyz"), 3), [b"xyz"])
+    (target / victim).rename(tmp_path / "victim")
+    (target / victim).symlink_to(tmp_path / "victim")
+    with pytest.raises(InvalidImage, match="is a link or a file, not a folder"):
+        sink.commit()
+    assert not list((tmp_path / "victim").rglob(Digest.of(b"xyz").hex))
+    assert sorted(p.name for p in target.iterdir()) == ["blobs", "index.json", "oci-layout"]
 
 
 def test_nothing_is_visible_before_the_commit(layout: Path, tmp_path: Path) -> None:
