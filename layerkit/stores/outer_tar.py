@@ -60,8 +60,10 @@ class _Guarded(io.RawIOBase):
 
 
 class _CheckedTar(tarsafe.TarSafe):  # type: ignore[misc]
-    # Nothing is extracted; Python 3.12 and 3.13 warn about an extractall() that names no filter.
-    extraction_filter = staticmethod(tarfile.data_filter)
+    # Nothing is extracted; Python 3.12 and 3.13 warn about an extractall() that names no filter, which
+    # Debian 12's Python 3.11.2 does not have.
+    if hasattr(tarfile, "data_filter"):
+        extraction_filter = staticmethod(tarfile.data_filter)
 
 
 class OuterTar:
