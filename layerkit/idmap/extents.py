@@ -117,7 +117,7 @@ class IdMap:
         container = 0
         for number, line in enumerate(lines, 1):
             fields = line.strip().split(":")
-            if fields[0] not in owners:
+            if line.startswith("#") or fields[0] not in owners:
                 continue
             if len(fields) != 3 or not all(is_number(field) for field in fields[1:]):
                 raise UsageError(f"{source}, line {number}: want NAME:FIRST:SIZE, found {line!r}")
@@ -242,7 +242,7 @@ def is_number(text: str) -> bool:
 
 def _names_of(user: str) -> set[str]:
     """Return the name and the uid of ``user``, as far as the host knows them."""
-    names = {user}
+    names = {user} - {""}
     try:
         entry = pwd.getpwuid(int(user)) if is_number(user) else pwd.getpwnam(user)
     except (KeyError, OverflowError):

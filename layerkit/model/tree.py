@@ -207,30 +207,62 @@ class Tree:
         Raises:
             InvalidImage: one does not hold; the message names it. A tree from ``merge`` always holds them.
         """
+        for problem in self._problems():
+            raise InvalidImage(f"tree: {problem}")
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what is broken. Each check relies on those before it, so only the first one counts."""
         n, m = len(self), self.inodes
-        problems = {
-            "no root": n == 0 or self.parent[0] != -1 or self.name[0] != b"" or self.inode[0] != 0,
-            "the root is not a directory": m == 0 or self.mode[0] >> 12 != Kind.DIR,
-            "a parent after its child": bool((self.parent[1:] >= np.arange(1, n)).any()),
-            "a second root": bool((self.parent[1:] < 0).any()),
-            "a parent that is no directory": bool((self.kind[self.inode[self.parent[1:]]] != Kind.DIR).any()),
-            "inodes not numbered by first name": not np.array_equal(
-                np.unique(self.inode[np.sort(self.first_name())]), np.arange(m)
-            )
-            or bool((np.diff(self.first_name()) <= 0).any()),
-            "a directory with two names": bool(
-                (np.bincount(self.inode, minlength=m)[self.kind == Kind.DIR] != 1).any()
-            ),
-            "column lengths": len({len(c) for c in (self.parent, self.name, self.inode)}) != 1
-            or len({
-                len(c) for c in (
-                    self.mode, self.uid, self.gid, self.nlink, self.size, self.mtime, self.mtime_ns, self.major,
-                    self.minor, self.target, self.xattr, self.layer, self.offset, self.sha256, self.sparse,
-                )
-            }) != 1,
-            "nanoseconds": bool((self.mtime_ns >= 1_000_000_000).any()),
-            "the empty xattr set": not self.xattr_sets or self.xattr_sets[0] != (),
-        }  # fmt: skip
-        for problem, found in problems.items():
-            if found:
-                raise InvalidImage(f"tree: {problem}")
+        inode_columns = (
+            self.uid, self.gid, self.nlink, self.size, self.mtime, self.mtime_ns, self.major, self.minor,
+            self.target, self.xattr, self.layer, self.offset, self.sha256, self.sparse,
+        )  # fmt: skip
+        if len(self.name) != n or len(self.inode) != n or any(len(column) != m for column in inode_columns):
+            yield "column lengths"
+        if n == 0 or m == 0 or self.parent[0] != -1 or self.name[0] != b"" or self.inode[0] != 0:
+            yield "no root"
+        if self.mode[0] >> 12 != Kind.DIR:
+            yield "the root is not a directory"
+        if (self.parent[1:] < 0).any():
+            yield "a second root"
+        if (self.parent >= np.arange(n)).any():
+            yield "a parent after its child"
+        highest = np.maximum.accumulate(self.inode)
+        if (self.inode < 0).any() or (self.inode[1:] > highest[:-1] + 1).any() or highest[-1] != m - 1:
+            yield "inodes not numbered by first name"
+        is_dir = self.kind == Kind.DIR
+        if (np.bincount(self.inode, minlength=m)[is_dir] != 1).any():
+            yield "a directory with two names"
+        if not is_dir[self.inode[self.parent[1:]]].all():
+            yield "a parent that is no directory"
+        if (self.name.lengths[1:] == 0).any() or b"/" in self.name.blob or b"\0" in self.name.blob:
+            yield "a name that is no name"
+        if not self._in_order():
+            yield "names of a directory that do not rise, or not all below it in one run"
+        if (self.mtime_ns >= 1_000_000_000).any():
+            yield "nanoseconds"
+        is_symlink = self.kind == Kind.SYMLINK
+        if ((self.target >= 0) != is_symlink).any() or (self.target >= len(self.targets)).any():
+            yield "a symlink target that is not there, or not a symlink's"
+        if not self.xattr_sets or self.xattr_sets[0] != ():
+            yield "the empty xattr set"
+        if (self.xattr < 0).any() or (self.xattr >= len(self.xattr_sets)).any():
+            yield "an xattr set that is not there"
+
+    def _in_order(self) -> bool:
+        """Return whether names stand in canonical order; parents are known to come first."""
+        names = self.name.tolist()
+        # The directories that lead to the last name, and in each the name that was taken last.
+        rows, last = [0], [b""]
+        for row, above in enumerate(self.parent.tolist()):
+            if row == 0:
+                continue
+            while rows and rows[-1] != above:
+                rows.pop()
+                last.pop()
+            if not rows or last[-1] >= names[row]:
+                return False
+            last[-1] = names[row]
+            rows.append(row)
+            last.append(b"")
+        return True
