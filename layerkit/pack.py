@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.image import Image
-from layerkit.ports import ImageSink, ImageSource, Progress
+
+if TYPE_CHECKING:
+    from layerkit.ports import ImageSink, ImageSource, Progress
 
 _CHUNK_BYTES = 1 << 20
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded
 from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor
-from layerkit.ports import BlobReader
+
+if TYPE_CHECKING:
+    from layerkit.ports import BlobReader
 
 CHUNK_BYTES = 1 << 20
 GZIP_MAGIC = b"\x1f\x8b"

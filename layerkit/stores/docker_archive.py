@@ -6,7 +6,7 @@ import hashlib
 import os
 import posixpath
 from collections.abc import Callable, Iterable
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.formats import docker, oci
@@ -15,9 +15,11 @@ from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
-from layerkit.ports import BlobReader
 from layerkit.stores.blobs import compression, inflated
 from layerkit.stores.outer_tar import Member, OuterTar
+
+if TYPE_CHECKING:
+    from layerkit.ports import BlobReader
 
 _LAYER_TYPES = {"": oci.LAYER_TAR, "gzip": oci.LAYER_GZIP, "zstd": oci.LAYER_ZSTD}
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.digest import Digest
-from layerkit.ports import BlobReader
 from layerkit.stores.oci_source import LayoutSource, not_a_layout
 from layerkit.stores.outer_tar import OuterTar
+
+if TYPE_CHECKING:
+    from layerkit.ports import BlobReader
 
 
 class _ArchiveFiles:

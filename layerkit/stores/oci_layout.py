@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from layerkit.errors import InvalidImage, NotFound
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.digest import Digest
-from layerkit.ports import BlobReader
 from layerkit.stores.blobs import FileRange, read_all
 from layerkit.stores.oci_source import LayoutSource, not_a_layout
+
+if TYPE_CHECKING:
+    from layerkit.ports import BlobReader
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # Without O_NONBLOCK a planted fifo would hold the open for ever.

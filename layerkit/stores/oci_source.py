@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from layerkit.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.formats import artifact, oci, oci_images
@@ -11,8 +11,10 @@ from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
-from layerkit.ports import BlobReader
 from layerkit.stores.blobs import read_all
+
+if TYPE_CHECKING:
+    from layerkit.ports import BlobReader
 
 
 class LayoutFiles(Protocol):

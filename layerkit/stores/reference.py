@@ -8,12 +8,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.digest import Digest
-from layerkit.ports import ImageSink, ImageSource
+
+if TYPE_CHECKING:
+    from layerkit.ports import ImageSink, ImageSource
 
 FILE_TRANSPORTS = ("oci", "oci-archive", "docker-archive")
 TRANSPORTS = (*FILE_TRANSPORTS, "docker-daemon", "docker", "store")

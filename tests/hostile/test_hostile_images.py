@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -39,6 +40,7 @@ def _use(text: str, target: Path) -> None:
 
 
 def _refused(text: str, tmp_path: Path, why: str, seconds: float = 10) -> LayerkitError:
+    gc.collect()  # files that other tests dropped must not close in between
     before, open_files = below(tmp_path), len(os.listdir("/proc/self/fd"))
     start = time.monotonic()
     with pytest.raises(LayerkitError, match=why) as caught:
