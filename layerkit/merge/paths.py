@@ -55,6 +55,7 @@ class Paths:
     Attributes:
         keys: ``path_key`` of each path that some row names, as Latin-1 text: it compares like the bytes,
             and faster.
+        start: int32, where the last part of each key begins.
         place: int32, the path of each key; between them lie the directories that no row names.
         added: their names, by path.
         parent: int32 per path, -1 for the root.
@@ -63,6 +64,7 @@ class Paths:
     """
 
     keys: list[str]
+    start: NDArray[np.int32]
     place: NDArray[np.int32]
     added: dict[int, str]
     parent: NDArray[np.int32]
@@ -73,21 +75,24 @@ class Paths:
         """Return the last part of each path of ``rows`` (which rise)."""
         wanted = np.zeros(len(self.parent), np.bool_)
         wanted[rows] = True
-        keys = list(compress(self.keys, wanted[self.place].tolist()))
-        blobs, lengths = [], np.empty(len(rows), np.int64)
-        added = {i: self.added[r] for i, r in enumerate(rows.tolist()) if r in self.added} if self.added else {}
-        known = np.ones(len(rows), np.bool_)
-        known[list(added)] = False
-        source, known_list = iter(keys), known.tolist()
-        for start in range(0, len(rows), _NAMES_AT_ONCE):
-            stop = min(start + _NAMES_AT_ONCE, len(rows))
-            # rfind is -1 for a name at the top, so that the slice starts at 0.
-            chunk = list(islice(source, int(known[start:stop].sum())))
-            names = [key[key.rfind("\0") + 1 :] for key in chunk]
-            if added:
-                found = iter(names)
-                names = [next(found) if known_list[i] else added[i] for i in range(start, stop)]
-            lengths[start:stop] = np.fromiter(map(len, names), np.int64, stop - start)
+        chosen = wanted[self.place]
+        keys, starts = list(compress(self.keys, chosen.tolist())), self.start[chosen]
+        listed = np.ones(len(self.parent), np.bool_)
+        listed[list(self.added)] = False
+        listed = listed[rows]
+        blobs, lengths, done = [], np.empty(len(rows), np.int64), 0
+        # In pieces, so that the names are never all there as Python objects.
+        for first in range(0, len(rows), _NAMES_AT_ONCE):
+            part = slice(first, first + _NAMES_AT_ONCE)
+            count = int(np.count_nonzero(listed[part]))
+            pairs = zip(keys[done : done + count], starts[done : done + count].tolist(), strict=True)
+            names = [key[start:] for key, start in pairs]
+            done += count
+            if count < len(listed[part]):
+                known = iter(names)
+                places = zip(rows[part].tolist(), listed[part].tolist(), strict=True)
+                names = [next(known) if is_listed else self.added[row] for row, is_listed in places]
+            lengths[part] = np.fromiter(map(len, names), np.int64, len(names))
             blobs.append("".join(names).encode("latin-1"))
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
@@ -132,20 +137,22 @@ def _paths(keys: list[str], limits: Limits) -> Paths:
         raise LimitExceeded("path_depth", int(parts.max()), limits.path_depth, "image")
     depth = parts.astype(np.int16)
     parent, levels = _parents(depth)
-    holding = np.fromiter(map(str.rfind, keys, repeat("\0")), np.int32, count)
+    start = np.fromiter(map(str.rfind, keys, repeat("\0")), np.int32, count) + np.int32(1)
     sizes = np.fromiter(map(len, keys), np.int32, count)
     # The last path one level up is the directory, unless that is missing: then it is some other path.
-    right = sizes[parent] == np.maximum(holding, 0)
+    right = sizes[parent] == np.maximum(start - 1, 0)
     above = map(keys.__getitem__, parent.tolist())
     right &= np.fromiter(map(str.startswith, keys, above), np.bool_, count)
     right[0] = True
     place = np.arange(count, dtype=np.int32)
     if right.all():
-        return Paths(keys, place, {}, parent, depth, levels)
-    return _with_missing(keys, depth, np.flatnonzero(~right), limits)
+        return Paths(keys, start, place, {}, parent, depth, levels)
+    return _with_missing(keys, start, depth, np.flatnonzero(~right), limits)
 
 
-def _with_missing(keys: list[str], depth: NDArray[np.int16], orphans: NDArray[np.int64], limits: Limits) -> Paths:
+def _with_missing(
+    keys: list[str], start: NDArray[np.int32], depth: NDArray[np.int16], orphans: NDArray[np.int64], limits: Limits
+) -> Paths:
     """Return the paths with the directories that no row names, each right before the first path in it."""
     extra = np.zeros(len(keys), np.int64)
     allowed = limits.entries_per_image - len(keys)
@@ -174,7 +181,7 @@ def _with_missing(keys: list[str], depth: NDArray[np.int16], orphans: NDArray[np
             added[first + i] = name
             full[first + i] = level + i
     parent, levels = _parents(full)
-    return Paths(keys, place, added, parent, full, levels)
+    return Paths(keys, start, place, added, parent, full, levels)
 
 
 def _parents(depth: NDArray[np.int16]) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
