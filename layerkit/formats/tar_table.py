@@ -1,0 +1,427 @@
+"""Tar members to columns, thousands at a time, and the columns of a layer to its index."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerkit.errors import UnsafeEntry, show_path
+from layerkit.formats import tar_header, tar_names, tar_pax
+from layerkit.formats.tar_acl import ACL_XATTRS
+from layerkit.formats.tar_pax import Records
+from layerkit.limits import Limits
+from layerkit.model import sparse as sparse_maps
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Extent, Kind, XattrSet
+from layerkit.model.index import Index, path_key
+from layerkit.model.sparse import SparseMaps
+from layerkit.model.strings import Strings
+
+_BATCH_ROWS = 4096
+_OVERRIDE_BYTES = 32 << 20  # of PAX data held until the next batch is decoded
+_MAX_ID = 0xFFFFFFFE  # 4294967295 means "no change" to chown(2) and is never an owner
+_MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
+_XATTR_KEYS = (tar_pax.XATTR, tar_pax.LIBARCHIVE_XATTR, *ACL_XATTRS)
+_MAX_SECONDS = 1 << 62
+_COLUMNS: dict[str, type[np.generic]] = {
+    "kind": np.uint8, "perm": np.uint16, "uid": np.uint32, "gid": np.uint32, "mtime": np.int64,
+    "mtime_ns": np.uint32, "size": np.int64, "major": np.uint32, "minor": np.uint32, "link": np.int32,
+    "xattr": np.int32, "offset": np.int64, "sparse": np.int32,
+}  # fmt: skip
+
+
+class Table:
+    """The members of one layer so far.
+
+    Attributes:
+        rows: members added.
+        digests: the walker appends the sha256 of each member whose type is a regular file's, in order.
+        overrides: PAX records by row, for rows not decoded yet.
+        placed: (offset, logical size, runs) by row, where the header alone does not say it.
+    """
+
+    def __init__(self, layer: str, limits: Limits) -> None:
+        """``layer`` names the layer in errors."""
+        self.rows = 0
+        self.digests: list[bytes] = []
+        self.overrides: dict[int, Records] = {}
+        self.placed: dict[int, tuple[int, int, tuple[Extent, ...] | None]] = {}
+        self._layer, self._limits = layer, limits
+        self._override_bytes = 0
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._block_offsets: list[NDArray[np.int64]] = []
+        self._extra_blocks: list[NDArray[np.uint8]] = []
+        self._extra_offsets: list[NDArray[np.int64]] = []
+        self._pending = self._decoded = 0
+        self._columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _COLUMNS}
+        self._hashed: list[NDArray[np.bool_]] = []
+        self._kept: list[NDArray[np.bool_]] = []
+        self._keys: list[bytes] = []
+        self._sha = bytearray()
+        self._links: dict[bytes, int] = {}
+        self._xattr_sets: dict[XattrSet, int] = {(): 0}
+        self._maps: list[tuple[Extent, ...]] = []
+        self._metadata_bytes = 0
+        self._warnings: list[str] = []
+        self._warning_count = 0
+
+    def warn(self, text: str) -> None:
+        """Keep ``text``, or only count it once there are many."""
+        self._warning_count += 1
+        if len(self._warnings) < self._limits.warnings_kept_per_layer:
+            self._warnings.append(text)
+
+    def add(self, blocks: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """Add members: copies of their (k, 512) header ``blocks``, found at ``offsets`` in the tar."""
+        self._blocks.append(blocks)
+        self._block_offsets.append(offsets)
+        self.rows += len(blocks)
+        self._pending += len(blocks)
+        self._limits.check("entries_per_layer", self.rows, f"{self._layer}: entries")
+
+    def add_extensions(self, blocks: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """Add headers that are no members, for their checksums to be verified."""
+        self._extra_blocks.append(blocks)
+        self._extra_offsets.append(offsets)
+        self._pending += len(blocks)
+
+    def is_crowded(self, size: int) -> bool:
+        """Return whether a batch had better be decoded before ``size`` more bytes of records are held."""
+        return self._override_bytes + size > _OVERRIDE_BYTES and bool(self.overrides)
+
+    def hold(self, row: int, records: Records, size: int) -> None:
+        """Keep the PAX ``records`` (``size`` bytes) of ``row`` until it is decoded."""
+        self.overrides[row] = records
+        self._override_bytes += size
+
+    def verify(self) -> None:
+        """Verify the checksums of what is not decoded yet.
+
+        Raises:
+            InvalidImage: a wrong one.
+        """
+        for blocks, at in zip(
+            self._extra_blocks + self._blocks, self._extra_offsets + self._block_offsets, strict=True
+        ):
+            tar_header.verify_checksums(blocks, at, self._layer)
+
+    def decode_if_full(self) -> None:
+        """Decode what was added if it is much."""
+        if self._pending >= _BATCH_ROWS or self._override_bytes > _OVERRIDE_BYTES:
+            self.decode()
+
+    def decode(self) -> None:
+        """Decode what was added.
+
+        Raises:
+            InvalidImage: a header, name or record that is malformed, unsafe or beyond a limit.
+        """
+        layer, limits = self._layer, self._limits
+        if self._extra_blocks:
+            blocks, at = np.concatenate(self._extra_blocks), np.concatenate(self._extra_offsets)
+            self._extra_blocks, self._extra_offsets = [], []
+            tar_header.verify_checksums(blocks, at, layer)
+        self._pending = self._override_bytes = 0
+        self._sha += b"".join(self.digests)
+        self.digests.clear()
+        if not self._blocks:
+            return
+        blocks, at = np.concatenate(self._blocks), np.concatenate(self._block_offsets)
+        self._blocks, self._block_offsets = [], []
+        tar_header.verify_checksums(blocks, at, layer)
+        header = tar_header.decode(blocks, layer)
+        first, n = self._decoded, len(blocks)
+        self._decoded += n
+        kind = tar_header.KIND_OF_FLAG[header.flag]
+        hashed = kind == Kind.REG
+        size = tar_header.column(blocks, tar_header.SIZE, "size", layer)
+        columns: dict[str, NDArray[Any]] = {
+            "kind": kind, "perm": header.mode & 0o7777, "uid": header.uid, "gid": header.gid,
+            "mtime": header.mtime, "mtime_ns": np.zeros(n, np.uint32), "size": size, "major": header.major,
+            "minor": header.minor, "link": np.full(n, -1, np.int32), "xattr": np.zeros(n, np.int32),
+            "offset": at + tar_header.BLOCK, "sparse": np.full(n, -1, np.int32),
+        }  # fmt: skip
+        self._apply_overrides(header, columns, first)
+        self._apply_places(columns, first)
+        size[~hashed] = 0
+        columns["offset"][size == 0] = -1
+        self._legacy_folders(header, columns)
+        paths = tar_names.normalise_all(header.name, layer, limits)
+        self._check_numbers(columns, paths)
+        kept = self._whiteouts(columns, paths)
+        self._resolve_links(header, columns, paths)
+        if b"" in paths:
+            self._check_root(columns, paths)
+        self._keys += [path.replace(b"/", b"\0") for path in paths]
+        self._metadata_bytes += sum(map(len, paths))
+        limits.check("metadata_bytes_per_layer", self._metadata_bytes, f"{layer}: bytes of names and xattrs")
+        for name, dtype in _COLUMNS.items():
+            self._columns[name].append(columns[name].astype(dtype))
+        self._hashed.append(hashed)
+        self._kept.append(kept)
+
+    # --- steps of decode ---------------------------------------------------------------------------------
+
+    def _apply_overrides(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
+        layer = self._layer
+        mtime, mtime_ns = columns["mtime"], columns["mtime_ns"]
+        rows: list[int] = []
+        seconds: list[int] = []
+        nanoseconds: list[int] = []
+        for row, records in self.overrides.items():
+            i = row - first
+            extended = False
+            for key, value in records.items():
+                if key == b"mtime":
+                    if value:
+                        whole, _, fraction = value.partition(b".")
+                        if whole.isdigit() and len(whole) < 18 and len(fraction) == 9 and fraction.isdigit():
+                            seconds.append(int(whole))
+                            nanoseconds.append(int(fraction))
+                        else:
+                            s, ns = tar_pax.time(value, layer)
+                            if abs(s) > _MAX_SECONDS:
+                                raise UnsafeEntry(layer, header.name[i], f"the mtime {s} is out of range")
+                            seconds.append(s)
+                            nanoseconds.append(ns)
+                        rows.append(i)
+                elif key in (b"atime", b"ctime"):
+                    pass
+                elif key == b"path":
+                    if value:
+                        header.name[i] = value
+                elif key == b"linkpath":
+                    if value:
+                        header.link[i] = value
+                elif key in (b"uid", b"gid"):
+                    if value:
+                        columns[key.decode()][i] = min(tar_pax.number(value, key.decode(), layer), _MAX_ID + 1)
+                elif key in (b"SCHILY.devmajor", b"SCHILY.devminor"):
+                    if value and columns["kind"][i] in (Kind.CHAR, Kind.BLOCK):
+                        name = key[len(b"SCHILY.dev") :].decode()
+                        columns[name][i] = min(tar_pax.number(value, name, layer), _MAX_ID)
+                elif key.startswith(_XATTR_KEYS):
+                    extended = True
+                elif key == b"RHT.security.selinux":
+                    self.warn(f"{show_path(header.name[i])}: its SELinux label is not kept")
+            if extended:
+                pairs = tar_pax.xattrs(records, layer, header.name[i], self._limits)
+                number = self._xattr_sets.get(pairs)
+                if number is None:
+                    number = self._xattr_sets[pairs] = len(self._xattr_sets)
+                    self._metadata_bytes += sum(len(name) + len(value) for name, value in pairs)
+                columns["xattr"][i] = number
+        self.overrides.clear()
+        mtime[rows] = seconds
+        mtime_ns[rows] = nanoseconds
+
+    def _apply_places(self, columns: dict[str, NDArray[Any]], first: int) -> None:
+        for row, (offset, size, runs) in self.placed.items():
+            i = row - first
+            columns["size"][i] = size
+            columns["offset"][i] = offset if runs is None or runs else -1
+            if runs is not None:
+                columns["sparse"][i] = len(self._maps)
+                self._maps.append(runs)
+        self.placed.clear()
+
+    def _legacy_folders(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]]) -> None:
+        """Make directories of regular files with a trailing slash, as tar had them before there was type 5."""
+        kind = columns["kind"]
+        for i in np.flatnonzero(kind == Kind.REG).tolist():
+            if header.name[i][-1:] != b"/":
+                continue
+            flag = header.flag[i]
+            # All tools take NUL so; for "0" GNU tar does and Go and Python do not, so only where there is
+            # nothing but the old format to read it by.
+            if not (flag == 0 or (flag == ord("0") and not header.ustar[i])) or columns["size"][i]:
+                raise UnsafeEntry(self._layer, header.name[i], "a regular file whose name ends in a slash")
+            kind[i] = Kind.DIR
+
+    def _check_numbers(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
+        bounds = {
+            "uid": _MAX_ID, "gid": _MAX_ID, "size": (1 << 63) - 1, "major": _MAX_MAJOR, "minor": _MAX_MINOR,
+        }  # fmt: skip
+        for name, high in bounds.items():
+            column = columns[name]
+            if int(column.min()) < 0 or int(column.max()) > high:
+                i = int(np.argmax((column < 0) | (column > high)))
+                raise UnsafeEntry(self._layer, paths[i], f"the {name} {int(column[i])} is out of range")
+        self._limits.check("file_bytes", int(columns["size"].max()), f"{self._layer}: bytes of a file")
+
+    def _whiteouts(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> NDArray[np.bool_]:
+        kept = np.ones(len(paths), np.bool_)
+        prefix = tar_names.WHITEOUT_PREFIX
+        for i, path in enumerate(paths):
+            if prefix not in path:
+                continue
+            meaning = tar_names.whiteout(path, Kind(int(columns["kind"][i])), self._layer)
+            if meaning is None:
+                kept[i] = False
+                self.warn(f"{show_path(path)}: left behind by AUFS, dropped")
+                continue
+            paths[i], kind = meaning
+            if kind >= Kind.WHITEOUT:
+                for name in ("perm", "uid", "gid", "mtime", "mtime_ns", "size", "xattr"):
+                    columns[name][i] = 0
+                for name in ("offset", "sparse"):
+                    columns[name][i] = -1
+                columns["kind"][i] = kind
+        return kept
+
+    def _resolve_links(
+        self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], paths: list[bytes]
+    ) -> None:
+        kind, links = columns["kind"], self._links
+        for i in np.flatnonzero((kind == Kind.SYMLINK) | (kind == Kind.HARDLINK)).tolist():
+            link = header.link[i]
+            if kind[i] == Kind.HARDLINK:
+                link = tar_names.target(link, paths[i], self._layer, self._limits)
+            elif not link or b"\0" in link:
+                raise UnsafeEntry(self._layer, paths[i], "a symlink whose target is empty or has a NUL")
+            else:
+                self._limits.check("link_target_bytes", len(link), f"{self._layer}: bytes of a symlink's target")
+            number = links.get(link)
+            if number is None:
+                number = links[link] = len(links)
+                self._metadata_bytes += len(link)
+            columns["link"][i] = number
+
+    def _check_root(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
+        for i, path in enumerate(paths):
+            if not path and columns["kind"][i] not in (Kind.DIR, Kind.OPAQUE):
+                raise UnsafeEntry(self._layer, b"", "the root is not a folder")
+
+    # --- the index ---------------------------------------------------------------------------------------
+
+    def index(self, diff_id: Digest, tar_size: int) -> Index:
+        """Return the index of all members: sorted, of duplicates the last.
+
+        Raises:
+            UnsafeEntry: a path that is at one time a folder and at another something else with names below.
+        """
+        self.decode()
+        n = self.rows
+        columns = {name: _joined(parts, _COLUMNS[name]) for name, parts in self._columns.items()}
+        self._columns = {}
+        sha = np.zeros((n, 32), np.uint8)
+        sha[_joined(self._hashed, np.bool_)] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
+        self._sha = bytearray()
+        sha[columns["kind"] != Kind.REG] = 0
+        keys = self._keys
+        kept = _joined(self._kept, np.bool_)
+        rows = range(n) if kept.all() else np.flatnonzero(kept).tolist()
+        if all(map(operator.lt, keys, islice(keys, 1, None))) and len(rows) == n:
+            order, blocked = list(rows), _is_entry_but_folder(columns["kind"])
+        else:
+            order, blocked = self._sorted(rows, columns, sha)
+        ordered = [keys[row] for row in order]
+        self._keys = []
+        self._check_parents(ordered, blocked)
+        offsets = np.zeros(len(ordered) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, ordered), np.int64, len(ordered)), out=offsets[1:])
+        path = Strings(b"".join(ordered).replace(b"\0", b"/"), offsets)
+        del ordered, keys
+        places = np.array(order, np.int64)
+        del order
+        return Index(
+            diff_id=diff_id,
+            tar_size=tar_size,
+            path=path,
+            links=Strings.of(self._links),
+            xattr_sets=tuple(self._xattr_sets),
+            sha256=sha[places],
+            sparse_maps=SparseMaps.of(self._maps) if self._maps else sparse_maps.NONE,
+            warnings=tuple(self._all_warnings()),
+            **{name: columns.pop(name)[places] for name in _COLUMNS},
+        )
+
+    def _sorted(
+        self, rows: range | list[int], columns: dict[str, NDArray[Any]], sha: NDArray[np.uint8]
+    ) -> tuple[list[int], NDArray[np.bool_]]:
+        """Return the rows in canonical order, and for each whether its path was ever anything but a folder."""
+        keys, kind = self._keys, columns["kind"]
+        order = sorted(rows, key=keys.__getitem__)
+        ordered = [keys[row] for row in order]
+        equal = np.fromiter(map(operator.eq, ordered, islice(ordered, 1, None)), np.bool_, max(0, len(order) - 1))
+        blocked = _is_entry_but_folder(kind[order])
+        if not equal.any():
+            return order, blocked
+        del ordered
+        drop = np.zeros(len(order), np.bool_)
+        links = list(self._links)
+        targets = {path_key(links[i]) for i in np.unique(columns["link"][kind == Kind.HARDLINK]).tolist()}
+        for start, end in _runs(equal):
+            group = order[start:end]
+            entries = [row for row in group if kind[row] < Kind.WHITEOUT]
+            last = [[r for r in group if kind[r] == k][-1:] for k in (Kind.OPAQUE, Kind.WHITEOUT)]
+            chosen = [row for rows_ in last for row in rows_] + entries[-1:]
+            other = any(kind[row] != Kind.DIR for row in entries)
+            if other and last[0]:
+                raise UnsafeEntry(self._layer, _path(keys[group[0]]), "not a folder, but marked opaque as one")
+            if len(entries) > 1 and other:
+                if keys[entries[0]] in targets:
+                    self._check_replaced(entries, columns, sha)
+                self.warn(f"{_shown(keys[entries[0]])}: {len(entries)} times in the layer, the last one counts")
+            order[start : start + len(chosen)] = chosen
+            drop[start + len(chosen) : end] = True
+            blocked[start:end] = other
+        return [row for row, gone in zip(order, drop.tolist(), strict=True) if not gone], blocked[~drop]
+
+    def _check_replaced(self, rows: list[int], columns: dict[str, NDArray[Any]], sha: NDArray[np.uint8]) -> None:
+        """Refuse a hard link to a path that the layer holds twice: which one it means depends on the order."""
+        names = ("kind", "perm", "uid", "gid", "mtime", "mtime_ns", "size", "xattr", "link", "major", "minor")
+        seen = {(sha[row].tobytes(), *(int(columns[name][row]) for name in names)) for row in rows}
+        if len(seen) > 1:
+            path = _path(self._keys[rows[0]])
+            raise UnsafeEntry(self._layer, path, "replaced within the layer while hard links name it")
+
+    def _check_parents(self, keys: list[bytes], blocked: NDArray[np.bool_]) -> None:
+        """Refuse names below a path that is not, or was not all the time, a folder.
+
+        The kernel, the runtimes and we would each take such a layer differently; it is the old trick of a
+        parent swapped for a symlink between two entries. In canonical order all that lies below a path
+        follows it, so looking at the next key is enough.
+        """
+        for i in np.flatnonzero(blocked[:-1]).tolist():
+            key, following = keys[i], keys[i + 1]
+            if following.startswith(key + b"\0"):
+                raise UnsafeEntry(
+                    self._layer,
+                    _path(key),
+                    f"not a folder (at some time in the layer), but has {_shown(following)} below it",
+                )
+
+    def _all_warnings(self) -> Iterator[str]:
+        yield from self._warnings
+        if self._warning_count > len(self._warnings):
+            yield f"and {self._warning_count - len(self._warnings)} more warnings"
+
+
+def _is_entry_but_folder(kind: NDArray[Any]) -> NDArray[np.bool_]:
+    result: NDArray[np.bool_] = (kind < Kind.WHITEOUT) & (kind != Kind.DIR)
+    return result
+
+
+def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _runs(equal: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of each run of equal keys; ``equal[i]`` says that key i + 1 equals key i."""
+    edge = np.diff(np.concatenate(([False], equal, [False])).astype(np.int8))
+    starts, ends = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+    yield from zip(starts.tolist(), (ends + 1).tolist(), strict=True)
+
+
+def _path(key: bytes) -> bytes:
+    return key.replace(b"\0", b"/")
+
+
+def _shown(key: bytes) -> str:
+    return show_path(_path(key))

@@ -1,0 +1,244 @@
+"""Use case: a layer blob, read once, to its index; and, if asked, its raw tar to a sink.
+
+One pass does it all, spread over three threads so that two processors are busy: a reader (fetch, hash the
+blob, decompress), a hasher (diff_id, and the copy of the tar), and the caller's own thread (headers, and
+the sha256 of each file). They share a ring of buffers; memory does not depend on the layer's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from layerkit.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
+from layerkit.formats.compress import Compression, Decompressor
+from layerkit.formats.tar_reader import Chunk, TarReader
+from layerkit.limits import DEFAULT, Limits
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.index import Index
+from layerkit.ports import BlobReader, DataSink, Progress
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+SLOTS = 8
+SLOT_BYTES = 1 << 20
+
+_STOP = -1
+_SHA256_OF_NOTHING = Digest.of(b"")
+
+
+def index_layer(
+    reader: BlobReader,
+    descriptor: Descriptor,
+    diff_id: Digest | None,
+    *,
+    limits: Limits = DEFAULT,
+    data: DataSink | None = None,
+    progress: Progress | None = None,
+) -> Index:
+    """Read a layer blob to its end and return its index; blob digest, size and ``diff_id`` are verified.
+
+    Args:
+        reader: the blob's bytes. It is read in another thread, and not closed.
+        descriptor: the digest and size that the blob must have.
+        diff_id: the digest that the uncompressed tar must have; None computes its sha256.
+        limits: bounds on everything in the layer.
+        data: takes the uncompressed tar, from another thread; what it got is good only if this returns.
+        progress: called in this thread with the compressed bytes read; what it raises ends the work.
+
+    Raises:
+        DigestMismatch: the blob's digest or size, or the tar's digest, is another one.
+        InvalidImage: malformed, unsafe (:class:`UnsafeEntry`) or beyond ``limits`` (:class:`LimitExceeded`).
+        LossyResult: an ACL that cannot be expressed.
+    """
+    return _Pipeline(reader, descriptor, diff_id, limits, data, progress).run()
+
+
+class VerifiedBlob:
+    """A blob's reader that hashes what passes, and ends at what the descriptor promises."""
+
+    def __init__(self, reader: BlobReader, descriptor: Descriptor, limits: Limits) -> None:
+        self._reader, self._descriptor = reader, descriptor
+        self._hash: _Hash = descriptor.digest.hasher()
+        self.count = 0
+        limits.check("layer_blob_bytes", descriptor.size, f"layer {descriptor.digest}: bytes of the blob")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        n = self._reader.readinto(buffer)
+        self.count += n
+        if self.count > self._descriptor.size:
+            raise self._wrong_size(f"at least {self.count}")
+        self._hash.update(buffer[:n])
+        return n
+
+    def finish(self) -> None:
+        """Read what is left and verify size and digest."""
+        rest = memoryview(bytearray(1 << 16))
+        while self.readinto(rest):
+            pass
+        if self.count != self._descriptor.size:
+            raise self._wrong_size(str(self.count))
+        want = self._descriptor.digest
+        if self._hash.hexdigest() != want.hex:
+            raise DigestMismatch(f"layer {want}", f"{want.algorithm}:{self._hash.hexdigest()}", str(want))
+
+    def _wrong_size(self, got: str) -> DigestMismatch:
+        return DigestMismatch(f"layer {self._descriptor.digest}", f"{got} bytes", f"{self._descriptor.size} bytes")
+
+
+class _Pipeline:
+    """One run. A slot goes reader -> (hasher and caller) -> reader; tokens in queues say whose it is."""
+
+    def __init__(
+        self,
+        reader: BlobReader,
+        descriptor: Descriptor,
+        diff_id: Digest | None,
+        limits: Limits,
+        data: DataSink | None,
+        progress: Progress | None,
+    ) -> None:
+        self._descriptor, self._diff_id, self._limits = descriptor, diff_id, limits
+        self._data, self._progress = data, progress
+        self._label = f"layer {descriptor.digest}"
+        self._blob = VerifiedBlob(reader, descriptor, limits)
+        self._tar_hash = (diff_id or _SHA256_OF_NOTHING).hasher()
+        self._same_bytes = False  # blob and tar are the same bytes: one hash is enough
+        self._ring: list[bytearray] = []
+        self._stopped = threading.Event()
+        self._read_error: BaseException | None = None
+        self._hash_error: BaseException | None = None
+        # Lengths of filled slots, in ring order, and tokens for slots that each consumer is done with.
+        self._to_hash: SimpleQueue[int] = SimpleQueue()
+        self._to_walk: SimpleQueue[int] = SimpleQueue()
+        self._hashed: SimpleQueue[int] = SimpleQueue()
+        self._walked: SimpleQueue[int] = SimpleQueue()
+
+    def run(self) -> Index:
+        tar = TarReader(str(self._descriptor.digest), self._limits)
+        threads = [
+            threading.Thread(target=target, name=f"layerkit-{name}", daemon=True)
+            for name, target in (("read", self._read), ("hash", self._hash))
+        ]
+        started = []
+        error: BaseException | None = None
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+            tar.read(self._chunks())
+        except BaseException as e:
+            error = e
+            self._stop()
+        finally:
+            for thread in started:
+                thread.join()
+        self._raise_first(error)
+        return tar.index(self._verified_diff_id())
+
+    def _raise_first(self, error: BaseException | None) -> None:
+        """Raise the one error that explains the others, if there is any."""
+        first = self._hash_error or (error if error is not None and not isinstance(error, _Interrupted) else None)
+        first = first or self._read_error
+        if first is None:
+            return
+        # A damaged blob shows up as bad gzip or bad tar; that the bytes are not the promised ones says more.
+        # What a sound but hostile layer holds is no such case, and is not downloaded to its end.
+        if isinstance(first, InvalidImage) and not isinstance(first, (UnsafeEntry, LimitExceeded, DigestMismatch)):
+            try:
+                self._blob.finish()
+            except DigestMismatch as e:
+                raise e from first
+        raise first
+
+    def _verified_diff_id(self) -> Digest:
+        want = self._diff_id
+        algorithm = (want or _SHA256_OF_NOTHING).algorithm
+        got = self._descriptor.digest if self._same_bytes else Digest(algorithm, self._tar_hash.hexdigest())
+        if want is not None and got != want:
+            raise DigestMismatch(f"uncompressed {self._label} (diff_id)", str(got), str(want))
+        return got
+
+    # --- the reader's thread -----------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            source = Decompressor(self._blob, limits=self._limits, where=self._label)
+            self._same_bytes = (
+                source.compression is Compression.NONE and self._tar_hash.name == self._descriptor.digest.algorithm
+            )
+            slot = 0
+            while not self._stopped.is_set():
+                if slot < SLOTS:
+                    self._ring.append(bytearray(SLOT_BYTES))
+                else:
+                    self._hashed.get()
+                    self._walked.get()
+                if self._stopped.is_set():
+                    break
+                n = source.readinto(memoryview(self._ring[slot % SLOTS]))
+                if not n:
+                    self._blob.finish()
+                    break
+                self._to_hash.put(n)
+                self._to_walk.put(n)
+                slot += 1
+        except BaseException as e:
+            self._read_error = e
+        finally:
+            self._to_hash.put(_STOP)
+            self._to_walk.put(_STOP)
+
+    # --- the hasher's thread -----------------------------------------------------------------------------
+
+    def _hash(self) -> None:
+        slot = 0
+        while (n := self._to_hash.get()) != _STOP:
+            if self._hash_error is None and not self._stopped.is_set():
+                try:
+                    view = memoryview(self._ring[slot % SLOTS])[:n]
+                    if not self._same_bytes:
+                        self._tar_hash.update(view)
+                    if self._data is not None:
+                        _write_all(self._data, view)
+                except BaseException as e:
+                    self._hash_error = e
+            slot += 1
+            self._hashed.put(n)
+
+    # --- the caller's thread -----------------------------------------------------------------------------
+
+    def _chunks(self) -> Iterator[Chunk]:
+        slot = 0
+        while (n := self._to_walk.get()) != _STOP:
+            if self._hash_error is not None:
+                raise _Interrupted
+            if self._progress is not None:
+                self._progress(self._label, self._blob.count, self._descriptor.size)
+            yield self._ring[slot % SLOTS], n
+            slot += 1
+            self._walked.put(n)
+        if self._read_error is not None or self._hash_error is not None:
+            raise _Interrupted
+
+    def _stop(self) -> None:
+        """Make both threads end soon: the flag, and a token each in case they wait for one."""
+        self._stopped.set()
+        self._walked.put(_STOP)
+        self._hashed.put(_STOP)
+
+
+class _Interrupted(Cancelled):
+    """Another thread failed; its error is the one to raise."""
+
+
+def _write_all(sink: DataSink, view: memoryview) -> None:
+    while view:
+        n = sink.write(view)
+        if n <= 0:
+            raise OSError("the sink of the layer's data takes no more bytes")
+        view = view[n:]
