@@ -203,6 +203,7 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
 def _from_daemon(ref: Reference, limits: Limits, tmp: TmpDir) -> ImageSource:
     import docker
     import docker.errors
+    import requests
 
     from layerkit.stores import docker_archive
     from layerkit.stores.blobs import spool
@@ -218,7 +219,7 @@ def _from_daemon(ref: Reference, limits: Limits, tmp: TmpDir) -> ImageSource:
             client.close()
     except docker.errors.ImageNotFound:
         raise NotFound(f"{ref}: the docker daemon has no such image; `docker images` lists what it has") from None
-    except docker.errors.DockerException as error:
+    except (docker.errors.DockerException, requests.RequestException) as error:
         hint = f"start dockerd or set DOCKER_HOST, or use `docker save` and docker-archive:FILE ({error})"
         raise UnsupportedHost("a docker daemon that answers", hint) from None
     # The daemon has sent this one image; by which of its names it was asked for does not matter.

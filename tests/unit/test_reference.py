@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import os
+import re
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -238,3 +242,46 @@ def test_a_socket_is_no_image(tmp_path: Path) -> None:
 
 def test_digest_helper_agrees() -> None:
     assert digest(b"x") == str(Digest.of(b"x"))
+
+
+class _Daemon(http.server.BaseHTTPRequestHandler):
+    """The three answers of the Docker Engine API that ``docker save`` needs; no daemon runs in tests."""
+
+    archive: bytes
+
+    def do_GET(self) -> None:
+        path = re.sub(r"^/v[0-9.]+", "", self.path)
+        if path == "/version":
+            self._say(dump({"ApiVersion": "1.44", "MinAPIVersion": "1.24"}))
+        elif path == "/images/app:v1/json":
+            self._say(dump({"Id": SHA, "RepoTags": ["app:v1"]}))
+        elif path == "/images/app:v1/get":
+            self._say(self.archive)
+        else:
+            self._say(dump({"message": "No such image"}), 404)
+
+    def _say(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def address_string(self) -> str:
+        return "unix"
+
+
+def test_docker_daemon(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = type("Handler", (_Daemon,), {"archive": (places / "docker.tar").read_bytes()})
+    with socketserver.ThreadingUnixStreamServer(f"{places}/docker.sock", handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{places}/docker.sock")
+        before = below(places)
+        assert _image("docker-daemon:app:v1", tmp=places) == "app:v1"
+        with pytest.raises(NotFound, match="docker images"):
+            _image("docker-daemon:none:v1")
+        assert below(places) == before
+        server.shutdown()
