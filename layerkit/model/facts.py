@@ -50,7 +50,8 @@ class TreeFacts:
             data_bytes=tree.data_bytes,
             uids=uids,
             gids=gids,
-            data_layers=tuple(str(tree.layers[row]) for row in used.tolist()),
+            # An image may have the same layer twice.
+            data_layers=tuple(dict.fromkeys(str(tree.layers[row]) for row in used.tolist())),
             warnings=tree.warnings,
         )
 
