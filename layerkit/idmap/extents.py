@@ -171,9 +171,10 @@ class IdMap:
             inside = place < size[0]
             mapped = place + host[0]
         else:
+            # Below all extents the row is -1, the last one, and the difference wraps round as well.
             row = np.searchsorted(container, ids, "right") - 1
             place = ids - container[row]
-            inside = (place < size[row]) & (row >= 0)
+            inside = place < size[row]
             mapped = place + host[row]
         mapped[~inside] = 0
         return mapped, inside
