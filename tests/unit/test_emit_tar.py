@@ -21,8 +21,11 @@ from layerkit.emit.tar import write_tar
 from layerkit.errors import LossyResult
 from layerkit.formats.tar_writer import END, decimal_time, header, padding, record
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.tree import Tree
+from layerkit.unpack import index_layer
 
 CAPABILITY = bytes.fromhex("0100000300300000000000000000000000000000") + bytes(4)
 KINDS = {
@@ -150,6 +153,50 @@ def test_gnu_tar_lists_it_without_complaint() -> None:
     result = subprocess.run(["tar", "-t", "-v"], input=tar_of(tree), capture_output=True, check=True)
     assert complaints(result.stderr) == []
     assert len(result.stdout.splitlines()) == len(tree)
+
+
+def test_our_own_reader_gives_the_tree_back() -> None:
+    # Without the file of 4 TiB: the reader hashes holes, and bounds how many of them.
+    tree = tree_of(EVERYTHING[:-1])
+    data = tar_of(tree)
+
+    descriptor = Descriptor("application/vnd.oci.image.layer.v1.tar", Digest.of(data), len(data))
+    index = index_layer(io.BytesIO(data), descriptor, Digest.of(data))
+    assert index.warnings == ()
+    first: dict[int, bytes] = {}
+    for entry, node in zip(index.entries(), tree.nodes(), strict=True):
+        original = first.setdefault(node.inode, node.path)
+        assert (entry.path, entry.perm, entry.uid, entry.gid) == (node.path, node.mode & 0o7777, node.uid, node.gid)
+        assert (entry.mtime, entry.mtime_ns) == (node.mtime, node.mtime_ns)
+        if original != node.path:
+            assert (entry.kind, entry.link) == (Kind.HARDLINK, original)
+            continue
+        assert (entry.kind, entry.link) == (node.mode >> 12, node.target)
+        assert (entry.major, entry.minor) == (node.major, node.minor)
+        assert dict(entry.xattrs) == expected_xattrs(tree, node.path)
+        if entry.kind is Kind.REG:
+            assert (entry.size, entry.sparse) == (node.size, () if node.size else None)
+
+
+def test_umoci_unpacks_all_but_the_overlay_xattrs(tmp_path: Path) -> None:
+    """It drops ``trusted.overlay.*`` with a warning: a META goes through runtimes only as an artifact."""
+    need_root()
+    need_tool("umoci")
+    tree = tree_of(EVERYTHING[:-1])
+    (tmp_path / "meta.tar").write_bytes(tar_of(tree))
+    for command in ("init --layout img", "new --image img:x", "raw add-layer --image img:x meta.tar",
+                    "unpack --image img:x out"):  # fmt: skip
+        subprocess.run(["umoci", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    for node in tree.nodes():
+        path = os.path.join(os.fsencode(tmp_path / "out/rootfs"), node.path)
+        found = os.lstat(path)
+        assert (found.st_mode, found.st_uid, found.st_gid) == (node.mode, node.uid, node.gid), node.path
+        want = {key: value for key, value in expected_xattrs(tree, node.path).items() if b".overlay." not in key}
+        if b"security.capability" in want:
+            want[b"security.capability"] = bytes.fromhex("01000002") + CAPABILITY[4:20]
+        assert {k: v for k, v in xattrs(path) if b".overlay." not in k} == want, node.path
+        if not stat.S_ISDIR(found.st_mode):
+            assert (found.st_size, found.st_mtime_ns) == (node.size, node.mtime * 10**9 + node.mtime_ns), node.path
 
 
 def test_the_same_layer_is_the_same_bytes() -> None:
