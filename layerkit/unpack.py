@@ -68,6 +68,7 @@ class VerifiedBlob:
         limits.check("layer_blob_bytes", descriptor.size, f"layer {descriptor.digest}: bytes of the blob")
 
     def readinto(self, buffer: memoryview, /) -> int:
+        """Read on, hash, and refuse what goes beyond the promised size."""
         n = self._reader.readinto(buffer)
         self.count += n
         if self.count > self._descriptor.size:

@@ -24,8 +24,12 @@ MAGIC_BYTES = 10
 
 _READ_BYTES = 1 << 19
 _ZSTD_WINDOW_BYTES = 1 << 27  # zstd's own bound for decoders that were not told more (`--long=27`)
-# isal_zlib.error is zlib's or its own, by version.
-_DAMAGED: tuple[type[Exception], ...] = (igzip.BadGzipFile, igzip_lib.IsalError, zlib.error, zstandard.ZstdError)
+_DAMAGED: tuple[type[Exception], ...] = (
+    igzip.BadGzipFile,
+    cast(type[Exception], igzip_lib.IsalError),  # an instance, say its stubs
+    zlib.error,
+    zstandard.ZstdError,
+)
 
 
 class Compression(StrEnum):

@@ -33,6 +33,7 @@ _NUL, _REG, _LINK, _DIR, _CONTIGUOUS, _OLD_SPARSE = 0, 0x30, 0x31, 0x35, 0x37, 0
 _PAX, _GLOBAL, _LONG_NAME, _LONG_LINK = 0x78, 0x67, 0x4C, 0x4B
 _ENDS_NUMBER = (0, 0x20)
 _EXTENSIONS = (_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK)
+_SMALL = {b"%011o" % size: size for size in range(1024)}
 # Records that would give every member the same name or shape have no meaning in a global header.
 _LOCAL_ONLY = (b"path", b"linkpath", b"size", b"SCHILY.realsize")
 
@@ -129,7 +130,10 @@ class TarReader:
                     self._pos = data
                     digests.append(self._hash(size))
                 elif flag == _PAX and self._local is None:
-                    size = self._size(pos)
+                    digits = chunk[pos + 124 : pos + 135]
+                    size = _SMALL.get(bytes(digits), -1)
+                    if size < 0 or chunk[pos + 135] not in ends_number:
+                        size = self._size(pos)
                     end = pos + BLOCK + size
                     if end > length:
                         self._pos = pos
