@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 
-def _missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
+    """Skip for ``reason``, or fail in CI."""
     # In CI everything is installed: a skip there would be a check that silently does not run.
     if os.environ.get("CI"):
         pytest.fail(f"CI must offer this: {reason}")
@@ -21,14 +23,14 @@ def need_root() -> None:
     """Skip unless the test runs as root in the initial user namespace."""
     whole = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
     if os.geteuid() != 0 or not whole:
-        _missing("needs root in the initial user namespace")
+        missing("needs root in the initial user namespace")
 
 
 def need_tool(*names: str) -> None:
     """Skip unless every program of ``names`` is installed."""
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
-        _missing(f"needs {', '.join(absent)} (apt-get install)")
+        missing(f"needs {', '.join(absent)} (apt-get install)")
 
 
 def mounts_below(folder: Path) -> list[bytes]:

@@ -70,7 +70,9 @@ def test_remap_mount_umount(cli: Callable[..., Any], tiny_image: Path, tmp_path:
     assert json.loads(cli("mounts", "--json").stdout)["mounts"] == []
 
 
-def test_a_writable_mount_keeps_changes_in_its_upper(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
+def test_a_writable_mount_keeps_changes_in_its_upper(
+    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path
+) -> None:
     need_root()
     target, upper = tmp_path / "m", tmp_path / "upper"
     target.mkdir()
@@ -119,7 +121,9 @@ def test_an_artifact_is_attached_and_the_image_untouched(
     need_tool("skopeo", "umoci")
     layout = tmp_path / "out"
     report = json.loads(cli("remap", tiny_image, f"oci:{layout}:tiny", "--uid-map", MAP, "--json").stdout)
-    other = json.loads(cli("remap", tiny_image, f"oci:{tmp_path / 'twice'}:tiny", "--uid-map", MAP, "--json").stdout)
+    other = json.loads(
+        cli("remap", tiny_image, f"oci:{tmp_path / 'twice'}:tiny", "--uid-map", MAP, "--json").stdout
+    )
     assert report["artifact"] == other["artifact"]
     index = json.loads((layout / "index.json").read_text())
     assert [m["digest"] for m in index["manifests"]] == [report["manifest"], report["artifact"]]

@@ -40,9 +40,7 @@ print(json.dumps({"seen": seen, "how": how, "mount": lines}))
 """
 
 
-def test_an_ordinary_user_mounts_a_remapped_image(
-    tiny_archive: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_ordinary_user_mounts_a_remapped_image(tiny_archive: Callable[..., Path], tmp_path: Path) -> None:
     need_root()
     import layerkit
 

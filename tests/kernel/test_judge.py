@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import need_root, need_tool
+from memcg import cache_bytes, memory_group, run_in
+from support import missing, need_root, need_tool
 from treecompare import Shown, data_extents, differences, snapshot
 
 import layerkit
@@ -64,9 +65,7 @@ def judged_tiny(tiny_image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def app_layout(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_tool("skopeo")
     layout = tmp_path_factory.mktemp("layout") / "app"
-    subprocess.run(
-        ["skopeo", "copy", "--quiet", f"oci-archive:{app_image}", f"oci:{layout}:latest"], check=True
-    )
+    subprocess.run(["skopeo", "copy", "--quiet", f"oci-archive:{app_image}", f"oci:{layout}:latest"], check=True)
     return layout
 
 
@@ -93,7 +92,13 @@ def mounted(image: Path, store: Path, target: Path, data: str, rendering: str, o
 
 @pytest.mark.parametrize(("data", "rendering", "own"), WAYS)
 def test_tiny_as_umoci_and_the_kernel_show_it(
-    tiny_image: Path, judged_tiny: dict[bytes, Shown], store: Path, tmp_path: Path, data: str, rendering: str, own: bool
+    tiny_image: Path,
+    judged_tiny: dict[bytes, Shown],
+    store: Path,
+    tmp_path: Path,
+    data: str,
+    rendering: str,
+    own: bool,
 ) -> None:
     with mounted(tiny_image, store, tmp_path / "m", data, rendering, own):
         assert differences(snapshot(tmp_path / "m"), judged_tiny, skip=UNTOLD) == []
@@ -101,7 +106,13 @@ def test_tiny_as_umoci_and_the_kernel_show_it(
 
 @pytest.mark.parametrize(("data", "rendering", "own"), WAYS)
 def test_app_as_umoci_and_the_kernel_show_it(
-    app_layout: Path, judged_app: dict[bytes, Shown], store: Path, tmp_path: Path, data: str, rendering: str, own: bool
+    app_layout: Path,
+    judged_app: dict[bytes, Shown],
+    store: Path,
+    tmp_path: Path,
+    data: str,
+    rendering: str,
+    own: bool,
 ) -> None:
     with mounted(app_layout, store, tmp_path / "m", data, rendering, own):
         assert differences(snapshot(tmp_path / "m"), judged_app, skip=UNTOLD) == []
@@ -164,16 +175,31 @@ def test_ten_maps_cache_the_bytes_once(app_layout: Path, store: Path, tmp_path: 
                 (tmp_path / str(i)).mkdir()
                 made.append(opened.mount(tmp_path / str(i), layerkit.mapping([f"0:{100000 * (i + 1)}:65536"])))
             drop_caches()
-            before, read = cached_bytes(), 0
-            for mount in made:
-                read = read_all(mount.target / "usr")
-            grown = cached_bytes() - before
+            read = sum(
+                p.lstat().st_size for p in (made[0].target / "usr").rglob("*") if p.is_file() and not p.is_symlink()
+            )
+            with memory_group(data) as group:
+                if group is None:
+                    missing("needs a memory cgroup")
+                run_in(group, reader(made[0].target / "usr"))
+                once = cache_bytes(group)
+                for mount in made[1:]:
+                    run_in(group, reader(mount.target / "usr"))
+                ten_times = cache_bytes(group)
+            backing = sum(pagecache.cached_bytes(path) for path in (store / "tar").iterdir())
         finally:
             for mount in made:
                 mount.umount()
-    # Inodes and folders of the mounts, and whatever else runs on the machine, account for the margin.
     assert read > 50 << 20
-    assert grown < 1.5 * read
+    # Pages are whole, and folders and inodes of META take some too.
+    assert read <= once < 1.25 * read
+    assert ten_times < 1.3 * read
+    assert backing < read / 20
+
+
+def reader(folder: Path) -> list[str]:
+    """Return a command that reads every file below ``folder``."""
+    return ["find", str(folder), "-type", "f", "-exec", "cat", "--", "{}", "+"]
 
 
 def test_programs_run_from_twenty_mounts_at_once(app_layout: Path, store: Path, tmp_path: Path) -> None:
@@ -220,28 +246,13 @@ def test_two_stores_make_the_same_bytes(app_layout: Path, tmp_path: Path) -> Non
         settings = layerkit.Settings(store=tmp_path / name)
         with layerkit.open_image(str(app_layout), settings=settings) as opened:
             opened.remap(layerkit.mapping(MAP), own_meta=True)
-        images.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).glob("meta/*/meta.erofs")})
+        images.append(
+            {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).glob("meta/*/meta.erofs")}
+        )
     assert len(images[0]) == 2
     assert images[0] == images[1]
-
-
-def read_all(folder: Path) -> int:
-    done = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = Path(place) / name
-            if path.is_file() and not path.is_symlink():
-                with path.open("rb") as f:
-                    while chunk := f.read(1 << 20):
-                        done += len(chunk)
-    return done
 
 
 def drop_caches() -> None:
     subprocess.run(["sync"], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-def cached_bytes() -> int:
-    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("Cached:"))
-    return int(line.split()[1]) << 10
