@@ -35,6 +35,7 @@ from layerkit.emit import erofs
 from layerkit.errors import InvalidImage, LayerkitError, LossyResult, UsageError
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs import reader
+from layerkit.limits import Limits
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.tree import Tree
@@ -226,7 +227,6 @@ def test_stubs_of_any_size_are_one_hole(size: int, count: int) -> None:
         (Spec(stat.S_IFCHR, major=4096), "4096:0"),
         (Spec(stat.S_IFBLK, minor=1 << 20), "1048576"),
         (Spec(stat.S_IFSOCK | 0o600), "kind of file"),
-        (Spec(stat.S_IFLNK | 0o777), "without a target"),
         (symlink(b"t" * 4096), "beyond 4095"),
     ],
 )
@@ -427,30 +427,34 @@ def test_a_directory_that_leads_back_is_refused(target: bytes) -> None:
         reader.read(image)
 
 
-def test_directories_that_share_their_blocks_do_not_cost_more_than_the_image() -> None:
-    names = [b"%s%d" % (b"n" * 200, i) for i in range(400)]
-    tree = make_tree({b"d%03d/%s" % (i, name): regular() for i in range(100) for name in names[:40]})
-    image, fixups = build(tree)
+def test_a_directory_with_two_names_is_refused() -> None:
+    image, fixups = build(make_tree({b"a": directory(), b"b": directory()}))
+    a, b = (int(nid).to_bytes(8, "little") for nid in fixups.inode_numbers()[1:])
     bad = without_checksum(image)
-    nodes = reader.read(image).nodes
-    one = next(node for path, node in nodes.items() if path == b"d050")
-    for i in range(100):
-        inode = np.frombuffer(bad, f.EXTENDED, 1, fixups.meta_bytes + nodes[b"d%03d" % i].nid * f.SLOT_BYTES)
-        inode["size"] = len(image) // 2
-        inode["u"] = one.extents[0].place // 4096
-        inode["format"] = f.inode_format(f.Layout.FLAT_PLAIN)
-    with pytest.raises(InvalidImage):
+    at = image.index(b)
+    bad[at : at + 8] = a
+    with pytest.raises(InvalidImage, match="reached twice"):
         reader.read(bad)
 
 
 def test_inodes_that_share_their_xattrs_do_not_cost_more_than_the_image() -> None:
-    tree = make_tree({b"f%04d" % i: regular() for i in range(2000)})
+    """Every inode claims 64 KiB of xattrs, which begin in the next inode: each alone is well formed."""
+    tree = make_tree({b"f%04d" % i: Spec(stat.S_IFIFO | 0o400) for i in range(2000)})
     image, fixups = build(tree)
     bad = without_checksum(image)
-    for nid in fixups.nids[1:].tolist():
-        np.frombuffer(bad, f.EXTENDED, 1, fixups.meta_bytes + nid * f.SLOT_BYTES)["xattr_icount"] = 2000
-    with pytest.raises(InvalidImage, match="xattr"):
-        reader.read(bad)
+    inodes = np.frombuffer(bad, f.EXTENDED, 2000, fixups.meta_bytes + int(fixups.nids[1]) * f.SLOT_BYTES)
+    inodes["xattr_icount"] = f.xattr_icount(f.XATTR_BODY_BYTES + f.align(f.XATTR_ENTRY_BYTES + 1 + 65535, 4))
+    # Bytes 12 to 15 of the next inode are the entry: one byte of name, index 1 (user.), 65535 of value.
+    inodes["size"] = (1 | 1 << 8 | 0xFFFF << 16) << 32
+    # Its first four bytes are the name filter, which may not hide the name (one letter).
+    seen = int(inodes[0]["format"]) | int(inodes[0]["xattr_icount"]) << 16
+    inodes["u"] = next(c for c in range(1, 256) if c != ord("/") and not seen & ~filter_of(c))
+    with pytest.raises(InvalidImage, match="xattrs overlap"):
+        reader.read(bad, limits=Limits(file_bytes=1 << 64))
+
+
+def filter_of(letter: int) -> int:
+    return f.name_filter([(1, bytes((letter,)))])
 
 
 @pytest.mark.parametrize("junk", [b"", bytes(1024), bytes(5000), b"\xff" * 9000])

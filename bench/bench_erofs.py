@@ -1,0 +1,146 @@
+"""META as EROFS: built from a tree, and patched for another id map; and DATA for a layer.
+
+Trees are synthetic columns (16 files to a directory, names of 15 to 17 bytes, 5 % symlinks). mkcomposefs, which
+would be the peer, is not in Debian 12; mkfs.erofs makes no stubs, so it gets empty files of the same names.
+Each build runs in a child of its own, so that its peak memory is its own; that of the tree itself is taken
+off, for a caller has it anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+ROUNDS = 5
+
+
+def _resident(what: str, *, restart: bool = False) -> int:
+    """Return a line of /proc/self/status in bytes; ``restart`` forgets the peak so far (proc(5), clear_refs)."""
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) << 10
+
+
+def measure(n: int, folder: Path) -> dict[str, Any]:
+    """Build META of ``n`` names and patch it; return seconds and bytes."""
+    from erofs_trees import big_columns, mapped
+
+    from layerkit.emit import erofs
+    from layerkit.metaonly import metadata_layer
+
+    meta = metadata_layer(big_columns(n))
+    before = _resident("VmRSS", restart=True)
+    image, patched = folder / "meta", folder / "patched"
+    build = []
+    for _ in range(ROUNDS):
+        image.unlink(missing_ok=True)
+        start = time.perf_counter()
+        with image.open("xb") as file:
+            fixups = erofs.build_meta(meta, file)
+        build.append(time.perf_counter() - start)
+    peak = _resident("VmHWM")
+    encoded = fixups.encode()
+    other = mapped(meta.tree)
+    patch = []
+    for _ in range(ROUNDS):
+        patched.unlink(missing_ok=True)
+        start = time.perf_counter()
+        with image.open("rb") as old, patched.open("xb") as new:
+            erofs.patch_meta(old.fileno(), new.fileno(), fixups, other)
+        patch.append(time.perf_counter() - start)
+    with (folder / "rebuilt").open("xb") as file:
+        erofs.build_meta(metadata_layer(other), file)
+    same = subprocess.run(["cmp", folder / "rebuilt", patched], check=False).returncode == 0
+    return {
+        "build": sorted(build)[ROUNDS // 2], "patch": sorted(patch)[ROUNDS // 2], "bytes": image.stat().st_size / n,
+        "fixups": len(encoded) / n, "rss": peak - before, "peak": peak, "same": same,
+    }  # fmt: skip
+
+
+def peer(n: int, folder: Path) -> float | None:
+    """Return the seconds that mkfs.erofs takes for ``n`` empty files, None where it is not installed."""
+    if shutil.which("mkfs.erofs") is None:
+        return None
+    source = folder / "source"
+    for row in range(n):
+        if row % 17 == 0:
+            above = source / f"name-{row:07}.py"
+            above.mkdir(parents=True)
+        else:
+            os.close(os.open(above / f"name-{row:07}.py", os.O_CREAT | os.O_WRONLY))
+    start = time.perf_counter()
+    command = ["mkfs.erofs", "--quiet", "-T0", folder / "peer", source]
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def data(files: int, folder: Path) -> float:
+    """Return the seconds to map the files of a layer onto its tar."""
+    import numpy as np
+    from erofs_layers import make_layer
+
+    from layerkit.emit import erofs
+
+    rng = np.random.default_rng(1)
+    folder.mkdir()
+    index, tar = make_layer(folder, {b"f%d" % i: rng.bytes(16) for i in range(files)})
+    start = time.perf_counter()
+    with tar.open("rb") as source, (folder / "data").open("xb") as file:
+        erofs.build_data(index, source, file)
+    return time.perf_counter() - start
+
+
+def rows(work: Path) -> list[dict[str, Any]]:
+    """Return the measurements, in ``work``, an empty folder."""
+    out: list[dict[str, Any]] = []
+
+    def row(
+        what: str, ours: float | None, peer_name: str, theirs: float | None, target: str, memory: int | None = None
+    ) -> None:
+        ratio = theirs / ours if ours and theirs else None
+        out.append(
+            {"what": what, "ours_s": ours, "peer": peer_name, "peer_s": theirs, "ratio": ratio, "target": target,
+             "memory": memory}
+        )  # fmt: skip
+
+    for n in (50_000, 200_000, 1_000_000):
+        folder = work / str(n)
+        folder.mkdir()
+        command = [sys.executable, __file__, "measure", str(n), str(folder)]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        found = json.loads(done.stdout)
+        assert found["same"], "a patched META is not the META of the mapped tree"
+        label = f"{n:,}"
+        theirs = peer(n, folder) if n == 50_000 else None
+        target = "<= 2 s" if n == 1_000_000 else ""
+        name = "mkfs.erofs, empty files" if theirs else ""
+        row(f"META build, {label} entries ({found['bytes']:.0f} B/entry; target 230)", found["build"], name, theirs,
+            target, found["peak"])  # fmt: skip
+        row(f"META build, {label}: memory beyond the tree, {found['rss'] / n:.0f} B/entry", None, "", None,
+            "<= 350 B/entry", found["rss"])  # fmt: skip
+        what = f"META patch, {label} ids, image copied ({found['fixups']:.1f} B/entry of fixups)"
+        row(what, found["patch"], "", None, "<= 0.1 s" if n == 1_000_000 else "")
+        shutil.rmtree(folder)
+    row("DATA of a layer of 100,000 files", data(100_000, work / "data"), "", None, "")
+    return out
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(int(sys.argv[2]), Path(sys.argv[3]))))
+    else:
+        folder = Path(sys.argv[1])
+        folder.mkdir(parents=True)
+        for line in rows(folder):
+            print(json.dumps(line))
