@@ -25,7 +25,6 @@ def inspect(
     """Show an image: layers, entries, owners, xattrs, and what a map would do to it.
 
     Examples:
-
     `layerkit inspect image.tar`
 
     `layerkit inspect image.tar --uid-map 0:100000:65536 --json`

@@ -15,7 +15,7 @@ import typer
 
 from layerkit import __version__
 from layerkit.cli import doctor, inspect, mount, remap, store, verify
-from layerkit.errors import LayerkitError
+from layerkit.errors import Cancelled, LayerkitError
 
 app = typer.Typer(
     name="layerkit",
@@ -55,15 +55,13 @@ for module in (remap, mount, inspect, verify, store, doctor):
 
 def run() -> None:
     """Run the command line and exit with its code (0 done, 1 failed, 2 usage, 3 input, 4 registry, 5 batch)."""
-    # A terminated run has to leave by the same road as an interrupted one: through every `finally`.
-    signal.signal(signal.SIGTERM, _terminate)
+    # Both have to leave by the same road as an error: through every `finally`.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _stop)
     try:
         app(standalone_mode=True)
     except LayerkitError as error:
         sys.exit(_report(error))
-    except KeyboardInterrupt:
-        print("layerkit: interrupted; nothing half-made is left", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`layerkit … | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,8 +77,8 @@ def _report(error: LayerkitError) -> int:
     return error.exit_code
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _stop(signum: int, frame: object) -> None:
+    raise Cancelled("interrupted; nothing half-made is left")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ def mount(
     """Mount an image with remapped owners, as a real overlay; read-only unless --upper is given.
 
     Examples:
-
     `layerkit mount image.tar /mnt --uid-map 0:100000:65536`
 
     `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`

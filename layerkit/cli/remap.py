@@ -60,7 +60,6 @@ def remap(
     with DST the image is copied there byte for byte, and the metadata is attached to it as an OCI artifact.
 
     Examples:
-
     `layerkit remap image.tar --uid-map 0:100000:65536`
 
     `layerkit remap oci:images:app --uid-map 0:100000:1000 --uid-map 1000:1000:1 --gid-map 0:100000:65536`

@@ -17,7 +17,7 @@ from layerkit.merge import merge
 USER = 12345
 HELPER = Path(__file__).resolve().parent.parent / "in_userns.py"
 
-# Runs inside the namespace: mount, look, and say what was seen. The map shifts by 1000 inside of it.
+# Runs inside the namespace: mount, look, and say what was seen. The map shifts by 1 inside of it.
 SCRIPT = """
 import json, os, subprocess, sys
 store, image, target, root = sys.argv[1:5]
@@ -26,7 +26,7 @@ import layerkit
 from pathlib import Path
 settings = layerkit.Settings(store=Path(store))
 with layerkit.open_image(image, settings=settings) as opened:
-    with opened.mount(target, layerkit.mapping(["0:1000:60000"])) as mounted:
+    with opened.mount(target, layerkit.mapping(["0:1:65536"])) as mounted:
         seen = {}
         for place, folders, files in os.walk(target):
             for name in folders + files:
@@ -68,7 +68,7 @@ def test_an_ordinary_user_mounts_a_remapped_image(tiny_archive: Callable[..., Pa
     assert len(result["seen"]) == len(want) - 1
     for name, (mode, uid, gid, size, _head) in result["seen"].items():
         node = want[os.fsencode(name)]
-        assert (mode, uid, gid) == (node.mode, node.uid + 1000, node.gid + 1000), name
+        assert (mode, uid, gid) == (node.mode, node.uid + 1, node.gid + 1), name
         if mode >> 12 == 8:
             assert size == node.size, name
     # On the host the files belong to the user's subordinate ids, and to nobody else.
