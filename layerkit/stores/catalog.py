@@ -377,16 +377,16 @@ def short_name(sha256: bytes) -> bytes:
 def known_objects(db: sqlite3.Connection, rows: Collection[ObjectRow]) -> set[bytes]:
     """See :meth:`Catalog.known_objects`; on a connection that may be inside a transaction."""
     known = set()
+    seen: dict[bytes, bytes] = {}
     query = "SELECT sha256, size FROM objects WHERE short = ?"
     for row in rows:
+        if seen.setdefault(row.short, row.sha256) != row.sha256:
+            raise _clash(seen[row.short], row.sha256)
         found = db.execute(query, (row.short,)).fetchone()
         if found is None:
             continue
         if found[0] != row.sha256:
-            raise StoreError(
-                f"two contents share one short name: sha256:{found[0].hex()} is stored, sha256:{row.sha256.hex()} "
-                "would be; nothing was changed. Keep this image in a store of its own (--store), or use --data tar"
-            )
+            raise _clash(found[0], row.sha256)
         if found[1] != row.size:
             raise StoreError(
                 f"object sha256:{row.sha256.hex()}: {found[1]} bytes in the catalog, {row.size} in the layer; "
@@ -394,6 +394,13 @@ def known_objects(db: sqlite3.Connection, rows: Collection[ObjectRow]) -> set[by
             )
         known.add(row.short)
     return known
+
+
+def _clash(one: bytes, other: bytes) -> StoreError:
+    return StoreError(
+        f"two contents share one short name: sha256:{one.hex()} and sha256:{other.hex()}; nothing was changed. "
+        "This cannot happen by chance: look at where the image comes from"
+    )
 
 
 def _layer(row: tuple[Any, ...]) -> LayerRow:

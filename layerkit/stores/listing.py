@@ -28,20 +28,20 @@ def list_folder(root: Path) -> Listing:
     """
     top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        waiting = [b"."]
+        waiting = [b""]
         facts = os.fstat(top)
-        total = int.from_bytes(_entry(b".", facts, b"/proc/self/fd/%d" % top), "little")
+        total = int.from_bytes(_entry(b"", facts, b"/proc/self/fd/%d" % top), "little")
         count, blocks = 1, facts.st_blocks
         links: set[int] = set()
         while waiting:
             folder = waiting.pop()
             # Relative to the top: a path of an image fits, with the store's own before it it might not.
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            fd = os.open(folder or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
             try:
                 here = b"/proc/self/fd/%d/" % fd
                 for name in map(os.fsencode, os.listdir(fd)):
                     facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    path = folder + b"/" + name
+                    path = folder + b"/" + name if folder else name
                     if stat.S_ISDIR(facts.st_mode):
                         waiting.append(path)
                     total += int.from_bytes(_entry(path, facts, here + name), "little")
@@ -60,7 +60,7 @@ def list_folder(root: Path) -> Listing:
 def _entry(path: bytes, facts: os.stat_result, place: bytes) -> bytes:
     kind = stat.S_IFMT(facts.st_mode)
     size = facts.st_size if kind == stat.S_IFREG else 0
-    follow = path == b"."  # the top is named by its descriptor, and that is a link
+    follow = not path  # the top is named by its descriptor, and that is a link
     parts = [
         path,
         b"%d %d %d %d %d %d" % (facts.st_mode, facts.st_uid, facts.st_gid, size, facts.st_mtime_ns, facts.st_rdev),

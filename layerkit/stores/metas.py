@@ -86,7 +86,8 @@ class MetaEntry:
 class MetaWriter:
     """A folder to render a META into: ``meta.erofs`` and ``fixups``, or a folder ``root``.
 
-    End it with :meth:`commit` or :meth:`abort`, or use it in ``with``, which aborts what is not committed.
+    End it with :meth:`commit` or :meth:`abort`, or use it in ``with``, which aborts what is not committed
+    and turns what the disk refuses into :class:`StoreError`.
     """
 
     def __init__(self, layout: Layout, spool: Spool, catalog: Catalog, key: str, done: Callable[[], None]) -> None:
@@ -106,8 +107,12 @@ class MetaWriter:
     def __enter__(self) -> MetaWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.abort()
+        if isinstance(error, OSError):
+            # Whoever renders writes with plain calls; a full disk is told in the same words everywhere.
+            with disk_errors("writing a META", self._layout.root):
+                raise error
 
     @property
     def image_file(self) -> Path:
