@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from layerkit.emit.directory_errors import explain
 from layerkit.errors import InvalidImage, LossyResult, StoreError, show_path
 from layerkit.metaonly import REDIRECT_BYTES, MetadataLayer, redirects
-from layerkit.model.entry import Kind
+from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.tree import Tree
 from layerkit.ports import Progress
 
@@ -142,7 +142,7 @@ class _Writer:
         self.meta, self.tree, self.root, self.progress, self.threads = meta, meta.tree, root, progress, threads
         self.redirect = meta.namespace.prefix + b"redirect"
         self.metacopy = meta.namespace.prefix + b"metacopy"
-        # A user without privileges cannot set user xattrs on a file that it may not write.
+        # A user without privileges cannot set user xattrs on a file that it may not write: the mode goes last.
         self.owner_bits = 0o200 if os.geteuid() else 0
         # Blocks of a file without xattrs of its own: one stub is like the other, so one is asked.
         self.bytes_of_plain: dict[bool, int] = {}
@@ -269,13 +269,8 @@ class _Writer:
                             os.setxattr(fd, metacopy, b"")
                         step = "chown"
                         os.fchown(fd, uid, gid)
-                        if not exact or perm & 0o7000 or perm | owner_bits != perm:
-                            step = "chmod"
-                            os.fchmod(fd, perm)
-                        if xattr:
-                            for key, value in sets[xattr]:
-                                step = "set the xattr " + show_path(key) + " of"
-                                os.setxattr(fd, key, value)
+                        if xattr or not exact or perm & 0o7000 or perm | owner_bits != perm:
+                            self._set_mode_and_xattrs(fd, row, perm, sets[xattr])
                         step = "set the times of"
                         os.utime(fd, ns=(when, when))
                         if xattr:
@@ -290,6 +285,20 @@ class _Writer:
         except OSError as error:
             raise explain(error, step, self.meta, row, root) from error
         return allocated
+
+    def _set_mode_and_xattrs(self, fd: int, row: int, perm: int, pairs: XattrSet) -> None:
+        step = "chmod"
+        try:
+            if not self.owner_bits:
+                os.fchmod(fd, perm)
+            for key, value in pairs:
+                step = "set the xattr " + show_path(key) + " of"
+                os.setxattr(fd, key, value)
+            if self.owner_bits:
+                step = "chmod"
+                os.fchmod(fd, perm)
+        except OSError as error:
+            raise explain(error, step, self.meta, row, self.root) from error
 
     def _make_special(self, row: int, folder: int, name: bytes, when: int) -> int:
         """Make a symlink, fifo or device; return the bytes allocated."""
@@ -351,11 +360,7 @@ class _Writer:
                         fd = folders[row]
                         step = "chown"
                         os.fchown(fd, uid, gid)
-                        step = "chmod"
-                        os.fchmod(fd, mode & 0o7777)
-                        for key, value in tree.xattr_sets[xattr]:
-                            step = "set the xattr " + show_path(key) + " of"
-                            os.setxattr(fd, key, value)
+                        self._set_mode_and_xattrs(fd, row, mode & 0o7777, tree.xattr_sets[xattr])
                         step = "set the times of"
                         os.utime(fd, ns=(when, when))
                         allocated += _blocks(fd)

@@ -301,6 +301,32 @@ from layerkit.model.entry import Entry, Kind
 """
 
 
+def test_a_user_without_a_namespace_writes_what_is_his_own(tmp_path: Path) -> None:
+    own = {"uid": 4242, "gid": 4242}
+    tree = tree_of([
+        folder(b"", 0o555, **own), folder(b"shut", 0, **own), folder(b"shut/in", 0o300, **own),
+        file(b"shut/in/f", b"x", perm=0, xattrs=((b"user.x", b"1"),), **own), file(b"r", b"x", perm=0o444, **own),
+    ])  # fmt: skip
+    root = tmp_path / "meta"
+    root.mkdir()
+    os.chown(root, 4242, 4242)
+    fd = os.open(root, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(4242, 4242, 4242)
+            os.setresuid(4242, 4242, 4242)
+            write_directory(metadata_layer(tree, Namespace.USER), fd, threads=1)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert shown(root) == wanted(tree, Namespace.USER)
+
+
 def test_rootless_owners_and_data(tmp_path: Path) -> None:
     tree = tree_of([
         file(b"d/f", b"hello", perm=0o4711, uid=1000, gid=100), folder(b"closed", 0, uid=7),

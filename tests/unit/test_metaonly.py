@@ -65,6 +65,16 @@ def test_two_contents_with_one_short_name(byte: int, bit: int, clash: bool) -> N
         metadata_layer(tree_of(entries))
 
 
+def test_a_clash_is_found_among_many_that_share_half_a_name() -> None:
+    # 64 bits can be made equal on purpose, so a crowd may stand between the two that clash.
+    digest = hashlib.sha256(b"x").digest()
+    shas = [digest] + [digest[:8] + bytes([i]) * 24 for i in range(100)] + [digest[:16] + bytes(16)]
+    entries = [Entry(b"%03d" % i, Kind.REG, size=5, sha256=sha) for i, sha in enumerate(shas)]
+    metadata_layer(tree_of(entries[:-1]))
+    with pytest.raises(InvalidImage, match="000 and 101 differ"):
+        metadata_layer(tree_of(entries))
+
+
 @pytest.mark.parametrize("namespace", Namespace)
 def test_own_overlay_xattrs_are_escaped_and_foreign_ones_pass(namespace: Namespace) -> None:
     own = namespace.value.encode()
