@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from layerkit.errors import show_path
-from layerkit.ports import Progress
+
+if TYPE_CHECKING:
+    from layerkit.ports import Progress
 
 
 def human(size: float) -> str:

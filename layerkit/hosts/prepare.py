@@ -1,12 +1,12 @@
 """From an image to what can be mounted: layers in the store, the tree, META for a map.
 
 Everything here is done once and kept: a layer by its diff_id, the facts of a tree by the chain of its
-layers, a META by (tree, map, rendering). A second run reads what is kept and no blob.
+layers, a META by (tree, map, rendering). A second run reads what is kept and no blob, so what only a first
+run needs is imported where it is used.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from enum import StrEnum
 
 import numpy as np
@@ -15,9 +15,7 @@ from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMet
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
-from layerkit.indexes import labelled
 from layerkit.limits import Limits
-from layerkit.merge import merge
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.facts import TreeFacts
@@ -27,7 +25,6 @@ from layerkit.ports import ImageSource, Progress
 from layerkit.stores.layout import DataBackend
 from layerkit.stores.local import LocalStore
 from layerkit.stores.metas import FIXUPS_FILE, IMAGE_FILE, ROOT_FOLDER, MetaEntry, chain_key, meta_key
-from layerkit.unpack import index_layer
 
 FORMAT_VERSION = 1
 """Of METAs: raised when the same tree and map would give other bytes."""
@@ -63,11 +60,17 @@ def import_layers(
         if not store.has_layer(layer.diff_id, backend)
     ]
 
+    if not missing:
+        return 0
+    from layerkit.indexes import labelled
+
     def work(place: int, layer: Layer) -> int:
         return _import_layer(source, layer, store, backend, limits, labelled(progress, place, len(image.layers)))
 
     if jobs <= 1 or len(missing) <= 1:
         return sum(work(place, layer) for place, layer in missing)
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(work, place, layer) for place, layer in missing]
         try:
@@ -90,6 +93,8 @@ def _import_layer(
         # Another process may have brought it while this one waited, or the other backend has its bytes.
         if store.has_layer(layer.diff_id, backend) or store.convert_layer(layer.diff_id, backend):
             return 0
+        from layerkit.unpack import index_layer
+
         reader = source.open_blob(layer.descriptor)
         try:
             writer = store.begin_layer(backend)
@@ -126,6 +131,8 @@ class Preparation:
     def tree(self) -> Tree:
         """Return the merged tree, with container ids."""
         if self._tree is None:
+            from layerkit.merge import merge
+
             indexes = []
             for diff_id in self._image.diff_ids:
                 index = self._store.load_index(diff_id)
