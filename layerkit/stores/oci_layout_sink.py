@@ -186,6 +186,10 @@ class LayoutSink:
         moved: list[tuple[str, ...]] = []
         made: list[tuple[str, ...]] = []
         try:
+            # The mark goes first: a writer killed after it leaves a layout that the next one can go on with.
+            if new_layout:
+                os.rename("oci-layout", "oci-layout", src_dir_fd=self._stage, dst_dir_fd=self._fd)
+                moved.append(("oci-layout",))
             for digest in self._staged:
                 with self._folder("blobs", digest.algorithm, made=made) as folder:
                     before = _is_there(digest.hex, folder)
@@ -198,9 +202,6 @@ class LayoutSink:
             if made:
                 with self._folder("blobs", made=made) as folder:
                     os.fsync(folder)
-            if new_layout:
-                os.rename("oci-layout", "oci-layout", src_dir_fd=self._stage, dst_dir_fd=self._fd)
-                moved.append(("oci-layout",))
             os.rename("index.json", "index.json", src_dir_fd=self._stage, dst_dir_fd=self._fd)
         except BaseException:
             for parts in reversed(moved):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tool, Tool]:
     need_root()
     need_tool("buildah", "skopeo", "podman", "umoci")
     path = tmp_path_factory.mktemp("tools")
-    stores = ("--storage-driver", "vfs", "--root", path / "root", "--runroot", path / "run")
+    # podman refuses a run folder of more than 50 characters, which one below pytest's folder is.
+    runroot = tempfile.mkdtemp(prefix="lk-")
+    stores = ("--storage-driver", "vfs", "--root", path / "root", "--runroot", runroot)
 
     def buildah(*command: object) -> str:
         return run("buildah", *stores, *command)
@@ -62,6 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tool, Tool]:
     yield path, buildah, podman  # type: ignore[misc]
     for image in ("tool/app:v1", "tool/base:v1"):
         subprocess.run(["buildah", *stores, "rmi", "-f", image], capture_output=True)
+    shutil.rmtree(runroot, ignore_errors=True)
 
 
 def _read(text: str) -> tuple[list[str], dict[str, Any]]:
