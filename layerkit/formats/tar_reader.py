@@ -33,7 +33,7 @@ _NUL, _REG, _LINK, _DIR, _CONTIGUOUS, _OLD_SPARSE = 0, 0x30, 0x31, 0x35, 0x37, 0
 _PAX, _GLOBAL, _LONG_NAME, _LONG_LINK = 0x78, 0x67, 0x4C, 0x4B
 _ENDS_NUMBER = (0, 0x20)
 _EXTENSIONS = (_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK)
-_SMALL = {b"%011o" % size: size for size in range(1024)}
+_SMALL_SIZES = {b"%011o\0" % size: size for size in range(1024)}
 # Records that would give every member the same name or shape have no meaning in a global header.
 _LOCAL_ONLY = (b"path", b"linkpath", b"size", b"SCHILY.realsize")
 
@@ -104,6 +104,7 @@ class TarReader:
     def _walk(self) -> None:
         members, digests, sha256 = self._members, self._table.digests, hashlib.sha256
         ends_number = _ENDS_NUMBER
+        small = _SMALL_SIZES if self._limits.pax_header_bytes >= len(_SMALL_SIZES) else {}
         while True:
             # Everything in this loop runs once per header; the rare cases are in methods.
             chunk, view, length, pos = self._chunk, self._view, self._length, self._pos
@@ -130,19 +131,15 @@ class TarReader:
                     self._pos = data
                     digests.append(self._hash(size))
                 elif flag == _PAX and self._local is None:
-                    digits = chunk[pos + 124 : pos + 135]
-                    size = _SMALL.get(bytes(digits), -1)
-                    if size < 0 or chunk[pos + 135] not in ends_number:
-                        size = self._size(pos)
+                    size = small.get(bytes(chunk[pos + 124 : pos + 136]), length)
                     end = pos + BLOCK + size
-                    if end > length:
-                        self._pos = pos
-                        self._extension(flag)
-                    else:
+                    if end <= length:
                         self._extensions.append(pos)
                         self._begin(bytes(view[pos + BLOCK : end]))
                         pos = (end + 511) & -BLOCK
                         continue
+                    self._pos = pos
+                    self._extension(flag)
                 else:
                     self._pos = pos
                     if not flag and chunk[pos : pos + BLOCK] == ZERO_BLOCK:
