@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
+from layerkit.formats import acl_caps
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.tree import Tree
 
@@ -25,7 +26,6 @@ METACOPY_VALUE = b"\0\4\0\0"
 """``{version 0, length 4, flags 0, no digest}``: an EMPTY value is lost by several runtimes' unpackers."""
 
 _ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", np.uint8)
-_CAPABILITY = b"security.capability"
 _OVERLAY = (b"trusted.overlay.", b"user.overlay.")
 _XATTR_NAME_MAX = 255
 _MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
@@ -141,10 +141,13 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
                 raise ValueError(f"brings the overlay xattr {show_path(name)} of its own, refused under --strict")
             if name.startswith(namespace.prefix):
                 name = _escaped_name(name, namespace.prefix)
-        elif name == _CAPABILITY and len(value) == 20 and value[3] == 2:
-            # v2 means "root of the filesystem's owner", which v3 spells as rootid 0 and the kernel shows
-            # as v2 again. Patching a map into a rendered META needs the room from the start.
-            value = value[:3] + b"\3" + value[4:] + bytes(4)
+        elif name == acl_caps.CAPABILITY_NAME:
+            # Revisions 1 and 2 mean "root of the filesystem's owner", which 3 spells as rootid 0 and the
+            # kernel shows as 2 again. Patching a map into a rendered META needs the room from the start.
+            try:
+                value = acl_caps.encode_capability(acl_caps.decode_capability(value)._replace(revision=3))
+            except InvalidImage as error:
+                raise ValueError(f"has {error}, which no kernel stores") from None
         out.append((name, value))
     return tuple(sorted(out))
 

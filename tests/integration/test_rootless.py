@@ -2,75 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from in_userns import SUBIDS
-from support import need_root
-
-from layerkit.merge import merge
+from judge import unpacked
+from support import need_root, need_tool
+from treecompare import differences, snapshot
 
 USER = 12345
-HELPER = Path(__file__).resolve().parent.parent / "in_userns.py"
+TESTS = Path(__file__).resolve().parent.parent
+# Ids of the user namespace: its root is the user, the rest are subordinate ids.
+EXTENTS = ((0, 1, 65535),)
 
-# Runs inside the namespace: mount, look, and say what was seen. The map shifts by 1 inside of it.
+# Runs inside the namespace: mount, look, and hand out what was seen.
 SCRIPT = """
-import json, os, subprocess, sys
-store, image, target, root = sys.argv[1:5]
-sys.path.insert(0, root)
-import layerkit
+import pickle, sys
 from pathlib import Path
-settings = layerkit.Settings(store=Path(store))
-with layerkit.open_image(image, settings=settings) as opened:
-    with opened.mount(target, layerkit.mapping(["0:1:65536"])) as mounted:
-        seen = {}
-        for place, folders, files in os.walk(target):
-            for name in folders + files:
-                path = os.path.join(place, name)
-                st = os.lstat(path)
-                data = open(path, "rb").read() if os.path.isfile(path) and not os.path.islink(path) else b""
-                seen[os.path.relpath(path, target)] = [st.st_mode, st.st_uid, st.st_gid, len(data), data[:64].hex()]
-        how = mounted.report.to_dict()
+store, image, target, out, *paths = sys.argv[1:]
+sys.path[:0] = paths
+import layerkit
+from treecompare import snapshot
+with layerkit.open_image(image, settings=layerkit.Settings(store=Path(store))) as opened:
+    with opened.mount(target, layerkit.mapping(["0:1:65535"])) as mounted:
         lines = [x for x in open("/proc/self/mountinfo") if " - overlay " in x and target in x]
-print(json.dumps({"seen": seen, "how": how, "mount": lines}))
+        seen = (snapshot(Path(target)), mounted.report.to_dict(), lines)
+Path(out).write_bytes(pickle.dumps(seen))
 """
 
 
-def test_an_ordinary_user_mounts_a_remapped_image(tiny_archive: Callable[..., Path], tmp_path: Path) -> None:
-    need_root()
-    import layerkit
-
-    image = tiny_archive("oci-archive", "gzip", devices=False)
-    work = tmp_path / "work"
-    work.mkdir()
+def as_user(work: Path, image: Path) -> Any:
+    """Mount ``image`` as an ordinary user; return (snapshot, report, mount lines)."""
     (work / "m").mkdir()
-    (work / "image.tar").write_bytes(image.read_bytes())
-    for path in (work, work / "m", work / "image.tar"):
-        os.chown(path, USER, USER)
-    root = HELPER.parent.parent
+    subprocess.run(["cp", "-r", image, work / "image"], check=True)
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", work], check=True)
+    root = TESTS.parent
     done = subprocess.run(
-        [sys.executable, HELPER, str(USER), f"{sys.base_prefix}:{sys.prefix}:{root}:{work}", sys.executable, "-c", SCRIPT,
-         str(work / "store"), str(work / "image.tar"), str(work / "m"), str(root)],
-        env={**os.environ, "HOME": str(work), "XDG_RUNTIME_DIR": str(work)}, capture_output=True, text=True, timeout=120,
+        [sys.executable, TESTS / "in_userns.py", str(USER), f"{sys.base_prefix}:{sys.prefix}:{root}:{work}",
+         sys.executable, "-c", SCRIPT, *map(str, (work / "store", work / "image", work / "m", work / "seen", root, TESTS))],
+        env={**os.environ, "HOME": str(work), "XDG_RUNTIME_DIR": str(work)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["how"]["rendering"] == "directory"
-    assert result["how"]["data_backend"] == "objects"
-    assert "userxattr" in result["mount"][0]
-    with layerkit.open_image(str(image)) as opened:
-        tree = merge(opened.indexes())
-    want = {node.path: node for node in tree.nodes()}
-    assert len(result["seen"]) == len(want) - 1
-    for name, (mode, uid, gid, size, _head) in result["seen"].items():
-        node = want[os.fsencode(name)]
-        assert (mode, uid, gid) == (node.mode, node.uid + 1, node.gid + 1), name
-        if mode >> 12 == 8:
-            assert size == node.size, name
+    return pickle.loads((work / "seen").read_bytes())
+
+
+@pytest.mark.parametrize("which", ["tiny", "app"])
+def test_an_ordinary_user_sees_what_umoci_and_the_kernel_show(
+    which: str, tiny_archive: Callable[..., Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    need_root()
+    need_tool("umoci", "skopeo")
+    if which == "tiny":
+        image = tiny_archive("oci", "gzip", devices=False)
+    else:
+        image = tmp_path / "layout"
+        archive = request.getfixturevalue("app_image")
+        subprocess.run(["skopeo", "copy", "--quiet", f"oci-archive:{archive}", f"oci:{image}:latest"], check=True)
+    with unpacked(f"{image}:latest", tmp_path, EXTENTS) as shown:
+        want = snapshot(shown)
+    (tmp_path / "work").mkdir()
+    seen, report, lines = as_user(tmp_path / "work", image)
+    assert (report["rendering"], report["data_backend"]) == ("directory", "objects")
+    assert len(lines) == 1
+    assert "userxattr" in lines[0]
+    assert differences(seen, want, skip=frozenset({b"."})) == []
     # On the host the files belong to the user's subordinate ids, and to nobody else.
-    owners = {path.lstat().st_uid for path in (work / "store").rglob("*")}
+    owners = {path.lstat().st_uid for path in (tmp_path / "work/store").rglob("*")}
     assert all(owner == USER or SUBIDS <= owner < SUBIDS + 65536 for owner in owners)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from judge import unpacked
 from memcg import cache_bytes, memory_group, run_in
 from support import missing, need_root, need_tool
 from treecompare import Shown, data_extents, differences, snapshot
 
 import layerkit
-from layerkit.kernel import mounts, pagecache, userns
+from layerkit.kernel import pagecache
 from layerkit.model.entry import Kind
 
 MAP = ["0:100000:65536"]
@@ -31,33 +30,11 @@ WAYS = [
 UNTOLD = frozenset({b"."})
 
 
-@contextmanager
-def unpacked(image: str, work: Path) -> Iterator[Path]:
-    """Give umoci's tree of ``image`` through an idmapped mount of MAP."""
-    subprocess.run(["umoci", "unpack", "--image", image, str(work / "bundle")], check=True, capture_output=True)
-    shown = work / "shown"
-    shown.mkdir()
-    namespace = userns.userns_fd(EXTENTS, EXTENTS)
-    try:
-        tree = mounts.clone(work / "bundle/rootfs")
-        try:
-            mounts.idmap(tree, namespace)
-            mounts.attach(tree, shown)
-        finally:
-            os.close(tree)
-    finally:
-        os.close(namespace)
-    try:
-        yield shown
-    finally:
-        subprocess.run(["umount", "--lazy", str(shown)], check=True)
-
-
 @pytest.fixture(scope="module")
 def judged_tiny(tiny_image: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, Shown]:
     need_root()
     need_tool("umoci")
-    with unpacked(f"{tiny_image}:latest", tmp_path_factory.mktemp("judge")) as shown:
+    with unpacked(f"{tiny_image}:latest", tmp_path_factory.mktemp("judge"), EXTENTS) as shown:
         return snapshot(shown)
 
 
@@ -73,7 +50,7 @@ def app_layout(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def judged_app(app_layout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, Shown]:
     need_root()
     need_tool("umoci")
-    with unpacked(f"{app_layout}:latest", tmp_path_factory.mktemp("judge")) as shown:
+    with unpacked(f"{app_layout}:latest", tmp_path_factory.mktemp("judge"), EXTENTS) as shown:
         return snapshot(shown)
 
 

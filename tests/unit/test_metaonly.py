@@ -119,12 +119,20 @@ def test_an_overlay_xattr_without_a_suffix_cannot_be_shown() -> None:
         metadata_layer(tree, Namespace.USER)
 
 
-@pytest.mark.parametrize(
-    ("given_value", "kept"), [(V2, V3), (V3, V3), (V2[:12], V2[:12]), (b"\0" * 20, b"\0" * 20)]
-)
+V1 = b"\1\0\0\1" + V2[4:12]
+V1_AS_V3 = b"\1\0\0\3" + V2[4:12] + bytes(12)
+
+
+@pytest.mark.parametrize(("given_value", "kept"), [(V2, V3), (V3, V3), (V1, V1_AS_V3)])
 def test_capabilities_take_the_form_whose_length_is_fixed(given_value: bytes, kept: bytes) -> None:
     tree = tree_of([file(b"f", b"x", xattrs=((b"security.capability", given_value),))])
     assert metadata_layer(tree).tree.xattr_sets[1] == ((b"security.capability", kept),)
+
+
+@pytest.mark.parametrize("value", [V2[:12], bytes(20), b""])
+def test_a_capability_that_no_kernel_stores_is_refused(value: bytes) -> None:
+    with pytest.raises(LossyResult, match=r"^f: .*capability"):
+        metadata_layer(tree_of([file(b"f", b"x", xattrs=((b"security.capability", value),))]))
 
 
 def test_a_whiteout_device_is_refused() -> None:
