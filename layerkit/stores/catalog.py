@@ -349,6 +349,10 @@ class Catalog:
 
     # Upkeep
 
+    def version(self) -> int:
+        """Return a number that changes whenever another thread or process changes the catalog."""
+        return int(self._one("PRAGMA data_version")[0])
+
     def settle(self) -> None:
         """Wait until the transaction that runs now, if any, has ended."""
         with file_lock(self._lock):

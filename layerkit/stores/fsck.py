@@ -15,6 +15,7 @@ from pathlib import Path
 from layerkit.errors import LayerkitError, StoreError
 from layerkit.formats import index_file
 from layerkit.limits import Limits
+from layerkit.metaonly import Namespace
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.index import Index
@@ -303,7 +304,7 @@ class Fsck:
         path = self._layout.meta(key)
         try:
             problem = self._meta_problem(path, text)
-        except (StoreError, OSError) as error:
+        except (StoreError, OSError, ValueError) as error:
             problem = str(error)
         if problem:
             self._damage(
@@ -335,8 +336,10 @@ class Fsck:
                     return f"{name}: its content has the digest sha256:{got}, want sha256:{sha256}"
         if info["listing"] and not (path / ROOT_FOLDER).is_dir():
             return f"{ROOT_FOLDER}: missing"
-        if info["listing"] and self._deep and list_folder(path / ROOT_FOLDER).digest != info["listing"]:
-            return f"{ROOT_FOLDER}: an entry is not as it was written"
+        if info["listing"] and self._deep:
+            stubs = Namespace(info["namespace"])
+            if list_folder(path / ROOT_FOLDER, stubs).digest != info["listing"]:
+                return f"{ROOT_FOLDER}: an entry is not as it was written"
         return ""
 
     def _drop_meta(self, key: str) -> None:

@@ -134,7 +134,7 @@ class LocalStore:
         path = self._layout.index(diff_id)
         try:
             with path.open("rb") as file:
-                # Mapped, not read: the columns that nobody looks at are never paged in.
+                # Mapped, not read: many layers at once then cost page cache, and no memory of this process.
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             return None

@@ -67,6 +67,8 @@ class ObjectBatch:
         self._written: list[tuple[ObjectRow, bytes, bytes]] = []
         self._wrong: set[bytes] = set()
         self._new: list[bytes] = []
+        self._version = -1
+        self._known: set[bytes] = set()
 
     def write(self, tar: int, index: Index, *, only: frozenset[bytes] | None = None) -> None:
         """Copy the contents of ``index`` that the store lacks out of the raw ``tar`` (a descriptor).
@@ -80,7 +82,8 @@ class ObjectBatch:
         """
         rows = contents(index)
         objects = object_rows(index, rows)
-        known = self._catalog.known_objects(objects)
+        self._version = self._catalog.version()
+        self._known = known = self._catalog.known_objects(objects)
         names = metaonly.redirects(index.sha256[rows])[:, 1:].tobytes()
         width = metaonly.REDIRECT_BYTES - 1
         root = os.open(self._layout.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -127,7 +130,9 @@ class ObjectBatch:
 
         Give :meth:`undo` to ``Catalog.write``.
         """
-        known = known_objects(db, self._rows)
+        known = self._known
+        if self._catalog.version() != self._version:
+            known = known_objects(db, self._rows)
         source = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         target = os.open(self._layout.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -317,6 +317,9 @@ def test_meta_folder_of_odd_entries(store: LocalStore) -> None:
         writer.commit({**meta_info(), "rendering": "directory"})
     assert store.verify() == []
     root = store.meta(KEY).root
+    (root / "file").write_bytes(b"data")
+    assert damage(store) == [f"meta/{KEY}: root: file: not a stub (No data available)"]
+    (root / "file").write_bytes(b"")
     os.utime(root / "link", (1, 1), follow_symlinks=False)
     assert damage(store) == [f"meta/{KEY}: root: an entry is not as it was written"]
     assert damage(store, deep=False) == []
