@@ -216,8 +216,10 @@ def test_kill_at_any_moment_leaves_a_whole_store(cli: Callable[..., Any], app_im
     for _ in range(4 * int(os.environ.get("LAYERKIT_FUZZ", "1"))):
         process = subprocess.Popen(
             [sys.executable, "-m", "layerkit.cli.main", "remap", str(app_image), "--uid-map", MAP, "--own-meta"],
-            env={**os.environ, "LAYERKIT_STORE": str(store_dir)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            env={**os.environ, "LAYERKIT_STORE": str(store_dir)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(chance.uniform(0.2, 2))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -232,8 +234,11 @@ def test_kill_at_any_moment_leaves_a_whole_store(cli: Callable[..., Any], app_im
 def test_an_interrupt_ends_with_130_and_leaves_nothing(app_image: Path, store_dir: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "layerkit.cli.main", "remap", str(app_image), "--uid-map", MAP],
-        env={**os.environ, "LAYERKIT_STORE": str(store_dir)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**os.environ, "LAYERKIT_STORE": str(store_dir)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (store_dir / "tmp").exists() or not any((store_dir / "tmp").iterdir()):
         time.sleep(0.01)
         assert process.poll() is None

@@ -43,11 +43,24 @@ def as_user(work: Path, image: Path) -> Any:
     subprocess.run(["cp", "-r", image, work / "image"], check=True)
     subprocess.run(["chown", "-R", f"{USER}:{USER}", work], check=True)
     root = TESTS.parent
+    words = (work / "store", work / "image", work / "m", work / "seen", root, TESTS)
+    folders = ":".join(map(str, (sys.base_prefix, sys.prefix, root, work)))
     done = subprocess.run(
-        [sys.executable, TESTS / "in_userns.py", str(USER), f"{sys.base_prefix}:{sys.prefix}:{root}:{work}",
-         sys.executable, "-c", SCRIPT, *map(str, (work / "store", work / "image", work / "m", work / "seen", root, TESTS))],
-        env={**os.environ, "HOME": str(work), "XDG_RUNTIME_DIR": str(work)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            TESTS / "in_userns.py",
+            str(USER),
+            folders,
+            sys.executable,
+            "-c",
+            SCRIPT,
+            *map(str, words),
+        ],
+        env={**os.environ, "HOME": str(work), "XDG_RUNTIME_DIR": str(work)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return pickle.loads((work / "seen").read_bytes())
 
