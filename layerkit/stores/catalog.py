@@ -7,19 +7,18 @@ interrupts a run leaves files without rows, which are not used, and which gc rem
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from layerkit.errors import StoreError
-from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
-from layerkit.model.image import Image, Layer
+from layerkit.model.image import Image
+from layerkit.stores import image_facts
 from layerkit.stores.layout import Layout
 from layerkit.stores.locks import CATALOG, file_lock
 
@@ -224,13 +223,7 @@ class Catalog:
     def put_image(self, image: Image, names: Collection[str], metas: Collection[str] = ()) -> None:
         """Add an image, let ``names`` mean it, and connect it with METAs."""
         digest = str(image.descriptor.digest)
-        facts = json.dumps({
-            "name": image.name,
-            "descriptor": _descriptor_facts(image.descriptor),
-            "config_descriptor": _descriptor_facts(image.config_descriptor),
-            "layers": [[_descriptor_facts(layer.descriptor), str(layer.diff_id)] for layer in image.layers],
-            "platform": asdict(image.platform),
-        })  # fmt: skip
+        facts = image_facts.encode(image)
         now = time.time()
         with self.write() as db:
             db.execute(
@@ -253,7 +246,7 @@ class Catalog:
         for name, digest in self.names():
             names.setdefault(digest, []).append(name)
         rows = self._all("SELECT digest, manifest, config, facts FROM images ORDER BY created, digest")
-        return [StoredImage(_image(row), tuple(names.get(row[0], ()))) for row in rows]
+        return [StoredImage(image_facts.decode(*row), tuple(names.get(row[0], ()))) for row in rows]
 
     def names(self) -> list[tuple[str, str]]:
         """Return all pairs of (name, manifest digest)."""
@@ -269,7 +262,7 @@ class Catalog:
         if row is None:
             return None
         names = self._all("SELECT name FROM names WHERE digest = ? ORDER BY name", [digest])
-        return StoredImage(_image(row), tuple(name for (name,) in names))
+        return StoredImage(image_facts.decode(*row), tuple(name for (name,) in names))
 
     def drop_name(self, name: str) -> bool:
         """Forget a name; return whether it was there."""
@@ -409,40 +402,3 @@ def _clash(one: bytes, other: bytes) -> StoreError:
 
 def _layer(row: tuple[Any, ...]) -> LayerRow:
     return LayerRow(Digest.parse(row[0]), row[1], row[2], bool(row[3]), bool(row[4]))
-
-
-def _descriptor_facts(descriptor: Descriptor) -> dict[str, object]:
-    return {
-        "media_type": descriptor.media_type,
-        "digest": str(descriptor.digest),
-        "size": descriptor.size,
-        "annotations": dict(descriptor.annotations),
-        "platform": None if descriptor.platform is None else asdict(descriptor.platform),
-        "artifact_type": descriptor.artifact_type,
-        "extra": dict(descriptor.extra),
-    }
-
-
-def _descriptor(facts: dict[str, Any]) -> Descriptor:
-    platform = facts.pop("platform")
-    digest = Digest.parse(facts.pop("digest"))
-    return Descriptor(digest=digest, platform=None if platform is None else Platform(**platform), **facts)
-
-
-def _image(row: tuple[Any, ...]) -> Image:
-    digest, manifest, config, text = row
-    try:
-        facts = json.loads(text)
-        return Image(
-            name=facts["name"],
-            manifest=manifest,
-            descriptor=_descriptor(facts["descriptor"]),
-            config=config,
-            config_descriptor=_descriptor(facts["config_descriptor"]),
-            layers=tuple(Layer(_descriptor(d), Digest.parse(diff_id)) for d, diff_id in facts["layers"]),
-            platform=Platform(**facts["platform"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"catalog: the row of image {digest} is damaged ({error}); run `layerkit store verify --repair`"
-        ) from error
