@@ -128,6 +128,7 @@ class TarReader:
                         digests.append(sha256(view[data:end]).digest() if size else _EMPTY_SHA256)
                         pos = (end + 511) & -BLOCK
                         continue
+                    self._limits.check("file_bytes", size, f"{self._layer}: bytes of a file")
                     self._pos = data
                     digests.append(self._hash(size))
                 elif flag == _PAX and self._local is None:
