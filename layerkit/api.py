@@ -30,6 +30,7 @@ from layerkit.limits import Limits
 if TYPE_CHECKING:
     from layerkit.attach import Render
     from layerkit.hosts.choose import Ways
+    from layerkit.hosts.extract import UnpackReport
     from layerkit.idmap import Mapping
     from layerkit.model.facts import TreeFacts
     from layerkit.model.image import Image
@@ -307,15 +308,17 @@ class OpenImage:
         from layerkit.hosts.prepare import data_layers, meta_layer
 
         path = Path(target)
-        with _store(self._settings.store_path, self._limits) as store:
+        # Held until the mount's record says what it uses: gc must not come in between.
+        with _store(self._settings.store_path, self._limits) as store, store.hold():
             report, ways, facts, entry = self._prepare(store, mapping, rendering, "auto", own_meta, progress)
+            extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping else None
             mounter.mount(
                 mounter.MountSpec(
                     meta=meta_layer(entry),
                     data=data_layers(store, ways.backend, facts),
                     namespace=ways.namespace,
                     target=path,
-                    idmap=(mapping.uid.kernel_extents, mapping.gid.kernel_extents) if ways.idmap and mapping else None,
+                    idmap=extents if ways.idmap else None,
                     upper=upper,
                     work=work,
                     read_only=upper is None,
@@ -327,6 +330,35 @@ class OpenImage:
                 run=mounter.default_run(store.root),
             )  # fmt: skip
         return Mounted(path, report, self._settings.store_path)
+
+    def unpack(
+        self,
+        target: str | Path,
+        mapping: Mapping | None = None,
+        *,
+        copy: str = "auto",
+        progress: Progress | None = None,
+    ) -> UnpackReport:
+        """Write the root filesystem under ``mapping`` to the new folder ``target``, whole or not at all.
+
+        Args:
+            target: does not exist yet, or is an empty folder.
+            mapping: the id map; None keeps the owners.
+            copy: ``auto`` shares blocks with the store where the filesystem can, ``reflink`` insists on it,
+                ``bytes`` shares none.
+            progress: told about bytes read and entries written; may raise ``Cancelled``.
+
+        Raises:
+            LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
+            UnmappedId: an owner outside the map.
+        """
+        from layerkit.hosts.extract import unpack
+
+        with _store(self._settings.store_path, self._limits) as store:
+            return unpack(
+                self.source, self.image, self.name, store, Path(target), mapping, copy=copy,
+                data=self._settings.data, limits=self._limits, jobs=self._settings.jobs, progress=progress,
+            )  # fmt: skip
 
     def attach(
         self,

@@ -24,7 +24,7 @@ from layerkit.model.tree import Tree
 from layerkit.ports import ImageSource, Progress
 from layerkit.stores.layout import DataBackend
 from layerkit.stores.local import LocalStore
-from layerkit.stores.metas import FIXUPS_FILE, IMAGE_FILE, ROOT_FOLDER, MetaEntry, chain_key, meta_key
+from layerkit.stores.metas import MetaEntry, chain_key, meta_key
 
 FORMAT_VERSION = 1
 """Of METAs: raised when the same tree and map would give other bytes."""
@@ -221,24 +221,19 @@ class Preparation:
     ) -> MetaEntry:
         from layerkit.emit import directory, erofs
 
-        writer = self._store.begin_meta(key)
-        try:
+        with self._store.begin_meta(key) as writer:
             if rendering is Rendering.DIRECTORY:
-                root = writer.path / ROOT_FOLDER
-                root.mkdir()
-                directory.write_directory(layer, root, progress=progress)
+                writer.root.mkdir()
+                directory.write_directory(layer, writer.root, progress=progress)
             elif base is None:
-                with (writer.path / IMAGE_FILE).open("xb") as file:
+                with writer.image_file.open("xb") as file:
                     fixups = erofs.build_meta(layer, file)
-                (writer.path / FIXUPS_FILE).write_bytes(fixups.encode())
+                writer.fixups_file.write_bytes(fixups.encode())
             else:
                 fixups = erofs.Fixups.decode(base.fixups_file.read_bytes())
-                with base.image_file.open("rb") as old, (writer.path / IMAGE_FILE).open("xb") as new:
+                with base.image_file.open("rb") as old, writer.image_file.open("xb") as new:
                     erofs.patch_meta(old.fileno(), new.fileno(), fixups, layer.tree)
             return writer.commit(info)
-        except BaseException:
-            writer.abort()
-            raise
 
 
 def meta_layer(entry: MetaEntry) -> ErofsMeta | FolderMeta:

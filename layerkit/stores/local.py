@@ -1,6 +1,8 @@
 """The local store: layers, objects, METAs and images, each whole or absent.
 
 See ``layout`` for what lies where, ``locks`` for the order of locks, ``catalog`` for what counts as whole.
+A command that finds all it needs in the store must start at once, so what reads layers, writes them or looks
+after the store is imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,22 +14,24 @@ import mmap
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layerkit.errors import NotFound, StoreError, UsageError
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
-from layerkit.model.index import Index
-from layerkit.stores import fsck, gc, layers, usage
 from layerkit.stores.catalog import Catalog, StoredImage
 from layerkit.stores.durable import disk_errors
-from layerkit.stores.gc import GcReport, InUse
-from layerkit.stores.layers import LayerWriter
 from layerkit.stores.layout import DataBackend, Layout
 from layerkit.stores.locks import BIRTHS, Locks, file_lock
 from layerkit.stores.metas import MetaEntry, MetaWriter, chain_key, meta_key, parse_info
-from layerkit.stores.objects import find_content, object_path
 from layerkit.stores.spool import Spool
+
+if TYPE_CHECKING:
+    from layerkit.model.index import Index
+    from layerkit.stores import fsck, usage
+    from layerkit.stores.gc import GcReport, InUse
+    from layerkit.stores.layers import LayerWriter
 
 GC_WAIT_SECONDS = 30.0
 _DIGEST_PREFIX_CHARS = 6
@@ -140,7 +144,9 @@ class LocalStore:
             return None
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: {error}; run `layerkit store verify --repair`") from error
-        index = fsck.decode_index(buffer, path)
+        from layerkit.stores.fsck import decode_index
+
+        index = decode_index(buffer, path)
         if index.diff_id != diff_id:
             raise StoreError(f"{path}: the index of {index.diff_id}; run `layerkit store verify --repair`")
         return index
@@ -159,6 +165,8 @@ class LocalStore:
         return self._begin_layer(DataBackend(backend))
 
     def _begin_layer(self, backend: DataBackend | None) -> LayerWriter:
+        from layerkit.stores.layers import LayerWriter
+
         self._locks.acquire_shared()
         try:
             writer = LayerWriter(self._layout, self._spool, self._catalog, backend, self._locks.release_shared)
@@ -185,6 +193,8 @@ class LocalStore:
         index = self.load_index(diff_id)
         if row is None or index is None or not row.tar or not self._layout.tar(diff_id).exists():
             return False
+        from layerkit.stores import layers
+
         with self.hold(), disk_errors(f"storing layer {diff_id}", self.root):
             if wanted is DataBackend.OBJECTS:
                 layers.make_objects(self._layout, self._spool, self._catalog, index)
@@ -223,10 +233,14 @@ class LocalStore:
         """
         if not self._catalog.has_object(sha256):
             raise NotFound(f"{self.root}: no object sha256:{sha256.hex()}")
+        from layerkit.stores.objects import object_path
+
         return object_path(self._layout, sha256)
 
     def uses(self, sha256: bytes) -> list[tuple[Digest, bytes]]:
         """Return where a content occurs, as (diff_id, path in the layer); reads every index."""
+        from layerkit.stores.objects import find_content
+
         found = []
         for row in self._catalog.layers():
             index = self.load_index(row.diff_id)
@@ -339,10 +353,14 @@ class LocalStore:
 
     def df(self) -> usage.DfReport:
         """Return what takes how much space."""
+        from layerkit.stores import usage
+
         return usage.df(self._layout, self._catalog)
 
     def ls(self) -> list[usage.LsRow]:
         """Return the images with their names and maps."""
+        from layerkit.stores import usage
+
         return usage.ls(self._catalog)
 
     def verify(self, *, repair: bool = False, deep: bool = True) -> list[fsck.Finding]:
@@ -356,6 +374,8 @@ class LocalStore:
         Raises:
             StoreError: ``repair``, and the store is in use.
         """
+        from layerkit.stores import fsck
+
         alone = self._locks.exclusive(GC_WAIT_SECONDS) if repair else self._locks.shared()
         with alone, disk_errors("checking the store", self.root):
             return fsck.Fsck(self._layout, self._catalog, self._spool, self.limits, repair=repair, deep=deep).run()
@@ -380,9 +400,11 @@ class LocalStore:
         Raises:
             StoreError: other runs still use the store.
         """
+        from layerkit.stores.gc import Collector
+
         with self._locks.exclusive(wait_seconds), disk_errors("collecting garbage", self.root):
-            collector = gc.Collector(self._layout, self._catalog, self._spool, self._locks, dry_run=dry_run)
+            collector = Collector(self._layout, self._catalog, self._spool, self._locks, dry_run=dry_run)
             return collector.run(in_use() if callable(in_use) else in_use, drop_metas=drop_metas)
 
 
-__all__ = ["GcReport", "LocalStore", "MetaEntry", "chain_key", "meta_key"]
+__all__ = ["LocalStore", "MetaEntry", "chain_key", "meta_key"]
