@@ -1,12 +1,24 @@
-"""Use case: images into sinks."""
+"""Use case: images into sinks: copied as they are, or with layers and a config that are made here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
 
+from layerkit.formats import oci
+from layerkit.formats.compress import Compression, compress
+from layerkit.formats.image_rewrite import NewLayer, rewrite
+from layerkit.formats.layer_writer import Content, layer_tar
+from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
-from layerkit.model.image import Image
+from layerkit.model.digest import Digest
+from layerkit.model.image import Image, Layer
+from layerkit.model.index import Index
+from layerkit.unpack import index_layer
 
 if TYPE_CHECKING:
     from layerkit.ports import ImageSink, ImageSource, Progress
@@ -56,4 +68,140 @@ def blob_chunks(
         reader.close()
 
 
-__all__ = ["blob_chunks", "copy_image"]
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How the layers that are made here are compressed.
+
+    Attributes:
+        compression: of the blobs.
+        level: as :func:`~layerkit.formats.compress.compress` takes it; None is its default.
+    """
+
+    compression: Compression = Compression.GZIP
+    level: int | None = None
+
+    @property
+    def media_type(self) -> str:
+        """Return the OCI media type of such a layer."""
+        return oci.LAYER_TAR + (f"+{self.compression.value}" if self.compression.value else "")
+
+
+def write_layer(
+    index: Index,
+    content: Content,
+    sink: ImageSink,
+    *,
+    compression: Compression = Compression.GZIP,
+    level: int | None = None,
+    media_type: str = "",
+    check: Callable[[Index], None] | None = None,
+    limits: Limits = DEFAULT,
+    progress: Progress | None = None,
+    label: str = "writing a layer",
+    tmp: str | os.PathLike[str] | None = None,
+) -> tuple[Descriptor, Digest]:
+    """Write the layer that has the rows of ``index`` and put its blob into ``sink``; return it and its diff_id.
+
+    Everything streams: the compressed blob goes through a temporary file, because its digest has to be known
+    before it is put. The same arguments give the same bytes.
+
+    Args:
+        index: rows in canonical order; whiteouts and opaque markers are written as such.
+        content: gives the stored bytes of a regular file's row (the runs of a sparse file one after the other).
+        sink: where the blob goes; a blob that it has already is not put again.
+        compression: of the blob.
+        level: of the compression, None for the default.
+        media_type: of the descriptor; "" is the OCI one that goes with the compression.
+        check: called with the index that the finished blob, read back, has, before it is put.
+        limits: bounds for the reading back.
+        progress: told of the bytes of tar written; may raise ``Cancelled``.
+        label: what ``progress`` is told.
+        tmp: folder of the temporary file, default the system's.
+
+    Raises:
+        LossyResult: something that a tar cannot hold.
+        InvalidImage: content that is not as long as the index says, or what is read back is not right.
+    """
+    tar_hash, blob_hash = hashlib.sha256(), hashlib.sha256()
+    size = done = 0
+
+    def hashed() -> Iterator[bytes | bytearray | memoryview]:
+        nonlocal done
+        for piece in layer_tar(index, content):
+            tar_hash.update(piece)
+            done += len(piece)
+            if progress is not None:
+                progress(label, done, 0)
+            yield piece
+
+    with tempfile.TemporaryFile(dir=tmp, prefix="layerkit-") as spool:
+        for out in compress(hashed(), compression, level):
+            blob_hash.update(out)
+            size += spool.write(out)
+        spool.flush()
+        descriptor = Descriptor(
+            media_type or Packing(compression).media_type, Digest("sha256", blob_hash.hexdigest()), size
+        )
+        diff_id = Digest("sha256", tar_hash.hexdigest())
+        if check is not None:
+            check(index_layer(_FileReader(spool), descriptor, diff_id, limits=limits))
+        if not sink.has_blob(descriptor.digest):
+            sink.put_blob(descriptor, _file_chunks(spool))
+    return descriptor, diff_id
+
+
+class _FileReader:
+    """The blob in the temporary file, from its start."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._fd, self._at = file.fileno(), 0
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        got = os.preadv(self._fd, [buffer], self._at)
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        """Do nothing: the file belongs to the caller."""
+
+
+def _file_chunks(file: BinaryIO) -> Iterator[memoryview]:
+    reader, buffer = _FileReader(file), memoryview(bytearray(_CHUNK_BYTES))
+    while got := reader.readinto(buffer):
+        yield buffer[:got]
+
+
+def rewrite_image(
+    image: Image,
+    layers: Sequence[Layer | NewLayer],
+    *,
+    created: str | None = None,
+    drop_history: bool = False,
+    limits: Limits = DEFAULT,
+) -> Image:
+    """Return ``image`` with other layers: a new config and manifest, everything else in them untouched.
+
+    Args:
+        image: where config, annotations and history come from.
+        layers: of the result, bottom first: layers of ``image`` that stay, in their order, and new ones.
+        created: RFC 3339 time of the result; None keeps that of ``image``, so nothing depends on the clock.
+        drop_history: leave out the history of layers that are gone, instead of keeping it as steps that
+            made no layer.
+        limits: bounds.
+    """
+    return rewrite(image, layers, created=created, drop_history=drop_history, limits=limits)
+
+
+def put_image(
+    source: ImageSource, sink: ImageSink, image: Image, name: str = "", *, progress: Progress | None = None
+) -> None:
+    """Put a rewritten ``image``; blobs of its new layers are in ``sink`` already, kept ones are copied.
+
+    See :func:`copy_image` for the arguments.
+    """
+    copy_image(source, sink, image, name, progress=progress)
+
+
+__all__ = [
+    "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image", "write_layer",
+]  # fmt: skip
