@@ -33,6 +33,7 @@ for _flag, _kind in (
 
 _NUL, _SPACE, _ZERO = 0, 0x20, 0x30
 _POWERS = 8 ** np.arange(20, -1, -1, dtype=np.int64)
+_CHECK_ROWS = 256  # what stays in a processor's cache with its intermediate results
 _EVEN_BYTES = np.uint64(0x00FF00FF00FF00FF)
 
 
@@ -113,6 +114,12 @@ def verify_checksums(blocks: NDArray[np.uint8], offsets: NDArray[np.int64], wher
     Raises:
         InvalidImage: a wrong checksum.
     """
+    for first in range(0, len(blocks), _CHECK_ROWS):
+        part = slice(first, first + _CHECK_ROWS)
+        _verify(blocks[part], offsets[part], where)
+
+
+def _verify(blocks: NDArray[np.uint8], offsets: NDArray[np.int64], where: str) -> None:
     words = np.ascontiguousarray(blocks).view("<u8")
     # Four 16-bit lanes per word; 128 bytes of at most 255 fit a lane.
     lanes = ((words & _EVEN_BYTES) + ((words >> np.uint64(8)) & _EVEN_BYTES)).sum(axis=1, dtype=np.uint64)

@@ -22,6 +22,7 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.")
 _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _DIGITS_OF_LENGTH = 20
+_LENGTHS = {b"%d" % length: length for length in range(1, 512)}
 
 
 def parse(body: bytes, where: str, limits: Limits) -> Records:
@@ -33,13 +34,16 @@ def parse(body: bytes, where: str, limits: Limits) -> Records:
     """
     records: Records = {}
     pos, size = 0, len(body)
-    find = body.find
+    find, lengths = body.find, _LENGTHS
     while pos < size:
         space = find(b" ", pos, pos + _DIGITS_OF_LENGTH)
         digits = body[pos:space]
-        if space < 0 or not digits.isdigit():
+        length = lengths.get(digits)
+        if length is None:
+            length = int(digits) if space > 0 and digits.isdigit() else 0
+        if not length:
             raise InvalidImage(f"{where}: a PAX record without a length: {body[pos : pos + 40]!r}")
-        end = pos + int(digits)
+        end = pos + length
         equals = find(b"=", space, end)
         if end > size or equals <= space + 1 or body[end - 1] != 0x0A:
             raise InvalidImage(f"{where}: a PAX record of the wrong form or length: {body[pos : pos + 40]!r}")

@@ -52,8 +52,7 @@ class TarReader:
         self._members: list[int] = []  # header positions in the current chunk
         self._extensions: list[int] = []
         self._globals: Records = {}
-        self._local: Records | None = None  # of the member to come
-        self._local_bytes = 0
+        self._local: bytes | None = None  # the body of its own PAX header, of the member to come
         self._long: Records = {}  # GNU long names of the member to come
         self._extended = False  # whether any of these three says something
         self._plain = True  # whether they leave the member's data alone
@@ -102,7 +101,7 @@ class TarReader:
     # --- the walk ----------------------------------------------------------------------------------------
 
     def _walk(self) -> None:
-        members, digests, sha256 = self._members, self._table.digests, hashlib.sha256
+        members, extensions, digests, sha256 = self._members, self._extensions, self._table.digests, hashlib.sha256
         ends_number = _ENDS_NUMBER
         small = _SMALL_SIZES if self._limits.pax_header_bytes >= len(_SMALL_SIZES) else {}
         while True:
@@ -120,7 +119,7 @@ class TarReader:
                     else:
                         size = self._size(pos)
                     if self._extended:
-                        self._hold(self._take_records())
+                        self._hold_next()
                     members.append(pos)
                     data = pos + BLOCK
                     end = data + size
@@ -135,8 +134,11 @@ class TarReader:
                     size = small.get(bytes(chunk[pos + 124 : pos + 136]), length)
                     end = pos + BLOCK + size
                     if end <= length:
-                        self._extensions.append(pos)
-                        self._begin(bytes(view[pos + BLOCK : end]))
+                        extensions.append(pos)
+                        self._local = body = bytes(view[pos + BLOCK : end])
+                        self._extended = True
+                        if b"size=" in body or b"GNU.sparse." in body:
+                            self._plain = False
                         pos = (end + 511) & -BLOCK
                         continue
                     self._pos = pos
@@ -267,13 +269,11 @@ class TarReader:
             if key in self._long or rest.strip(b"\0"):
                 raise InvalidImage(f"{self._layer}: a GNU long name that is doubled or has a NUL, {text[:40]!r}")
             self._long[key] = text
-            self._local_bytes += size
             self._extended = True
 
     def _begin(self, body: bytes) -> None:
         """Take a local PAX header's ``body`` for the member to come."""
-        self._local = tar_pax.parse(body, self._layer, self._limits)
-        self._local_bytes += len(body)
+        self._local = body
         self._extended = True
         if b"size=" in body or b"GNU.sparse." in body:
             self._plain = False
@@ -297,7 +297,7 @@ class TarReader:
 
     def _take_records(self) -> Records:
         """Return what the extended headers say of the member at the current position, and forget it."""
-        records = self._local or {}
+        records: Records = tar_pax.parse(self._local, self._layer, self._limits) if self._local else {}
         if self._long:
             for key, text in self._long.items():
                 if records.get(key) and records[key] != text:
@@ -311,13 +311,27 @@ class TarReader:
         self._extended = bool(self._globals)
         return records
 
+    def _hold_next(self) -> None:
+        """Keep what the extended headers say for the plain file that is added next."""
+        if self._local is None or self._long or self._globals:
+            self._hold(self._take_records())
+            return
+        # The common case: its records are parsed with those of its batch.
+        self._table.hold(self._row(len(self._local)), self._local, len(self._local))
+        self._local = None
+        self._extended = False
+
     def _hold(self, records: Records) -> None:
         """Keep ``records`` for the member that is added next."""
-        if self._table.is_crowded(self._local_bytes):
+        size = sum(len(key) + len(value) for key, value in records.items())
+        self._table.hold(self._row(size), records, size)
+
+    def _row(self, size: int) -> int:
+        """Return the row of the next member, after making room for ``size`` bytes of records."""
+        if self._table.is_crowded(size):
             self._gather()
             self._table.decode()
-        self._table.hold(self._table.rows + len(self._members), records, self._local_bytes)
-        self._local_bytes = 0
+        return self._table.rows + len(self._members)
 
     # --- data --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ _MAX_ID = 0xFFFFFFFE  # 4294967295 means "no change" to chown(2) and is never an
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
 _XATTR_KEYS = (tar_pax.XATTR, tar_pax.LIBARCHIVE_XATTR, *ACL_XATTRS)
 _MAX_SECONDS = 1 << 62
+_DIR, _REG, _SYMLINK, _HARDLINK, _WHITEOUT = map(
+    int, (Kind.DIR, Kind.REG, Kind.SYMLINK, Kind.HARDLINK, Kind.WHITEOUT)
+)
 _COLUMNS: dict[str, type[np.generic]] = {
     "kind": np.uint8, "perm": np.uint16, "uid": np.uint32, "gid": np.uint32, "mtime": np.int64,
     "mtime_ns": np.uint32, "size": np.int64, "major": np.uint32, "minor": np.uint32, "link": np.int32,
@@ -41,7 +44,7 @@ class Table:
     Attributes:
         rows: members added.
         digests: the walker appends the sha256 of each member whose type is a regular file's, in order.
-        overrides: PAX records by row, for rows not decoded yet.
+        overrides: PAX records, or the body they are in, by row, for rows not decoded yet.
         placed: (offset, logical size, runs) by row, where the header alone does not say it.
     """
 
@@ -49,7 +52,7 @@ class Table:
         """``layer`` names the layer in errors."""
         self.rows = 0
         self.digests: list[bytes] = []
-        self.overrides: dict[int, Records] = {}
+        self.overrides: dict[int, Records | bytes] = {}
         self.placed: dict[int, tuple[int, int, tuple[Extent, ...] | None]] = {}
         self._layer, self._limits = layer, limits
         self._override_bytes = 0
@@ -94,7 +97,7 @@ class Table:
         """Return whether a batch had better be decoded before ``size`` more bytes of records are held."""
         return self._override_bytes + size > _OVERRIDE_BYTES and bool(self.overrides)
 
-    def hold(self, row: int, records: Records, size: int) -> None:
+    def hold(self, row: int, records: Records | bytes, size: int) -> None:
         """Keep the PAX ``records`` (``size`` bytes) of ``row`` until it is decoded."""
         self.overrides[row] = records
         self._override_bytes += size
@@ -138,7 +141,7 @@ class Table:
         first, n = self._decoded, len(blocks)
         self._decoded += n
         kind = tar_header.KIND_OF_FLAG[header.flag]
-        hashed = kind == Kind.REG
+        hashed = kind == _REG
         size = tar_header.column(blocks, tar_header.SIZE, "size", layer)
         columns: dict[str, NDArray[Any]] = {
             "kind": kind, "perm": header.mode & 0o7777, "uid": header.uid, "gid": header.gid,
@@ -173,7 +176,9 @@ class Table:
         rows: list[int] = []
         seconds: list[int] = []
         nanoseconds: list[int] = []
-        for row, records in self.overrides.items():
+        parse, limits = tar_pax.parse, self._limits
+        for row, held in self.overrides.items():
+            records = parse(held, layer, limits) if isinstance(held, bytes) else held
             i = row - first
             extended = False
             for key, value in records.items():
@@ -233,7 +238,7 @@ class Table:
     def _legacy_folders(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]]) -> None:
         """Make directories of regular files with a trailing slash, as tar had them before there was type 5."""
         kind = columns["kind"]
-        for i in np.flatnonzero(kind == Kind.REG).tolist():
+        for i in np.flatnonzero(kind == _REG).tolist():
             if header.name[i][-1:] != b"/":
                 continue
             flag = header.flag[i]
@@ -241,7 +246,7 @@ class Table:
             # nothing but the old format to read it by.
             if not (flag == 0 or (flag == ord("0") and not header.ustar[i])) or columns["size"][i]:
                 raise UnsafeEntry(self._layer, header.name[i], "a regular file whose name ends in a slash")
-            kind[i] = Kind.DIR
+            kind[i] = _DIR
 
     def _check_numbers(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
         bounds = {
@@ -266,7 +271,7 @@ class Table:
                 self.warn(f"{show_path(path)}: left behind by AUFS, dropped")
                 continue
             paths[i], kind = meaning
-            if kind >= Kind.WHITEOUT:
+            if kind >= _WHITEOUT:
                 for name in ("perm", "uid", "gid", "mtime", "mtime_ns", "size", "xattr"):
                     columns[name][i] = 0
                 for name in ("offset", "sparse"):
@@ -278,9 +283,9 @@ class Table:
         self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], paths: list[bytes]
     ) -> None:
         kind, links = columns["kind"], self._links
-        for i in np.flatnonzero((kind == Kind.SYMLINK) | (kind == Kind.HARDLINK)).tolist():
+        for i in np.flatnonzero((kind == _SYMLINK) | (kind == _HARDLINK)).tolist():
             link = header.link[i]
-            if kind[i] == Kind.HARDLINK:
+            if kind[i] == _HARDLINK:
                 link = tar_names.target(link, paths[i], self._layer, self._limits)
             elif not link or b"\0" in link:
                 raise UnsafeEntry(self._layer, paths[i], "a symlink whose target is empty or has a NUL")
@@ -294,7 +299,7 @@ class Table:
 
     def _check_root(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
         for i, path in enumerate(paths):
-            if not path and columns["kind"][i] not in (Kind.DIR, Kind.OPAQUE):
+            if not path and columns["kind"][i] not in (_DIR, Kind.OPAQUE):
                 raise UnsafeEntry(self._layer, b"", "the root is not a folder")
 
     # --- the index ---------------------------------------------------------------------------------------
@@ -312,7 +317,7 @@ class Table:
         sha = np.zeros((n, 32), np.uint8)
         sha[_joined(self._hashed, np.bool_)] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
         self._sha = bytearray()
-        sha[columns["kind"] != Kind.REG] = 0
+        sha[columns["kind"] != _REG] = 0
         keys = self._keys
         kept = _joined(self._kept, np.bool_)
         rows = range(n) if kept.all() else np.flatnonzero(kept).tolist()
@@ -355,13 +360,13 @@ class Table:
         del ordered
         drop = np.zeros(len(order), np.bool_)
         links = list(self._links)
-        targets = {path_key(links[i]) for i in np.unique(columns["link"][kind == Kind.HARDLINK]).tolist()}
+        targets = {path_key(links[i]) for i in np.unique(columns["link"][kind == _HARDLINK]).tolist()}
         for start, end in _runs(equal):
             group = order[start:end]
-            entries = [row for row in group if kind[row] < Kind.WHITEOUT]
-            last = [[r for r in group if kind[r] == k][-1:] for k in (Kind.OPAQUE, Kind.WHITEOUT)]
+            entries = [row for row in group if kind[row] < _WHITEOUT]
+            last = [[r for r in group if kind[r] == k][-1:] for k in (Kind.OPAQUE, _WHITEOUT)]
             chosen = [row for rows_ in last for row in rows_] + entries[-1:]
-            other = any(kind[row] != Kind.DIR for row in entries)
+            other = any(kind[row] != _DIR for row in entries)
             if other and last[0]:
                 raise UnsafeEntry(self._layer, _path(keys[group[0]]), "not a folder, but marked opaque as one")
             if len(entries) > 1 and other:
@@ -404,7 +409,7 @@ class Table:
 
 
 def _is_entry_but_folder(kind: NDArray[Any]) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = (kind < Kind.WHITEOUT) & (kind != Kind.DIR)
+    result: NDArray[np.bool_] = (kind < _WHITEOUT) & (kind != _DIR)
     return result
 
 
