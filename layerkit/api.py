@@ -28,6 +28,7 @@ from layerkit.errors import UsageError
 from layerkit.limits import Limits
 
 if TYPE_CHECKING:
+    from layerkit.analyze import AnalyzeReport
     from layerkit.attach import Render
     from layerkit.hosts.choose import Ways
     from layerkit.hosts.extract import UnpackReport
@@ -246,6 +247,14 @@ class OpenImage:
         from layerkit.look import inspect
 
         return inspect(self.name, self.image, self.indexes(progress=progress), mapping, self._limits)
+
+    def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
+        """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
+        from layerkit.analyze import analyze, layer_history
+
+        indexes = self.indexes(progress=progress)
+        history = layer_history(self.image.config, len(indexes))
+        return analyze(self.name, self.image, indexes, history, limits=self._limits), indexes
 
     def verify(self, *, progress: Progress | None = None) -> VerifyReport:
         """Read every blob and check it; make every attached remap artifact again and compare.
