@@ -62,7 +62,7 @@ def main(uid: int, folders: list[Path], command: list[str]) -> int:
     if not os.read(ready_r, 1):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for kind in ("uid", "gid"):
-        with open(f"/proc/{child}/{kind}_map", "w") as f:  # noqa: PTH123
+        with open(f"/proc/{child}/{kind}_map", "w") as f:
             f.write(f"0 {uid} 1\n1 {SUBIDS} {COUNT}\n")
     os.write(go_w, b"x")
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
