@@ -40,7 +40,7 @@ def snapshot(root: Path) -> dict[bytes, Shown]:
         target = os.readlink(full) if stat.S_ISLNK(st.st_mode) else b""
         key = (st.st_dev, st.st_ino)
         if stat.S_ISREG(st.st_mode) and key not in hashes:
-            with open(full, "rb") as f:
+            with Path(os.fsdecode(full)).open("rb") as f:
                 hashes[key] = hashlib.file_digest(f, "sha256").hexdigest()
         if stat.S_ISDIR(st.st_mode):
             stack.extend(os.path.join(path, name) for name in os.listdir(full))
@@ -93,7 +93,7 @@ def differences(
 def data_extents(path: Path) -> list[tuple[int, int]]:
     """Return the (start, end) runs of data of a file as SEEK_DATA and SEEK_HOLE report them."""
     runs, end = [], 0
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         size = os.fstat(f.fileno()).st_size
         while end < size:
             try:
