@@ -20,6 +20,11 @@ SPARSE_MAP = b"GNU.sparse.map"
 _SPARSE_OFFSET, _SPARSE_LENGTH = b"GNU.sparse.offset", b"GNU.sparse.numbytes"
 _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.")
 _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
+# What most PAX headers of real layers are, nothing but times; the lengths are right by the digits' number.
+TIMES_ONLY = re.compile(
+    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n){0,2}30 mtime=([0-9]{10})\.([0-9]{9})\n"
+    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n){0,2}"
+)
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _DIGITS_OF_LENGTH = 20
 _LENGTHS = {b"%d" % length: length for length in range(1, 512)}
@@ -32,28 +37,46 @@ def parse(body: bytes, where: str, limits: Limits) -> Records:
         InvalidImage: malformed.
         LimitExceeded: more xattrs than an entry may have.
     """
-    records: Records = {}
-    pos, size = 0, len(body)
-    find, lengths = body.find, _LENGTHS
-    while pos < size:
-        space = find(b" ", pos, pos + _DIGITS_OF_LENGTH)
-        digits = body[pos:space]
-        length = lengths.get(digits)
-        if length is None:
-            length = int(digits) if space > 0 and digits.isdigit() else 0
-        if not length:
-            raise InvalidImage(f"{where}: a PAX record without a length: {body[pos : pos + 40]!r}")
-        end = pos + length
-        equals = find(b"=", space, end)
-        if end > size or equals <= space + 1 or body[end - 1] != 0x0A:
-            raise InvalidImage(f"{where}: a PAX record of the wrong form or length: {body[pos : pos + 40]!r}")
-        records[body[space + 1 : equals]] = body[equals + 1 : end - 1]
-        pos = end
+    records = _lines(body)
+    if records is None:
+        records = _records(body, where)
     if b"GNU.sparse.numbytes=" in body:
         # Version 0.0 repeats two keywords, which a dict cannot hold: keep them in 0.1's form.
         records[SPARSE_MAP] = _pairs_as_map(body, where, limits)
     if len(records) > limits.xattrs_per_entry:
         limits.check("xattrs_per_entry", sum(key.startswith(XATTR) for key in records), f"{where}: xattrs")
+    return records
+
+
+def _lines(body: bytes) -> Records | None:
+    """Return the records of a body in which each of them is one line; None for all others."""
+    records: Records = {}
+    lines = body.split(b"\n")
+    if lines.pop():
+        return None
+    for line in lines:
+        digits, _, rest = line.partition(b" ")
+        key, equals, value = rest.partition(b"=")
+        if _LENGTHS.get(digits) != len(line) + 1 or not key or not equals:
+            return None
+        records[key] = value
+    return records
+
+
+def _records(body: bytes, where: str) -> Records:
+    records: Records = {}
+    pos, size = 0, len(body)
+    while pos < size:
+        space = body.find(b" ", pos, pos + _DIGITS_OF_LENGTH)
+        digits = body[pos:space]
+        if space < 0 or not digits.isdigit() or not int(digits):
+            raise InvalidImage(f"{where}: a PAX record without a length: {body[pos : pos + 40]!r}")
+        end = pos + int(digits)
+        equals = body.find(b"=", space, end)
+        if end > size or equals <= space + 1 or body[end - 1] != 0x0A:
+            raise InvalidImage(f"{where}: a PAX record of the wrong form or length: {body[pos : pos + 40]!r}")
+        records[body[space + 1 : equals]] = body[equals + 1 : end - 1]
+        pos = end
     return records
 
 

@@ -176,10 +176,18 @@ class Table:
         rows: list[int] = []
         seconds: list[int] = []
         nanoseconds: list[int] = []
-        parse, limits = tar_pax.parse, self._limits
+        parse, limits, times_only = tar_pax.parse, self._limits, tar_pax.TIMES_ONLY.fullmatch
         for row, held in self.overrides.items():
-            records = parse(held, layer, limits) if isinstance(held, bytes) else held
             i = row - first
+            if isinstance(held, bytes):
+                if match := times_only(held):
+                    rows.append(i)
+                    seconds.append(int(match[1]))
+                    nanoseconds.append(int(match[2]))
+                    continue
+                records = parse(held, layer, limits)
+            else:
+                records = held
             extended = False
             for key, value in records.items():
                 if key == b"mtime":
