@@ -129,7 +129,8 @@ def flatten(
         sink, name = _sink(dst)
         return work.flatten(
             opened.source, image, sink, dst_name=name or image.name,
-            limits=chosen.limits or bounds.from_environment(), first=first, last=last, packing=pack, created=time, load=load, open_tar=tar, progress=progress,
+            limits=chosen.limits or bounds.from_environment(), first=first, last=last, packing=pack,
+            created=time, load=load, open_tar=tar, progress=progress,
         )  # fmt: skip
 
 
