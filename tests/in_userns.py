@@ -25,7 +25,10 @@ _PR_SET_DUMPABLE = 4
 def open_ways(folders: list[Path]) -> None:
     """Lay an open folder over each closed one above ``folders``, with nothing but them in it."""
     held = {folder: os.open(folder, os.O_PATH) for folder in folders}
-    closed = {p for folder in folders for p in folder.parents if not p.stat().st_mode & 1}
+    # pytest's own folder is closed too, but other tests that run now may have opened it for a moment.
+    closed = {
+        p for each in folders for p in each.parents if not p.stat().st_mode & 1 or p.name.startswith("pytest-of-")
+    }
     for top in sorted(p for p in closed if not closed.intersection(p.parents)):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", top], check=True)
         for folder, fd in held.items():
