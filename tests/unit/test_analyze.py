@@ -165,7 +165,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(report_html(hostile_report()))
     done = subprocess.run(
-        [shutil.which("chromium") or "", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+        [shutil.which("chromium") or "", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=999",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}, check=True,
     )  # fmt: skip

@@ -1,0 +1,250 @@
+"""The plan keeps the root filesystem, by two judges: the digest of the merge, and the independent model."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trees import file, folder
+
+from layerkit.errors import UnsafeEntry, UsageError
+from layerkit.merge import merge
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Entry, Kind
+from layerkit.model.index import Index
+from layerkit.optimize import Action, Plan, plan
+
+EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+
+
+def gone(path: bytes) -> Entry:
+    return Entry(path, Kind.WHITEOUT)
+
+
+def link(path: bytes, target: bytes) -> Entry:
+    return Entry(path, Kind.HARDLINK, link=target)
+
+
+def indexes(layers: list[list[Entry]]) -> list[Index]:
+    """Return indexes in which every stored file has a place of its own."""
+    return [
+        Index.of([e._replace(offset=512 * (i + 1)) if e.size else e for i, e in enumerate(entries)],
+                 Digest.of(b"%d" % number))
+        for number, entries in enumerate(layers)
+    ]  # fmt: skip
+
+
+def planned(*layers: list[Entry], keep_base: int = 0) -> tuple[Plan, list[list[Entry] | None]]:
+    """Return the plan and each layer's entries without offsets; None for a layer that is kept."""
+    before = indexes(list(layers))
+    result = plan(before, keep_base)
+    check(before, result, keep_base)
+    return result, [
+        None if x.action is Action.KEEP else [e._replace(offset=-1) for e in x.index.entries()]
+        for x in result.layers
+    ]  # fmt: skip
+
+
+def check(before: list[Index], result: Plan, keep_base: int) -> None:
+    """State the laws of a plan."""
+    assert merge(result.indexes).digest() == merge(before).digest() == result.tree
+    assert result.bytes_after <= result.bytes_before
+    for old, new in zip(before, result.layers, strict=True):
+        if new.place < keep_base:
+            assert new.action is Action.KEEP
+        if new.action is Action.KEEP:
+            assert new.index is old
+            continue
+        assert (len(new.index) == 0) == (new.action is Action.DROP)
+        read = []
+        for row, entry in enumerate(new.index.entries()):
+            at = int(new.content[row])
+            assert (at >= 0) == (entry.kind is Kind.REG and entry.size > 0)
+            if at >= 0:
+                source = old.entry(at)
+                assert (source.sha256, source.size, source.offset, source.sparse) == (
+                    entry.sha256, entry.size, entry.offset, entry.sparse,
+                )  # fmt: skip
+                read.append(at)
+        # No content is written twice, or it would not shrink.
+        assert len(read) == len(set(read))
+    # What is optimized is optimal: there is nothing left to take out.
+    if keep_base == 0:
+        again = plan(result.indexes)
+        assert again.bytes_after == again.bytes_before == result.bytes_after
+
+
+def test_metadata_is_pushed_down() -> None:
+    data = b"x" * 100
+    for change in ({"uid": 7}, {"perm": 0o4755}, {"mtime": 9}, {"xattrs": ((b"user.a", b"1"),)}):
+        result, (low, high) = planned([file(b"a", data)], [file(b"a", data, **change)])
+        assert low == [file(b"a", data, **change)]
+        assert high == []
+        assert [x.action for x in result.layers] == [Action.REWRITE, Action.DROP]
+        assert (result.bytes_before, result.bytes_after) == (200, 100)
+
+
+def test_a_chown_of_a_folder_goes_down_with_its_files() -> None:
+    _, (low, high) = planned(
+        [folder(b"d"), file(b"d/a", b"1"), folder(b"e")], [folder(b"d", uid=5), file(b"d/a", b"1", uid=5)]
+    )
+    assert low is not None
+    assert {e.path: e.uid for e in low} == {b"d": 5, b"d/a": 5, b"e": 0}
+    assert high == []
+
+
+def test_hidden_entries_and_their_whiteouts_go() -> None:
+    result, (low, high) = planned([folder(b"d"), file(b"d/a", b"1"), file(b"b", b"2")], [gone(b"d/a")])
+    assert low is not None
+    assert [e.path for e in low] == [b"b", b"d"]
+    assert high == []
+    assert result.bytes_after == 1
+
+
+def test_a_moved_file_is_placed_where_its_content_is() -> None:
+    _, (low, high) = planned([file(b"a", b"12")], [gone(b"a"), file(b"b", b"12", uid=3)])
+    assert low is not None
+    assert [(e.path, e.uid) for e in low] == [(b"b", 3)]
+    assert high == []
+
+
+def test_a_copy_stays_where_it_is() -> None:
+    result, layers = planned([file(b"a", b"12")], [file(b"b", b"12")])
+    assert layers == [None, None]
+    assert not result.changes
+
+
+def test_layers_that_need_no_change_are_kept() -> None:
+    _, layers = planned(
+        [folder(b"d"), file(b"d/base", b"b")],
+        [folder(b"d", mtime=1), file(b"d/a", b"1")],
+        [folder(b"d", mtime=2), file(b"d/a", b"1", uid=1)],
+    )
+    assert layers[0] is None
+    assert layers[2] == []
+
+
+def test_the_base_is_never_touched() -> None:
+    data = b"x" * 10
+    _, layers = planned([file(b"a", data), file(b"b", data)], [file(b"a", data, uid=1), gone(b"b")], keep_base=1)
+    assert layers == [None, None]
+    _, layers = planned(
+        [file(b"a", data)], [file(b"a", data, uid=1)], [file(b"a", data, uid=2)], [gone(b"a")], keep_base=1
+    )
+    assert layers == [None, [], [], None]
+
+
+def test_hard_links_stay_one_inode() -> None:
+    _, (low, high) = planned(
+        [file(b"a", b"12"), link(b"b", b"a")], [file(b"a", b"12", uid=1), link(b"b", b"a")]
+    )  # fmt: skip
+    assert low is not None
+    assert low == [file(b"a", b"12", uid=1), link(b"b", b"a")._replace(perm=0o644, uid=1)]
+    assert high == []
+    # chown of one name alone breaks the link on an overlay: two inodes, and the content is needed twice.
+    result, _ = planned([file(b"a", b"12"), link(b"b", b"a")], [file(b"b", b"12", uid=1)])
+    assert result.bytes_after == 4
+
+
+def test_a_link_into_a_lower_layer_pins_it() -> None:
+    result, _ = planned([file(b"a", b"12")], [link(b"b", b"a")], [file(b"c", b"3")], [file(b"c", b"3", uid=1)])
+    assert result.pinned == 2
+    assert [x.action for x in result.layers] == [Action.KEEP, Action.KEEP, Action.REWRITE, Action.DROP]
+
+
+def test_a_base_that_is_not_there() -> None:
+    for base in (-1, 2):
+        with pytest.raises(UsageError, match="keep-base"):
+            plan(indexes([[]]), base)
+
+
+NAMES = st.sampled_from([b"a", b"b", b"c"])
+PATHS = st.lists(NAMES, min_size=1, max_size=3).map(b"/".join)
+
+
+@st.composite
+def change(draw: st.DrawFn, shown: list[Entry]) -> list[Entry]:
+    """Draw what one step of a build writes: mostly about what is there already."""
+    path, number = draw(PATHS), draw(st.integers(0, 3))
+    old = draw(st.sampled_from(shown)) if shown and draw(st.booleans()) else None
+    what = draw(st.sampled_from(
+        ["file", "file", "folder", "link", "gone", "opaque", "symlink", "device", "mode", "owner", "time", "xattr",
+         "move", "copy"]
+    ))  # fmt: skip
+    if old is not None and what in ("mode", "owner", "time", "xattr"):
+        key = {"mode": "perm", "owner": "uid", "time": "mtime", "xattr": "xattrs"}[what]
+        return [old._replace(**{key: ((b"user.x", b"%d" % number),) if what == "xattr" else number})]
+    if old is not None and what == "gone":
+        return [gone(old.path)]
+    if old is not None and what in ("move", "copy") and old.kind is Kind.REG:
+        return [old._replace(path=path, uid=number), *([gone(old.path)] if what == "move" else [])]
+    if what == "link":
+        return [link(path, old.path if old is not None else draw(PATHS))]
+    if what in ("folder", "opaque"):
+        return [Entry(path, Kind.DIR if what == "folder" else Kind.OPAQUE, perm=0o700 + number)]
+    if what == "gone":
+        return [gone(path)]
+    if what == "symlink":
+        return [Entry(path, Kind.SYMLINK, link=b"%d" % number)]
+    if what == "device":
+        return [Entry(path, Kind.CHAR, major=number)]
+    sparse = ((0, 1),) if number == 3 and draw(st.booleans()) else None
+    return [file(path, b"x" * number, uid=draw(st.integers(0, 2)))._replace(sparse=sparse)]
+
+
+@st.composite
+def stack(draw: st.DrawFn) -> list[list[Entry]]:
+    """Draw layers that merge."""
+    layers: list[list[Entry]] = []
+    for _ in range(draw(st.integers(1, 6))):
+        layer: list[Entry] = []
+        shown = [e for entries in layers for e in entries if e.kind < Kind.HARDLINK]
+        for _ in range(draw(st.integers(0, 7))):
+            more = draw(change(shown + [e for e in layer if e.kind < Kind.HARDLINK]))
+            try:
+                merge(indexes([*layers, [*layer, *more]]))
+            except UnsafeEntry:
+                continue
+            layer += more
+        layers.append(layer)
+    return layers
+
+
+def test_what_a_kept_layer_would_hide_does_not_stay() -> None:
+    result, _ = planned([file(b"a", b"123")], [file(b"a")], [file(b"a", b"123")])
+    assert result.bytes_after == 3
+
+
+def test_a_folder_that_only_hidden_files_made_stays() -> None:
+    _, layers = planned([file(b"d/a", b"1")], [gone(b"d/a")])
+    assert layers == [[folder(b"d")], []]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(stack(), st.integers(0, 3))
+def test_any_stack_keeps_its_root_filesystem(layers: list[list[Entry]], keep: int) -> None:
+    before = indexes(layers)
+    keep = min(keep, len(before))
+    result = plan(before, keep)
+    check(before, result, keep)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(stack())
+def test_without_links_between_layers_no_content_is_left_that_is_not_shown(layers: list[list[Entry]]) -> None:
+    before = indexes(layers)
+    result = plan(before)
+    if result.pinned:
+        return
+    tree = merge(before)
+    shown: dict[bytes, int] = defaultdict(int)
+    for inode in range(tree.inodes):
+        if tree.offset[inode] >= 0:
+            row = int(tree.sparse[inode])
+            stored = int(tree.size[inode]) if row < 0 else tree.sparse_maps.stored_bytes(row)
+            shown[tree.sha256[inode].tobytes()] += stored
+    if not any(len(x.sparse_maps) for x in before):
+        assert result.bytes_after == sum(shown.values())
