@@ -11,18 +11,21 @@ from layerkit.cli.render import emit_json, fields, progress
 def verify(
     ref: o.Ref,
     platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Read an image whole and check it: digests, sizes, structure, and every remap artifact attached to it.
 
     An artifact is checked by making it again from the image: the bytes must be equal. Nothing is stored.
+    What the local store keeps of an image is checked by `layerkit store verify`.
 
     Example: `layerkit verify oci-archive:remapped.tar`
     """
     from layerkit import api
 
-    with api.open_image(ref, platform=platform) as image, progress(quiet) as step:
+    settings = api.Settings(store=o.store_dir(store))
+    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
         report = image.verify(progress=step)
     if json:
         emit_json("verify", report.to_dict())
