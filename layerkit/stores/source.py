@@ -50,7 +50,7 @@ class StoreSource:
         except NotFound:
             raise NotFound(
                 f"store:{self._name}: blob {descriptor.digest} is not kept, only what is in it; "
-                "name the image where it came from (an OCI layout or an archive), or check the store: layerkit store verify"
+                "name the image where it came from; what the store keeps is checked by layerkit store verify"
             ) from None
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
