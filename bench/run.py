@@ -126,8 +126,8 @@ def report(results: dict[str, list[dict[str, Any]]], failures: dict[str, str], p
         "# Benchmarks",
         "",
         "Made by `make bench` (`python bench/run.py`), as root; do not edit. Times are medians, alternating with",
-        "the peer in one run. Look at ratios: they are the peer's time by ours, above 1 is faster than the peer; where",
-        "the target says `<=`, ours by the peer's.",
+        "the peer in one run. Look at ratios: they are the peer's time by ours, above 1 is faster than the peer;",
+        "where the target says `<=`, ours by the peer's.",
         "",
         f"Machine: {'; '.join(facts())}; {place}.",
     ]
