@@ -298,14 +298,14 @@ class _Image:
 
     def with_hidden_files(self, places: set[int], supply: _Supply) -> set[int]:
         """Return those of the fixed layers at ``places`` that store a file which nobody would see."""
-        return {
-            place
-            for place in places
-            if any(
-                (place, int(self._layers[place].index.offset[row])) not in supply.used
-                for row in self._layers[place].stored
-            )
-        }
+        hidden = set()
+        for place in places:
+            layer = self._layers[place]
+            # A file that is all hole has no place in the tar, and costs nothing.
+            at = layer.index.offset[layer.stored].tolist()
+            if any(offset >= 0 and (place, offset) not in supply.used for offset in at):
+                hidden.add(place)
+        return hidden
 
     def layers(self, fixed: set[int], supply: _Supply) -> tuple[PlannedLayer, ...]:
         """Return all layers, the free ones made anew."""

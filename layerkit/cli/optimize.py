@@ -1,0 +1,108 @@
+"""``layerkit optimize``: an image without the bytes that it holds twice or hides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.flatten import CompressionOption, Created, Level
+from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerkit.shrink import OptimizeReport
+
+
+def optimize(
+    src: o.Ref,
+    dst: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DST]",
+            help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`; "
+            "`-` is an archive on standard output. Not needed with --dry-run.",
+        ),
+    ] = None,
+    keep_base: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-base",
+            metavar="REF|N",
+            help="Never touch the layers of this image, or the lowest N: who has the base shares it.",
+        ),
+    ] = None,
+    compression: CompressionOption = "gzip",
+    level: Level = None,
+    created: Created = None,
+    platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Take out the bytes that chown and chmod layers duplicate, and those that later layers hide.
+
+    The layers stay apart, the root filesystem stays what it is (the result is read back before it becomes
+    visible), and layers that need no change keep their digests. It is a standard image for every runtime.
+
+    Examples:
+    `layerkit optimize image.tar --dry-run`
+
+    `layerkit optimize oci:images:app oci:images:app-small --keep-base oci:images:base`
+
+    `layerkit optimize image.tar oci-archive:small.tar --compression zstd`
+    """
+    from layerkit import api, optimizing
+
+    if dst is None and not dry_run:
+        raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
+    settings = api.Settings(store=o.store_dir(store))
+    with progress(quiet) as step:
+        report = optimizing.optimize(
+            src, None if dry_run else dst, keep_base=keep_base, platform=platform, settings=settings,
+            compression=compression, level=level, created=created, progress=step,
+        )  # fmt: skip
+    if json:
+        emit_json("optimize", report.to_dict())
+    elif dst is not None and not dry_run and dst.rpartition(":")[2] == "-":  # standard output holds the archive
+        note(f"{report.manifest}: {human(report.bytes_after)}, before {human(report.bytes_before)}", quiet=quiet)
+    else:
+        _show(report, dst or "")
+
+
+def _show(report: OptimizeReport, dst: str) -> None:
+    written = bool(report.manifest)
+    fields(
+        [
+            ("image", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}"),
+            ("layers", f"{report.layers_after}, before {report.layers_before}"),
+            ("files", f"{human(report.file_bytes_after)}, before {human(report.file_bytes_before)}"),
+        ]
+    )
+    if written:
+        saved = f"{report.saved_percent} % less"
+        fields([("blobs ", f"{human(report.bytes_after)}, before {human(report.bytes_before)}: {saved}")])
+    if report.kept_base:
+        base = f"{report.kept_base} layers kept; touching them would save {human(report.base_cost_bytes)} of files"
+        fields([("base  ", base)])
+    fields([("tree  ", f"{report.tree_digest}, as before")])
+    table(
+        "",
+        ["LAYER", "ACTION", "FILES", "AFTER", "ENTRIES", "AFTER", "BLOB", "AFTER", "DIGEST"],
+        [
+            (
+                i, x.action, human(x.file_bytes_before), human(x.file_bytes_after), f"{x.entries_before:,}",
+                f"{x.entries_after:,}", human(x.blob_bytes_before),
+                human(x.blob_bytes_after) if written or x.action == "keep" else "", x.digest_after[:19],
+            )
+            for i, x in enumerate(report.layers)
+        ],
+        right=(0, 2, 3, 4, 5, 6, 7),
+    )  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command to ``app``."""
+    app.command("optimize", rich_help_panel="Images")(optimize)
