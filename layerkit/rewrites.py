@@ -23,8 +23,10 @@ from layerkit.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
     from layerkit.flatten import FlattenReport
+    from layerkit.idmap import Mapping
     from layerkit.model.digest import Digest
     from layerkit.model.index import Index
+    from layerkit.model.reports import RemapReport
     from layerkit.pack import Packing
     from layerkit.ports import ImageSink, Progress
 
@@ -134,6 +136,65 @@ def flatten(
         )  # fmt: skip
 
 
+def remap(
+    src: str,
+    dst: str,
+    mapping: Mapping,
+    *,
+    form: str = "portable",
+    stock_media_type: bool = False,
+    platform: str | None = None,
+    settings: api.Settings | None = None,
+    compression: str = "gzip",
+    level: int | None = None,
+    created: str | None = None,
+    progress: Progress | None = None,
+) -> RemapReport:
+    """Write the image ``src`` under ``mapping`` to ``dst`` in a form that needs no layerkit to run.
+
+    The form ``artifact`` is :meth:`OpenImage.attach`. Arguments that are not here are those of :func:`flatten`.
+
+    Args:
+        src: reference of the image.
+        dst: reference of the result.
+        mapping: the id map.
+        form: ``portable`` (every layer written anew) or ``layer`` (META as one more layer).
+        stock_media_type: for the form ``layer``: its standard media type, dangerous on most runtimes.
+        platform: ``os/arch[/variant]``; None takes this host's.
+        settings: store and limits.
+        compression: of new layers.
+        level: of the compression.
+        created: time of the result.
+        progress: told of bytes read and written; what it raises ends the work.
+
+    Raises:
+        UnmappedId: an owner outside the map.
+        UsageError: no such form.
+    """
+    from layerkit import portable as work
+    from layerkit.flatten import creation_time
+
+    if form not in ("portable", "layer"):
+        raise UsageError(f"--form {form!r}: want artifact, layer or portable")
+    if stock_media_type and form != "layer":
+        raise UsageError("--stock-media-type means something only with --form layer")
+    chosen = settings or api.Settings()
+    limits = chosen.limits or bounds.from_environment()
+    pack, time = packing(compression, level), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+    with api.open_image(src, platform=platform, settings=chosen) as opened, kept(chosen.store_path) as (load, tar):
+        image = opened.image
+        sink, name = _sink(dst)
+        if form == "portable":
+            return work.portable(
+                opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
+                created=time, load=load, open_tar=tar, progress=progress,
+            )  # fmt: skip
+        return work.append_meta(
+            opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
+            stock_media_type=stock_media_type, created=time, load=load, progress=progress,
+        )  # fmt: skip
+
+
 def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -> int:
     from layerkit import flatten as work
 
@@ -146,4 +207,4 @@ def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -
         return work.base_layers(opened.image, base.image, keep_base)
 
 
-__all__ = ["flatten", "kept", "packing"]
+__all__ = ["flatten", "kept", "packing", "remap"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerkit.cli import options as o
+from layerkit.cli.flatten import CompressionOption, Created, Level
 from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerkit.model.reports import RemapReport
 
 
 def remap(
@@ -46,6 +51,24 @@ def remap(
         bool,
         typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
     ] = False,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            metavar="artifact|layer|portable",
+            help="What DST gets: the image with META attached, META as a layer of it, or all layers written anew.",
+        ),
+    ] = "artifact",
+    stock_media_type: Annotated[
+        bool,
+        typer.Option(
+            "--stock-media-type",
+            help="With --form layer: the standard media type. DANGEROUS: most runtimes show files of zeros.",
+        ),
+    ] = False,
+    compression: CompressionOption = "gzip",
+    level: Level = None,
+    created: Created = None,
     data: o.Data = "auto",
     platform: o.PlatformOption = None,
     store: o.StoreDir = None,
@@ -58,6 +81,7 @@ def remap(
 
     The image stays as it is. Without DST the result is kept in the local store and can be mounted at once;
     with DST the image is copied there byte for byte, and the metadata is attached to it as an OCI artifact.
+    `--form portable` writes every layer anew instead, for runtimes without any support.
 
     Examples:
     `layerkit remap image.tar --uid-map 0:100000:65536`
@@ -65,11 +89,29 @@ def remap(
     `layerkit remap oci:images:app --uid-map 0:100000:1000 --uid-map 1000:1000:1 --gid-map 0:100000:65536`
 
     `layerkit remap image.tar oci-archive:remapped.tar --subuid-name alice`
+
+    `layerkit remap image.tar docker-archive:out.tar:app:remapped --form portable --uid-map 0:100000:65536`
     """
     from layerkit import api
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
+    if form not in ("artifact", "layer", "portable"):
+        raise UsageError(f"--form {form!r}: want artifact, layer or portable")
+    if form != "artifact" and (dst is None or mapping is None):
+        raise UsageError(f"--form {form} writes an image: give DST and a map")
+    if stock_media_type and form != "layer":
+        raise UsageError("--stock-media-type means something only with --form layer")
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
+    if form != "artifact" and dst is not None and mapping is not None and not dry_run:
+        from layerkit import rewrites
+
+        with progress(quiet) as step:
+            result = rewrites.remap(
+                src, dst, mapping, form=form, stock_media_type=stock_media_type, platform=platform,
+                settings=settings, compression=compression, level=level, created=created, progress=step,
+            )  # fmt: skip
+        _show(result, dst, json, quiet)
+        return
     with api.open_image(src, platform=platform, settings=settings) as image:
         if dry_run:
             plan = image.inspect(mapping)
@@ -82,10 +124,16 @@ def remap(
                 )
             else:
                 result = image.attach(mapping, dst, rendering=rendering, namespace=namespace, progress=step)
+    _show(result, dst, json, quiet)
+
+
+def _show(result: RemapReport, dst: str | None, json: bool, quiet: bool) -> None:
     for warning in result.warnings:
         note(f"warning: {warning}", quiet=quiet)
     if json:
         emit_json("remap", result.to_dict())
+        return
+    if dst is not None and dst.rpartition(":")[2] == "-":  # standard output holds the archive
         return
     fields(
         [
@@ -98,6 +146,8 @@ def remap(
     )
     if result.artifact:
         fields([("artifact", result.artifact), ("written", str(dst))])
+    elif dst is not None:
+        fields([("written", dst)])
     else:
         note(f"\nnext: layerkit mount {result.next_ref} TARGET {result.map_flags}".rstrip(), quiet=quiet)
 
