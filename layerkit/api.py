@@ -30,6 +30,7 @@ from layerkit.limits import Limits
 if TYPE_CHECKING:
     from layerkit.analyze import AnalyzeReport
     from layerkit.attach import Render
+    from layerkit.hosts.changes import PackReport
     from layerkit.hosts.choose import Ways
     from layerkit.hosts.extract import UnpackReport
     from layerkit.idmap import Mapping
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from layerkit.model.index import Index
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
     from layerkit.model.tree import Tree
+    from layerkit.pack import Packing
     from layerkit.ports import ImageSource, Progress
     from layerkit.stores.local import LocalStore, MetaEntry
 
@@ -368,6 +370,51 @@ class OpenImage:
                 self.source, self.image, self.name, store, Path(target), mapping, copy=copy,
                 data=self._settings.data, limits=self._limits, jobs=self._settings.jobs, progress=progress,
             )  # fmt: skip
+
+    def pack(
+        self,
+        folder: str | Path,
+        dst: str,
+        mapping: Mapping | None = None,
+        *,
+        packing: Packing | None = None,
+        created: str | None = None,
+        message: str = "",
+        checksum: bool = False,
+        progress: Progress | None = None,
+    ) -> PackReport:
+        """Write this image with what changed in ``folder`` since it as one more layer to ``dst``.
+
+        Args:
+            folder: a root filesystem that was unpacked from this image.
+            dst: reference of the result.
+            mapping: the id map that it was unpacked with.
+            packing: compression of the layer; None is gzip.
+            created: time of the result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, and
+                without that the time of the image stays.
+            message: for the history.
+            checksum: read every file, also those whose size and time did not change.
+            progress: told of entries and bytes; may raise ``Cancelled``.
+
+        Raises:
+            UnmappedId: an owner in the folder that is outside the map.
+            LossyResult: something that a layer cannot hold.
+        """
+        from layerkit.flatten import creation_time
+        from layerkit.hosts.changes import pack
+        from layerkit.pack import Packing
+        from layerkit.stores import reference
+
+        how, when = packing or Packing(), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+        if not Path(folder).is_dir():
+            raise UsageError(f"{folder}: no such folder; DIR is a root filesystem, as `layerkit unpack` writes it")
+        indexes = self.indexes(progress=progress)
+        parsed = reference.parse(dst)
+        return pack(
+            Path(folder), self.source, self.image, indexes, reference.open_sink(parsed, limits=self._limits),
+            name=self.name, dst_name=parsed.name or self.image.name, mapping=mapping, packing=how, created=when,
+            message=message, checksum=checksum, limits=self._limits, progress=progress,
+        )  # fmt: skip
 
     def attach(
         self,

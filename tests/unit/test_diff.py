@@ -1,0 +1,102 @@
+"""The law of the diff: the layers and the diff on top of them show the new tree."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from layerkit.diff import diff
+from layerkit.errors import LossyResult
+from layerkit.merge import merge
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Entry, Kind
+from layerkit.model.index import Index
+
+EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+ZERO = Digest.of(b"")
+
+
+def layer(*entries: Entry) -> Index:
+    return Index.of(entries, ZERO)
+
+
+def file(path: bytes, content: bytes = b"x", **more: object) -> Entry:
+    return Entry(
+        path, Kind.REG, size=len(content), sha256=hashlib.sha256(content).digest(),
+        offset=512 if content else -1, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def rows(index: Index) -> list[tuple[bytes, Kind]]:
+    return [(entry.path, entry.kind) for entry in index.entries()]
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> list[Index]:
+    """One tree: some paths, each of a kind that suits those above it; then hard links."""
+    paths = draw(st.sets(st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=3).map(b"/".join)))
+    entries: dict[bytes, Entry] = {b"": Entry(b"", Kind.DIR, perm=draw(st.sampled_from([0o755, 0o700])))}
+    for path in sorted(paths, key=lambda p: p.split(b"/")):
+        above = path.rpartition(b"/")[0]
+        if above not in entries or entries[above].kind is not Kind.DIR:
+            continue
+        common = {"uid": draw(st.integers(0, 1)), "mtime": draw(st.integers(0, 1))}
+        xattrs = draw(st.sampled_from([(), ((b"user.a", b"1"),), ((b"user.a", b"2"),)]))
+        which = draw(st.integers(0, 5))
+        plain = [name for name, e in entries.items() if e.kind is not Kind.DIR and e.kind is not Kind.HARDLINK]
+        if which == 0:
+            entries[path] = Entry(
+                path, Kind.SYMLINK, perm=0o777, link=draw(st.sampled_from([b"x", b"y"])), **common
+            )
+        elif which == 1 and plain:
+            entries[path] = Entry(path, Kind.HARDLINK, link=draw(st.sampled_from(plain)))
+        elif which == 2:
+            entries[path] = Entry(path, Kind.CHAR, major=1, minor=draw(st.integers(3, 5)), **common)
+        elif which == 3:
+            entries[path] = file(path, draw(st.sampled_from([b"", b"one", b"two"])), xattrs=xattrs, **common)
+        else:
+            entries[path] = Entry(path, Kind.DIR, perm=0o755, xattrs=xattrs, **common)
+    return [layer(*entries.values())]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stacks(), stacks())
+def test_the_layers_with_the_diff_show_the_new_tree(old: list[Index], new: list[Index]) -> None:
+    before, after = merge(old), merge(new)
+    change = diff(before, after)
+    assert merge([*old, change]).digest() == after.digest()
+    assert len(diff(after, after)) == 0
+    # And once more, on top of a stack of two with whiteouts in it.
+    assert merge([*old, change, diff(after, before)]).digest() == before.digest()
+
+
+def test_only_what_changed_is_in_it() -> None:
+    old = merge([layer(Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR), file(b"d/a"), file(b"d/b"), file(b"e"))])
+    new = merge([layer(Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR), file(b"d/a"), file(b"d/b", uid=3), file(b"f"))])
+    assert rows(diff(old, new)) == [(b"d/b", Kind.REG), (b"e", Kind.WHITEOUT), (b"f", Kind.REG)]
+
+
+def test_a_folder_that_goes_takes_what_is_below_with_it() -> None:
+    old = merge([layer(Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR), Entry(b"d/e", Kind.DIR), file(b"d/e/f"))])
+    gone = merge([layer(Entry(b"", Kind.DIR))])
+    assert rows(diff(old, gone)) == [(b"d", Kind.WHITEOUT)]
+    assert rows(diff(old, merge([layer(Entry(b"", Kind.DIR), file(b"d"))]))) == [(b"d", Kind.REG)]
+
+
+def test_of_an_inode_that_was_cut_in_two_one_half_stays() -> None:
+    link = Entry(b"b", Kind.HARDLINK, link=b"a")
+    old = merge([layer(Entry(b"", Kind.DIR), file(b"a"), link)])
+    new = merge([layer(Entry(b"", Kind.DIR), file(b"a"), file(b"b"))])
+    assert rows(diff(old, new)) == [(b"b", Kind.REG)]
+    assert rows(diff(new, old)) == [(b"a", Kind.REG), (b"b", Kind.HARDLINK)]
+
+
+def test_a_name_that_would_be_a_whiteout_is_refused() -> None:
+    old, new = merge([layer(Entry(b"", Kind.DIR))]), merge([layer(Entry(b"", Kind.DIR), file(b"d"))])
+    with pytest.raises(LossyResult, match="begins with"):
+        diff(old, merge([layer(Entry(b"", Kind.DIR), file(b".wh.d"))]))
+    assert len(diff(old, new)) == 1
