@@ -18,7 +18,7 @@ then also those whose stored files would all stay as they are, unless a marker o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -32,8 +32,18 @@ from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.index import Index
 from layerkit.model.tree import Node, Tree
+from layerkit.optimize_parts import (
+    Inode,
+    Layer,
+    Shadow,
+    Supply,
+    attributes,
+    comparable,
+    entry_of,
+    folders_above,
+    stored_sum,
+)
 
-_Content = tuple[bytes, int]
 _CAPABILITY = b"security.capability"
 
 
@@ -128,120 +138,25 @@ def plan(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits = DEFAU
     return result
 
 
-@dataclass(slots=True, eq=False)
-class _Inode:
-    """An inode of the final tree that is no directory, with its names, and where it is to go."""
-
-    node: Node
-    names: list[bytes]
-    origin: int
-    layer: int = -1
-    row: int = -1
-
-    @property
-    def content(self) -> _Content | None:
-        return (self.node.sha256, self.node.size) if self.node.mode >> 12 == Kind.REG and self.node.size else None
-
-
-@dataclass(slots=True, eq=False)
-class _Shadow:
-    """What the fixed layers touch: for a path the highest one; -1 where there is none."""
-
-    at: dict[bytes, int]
-    beneath: dict[bytes, int]
-    cut: dict[bytes, int]
-    folders: dict[bytes, list[int]]
-
-    def over(self, path: bytes, *, folder: bool) -> int:
-        """Return the highest fixed layer that would hide, replace or change what a lower one has at ``path``."""
-        top = self.at.get(path, -1)
-        if not folder:
-            top = max(top, self.beneath.get(path, -1))
-        return max(top, self.above(path))
-
-    def above(self, path: bytes) -> int:
-        """Return the highest fixed layer that hides what lower ones have beneath a directory of ``path``."""
-        return max((self.cut.get(d, -1) for d in _above(path)), default=-1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Supply:
-    """What the fixed layers show: names, the image's inodes (by id) among it, and the files it takes.
-
-    ``used`` holds pairs of a layer's place and the offset of a stored file.
-    """
-
-    shown: dict[bytes, Node]
-    inodes: set[int]
-    used: set[tuple[int, int]]
-
-
-def _above(path: bytes) -> Iterator[bytes]:
-    """Yield the directories above ``path``, the nearest first, the root last."""
-    while path:
-        path = path.rpartition(b"/")[0]
-        yield path
-
-
-class _Layer:
-    """One layer's index with its rows by path."""
-
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self.kind = index.kind.tolist()
-        self.path = index.path.tolist()
-        self.entries = {path: row for row, path in enumerate(self.path) if self.kind[row] <= Kind.HARDLINK}
-        self.marks = [row for row, kind in enumerate(self.kind) if kind > Kind.HARDLINK]
-        size = index.size.tolist()
-        self.stored = [row for row, kind in enumerate(self.kind) if kind == Kind.REG and size[row] > 0]
-        self.slots: dict[_Content, list[int]] = defaultdict(list)
-        for row in self.stored:
-            self.slots[index.sha256[row].tobytes(), size[row]].append(row)
-        # What a marker or a file hides, for the question who hid something.
-        self.hides = {self.path[row] for row in self.marks if self.kind[row] == Kind.WHITEOUT}
-        self.hides_beneath = {self.path[row] for row in self.marks}
-        self.hides_beneath |= {path for path, row in self.entries.items() if self.kind[row] != Kind.DIR}
-
-    @property
-    def links_out(self) -> bool:
-        """Return whether a hard link names something that is not in this layer."""
-        return any(
-            self.index.links[int(self.index.link[row])] not in self.entries
-            for row in self.entries.values()
-            if self.kind[row] == Kind.HARDLINK
-        )
-
-    def inode(self, path: bytes) -> int:
-        """Return the row of the inode at ``path``, -1 where this layer has none; its hard links are its own."""
-        row = self.entries.get(path, -1)
-        while row >= 0 and self.kind[row] == Kind.HARDLINK:
-            row = self.entries.get(self.index.links[int(self.index.link[row])], -1)
-        return row
-
-    def cuts(self, path: bytes) -> bool:
-        """Return whether this layer hides what lower ones have at ``path``."""
-        return path in self.hides or path in self.entries or any(d in self.hides_beneath for d in _above(path))
-
-
 class _Image:
     """The layers and the tree they make; every method takes the set of fixed layers."""
 
     def __init__(self, indexes: Sequence[Index], tree: Tree, limits: Limits) -> None:
         self._limits = limits
-        self._layers = [_Layer(index) for index in indexes]
+        self._layers = [Layer(index) for index in indexes]
         self.linked = max((place + 1 for place, x in enumerate(self._layers) if x.links_out), default=0)
         top: dict[bytes, int] = {}
         for place, layer in enumerate(self._layers):
             top.update(dict.fromkeys(layer.entries, place))
         self._folders: dict[bytes, Node] = {}
-        inodes: dict[int, _Inode] = {}
+        inodes: dict[int, Inode] = {}
         for node in tree.nodes():
             if node.mode >> 12 == Kind.DIR:
                 self._folders[node.path] = node
             elif node.inode in inodes:
                 inodes[node.inode].names.append(node.path)
             else:
-                inodes[node.inode] = _Inode(node, [node.path], top[node.path])
+                inodes[node.inode] = Inode(node, [node.path], top[node.path])
         # A folder that no layer lists is made by whoever unpacks; listing it would say more than the image does.
         self._unlisted = self._folders.keys() - top.keys()
         self._inodes = list(inodes.values())
@@ -257,10 +172,10 @@ class _Image:
             if place not in fixed and all(self._stays(layer, row, used.get((place, row))) for row in layer.stored)
         }
 
-    def _stays(self, layer: _Layer, row: int, inode: _Inode | None) -> bool:
+    def _stays(self, layer: Layer, row: int, inode: Inode | None) -> bool:
         return (
             inode is not None
-            and _attributes(inode.node) == _attributes(layer.index.entry(row))
+            and attributes(inode.node) == attributes(layer.index.entry(row))
             and all(layer.inode(name) == row for name in inode.names)
         )
 
@@ -275,13 +190,13 @@ class _Image:
                 continue
             for path in layer.entries:
                 held.add(path)
-                held.update(_above(path))
+                held.update(folders_above(path))
 
-    def supply(self, fixed: set[int]) -> _Supply:
+    def supply(self, fixed: set[int]) -> Supply:
         """Return what the ``fixed`` layers show alone, and what of the image that is already."""
         order = sorted(fixed)
         base = merge([self._layers[place].index for place in order], limits=self._limits)
-        supply = _Supply({node.path: node for node in base.nodes()}, set(), set())
+        supply = Supply({node.path: node for node in base.nodes()}, set(), set())
         names: dict[int, set[bytes]] = defaultdict(set)
         for path, node in supply.shown.items():
             names[node.inode].add(path)
@@ -289,14 +204,14 @@ class _Image:
             there = supply.shown.get(inode.names[0])
             if there is None:
                 continue
-            same = names[there.inode] == set(inode.names) and _attributes(there) == _attributes(inode.node)
+            same = names[there.inode] == set(inode.names) and attributes(there) == attributes(inode.node)
             if same or inode.origin in fixed:
                 supply.inodes.add(id(inode))
                 if base.layer[there.inode] >= 0:
                     supply.used.add((order[int(base.layer[there.inode])], int(base.offset[there.inode])))
         return supply
 
-    def with_hidden_files(self, places: set[int], supply: _Supply) -> set[int]:
+    def with_hidden_files(self, places: set[int], supply: Supply) -> set[int]:
         """Return those of the fixed layers at ``places`` that store a file which nobody would see."""
         hidden = set()
         for place in places:
@@ -307,7 +222,7 @@ class _Image:
                 hidden.add(place)
         return hidden
 
-    def layers(self, fixed: set[int], supply: _Supply) -> tuple[PlannedLayer, ...]:
+    def layers(self, fixed: set[int], supply: Supply) -> tuple[PlannedLayer, ...]:
         """Return all layers, the free ones made anew."""
         shadow = self._shadow(fixed)
         rows: list[dict[bytes, Entry]] = [{} for _ in self._layers]
@@ -323,8 +238,8 @@ class _Image:
             for place in range(len(self._layers))
         )
 
-    def _shadow(self, fixed: set[int]) -> _Shadow:
-        shadow = _Shadow({}, {}, {}, {})
+    def _shadow(self, fixed: set[int]) -> Shadow:
+        shadow = Shadow({}, {}, {}, {})
         for place in sorted(fixed):
             layer = self._layers[place]
             for path, row in layer.entries.items():
@@ -333,7 +248,7 @@ class _Image:
                     shadow.cut[path] = place
                 else:
                     shadow.folders.setdefault(path, []).append(place)
-                for folder in _above(path):
+                for folder in folders_above(path):
                     if shadow.beneath.get(folder) == place:
                         break
                     shadow.beneath[folder] = place
@@ -343,11 +258,11 @@ class _Image:
                     shadow.at[layer.path[row]] = place
         return shadow
 
-    def _place(self, fixed: set[int], shadow: _Shadow) -> None:
+    def _place(self, fixed: set[int], shadow: Shadow) -> None:
         """Choose for every inode of a free layer where it goes and which row's content it takes."""
         mine = [x for x in self._inodes if x.origin not in fixed]
         free = [place for place in range(len(self._layers)) if place not in fixed]
-        taken: dict[tuple[int, int], _Inode] = {}
+        taken: dict[tuple[int, int], Inode] = {}
         low: dict[int, int] = {}
         for inode in mine:
             inode.layer, inode.row = inode.origin, self._layers[inode.origin].inode(inode.names[0])
@@ -371,7 +286,7 @@ class _Image:
                         inode.layer, inode.row = place, row
                         break
 
-    def _slot(self, inode: _Inode, place: int, taken: dict[tuple[int, int], _Inode], *, same_path: bool) -> int:
+    def _slot(self, inode: Inode, place: int, taken: dict[tuple[int, int], Inode], *, same_path: bool) -> int:
         layer = self._layers[place]
         if not same_path:
             rows = layer.slots.get(inode.content, []) if inode.content else []
@@ -389,9 +304,9 @@ class _Image:
                 return row
         return -1
 
-    def _add(self, inode: _Inode, rows: dict[bytes, Entry], content: dict[bytes, int]) -> None:
+    def _add(self, inode: Inode, rows: dict[bytes, Entry], content: dict[bytes, int]) -> None:
         first, *others = inode.names
-        made = _entry(inode.node)
+        made = entry_of(inode.node)
         if inode.content:
             old = self._layers[inode.layer].index.entry(inode.row)
             made = made._replace(offset=old.offset, sparse=old.sparse)
@@ -408,12 +323,12 @@ class _Image:
             rows[name] = bare._replace(path=name)
 
     def _add_folders(
-        self, fixed: set[int], shadow: _Shadow, shown: dict[bytes, Node], rows: list[dict[bytes, Entry]]
+        self, fixed: set[int], shadow: Shadow, shown: dict[bytes, Node], rows: list[dict[bytes, Entry]]
     ) -> None:
         used: dict[bytes, set[int]] = defaultdict(set)
         for place, made in enumerate(rows):
             for path in made:
-                for folder in _above(path):
+                for folder in folders_above(path):
                     if place in used[folder]:
                         break
                     used[folder].add(place)
@@ -425,7 +340,7 @@ class _Image:
             there = shown.get(path)
             if path in self._unlisted and (there is not None or used[path]):
                 continue
-            if there is None or _attributes(there) != _attributes(node):
+            if there is None or attributes(there) != attributes(node):
                 above = shadow.over(path, folder=True)
                 had = {place for place in free if path in self._layers[place].entries}
                 where.add(min(
@@ -439,8 +354,8 @@ class _Image:
                 if not any(cut <= place < first for place in shadow.folders.get(path, ())):
                     where.add(first)
             for place in where:
-                rows[place][path] = _entry(node)
-                for folder in _above(path):
+                rows[place][path] = entry_of(node)
+                for folder in folders_above(path):
                     used[folder].add(place)
 
     def _whiteouts(self, fixed: set[int], shown: dict[bytes, Node]) -> list[list[Entry]]:
@@ -451,7 +366,7 @@ class _Image:
         for place in sorted(fixed):
             for path in self._layers[place].entries:
                 # Highest layer with anything at or beneath; fixed layers rise, so the last one stays.
-                for each in (path, *_above(path)):
+                for each in (path, *folders_above(path)):
                     if each in wanted and path in shown:
                         wanted[each] = place
         for path, provider in wanted.items():
@@ -463,52 +378,19 @@ class _Image:
 
     def _planned(self, place: int, is_fixed: bool, rows: list[Entry], content: dict[bytes, int]) -> PlannedLayer:
         layer = self._layers[place]
-        old, before = layer.index, _stored(layer.index)
+        old, before = layer.index, stored_sum(layer.index)
         same = np.where(np.isin(np.arange(len(old)), layer.stored), np.arange(len(old)), -1).astype(np.int32)
         if is_fixed:
             return PlannedLayer(place, Action.KEEP, old, same, before, before)
         index = Index.of(rows, old.diff_id, old.tar_size)
-        if [_comparable(e) for e in index.entries()] == [_comparable(e) for e in old.entries()]:
+        if [comparable(e) for e in index.entries()] == [comparable(e) for e in old.entries()]:
             return PlannedLayer(place, Action.KEEP, old, same, before, before)
         reads = np.array([
             content.get(path, -1) if kind == Kind.REG else -1
             for path, kind in zip(index.path.tolist(), index.kind.tolist(), strict=True)
         ], np.int32)  # fmt: skip
         action = Action.REWRITE if len(index) else Action.DROP
-        return PlannedLayer(place, action, index, reads, before, _stored(index))
-
-
-def _attributes(of: Node | Entry) -> tuple[object, ...]:
-    """Return all that the tree shows of an inode but its names."""
-    if isinstance(of, Node):
-        link = of.target if of.mode >> 12 == Kind.SYMLINK else b""
-        size = of.size if of.mode >> 12 == Kind.REG else 0
-        head: tuple[object, ...] = (of.mode, size, link)
-    else:
-        head = (of.perm & 0o7777 | of.kind << 12, of.size, of.link)
-    return (*head, of.uid, of.gid, of.mtime, of.mtime_ns, of.major, of.minor, of.xattrs, of.sha256)
-
-
-def _entry(node: Node) -> Entry:
-    kind = Kind(node.mode >> 12)
-    return Entry(
-        node.path, kind, node.mode & 0o7777, node.uid, node.gid, node.mtime, node.mtime_ns,
-        node.size if kind is Kind.REG else 0, node.major, node.minor, node.target, node.xattrs, -1, node.sha256,
-    )  # fmt: skip
-
-
-def _comparable(entry: Entry) -> Entry:
-    """Return ``entry`` without what says nothing: a marker's and a link's attributes are never shown."""
-    if entry.kind >= Kind.HARDLINK:
-        return Entry(entry.path, entry.kind, link=entry.link)
-    return entry
-
-
-def _stored(index: Index) -> int:
-    return sum(
-        index.sparse_maps.stored_bytes(int(index.sparse[row])) if index.sparse[row] >= 0 else int(index.size[row])
-        for row in np.flatnonzero(index.kind == Kind.REG).tolist()
-    )
+        return PlannedLayer(place, action, index, reads, before, stored_sum(index))
 
 
 __all__ = ["Action", "Plan", "PlannedLayer", "plan"]
