@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,6 +52,36 @@ def planned(*layers: list[Entry], keep_base: int = 0) -> tuple[Plan, list[list[E
         None if x.action is Action.KEEP else [e._replace(offset=-1) for e in x.index.entries()]
         for x in result.layers
     ]  # fmt: skip
+
+
+def _model() -> Any:
+    """Return the model of the merge tests, which shares no code with the merge that plans are checked by."""
+    spec = importlib.util.spec_from_file_location("merge_model", Path(__file__).with_name("test_merge_model.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MODEL = _model()
+
+
+def shown(layers: list[Index]) -> dict[bytes, tuple[object, ...]]:
+    """Return what the model shows of ``layers``: for each path all attributes and the paths of its inode."""
+    files = MODEL.model([list(index.entries()) for index in layers])
+    names: dict[int, list[bytes]] = defaultdict(list)
+    for path, inode in files.items():
+        names[id(inode)].append(path)
+    return {
+        path: (
+            inode.entry._replace(path=b"", offset=0, sparse=None, link=inode.entry.link),
+            sorted(names[id(inode)]),
+        )
+        for path, inode in files.items()
+    }
 
 
 def check(before: list[Index], result: Plan, keep_base: int) -> None:
@@ -233,6 +267,7 @@ def test_any_stack_keeps_its_root_filesystem(layers: list[list[Entry]], keep: in
     keep = min(keep, len(before))
     result = plan(before, keep)
     check(before, result, keep)
+    assert shown(result.indexes) == shown(before)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
