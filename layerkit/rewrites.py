@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,6 +23,7 @@ from layerkit import limits as bounds
 from layerkit.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
+    from layerkit.copying import CopyReport
     from layerkit.flatten import FlattenReport
     from layerkit.idmap import Mapping
     from layerkit.model.digest import Digest
@@ -195,6 +197,51 @@ def remap(
         )  # fmt: skip
 
 
+def copy(
+    src: str,
+    dst: str,
+    *,
+    all_platforms: bool = False,
+    platform: str | None = None,
+    settings: api.Settings | None = None,
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Copy the image ``src`` to ``dst`` byte for byte, with the artifacts that are attached to it.
+
+    Args:
+        src: reference of the image.
+        dst: reference of the copy.
+        all_platforms: copy the whole index where ``src`` names one, and what is attached to any part of it.
+        platform: ``os/arch[/variant]``; None takes this host's.
+        settings: store and limits.
+        progress: told of each blob; what it raises ends the work.
+
+    Raises:
+        NotFound: no such image, or none for the platform.
+        InvalidImage: a blob is missing or damaged.
+    """
+    from layerkit import copying
+    from layerkit.stores import reference
+
+    chosen = settings or api.Settings()
+    limits = chosen.limits or bounds.from_environment()
+    if all_platforms and platform is not None:
+        raise UsageError("--all-platforms and --platform exclude each other; give one of them")
+    if all_platforms and reference.parse(src).transport != "store":
+        with tempfile.TemporaryDirectory(prefix="layerkit-") as tmp:
+            source = reference.open_source(src, limits=limits, tmp=tmp)
+            try:
+                # A docker archive has no index: there is one image to copy.
+                image = None if isinstance(source, copying.LayoutLike) else source.image()
+                sink, name = _sink(dst)
+                return copying.copy(source, sink, image, dst_name=name, limits=limits, progress=progress)
+            finally:
+                source.close()
+    with api.open_image(src, platform=platform, settings=chosen) as opened:
+        sink, name = _sink(dst)
+        return copying.copy(opened.source, sink, opened.image, dst_name=name, limits=limits, progress=progress)
+
+
 def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -> int:
     from layerkit import flatten as work
 
@@ -207,4 +254,4 @@ def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -
         return work.base_layers(opened.image, base.image, keep_base)
 
 
-__all__ = ["flatten", "kept", "packing", "remap"]
+__all__ = ["copy", "flatten", "kept", "packing", "remap"]

@@ -14,7 +14,20 @@ from typing import Annotated
 import typer
 
 from layerkit import __version__
-from layerkit.cli import analyze, doctor, flatten, inspect, mount, optimize, pack, remap, store, unpack, verify
+from layerkit.cli import (
+    analyze,
+    copy,
+    doctor,
+    flatten,
+    inspect,
+    mount,
+    optimize,
+    pack,
+    remap,
+    store,
+    unpack,
+    verify,
+)
 from layerkit.errors import Cancelled, LayerkitError
 
 app = typer.Typer(
@@ -49,7 +62,7 @@ def main(
     """Change who owns files in container images by writing metadata only."""
 
 
-for module in (remap, mount, unpack, pack, inspect, analyze, optimize, flatten, verify, store, doctor):
+for module in (remap, mount, unpack, pack, inspect, analyze, optimize, flatten, copy, verify, store, doctor):
     module.register(app)
 
 

@@ -1,0 +1,200 @@
+"""Use case: an image, or all of a multi-platform one, with what is attached to it, from one place to another.
+
+Manifests are copied byte for byte, so what is attached by digest stays true of what it is attached to. What is
+attached to something that is not copied (to the index, where one platform is) stays behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from layerkit.formats import oci, oci_images
+from layerkit.limits import Limits
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.image import Image
+from layerkit.model.reports import Report
+from layerkit.pack import blob_chunks, copy_image
+from layerkit.ports import ImageSink, ImageSource, Progress
+
+
+@runtime_checkable
+class LayoutLike(ImageSource, Protocol):
+    """A source that holds indexes and artifacts too: an OCI layout or archive."""
+
+    where: str
+    entries: Sequence[Descriptor]
+
+    def chosen(self) -> Sequence[Descriptor]:
+        """Return the top entries that the reference selects."""
+        ...
+
+    def fetch(self, entry: Descriptor, most: int, /) -> bytes:
+        """Return a small blob, not verified."""
+        ...
+
+    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
+        """Return what is attached to ``subject``, with the manifests' bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CopyReport(Report):
+    """What a copy brought.
+
+    Attributes:
+        name: of the image in the destination.
+        manifest: digest of the manifest or index, the same as in the source.
+        images: digests of the manifests of images, one for each platform.
+        attached: digests of the artifacts that came along.
+        blobs: that were copied; those the destination had are not.
+        bytes: of these.
+        seconds: wall time.
+    """
+
+    name: str
+    manifest: str
+    images: tuple[str, ...]
+    attached: tuple[str, ...]
+    blobs: int
+    bytes: int
+    seconds: float
+
+
+def copy(
+    source: ImageSource,
+    sink: ImageSink,
+    image: Image | None,
+    *,
+    dst_name: str,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Copy ``image``, or with None all platforms of what ``source`` names; the sink is committed.
+
+    Args:
+        source: where the blobs are.
+        sink: where they go; on an error it is aborted and nothing of it is visible.
+        image: one that ``source.image()`` returned. None needs a :class:`LayoutLike` source.
+        dst_name: what it is to be called, "" for the name it has.
+        limits: bounds on input.
+        progress: told of each blob.
+
+    Raises:
+        InvalidImage: a blob is missing or not what its descriptor promises.
+    """
+    work = _Copy(source, sink, limits, progress)
+    start = time.monotonic()
+    try:
+        if image is not None:
+            name, top = dst_name or image.name, image.descriptor
+            copy_image(source, work, image, name, progress=progress)
+            work.images.append(top.digest)
+        else:
+            assert isinstance(source, LayoutLike)
+            name, top = work.all_platforms(source, dst_name)
+        if isinstance(source, LayoutLike):
+            work.attached_to(source)
+        sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+    return CopyReport(
+        name=name,
+        manifest=str(top.digest),
+        images=tuple(map(str, work.images)),
+        attached=tuple(map(str, work.attached)),
+        blobs=work.blobs,
+        bytes=work.bytes,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Copy:
+    """One copy: a sink that counts what passes, and what was brought so far."""
+
+    def __init__(self, source: ImageSource, sink: ImageSink, limits: Limits, progress: Progress | None) -> None:
+        self._source, self._sink, self._limits, self._progress = source, sink, limits, progress
+        self.images: list[Digest] = []
+        self.indexes: list[Digest] = []
+        self.attached: list[Digest] = []
+        self.blobs = self.bytes = 0
+        self.has_blob = sink.has_blob
+        self.put_manifest = sink.put_manifest
+        self.commit, self.abort = sink.commit, sink.abort
+
+    def put_blob(self, descriptor: Descriptor, chunks: object) -> None:
+        self._sink.put_blob(descriptor, chunks)  # type: ignore[arg-type]
+        self.blobs += 1
+        self.bytes += descriptor.size
+
+    def all_platforms(self, source: LayoutLike, dst_name: str) -> tuple[str, Descriptor]:
+        """Copy what the reference names whole; return its name and descriptor."""
+        chosen = list(source.chosen())
+        name = dst_name or next((e.annotations[oci.REF_NAME] for e in chosen if oci.REF_NAME in e.annotations), "")
+        if len(chosen) == 1:
+            top = chosen[0]
+            self._sink.put_manifest(top, self._below(source, top, 0), name)
+            return name, top
+        # Entries of one name for several platforms are an index in all but form; an index says so.
+        for entry in chosen:
+            data = self._below(source, entry, 0)
+            if not self._sink.has_blob(entry.digest):
+                self.put_blob(entry, [data])
+        names = (oci.REF_NAME, oci.CONTAINERD_NAME)
+        plain = [replace(e, annotations={k: v for k, v in e.annotations.items() if k not in names}) for e in chosen]
+        data = oci.index_json(plain)
+        top = Descriptor(oci.INDEX, Digest.of(data), len(data))
+        self._sink.put_manifest(top, data, name)
+        return name, top
+
+    def _below(self, source: LayoutLike, entry: Descriptor, depth: int) -> bytes:
+        """Copy all that a manifest or index leads to, and return its own bytes."""
+        self._limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
+        data = oci_images.fetch_manifest(source.fetch, entry, source.where, self._limits)
+        what = f"{source.where}: manifest {entry.digest}"
+        is_index = entry.media_type in oci.INDEX_TYPES
+        if is_index:
+            self.indexes.append(entry.digest)
+        elif oci.is_image(entry):
+            manifest = oci.parse_manifest(data, what, media_type=entry.media_type, limits=self._limits)
+            if manifest.config.media_type in (oci.CONFIG, oci.DOCKER_CONFIG):
+                self.images.append(entry.digest)
+        for part in oci.references(data, entry.media_type, what, limits=self._limits):
+            if is_index and part.media_type in oci.INDEX_TYPES | oci.MANIFEST_TYPES:
+                below = self._below(source, part, depth + 1)
+                if not self._sink.has_blob(part.digest):
+                    self.put_blob(part, [below])
+            elif not self._sink.has_blob(part.digest):
+                self.put_blob(part, blob_chunks(source, part, self._progress))
+        return data
+
+    def attached_to(self, source: LayoutLike) -> None:
+        """Copy what is attached to what was copied, and to that in turn."""
+        todo = [*self.images, *self.indexes]
+        seen = set(todo)
+        while todo:
+            subject = todo.pop(0)
+            found = [(entry, "") for entry, _ in source.referrers(subject)]
+            # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
+            prefix = f"{subject.algorithm}-{subject.hex}"
+            for entry in source.entries:
+                name = entry.annotations.get(oci.REF_NAME, "")
+                if name.startswith(prefix) and entry.digest not in seen:
+                    found.append((entry, name))
+            for entry, name in found:
+                if entry.digest in seen:
+                    continue
+                seen.add(entry.digest)
+                images = list(self.images)
+                data = self._below(source, entry, 0)
+                self.images = images
+                self._sink.put_manifest(entry, data, name)
+                self.attached.append(entry.digest)
+                todo.append(entry.digest)
+
+
+__all__ = ["CopyReport", "LayoutLike", "copy"]
