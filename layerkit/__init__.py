@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         umount,
     )
     from layerkit.errors import LayerkitError
+    from layerkit.rewrites import copy, flatten, remap
 
 __all__ = [
     "LayerkitError",
@@ -32,19 +33,29 @@ __all__ = [
     "OpenImage",
     "Settings",
     "collect_garbage",
+    "copy",
     "default_store",
+    "flatten",
     "mapping",
     "mounts",
     "open_image",
     "open_store",
+    "remap",
     "umount",
 ]
+
+_ELSEWHERE = {
+    "LayerkitError": "layerkit.errors",
+    "copy": "layerkit.rewrites",
+    "flatten": "layerkit.rewrites",
+    "remap": "layerkit.rewrites",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'layerkit' has no attribute {name!r}")
-    module = "layerkit.errors" if name == "LayerkitError" else "layerkit.api"
+    module = _ELSEWHERE.get(name, "layerkit.api")
     return getattr(importlib.import_module(module), name)
 
 

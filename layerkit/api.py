@@ -400,7 +400,7 @@ class OpenImage:
             UnmappedId: an owner in the folder that is outside the map.
             LossyResult: something that a layer cannot hold.
         """
-        from layerkit.flatten import creation_time
+        from layerkit.flattening import creation_time
         from layerkit.hosts.changes import pack
         from layerkit.pack import Packing
         from layerkit.stores import reference

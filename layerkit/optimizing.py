@@ -45,14 +45,14 @@ def optimize(
         UsageError: a base that is not the image's, a compression that does not exist.
         InvalidImage: a damaged image.
     """
-    from layerkit import flatten, rewrites, shrink
+    from layerkit import flattening, rewrites, shrink
     from layerkit.indexes import read_indexes
     from layerkit.stores import reference
 
     chosen = settings or api.Settings()
     limits = chosen.limits or bounds.from_environment()
     packing = rewrites.packing(compression, level)
-    time = flatten.creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+    time = flattening.creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
     parsed = reference.parse(dst) if dst is not None else None
     with (
         api.open_image(src, platform=platform, settings=chosen) as opened,
@@ -70,7 +70,7 @@ def optimize(
 
 
 def _base_count(opened: api.OpenImage, keep_base: str | int | None, settings: api.Settings) -> int:
-    from layerkit import flatten
+    from layerkit import flattening
 
     if keep_base is None:
         return 0
@@ -80,7 +80,7 @@ def _base_count(opened: api.OpenImage, keep_base: str | int | None, settings: ap
             raise UsageError(f"--keep-base {text}: the image has {len(opened.image.layers)} layers")
         return int(text)
     with api.open_image(text, platform=str(opened.image.platform), settings=settings) as base:
-        return flatten.base_layers(opened.image, base.image, text)
+        return flattening.base_layers(opened.image, base.image, text)
 
 
 __all__ = ["optimize"]

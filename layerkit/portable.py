@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from layerkit.contents import Contents, LoadIndex, OpenTar
 from layerkit.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry
-from layerkit.flatten import check_tree
+from layerkit.flattening import check_tree
 from layerkit.formats import acl_caps, artifact
 from layerkit.formats.layer_writer import Content, stored_bytes
 from layerkit.idmap import IdMap, Mapping
@@ -186,7 +186,7 @@ def portable(
 
     A layer in which the map changes nothing keeps its blob. The written ones are read back, and the root
     filesystem they make must be the mapped one before anything becomes visible. See
-    :func:`layerkit.flatten.flatten` for the arguments.
+    :func:`layerkit.flattening.flatten` for the arguments.
 
     Raises:
         UnmappedId: an id outside the map and no overflow id.

@@ -24,7 +24,7 @@ from layerkit.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
     from layerkit.copying import CopyReport
-    from layerkit.flatten import FlattenReport
+    from layerkit.flattening import FlattenReport
     from layerkit.idmap import Mapping
     from layerkit.model.digest import Digest
     from layerkit.model.index import Index
@@ -116,7 +116,7 @@ def flatten(
         UsageError: layers that are not there, or a base that is not the image's.
         InvalidImage: a damaged image.
     """
-    from layerkit import flatten as work
+    from layerkit import flattening as work
 
     chosen = settings or api.Settings()
     if keep_base is not None and from_layer is not None:
@@ -174,7 +174,7 @@ def remap(
         UsageError: no such form.
     """
     from layerkit import portable as work
-    from layerkit.flatten import creation_time
+    from layerkit.flattening import creation_time
 
     if form not in ("portable", "layer"):
         raise UsageError(f"--form {form!r}: want artifact, layer or portable")
@@ -243,7 +243,7 @@ def copy(
 
 
 def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -> int:
-    from layerkit import flatten as work
+    from layerkit import flattening as work
 
     if keep_base.isascii() and keep_base.isdigit() and not Path(keep_base).exists():
         count = int(keep_base)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerkit.contents import Contents, OpenTar
-from layerkit.flatten import check_tree
+from layerkit.flattening import check_tree
 from layerkit.limits import Limits
 from layerkit.merge import merge
 from layerkit.model.image import Image, Layer
