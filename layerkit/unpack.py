@@ -24,7 +24,7 @@ from layerkit.ports import BlobReader, DataSink, Progress
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-SLOTS = 8
+SLOTS = 16
 SLOT_BYTES = 1 << 20
 
 _STOP = -1

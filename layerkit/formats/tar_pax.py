@@ -20,11 +20,13 @@ SPARSE_MAP = b"GNU.sparse.map"
 _SPARSE_OFFSET, _SPARSE_LENGTH = b"GNU.sparse.offset", b"GNU.sparse.numbytes"
 _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.")
 _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
-# What most PAX headers of real layers are, nothing but times; the lengths are right by the digits' number.
-TIMES_ONLY = re.compile(
-    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n){0,2}30 mtime=([0-9]{10})\.([0-9]{9})\n"
-    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n){0,2}"
+# What most PAX headers of real layers are, nothing but times: whole seconds, or with all nine digits or one or
+# two less (writers cut zeros off). Each form stands with the one length that is right for it.
+_OTHER_TIME = (
+    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n|20 [ac]time=[0-9]{10}\n"
+    rb"|29 [ac]time=[0-9]{10}\.[0-9]{8}\n|28 [ac]time=[0-9]{10}\.[0-9]{7}\n){0,2}"
 )
+TIMES_ONLY = re.compile(_OTHER_TIME + rb"(?:30 mtime=([0-9]{10})\.([0-9]{9})|20 mtime=([0-9]{10}))\n" + _OTHER_TIME)
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _DIGITS_OF_LENGTH = 20
 _LENGTHS = {b"%d" % length: length for length in range(1, 512)}

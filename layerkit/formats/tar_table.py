@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.errors import UnsafeEntry, show_path
-from layerkit.formats import tar_header, tar_names, tar_pax
+from layerkit.formats import tar_header, tar_names, tar_order, tar_pax
 from layerkit.formats.tar_acl import ACL_XATTRS
 from layerkit.formats.tar_pax import Records
 from layerkit.limits import Limits
 from layerkit.model import sparse as sparse_maps
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Extent, Kind, XattrSet
-from layerkit.model.index import Index, path_key
+from layerkit.model.index import Index
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 2048
 _OVERRIDE_BYTES = 32 << 20  # of PAX data held until the next batch is decoded
 _MAX_ID = 0xFFFFFFFE  # 4294967295 means "no change" to chown(2) and is never an owner
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
 _XATTR_KEYS = (tar_pax.XATTR, tar_pax.LIBARCHIVE_XATTR, *ACL_XATTRS)
 _MAX_SECONDS = 1 << 62
-_DIR, _REG, _SYMLINK, _HARDLINK, _WHITEOUT = map(
-    int, (Kind.DIR, Kind.REG, Kind.SYMLINK, Kind.HARDLINK, Kind.WHITEOUT)
-)
+_DIR, _REG, _SYMLINK, _HARDLINK = map(int, (Kind.DIR, Kind.REG, Kind.SYMLINK, Kind.HARDLINK))
 _COLUMNS: dict[str, type[np.generic]] = {
     "kind": np.uint8, "perm": np.uint16, "uid": np.uint32, "gid": np.uint32, "mtime": np.int64,
     "mtime_ns": np.uint32, "size": np.int64, "major": np.uint32, "minor": np.uint32, "link": np.int32,
@@ -182,8 +178,8 @@ class Table:
             if isinstance(held, bytes):
                 if match := times_only(held):
                     rows.append(i)
-                    seconds.append(int(match[1]))
-                    nanoseconds.append(int(match[2]))
+                    seconds.append(int(match[1] or match[3]))
+                    nanoseconds.append(int(match[2] or 0))
                     continue
                 records = parse(held, layer, limits)
             else:
@@ -279,7 +275,7 @@ class Table:
                 self.warn(f"{show_path(path)}: left behind by AUFS, dropped")
                 continue
             paths[i], kind = meaning
-            if kind >= _WHITEOUT:
+            if kind >= Kind.WHITEOUT:
                 for name in ("perm", "uid", "gid", "mtime", "mtime_ns", "size", "xattr"):
                     columns[name][i] = 0
                 for name in ("offset", "sparse"):
@@ -319,96 +315,26 @@ class Table:
             UnsafeEntry: a path that is at one time a folder and at another something else with names below.
         """
         self.decode()
-        n = self.rows
         columns = {name: _joined(parts, _COLUMNS[name]) for name, parts in self._columns.items()}
         self._columns = {}
-        sha = np.zeros((n, 32), np.uint8)
-        sha[_joined(self._hashed, np.bool_)] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
-        self._sha = bytearray()
-        sha[columns["kind"] != _REG] = 0
-        keys = self._keys
-        kept = _joined(self._kept, np.bool_)
-        rows = range(n) if kept.all() else np.flatnonzero(kept).tolist()
-        if all(map(operator.lt, keys, islice(keys, 1, None))) and len(rows) == n:
-            order, blocked = list(rows), _is_entry_but_folder(columns["kind"])
-        else:
-            order, blocked = self._sorted(rows, columns, sha)
-        ordered = [keys[row] for row in order]
-        self._keys = []
-        self._check_parents(ordered, blocked)
-        offsets = np.zeros(len(ordered) + 1, np.int64)
-        np.cumsum(np.fromiter(map(len, ordered), np.int64, len(ordered)), out=offsets[1:])
-        path = Strings(b"".join(ordered).replace(b"\0", b"/"), offsets)
-        del ordered, keys
-        places = np.array(order, np.int64)
-        del order
+        sha256 = np.zeros((self.rows, 32), np.uint8)
+        sha256[_joined(self._hashed, np.bool_)] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
+        sha256[columns["kind"] != _REG] = 0
+        columns["sha256"] = sha256
+        members = tar_order.Members(self._layer, columns, self._keys, list(self._links))
+        self._keys, self._sha = [], bytearray()
+        order, path = tar_order.arrange(members, _joined(self._kept, np.bool_), self.warn)
         return Index(
             diff_id=diff_id,
             tar_size=tar_size,
             path=path,
-            links=Strings.of(self._links),
+            links=Strings.of(members.links),
             xattr_sets=tuple(self._xattr_sets),
-            sha256=sha[places],
             sparse_maps=SparseMaps.of(self._maps) if self._maps else sparse_maps.NONE,
             warnings=tuple(self._all_warnings()),
-            **{name: columns.pop(name)[places] for name in _COLUMNS},
+            # Column by column, each let go once it is copied: that halves the peak.
+            **{name: columns.pop(name)[order] for name in list(columns)},
         )
-
-    def _sorted(
-        self, rows: range | list[int], columns: dict[str, NDArray[Any]], sha: NDArray[np.uint8]
-    ) -> tuple[list[int], NDArray[np.bool_]]:
-        """Return the rows in canonical order, and for each whether its path was ever anything but a folder."""
-        keys, kind = self._keys, columns["kind"]
-        order = sorted(rows, key=keys.__getitem__)
-        ordered = [keys[row] for row in order]
-        equal = np.fromiter(map(operator.eq, ordered, islice(ordered, 1, None)), np.bool_, max(0, len(order) - 1))
-        blocked = _is_entry_but_folder(kind[order])
-        if not equal.any():
-            return order, blocked
-        del ordered
-        drop = np.zeros(len(order), np.bool_)
-        links = list(self._links)
-        targets = {path_key(links[i]) for i in np.unique(columns["link"][kind == _HARDLINK]).tolist()}
-        for start, end in _runs(equal):
-            group = order[start:end]
-            entries = [row for row in group if kind[row] < _WHITEOUT]
-            last = [[r for r in group if kind[r] == k][-1:] for k in (Kind.OPAQUE, _WHITEOUT)]
-            chosen = [row for rows_ in last for row in rows_] + entries[-1:]
-            other = any(kind[row] != _DIR for row in entries)
-            if other and last[0]:
-                raise UnsafeEntry(self._layer, _path(keys[group[0]]), "not a folder, but marked opaque as one")
-            if len(entries) > 1 and other:
-                if keys[entries[0]] in targets:
-                    self._check_replaced(entries, columns, sha)
-                self.warn(f"{_shown(keys[entries[0]])}: {len(entries)} times in the layer, the last one counts")
-            order[start : start + len(chosen)] = chosen
-            drop[start + len(chosen) : end] = True
-            blocked[start:end] = other
-        return [row for row, gone in zip(order, drop.tolist(), strict=True) if not gone], blocked[~drop]
-
-    def _check_replaced(self, rows: list[int], columns: dict[str, NDArray[Any]], sha: NDArray[np.uint8]) -> None:
-        """Refuse a hard link to a path that the layer holds twice: which one it means depends on the order."""
-        names = ("kind", "perm", "uid", "gid", "mtime", "mtime_ns", "size", "xattr", "link", "major", "minor")
-        seen = {(sha[row].tobytes(), *(int(columns[name][row]) for name in names)) for row in rows}
-        if len(seen) > 1:
-            path = _path(self._keys[rows[0]])
-            raise UnsafeEntry(self._layer, path, "replaced within the layer while hard links name it")
-
-    def _check_parents(self, keys: list[bytes], blocked: NDArray[np.bool_]) -> None:
-        """Refuse names below a path that is not, or was not all the time, a folder.
-
-        The kernel, the runtimes and we would each take such a layer differently; it is the old trick of a
-        parent swapped for a symlink between two entries. In canonical order all that lies below a path
-        follows it, so looking at the next key is enough.
-        """
-        for i in np.flatnonzero(blocked[:-1]).tolist():
-            key, following = keys[i], keys[i + 1]
-            if following.startswith(key + b"\0"):
-                raise UnsafeEntry(
-                    self._layer,
-                    _path(key),
-                    f"not a folder (at some time in the layer), but has {_shown(following)} below it",
-                )
 
     def _all_warnings(self) -> Iterator[str]:
         yield from self._warnings
@@ -416,25 +342,5 @@ class Table:
             yield f"and {self._warning_count - len(self._warnings)} more warnings"
 
 
-def _is_entry_but_folder(kind: NDArray[Any]) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = (kind < _WHITEOUT) & (kind != _DIR)
-    return result
-
-
 def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
-
-
-def _runs(equal: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each run of equal keys; ``equal[i]`` says that key i + 1 equals key i."""
-    edge = np.diff(np.concatenate(([False], equal, [False])).astype(np.int8))
-    starts, ends = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
-    yield from zip(starts.tolist(), (ends + 1).tolist(), strict=True)
-
-
-def _path(key: bytes) -> bytes:
-    return key.replace(b"\0", b"/")
-
-
-def _shown(key: bytes) -> str:
-    return show_path(_path(key))

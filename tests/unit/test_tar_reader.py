@@ -263,6 +263,32 @@ def test_times_are_exact(text, time):
     assert (e.mtime, e.mtime_ns) == time
 
 
+TIMES = [b"1700000000.123456789", b"1700000000", b"1700000000.12345678", b"1700000000.1234567", b"1", b"-7.25"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2), (0,), (1, 0)])
+@pytest.mark.parametrize("other", TIMES)
+@pytest.mark.parametrize("mtime", TIMES)
+def test_headers_of_nothing_but_times(mtime, other, order):
+    records = [(b"mtime", mtime), (b"atime", other), (b"ctime", other)]
+    e = only(pax(*(records[i] for i in order)), member())
+    whole, _, fraction = mtime.partition(b".")
+    want = int(whole) * 10**9 + (-1 if whole < b"0" else 1) * int(fraction.ljust(9, b"0"))
+    assert e.mtime * 10**9 + e.mtime_ns == want
+
+
+@pytest.mark.parametrize("at", [0, 30, 60])
+@pytest.mark.parametrize("length", [b"29", b"31", b"03", b"60", b"90"])
+def test_headers_of_nothing_but_times_with_a_wrong_length(at, length):
+    time = b"1700000000.123456789"
+    body = b"".join(b"30 %s=%s\n" % (key, time) for key in (b"mtime", b"atime", b"ctime"))
+    body = body[:at] + length + body[at + 2 :]
+    if (at, length) in ((0, b"90"), (30, b"60")):  # one record with newlines in it
+        return
+    with pytest.raises(InvalidImage):
+        entries(header(b"p", b"x", len(body)) + padded(body), member())
+
+
 @pytest.mark.parametrize("text", [b"x", b"1.x", b"1e3", b".5", b"--1", b"+1", b"1 ", b"nan", b"9" * 20])
 def test_times_that_are_none_are_refused(text):
     with pytest.raises(InvalidImage, match="mtime"):
