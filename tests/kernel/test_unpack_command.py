@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -193,6 +194,8 @@ def test_holes_stay_holes(tiny_image: Path, tmp_path: Path, data: str, copy: str
         stored, exact = sum(end - start for start, end in runs), sum(length for _, length in entry.sparse)
         assert exact <= stored <= exact + 2 * 4096 * len(entry.sparse)
         assert stored < entry.size
+        content = (tmp_path / "root" / os.fsdecode(path)).read_bytes()
+        assert hashlib.sha256(content).digest() == entry.sha256
 
 
 def test_a_second_time_reads_no_blob(tiny_image: Path, tmp_path: Path) -> None:
