@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from layerkit.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
 from layerkit.formats.compress import Compression, Decompressor
-from layerkit.formats.tar_reader import Chunk, TarReader
+from layerkit.formats.tar_cursor import Chunk
+from layerkit.formats.tar_reader import TarReader
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
