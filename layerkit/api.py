@@ -140,17 +140,32 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
     parsed = reference.parse(ref)
     with contextlib.ExitStack() as stack:
         source: ImageSource
+        name = ""
         if parsed.transport == "store":
             from layerkit.stores.source import StoreSource
 
             store = stack.enter_context(_store(chosen.store_path, limits, create=False))
             source = StoreSource(store, parsed.name)
+            names = store.stored_image(parsed.name).names
+            name = parsed.name if parsed.name in names or not names else names[0]
         else:
             tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerkit-")))
             source = reference.open_source(parsed, limits=limits, tmp=tmp)
         stack.callback(source.close)
         image = source.image(Platform.parse(platform) if platform else None)
-        return OpenImage(ref, source, image, chosen, limits, stack.pop_all())
+        return OpenImage(
+            name or _store_name(parsed.path, image.name), source, image, chosen, limits, stack.pop_all()
+        )
+
+
+def _store_name(path: str, name: str) -> str:
+    """Return what an image called ``name`` at ``path`` is to be called in the store."""
+    if ":" in name or "/" in name:
+        return name
+    # A bare tag says too little: every second archive has an image called "latest".
+    file = "stdin" if path == "-" else os.path.basename(os.path.abspath(path))
+    stem = file.removesuffix(".gz").removesuffix(".tar") or "image"
+    return f"{stem}:{name}" if name else stem
 
 
 @contextlib.contextmanager
@@ -200,15 +215,15 @@ class OpenImage:
 
     def __init__(
         self,
-        ref: str,
+        name: str,
         source: ImageSource,
         image: Image,
         settings: Settings,
         limits: Limits,
         resources: contextlib.ExitStack,
     ) -> None:
-        """Use :func:`open_image`."""
-        self.ref, self.source, self.image = ref, source, image
+        """Use :func:`open_image`. ``name`` is the one that the image has, or gets, in the store."""
+        self.name, self.source, self.image = name, source, image
         self._settings, self._limits, self._resources = settings, limits, resources
 
     def __enter__(self) -> OpenImage:
@@ -222,11 +237,6 @@ class OpenImage:
     def close(self) -> None:
         """Release files and temporary data."""
         self._resources.close()
-
-    @property
-    def name(self) -> str:
-        """Return the name by which the image is kept in the store."""
-        return self.image.name or os.path.basename(self.ref.rstrip("/").rpartition(":")[2]) or "image"
 
     def indexes(self, *, progress: Progress | None = None) -> list[Index]:
         """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
