@@ -7,7 +7,8 @@ free ones can be made so that the root filesystem stays what it is:
 * every other inode goes into the *lowest* free layer that holds its content, no higher than where it was, and
   above every fixed layer that would hide it. It gets its final metadata there: the metadata moves down, the
   content never leaves the layer it is taken from;
-* a directory goes wherever its first entry needs it, and above the fixed layers that give it other attributes;
+* a directory goes into every free layer with something in it, as runtimes that unpack each layer alone need it,
+  and above the fixed layers that give it other attributes;
 * what fixed layers show and the image does not is whited out, in a free layer that hid it before.
 
 Free layers hold nothing that is hidden later, and no marker that hides nothing. All the rest is the choice of
@@ -231,8 +232,8 @@ class _Image:
         for inode in self._inodes:
             if id(inode) not in supply.inodes:
                 self._add(inode, rows[inode.layer], content[inode.layer])
-        self._add_folders(fixed, shadow, supply.shown, rows)
         markers = self._whiteouts(fixed, supply.shown)
+        self._add_folders(fixed, shadow, supply.shown, rows, markers)
         return tuple(
             self._planned(place, place in fixed, [*markers[place], *rows[place].values()], content[place])
             for place in range(len(self._layers))
@@ -246,12 +247,12 @@ class _Image:
                 shadow.at[path] = place
                 if layer.kind[row] != Kind.DIR:
                     shadow.cut[path] = place
-                else:
-                    shadow.folders.setdefault(path, []).append(place)
                 for folder in folders_above(path):
                     if shadow.beneath.get(folder) == place:
                         break
                     shadow.beneath[folder] = place
+                    if folder not in layer.entries:
+                        shadow.implied[folder] = place
             for row in layer.marks:
                 shadow.cut[layer.path[row]] = place
                 if layer.kind[row] == Kind.WHITEOUT:
@@ -323,11 +324,16 @@ class _Image:
             rows[name] = bare._replace(path=name)
 
     def _add_folders(
-        self, fixed: set[int], shadow: Shadow, shown: dict[bytes, Node], rows: list[dict[bytes, Entry]]
+        self,
+        fixed: set[int],
+        shadow: Shadow,
+        shown: dict[bytes, Node],
+        rows: list[dict[bytes, Entry]],
+        markers: list[list[Entry]],
     ) -> None:
         used: dict[bytes, set[int]] = defaultdict(set)
         for place, made in enumerate(rows):
-            for path in made:
+            for path in (*made, *(marker.path for marker in markers[place])):
                 for folder in folders_above(path):
                     if place in used[folder]:
                         break
@@ -343,16 +349,17 @@ class _Image:
             if there is None or attributes(there) != attributes(node):
                 above = shadow.over(path, folder=True)
                 had = {place for place in free if path in self._layers[place].entries}
-                where.add(min(
-                    (place for place in used[path] | had if place > above),
-                    default=next((place for place in free if place > above), -1),
-                ))  # fmt: skip
+                # A fixed layer with something in it, but not itself, has it with attributes of its own where each
+                # layer is unpacked alone.
+                for low in (max(above, shadow.implied.get(path, -1)), above):
+                    found = min((x for x in used[path] | had if x > low), default=-1)
+                    if found >= 0:
+                        break
+                where.add(found if found >= 0 else next((x for x in free if x > above), -1))
                 where.discard(-1)
-            if used[path]:
-                first = min(used[path])
-                cut = max(shadow.cut.get(path, -1), shadow.above(path))
-                if not any(cut <= place < first for place in shadow.folders.get(path, ())):
-                    where.add(first)
+            # Runtimes unpack each layer alone: a folder that a layer does not list gets other attributes there,
+            # and those of the topmost layer are what an overlay shows.
+            where |= used[path]
             for place in where:
                 rows[place][path] = entry_of(node)
                 for folder in folders_above(path):

@@ -39,7 +39,8 @@ class Shadow:
     at: dict[bytes, int]
     beneath: dict[bytes, int]
     cut: dict[bytes, int]
-    folders: dict[bytes, list[int]]
+    implied: dict[bytes, int]
+    """Folders that a layer has something in and does not list."""
 
     def over(self, path: bytes, *, folder: bool) -> int:
         """Return the highest fixed layer that would hide, replace or change what a lower one has at ``path``."""

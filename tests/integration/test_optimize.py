@@ -150,15 +150,16 @@ def breaking(how: str) -> Callable[..., Iterator[bytes]]:
     return tar
 
 
+@pytest.mark.parametrize("kind", ["oci", "oci-archive", "docker-archive"])
 @pytest.mark.parametrize("how", ["full", "wrong owner"])
 def test_an_error_leaves_no_output(
-    how: str, tiny_image: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    how: str, kind: str, tiny_image: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layerkit.pack.layer_tar", breaking(how))
     dst = tmp_path / "d/x.tar"
     dst.parent.mkdir()
     with pytest.raises((OSError, InvalidImage)):
-        optimizing.optimize(str(tiny_image), f"oci-archive:{dst}", settings=settings)
+        optimizing.optimize(str(tiny_image), f"{kind}:{dst}", settings=settings)
     assert list(dst.parent.iterdir()) == []
 
 

@@ -255,6 +255,44 @@ def test_what_a_kept_layer_would_hide_does_not_stay() -> None:
     assert result.bytes_after == 3
 
 
+def test_a_file_does_not_go_below_a_kept_layer_that_has_a_folder_there() -> None:
+    stack = [[file(b"p", b"x")], [file(b"p/empty"), file(b"z", b"z")], [gone(b"p"), file(b"p", b"x")]]
+    result, layers = planned(*stack)
+    assert layers[0] == []
+    assert result.bytes_after == 2
+
+
+def test_folders_are_listed_in_every_layer_that_has_something_in_them() -> None:
+    _, layers = planned(
+        [folder(b"d", 0o700), file(b"d/a", b"1"), file(b"d/x", b"x"), folder(b"d/e"), file(b"d/e/k", b"k")],
+        [folder(b"d", 0o700), file(b"d/b", b"2"), file(b"d/y", b"y")],
+        [folder(b"d", 0o700, uid=5), file(b"d/a", b"1", uid=5), file(b"d/b", b"2", uid=5), gone(b"d/e/k")],
+    )
+    for layer in layers[:2]:
+        assert layer is not None
+        assert folder(b"d", 0o700, uid=5) in layer
+    assert layers[2] == []
+    # Also above a whiteout: with a kept base the marker's folders are listed.
+    _, layers = planned(
+        [folder(b"d", 0o700), file(b"d/a", b"1"), file(b"d/b", b"1")],
+        [gone(b"d/b"), file(b"z", b"z")], [gone(b"z")],
+        keep_base=1,
+    )  # fmt: skip
+    assert layers[1] is not None
+    assert [(e.path, e.kind, e.perm) for e in layers[1]] == [
+        (b"d", Kind.DIR, 0o700), (b"d/b", Kind.WHITEOUT, 0),
+    ]  # fmt: skip
+
+
+def test_a_folder_stays_above_a_kept_layer_that_does_not_list_it() -> None:
+    _, layers = planned(
+        [folder(b"d"), file(b"d/a", b"1")], [file(b"d/b", b"2")],
+        [folder(b"d", uid=5), file(b"d/a", b"1", uid=5)],
+    )  # fmt: skip
+    assert layers[1] is None
+    assert layers[2] == [folder(b"d", uid=5)]
+
+
 def test_a_folder_that_only_hidden_files_made_stays() -> None:
     _, layers = planned([file(b"d/a", b"1")], [gone(b"d/a")])
     assert layers == [[folder(b"d")], []]
