@@ -127,7 +127,7 @@ def test_the_same_input_gives_the_same_bytes(cli: Callable[..., Any], tiny_image
     assert not (tmp_path / "d").exists()
 
 
-def test_podman_loads_and_runs_a_flattened_docker_archive(
+def test_podman_loads_a_flattened_docker_archive(
     cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
 ) -> None:
     need_root()
@@ -185,3 +185,39 @@ def make_big(folder: Path) -> None:
     layout = Layout()
     layout.list(layout.image(tar(("a", os.urandom(2 << 20))), tar(("b", os.urandom(1 << 20)))), "t")
     layout.folder(folder)
+
+
+def test_a_result_with_another_tree_is_never_written(
+    tiny_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import layerkit
+    from layerkit import flattening
+    from layerkit.model.entry import Kind
+    from layerkit.squash import Squashed, squash
+
+    def forgetful(*words: Any, **more: Any) -> Squashed:
+        made = squash(*words, **more)
+        made.index.kind[made.index.kind == Kind.WHITEOUT] = Kind.FIFO
+        return made
+
+    monkeypatch.setattr(flattening, "squash", forgetful)
+    with pytest.raises(layerkit.LayerkitError, match="nothing was written"):
+        layerkit.flatten(str(tiny_image), f"oci:{tmp_path / 'out'}:t", keep_base="1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_can_stop_the_work(tiny_image: Path, tmp_path: Path) -> None:
+    import layerkit
+    from layerkit.errors import Cancelled
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("writing"):
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        layerkit.flatten(str(tiny_image), f"oci:{tmp_path / 'out'}:t", progress=stop)
+    mapping = layerkit.mapping(["0:100000:65536"])
+    assert mapping is not None
+    with pytest.raises(Cancelled):
+        layerkit.remap(str(tiny_image), f"oci:{tmp_path / 'out'}:t", mapping, progress=stop)
+    assert not (tmp_path / "out").exists()
