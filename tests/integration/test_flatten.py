@@ -165,6 +165,11 @@ def test_a_full_disk_or_a_damaged_layer_leaves_nothing(
             done = cli("flatten", image, where.format(small), code=1, env={"TMPDIR": str(temporary)})
             assert "No space left" in done.stderr
             assert os.listdir(small) == ["lost+found"]
+        for words in (("copy",), ("remap", "--form=portable", "--uid-map=0:1000:1000")):
+            target = f"oci:{small}/new:t"
+            done = cli(words[0], image, target, *words[1:], code=1, env={"TMPDIR": str(temporary)})
+            assert "No space left" in done.stderr
+            assert os.listdir(small) == ["lost+found"]
         done = cli("flatten", image, tmp_path / "new.tar", code=1, env={"TMPDIR": str(small)})
         assert "No space left" in done.stderr
         assert os.listdir(small) == ["lost+found"]

@@ -12,7 +12,7 @@ from layerkit.merge import merge
 from layerkit.model.entry import Entry, Kind
 from layerkit.squash import squash
 
-EXAMPLES = 40 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 150 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 
 
 def shown(files: Files) -> dict[bytes, tuple[object, ...]]:
@@ -57,3 +57,14 @@ def test_any_range_of_layers_becomes_one_with_the_same_tree(layers: list[list[En
 def test_nothing_is_repeated(layers: list[list[Entry]]) -> None:
     tree = merge(indexes(layers))
     assert len(squash(tree, tree).index) == 0
+
+
+def test_hard_links_that_part_or_meet() -> None:
+    sha = b"\1" * 32
+    one = [Entry(b"a", Kind.REG, sha256=sha), Entry(b"b", Kind.HARDLINK, link=b"a")]
+    two = [Entry(b"a", Kind.REG, sha256=sha), Entry(b"b", Kind.REG, sha256=sha)]
+    for lower, upper in ((one, two), (two, one)):
+        stack = indexes([lower, upper])
+        made = squash(merge(stack[:1]), merge(stack)).index
+        assert merge([stack[0], made]).digest() == merge(stack).digest()
+        assert any(e.path == b"b" for e in made.entries())
