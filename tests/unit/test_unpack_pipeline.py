@@ -218,6 +218,37 @@ def test_a_slow_side_stops_the_others(monkeypatch):
     assert max(ahead) <= (SLOTS + 2) * 4096
 
 
+def test_threads_that_wait_for_room_are_woken_to_end(tar, monkeypatch):
+    """The ring is full when the caller gives up, so the reader waits for a slot that nobody will free."""
+    monkeypatch.setattr(unpack, "SLOT_BYTES", 4096)
+    reader = Blob(tar)
+
+    def progress(*_step: object) -> None:
+        time.sleep(0.2)
+        assert SLOTS * 4096 <= reader._file.tell() < len(tar)
+        raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        index_layer(reader, described(tar), None, progress=progress)
+
+
+@pytest.mark.parametrize("size", [0, 1, 10_000])
+def test_a_blob_that_does_not_end_is_left_at_its_promised_size(size):
+    class Endless:
+        given = 0
+
+        def readinto(self, buffer: memoryview, /) -> int:
+            self.given += len(buffer)
+            return len(buffer)
+
+        def close(self) -> None: ...
+
+    reader = Endless()
+    with pytest.raises(DigestMismatch, match="at least"):
+        index_layer(reader, Descriptor("", Digest.of(b""), size), None)
+    assert reader.given <= size + SLOT_BYTES
+
+
 def test_an_empty_blob():
     index = index_layer(Blob(b""), described(b""), Digest.of(b""))
     assert len(index) == 0 and index.tar_size == 0
