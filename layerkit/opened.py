@@ -1,0 +1,461 @@
+"""An image that was opened: what can be asked of it, and done with it.
+
+This is where adapters (transports, the store, the kernel) meet the use cases. Everything imported here is
+light; numpy and the rest come when a call needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from layerkit.errors import UsageError
+from layerkit.limits import Limits
+
+if TYPE_CHECKING:
+    from layerkit.analyze import AnalyzeReport
+    from layerkit.attach import Render
+    from layerkit.hosts.changes import PackReport
+    from layerkit.hosts.choose import Ways
+    from layerkit.hosts.extract import UnpackReport
+    from layerkit.idmap import Mapping
+    from layerkit.model.facts import TreeFacts
+    from layerkit.model.image import Image
+    from layerkit.model.index import Index
+    from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
+    from layerkit.model.tree import Tree
+    from layerkit.pack import Packing
+    from layerkit.ports import ImageSource, Progress
+    from layerkit.stores.local import LocalStore, MetaEntry
+
+
+def default_store() -> Path:
+    """Return the store of this user: ``/var/lib/layerkit`` for root, else below ``$XDG_DATA_HOME``.
+
+    Root of a user namespace is not root here: it cannot write to /var/lib.
+    """
+    from layerkit.kernel import userns
+
+    if os.geteuid() == 0 and userns.in_initial_userns():
+        return Path("/var/lib/layerkit")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "layerkit"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for every operation on an image.
+
+    Attributes:
+        store: the local store; None is :func:`default_store`.
+        data: ``auto``, ``tar`` or ``objects``: how file data is kept.
+        jobs: layers read at the same time.
+        strict: refuse overlay xattrs that an image brings, instead of escaping them.
+        limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
+    """
+
+    store: Path | None = None
+    data: str = "auto"
+    jobs: int = 1
+    strict: bool = False
+    limits: Limits | None = None
+
+    @property
+    def store_path(self) -> Path:
+        """Return the store's folder."""
+        return self.store if self.store is not None else default_store()
+
+
+@contextlib.contextmanager
+def store_at(path: Path, limits: Limits, *, create: bool = True) -> Iterator[LocalStore]:
+    """Open the store at ``path``, made if there is none and ``create``; closed at the end of the block."""
+    from layerkit.stores.local import LocalStore
+
+    store = LocalStore.open(path, create=create, limits=limits)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount that was made; leaving it as a context manager unmounts it.
+
+    Attributes:
+        target: where.
+        report: what was made for it.
+    """
+
+    target: Path
+    report: RemapReport
+    _store_path: Path = field(repr=False)
+
+    def umount(self) -> None:
+        """Unmount it."""
+        umount(self.target, store=self._store_path)
+
+    def __enter__(self) -> Mounted:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.umount()
+
+
+class OpenImage:
+    """An image that was opened for reading."""
+
+    def __init__(
+        self,
+        name: str,
+        source: ImageSource,
+        image: Image,
+        settings: Settings,
+        limits: Limits,
+        resources: contextlib.ExitStack,
+    ) -> None:
+        """Use :func:`open_image`. ``name`` is the one that the image has, or gets, in the store."""
+        self.name, self.source, self.image = name, source, image
+        self._settings, self._limits, self._resources = settings, limits, resources
+
+    def __enter__(self) -> OpenImage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release files and temporary data."""
+        self._resources.close()
+
+    def indexes(self, *, progress: Progress | None = None) -> list[Index]:
+        """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
+        from layerkit.indexes import read_indexes
+
+        with self._kept() as store:
+            return read_indexes(
+                self.source, self.image, store.load_index if store else lambda _: None,
+                limits=self._limits, progress=progress,
+            )[0]  # fmt: skip
+
+    def tree(self, *, progress: Progress | None = None) -> Tree:
+        """Return the merged root filesystem, with container ids. Nothing is stored."""
+        from layerkit.merge import merge
+
+        return merge(self.indexes(progress=progress), limits=self._limits)
+
+    def inspect(self, mapping: Mapping | None = None, *, progress: Progress | None = None) -> InspectReport:
+        """Return what the image holds and what ``mapping`` would do to it."""
+        from layerkit.look import inspect
+
+        return inspect(self.name, self.image, self.indexes(progress=progress), mapping, self._limits)
+
+    def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
+        """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
+        from layerkit.analyze import analyze, layer_history
+
+        indexes = self.indexes(progress=progress)
+        history = layer_history(self.image.config, len(indexes))
+        return analyze(self.name, self.image, indexes, history, limits=self._limits), indexes
+
+    def verify(self, *, progress: Progress | None = None) -> VerifyReport:
+        """Read every blob and check it; make every attached remap artifact again and compare.
+
+        Raises:
+            InvalidImage: something is not what it promises to be.
+        """
+        from layerkit.formats.artifact import ARTIFACT_TYPE
+        from layerkit.indexes import read_indexes
+        from layerkit.look import verify
+
+        indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
+        referrers = getattr(self.source, "referrers", None)
+        attached = referrers(self.image.descriptor.digest, ARTIFACT_TYPE) if referrers else []
+        return verify(self.name, self.image, indexes, self.source, attached, _renderer, self._limits)
+
+    def remap(
+        self,
+        mapping: Mapping | None,
+        *,
+        rendering: str = "auto",
+        namespace: str = "auto",
+        own_meta: bool = False,
+        progress: Progress | None = None,
+    ) -> RemapReport:
+        """Bring the image into the store and make what a mount under ``mapping`` needs.
+
+        Args:
+            mapping: the id map; None keeps the owners.
+            rendering: ``auto``, ``erofs`` or ``directory``.
+            namespace: ``auto``, ``trusted`` or ``user``.
+            own_meta: write META for this map even where an idmapped mount of the shared one would do.
+            progress: told about the bytes read.
+
+        Raises:
+            UnmappedId: an owner outside the map.
+        """
+        with store_at(self._settings.store_path, self._limits) as store:
+            return self._prepare(store, mapping, rendering, namespace, own_meta, progress)[0]
+
+    def mount(
+        self,
+        target: str | Path,
+        mapping: Mapping | None = None,
+        *,
+        upper: Path | None = None,
+        work: Path | None = None,
+        rendering: str = "auto",
+        own_meta: bool = False,
+        progress: Progress | None = None,
+    ) -> Mounted:
+        """Mount the image under ``mapping`` at ``target``; read-only unless ``upper`` is given.
+
+        See :meth:`remap` for the other arguments.
+
+        Raises:
+            UnsupportedHost: this host or user cannot mount it so; the hint says what can.
+        """
+        from layerkit.hosts import mount as mounter
+        from layerkit.hosts.prepare import data_layers, meta_layer
+
+        path = Path(target)
+        # Held until the mount's record says what it uses: gc must not come in between.
+        with store_at(self._settings.store_path, self._limits) as store, store.hold():
+            report, ways, facts, entry = self._prepare(store, mapping, rendering, "auto", own_meta, progress)
+            extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping else None
+            mounter.mount(
+                mounter.MountSpec(
+                    meta=meta_layer(entry),
+                    data=data_layers(store, ways.backend, facts),
+                    namespace=ways.namespace,
+                    target=path,
+                    idmap=extents if ways.idmap else None,
+                    upper=upper,
+                    work=work,
+                    read_only=upper is None,
+                    label={
+                        "image": self.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
+                        "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
+                    },
+                ),
+                run=mounter.default_run(store.root),
+            )  # fmt: skip
+        return Mounted(path, report, self._settings.store_path)
+
+    def unpack(
+        self,
+        target: str | Path,
+        mapping: Mapping | None = None,
+        *,
+        copy: str = "auto",
+        progress: Progress | None = None,
+    ) -> UnpackReport:
+        """Write the root filesystem under ``mapping`` to the new folder ``target``, whole or not at all.
+
+        Args:
+            target: does not exist yet, or is an empty folder.
+            mapping: the id map; None keeps the owners.
+            copy: ``auto`` shares blocks with the store where the filesystem can, ``reflink`` insists on it,
+                ``bytes`` shares none.
+            progress: told about bytes read and entries written; may raise ``Cancelled``.
+
+        Raises:
+            LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
+            UnmappedId: an owner outside the map.
+        """
+        from layerkit.hosts.extract import unpack
+
+        with store_at(self._settings.store_path, self._limits) as store:
+            return unpack(
+                self.source, self.image, self.name, store, Path(target), mapping, copy=copy,
+                data=self._settings.data, limits=self._limits, jobs=self._settings.jobs, progress=progress,
+            )  # fmt: skip
+
+    def pack(
+        self,
+        folder: str | Path,
+        dst: str,
+        mapping: Mapping | None = None,
+        *,
+        packing: Packing | None = None,
+        created: str | None = None,
+        message: str = "",
+        checksum: bool = False,
+        progress: Progress | None = None,
+    ) -> PackReport:
+        """Write this image with what changed in ``folder`` since it as one more layer to ``dst``.
+
+        Args:
+            folder: a root filesystem that was unpacked from this image.
+            dst: reference of the result.
+            mapping: the id map that it was unpacked with.
+            packing: compression of the layer; None is gzip.
+            created: time of the result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, and
+                without that the time of the image stays.
+            message: for the history.
+            checksum: read every file, also those whose size and time did not change.
+            progress: told of entries and bytes; may raise ``Cancelled``.
+
+        Raises:
+            UnmappedId: an owner in the folder that is outside the map.
+            LossyResult: something that a layer cannot hold.
+        """
+        from layerkit.flattening import creation_time
+        from layerkit.hosts.changes import pack
+        from layerkit.pack import Packing
+        from layerkit.stores import reference
+
+        how, when = packing or Packing(), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+        if not Path(folder).is_dir():
+            raise UsageError(f"{folder}: no such folder; DIR is a root filesystem, as `layerkit unpack` writes it")
+        indexes = self.indexes(progress=progress)
+        parsed = reference.parse(dst)
+        return pack(
+            Path(folder), self.source, self.image, indexes, reference.open_sink(parsed, limits=self._limits),
+            name=self.name, dst_name=parsed.name or self.image.name, mapping=mapping, packing=how, created=when,
+            message=message, checksum=checksum, limits=self._limits, progress=progress,
+        )  # fmt: skip
+
+    def attach(
+        self,
+        mapping: Mapping | None,
+        dst: str,
+        *,
+        rendering: str = "auto",
+        namespace: str = "auto",
+        progress: Progress | None = None,
+    ) -> RemapReport:
+        """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
+
+        Args:
+            mapping: the id map.
+            dst: ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard output.
+            rendering: ``auto`` (erofs), ``erofs`` or ``tar``.
+            namespace: ``auto`` (trusted), ``trusted`` or ``user``.
+            progress: told about the bytes read.
+        """
+        if mapping is None:
+            raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
+        from layerkit.attach import attach
+        from layerkit.indexes import read_indexes
+        from layerkit.merge import merge
+        from layerkit.metaonly import Namespace
+        from layerkit.stores import reference
+
+        if rendering not in ("auto", "erofs", "tar"):
+            raise UsageError(f"--rendering {rendering!r}: an artifact holds erofs (the default) or tar")
+        if namespace not in ("auto", *Namespace):
+            raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
+        form = "erofs" if rendering == "auto" else rendering
+        with self._kept() as store:
+            indexes, read = read_indexes(
+                self.source, self.image, store.load_index if store else lambda _: None,
+                limits=self._limits, progress=progress,
+            )  # fmt: skip
+        parsed = reference.parse(dst)
+        # The image is copied as it is: only META and its manifest are made here.
+        return attach(
+            self.image, merge(indexes, limits=self._limits), mapping, self.source,
+            reference.open_sink(parsed, limits=self._limits),
+            name=self.name, dst_name=parsed.name or self.image.name, render=_renderer(form), rendering=form,
+            namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
+            strict=self._settings.strict, layers_read=read, limits=self._limits, progress=progress,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[LocalStore | None]:
+        """Give the store if there is one; looking at an image makes none."""
+        path = self._settings.store_path
+        if not (path / "version.json").exists():
+            yield None
+            return
+        with store_at(path, self._limits, create=False) as store:
+            yield store
+
+    def _prepare(
+        self,
+        store: LocalStore,
+        mapping: Mapping | None,
+        rendering: str,
+        namespace: str,
+        own_meta: bool,
+        progress: Progress | None,
+    ) -> tuple[RemapReport, Ways, TreeFacts, MetaEntry]:
+        from layerkit.hosts import choose, prepare
+        from layerkit.model.reports import RemapReport
+
+        start = time.monotonic()
+        ways = choose.choose(
+            store.root,
+            mapping,
+            rendering=rendering,
+            data=self._settings.data,
+            namespace=namespace,
+            own_meta=own_meta,
+        )
+        # gc must not take layers between their import and the row that says who needs them.
+        with store.hold():
+            read = prepare.import_layers(
+                self.source, self.image, store, ways.backend,
+                limits=self._limits, jobs=self._settings.jobs, progress=progress,
+            )  # fmt: skip
+            work = prepare.Preparation(store, self.image, limits=self._limits, strict=self._settings.strict)
+            facts = work.facts()
+            if ways.idmap and mapping is not None:
+                work.check(mapping)
+            entry = work.meta(None if ways.idmap else mapping, ways.rendering, ways.namespace, progress=progress)
+            store.add_image(self.image, [self.name], metas=[entry.key])
+        own = 0 if ways.idmap or mapping is None else entry.allocated_bytes
+        report = RemapReport(
+            name=self.name,
+            manifest=str(self.image.descriptor.digest),
+            map_text=mapping.canonical() if mapping else "",
+            map_flags=mapping.flags() if mapping else "",
+            next_ref=f"store:{self.name}",
+            entries=facts.names,
+            layers=len(self.image.layers),
+            layers_read=read,
+            data_bytes=facts.data_bytes,
+            data_backend=ways.backend.value,
+            rendering=ways.rendering.value,
+            how="idmapped mount of shared metadata"
+            if ways.idmap
+            else "own metadata"
+            if mapping
+            else "owners as they are",
+            meta_bytes=own,
+            shared_meta_bytes=entry.allocated_bytes - own,
+            seconds=time.monotonic() - start,
+            warnings=facts.warnings,
+        )
+        return report, ways, facts, entry
+
+
+def umount(target: str | Path, *, store: Path | None = None) -> None:
+    """Unmount what layerkit mounted at ``target`` over ``store``.
+
+    Raises:
+        NotFound: layerkit mounted nothing there.
+    """
+    from layerkit.hosts import mount as mounter
+
+    mounter.umount(Path(target), run=mounter.default_run(store or default_store()))
+
+
+def _renderer(form: str) -> Render:
+    if form == "tar":
+        from layerkit.emit.tar import write_tar
+
+        return write_tar
+    from layerkit.emit.erofs import build_meta
+
+    return build_meta
