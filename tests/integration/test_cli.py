@@ -17,6 +17,10 @@ import pytest
 from support import need_root, need_tool
 
 MAP = "0:100000:65536"
+ALL_COMMANDS = (
+    "remap", "unpack", "pack", "inspect", "analyze", "optimize", "flatten", "copy", "verify",
+    "mount", "umount", "mounts", "doctor", "store",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def cli(store_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def test_every_command_has_help_with_an_example(cli: Callable[..., Any]) -> None:
     top = cli("--help").stdout
-    for command in ("remap", "mount", "umount", "mounts", "inspect", "verify", "store", "doctor"):
+    for command in ALL_COMMANDS:
         assert command in top
         text = cli(command, "--help").stdout
         if command != "store":
