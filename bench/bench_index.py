@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from layerkit.formats.tar_cursor import Chunk
 from layerkit.formats.tar_reader import TarReader
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -25,6 +26,7 @@ LAYER_BYTES = 1 << 30
 LAYER_ENTRIES = 60_000
 LARGEST_FILE = 1 << 20  # gives some 20 KB a file, as in public images
 HEADER_ENTRIES = 20_000
+MEMORY_ENTRIES = 200_000
 SOURCES = ("/usr/lib", "/usr/share", "/usr/bin", "/usr/include", "/usr/local", "/opt", "/root", "/home", "/var/lib")
 
 
@@ -63,13 +65,16 @@ def rows(work: Path) -> list[dict[str, Any]]:
         out.append(
             row(what, ours / HEADER_ENTRIES, "tarfile", theirs / HEADER_ENTRIES, ">= 5" if name == "PAX" else "")
         )
+    child = subprocess.run([sys.executable, __file__, "entries"], stdout=subprocess.PIPE, check=True)
+    per_entry = int(child.stdout) / MEMORY_ENTRIES
+    what = f"index, peak memory: {per_entry:.0f} B for each of {MEMORY_ENTRIES:,} entries in no order"
+    out.append(row(what, None, "", None, "<= 1 (350 B per entry)") | {"ratio": per_entry / 350})
     return out
 
 
-def row(what: str, ours: float, peer: str, theirs: float, target: str) -> dict[str, Any]:
-    return {
-        "what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": theirs / ours, "target": target,
-    }  # fmt: skip
+def row(what: str, ours: float | None, peer: str, theirs: float | None, target: str) -> dict[str, Any]:
+    ratio = theirs / ours if ours and theirs else None
+    return {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ratio, "target": target}
 
 
 def alternate(
@@ -158,7 +163,32 @@ def peak_bytes() -> int:
     return int(line.split()[1]) << 10
 
 
+def many_entries(count: int) -> Iterator[Chunk]:
+    """Yield a tar of ``count`` small files in chunks, their names in no order, without holding it."""
+    info = tarfile.TarInfo()
+    buffer = bytearray(512 * 2048)
+    for start in range(0, count, 2048):
+        rows = range(start, min(start + 2048, count))
+        for at, i in enumerate(rows):
+            info.name = f"usr/lib/python3/dist-packages/package{i * 7919 % count // 50:05}/module_{i % 50:03}.py"
+            buffer[at * 512 : at * 512 + 512] = info.tobuf(tarfile.USTAR_FORMAT)
+        yield buffer, len(rows) * 512
+    yield bytes(1024), 1024
+
+
+def peak_of_entries() -> int:
+    """Return how far reading MEMORY_ENTRIES entries raises this process's peak, in bytes."""
+    before = peak_bytes()
+    reader = TarReader("layer")
+    reader.read(many_entries(MEMORY_ENTRIES))
+    assert len(reader.index(Digest.of(b""))) > 0
+    return peak_bytes() - before
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "entries":
+        print(peak_of_entries())
+        sys.exit()
     _, _, path, text = sys.argv
     found = Path(path)
     index(found, Descriptor("", Digest.parse(text), found.stat().st_size), None)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 SLOTS = 16
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 21
 
 _STOP = -1
 _SHA256_OF_NOTHING = Digest.of(b"")

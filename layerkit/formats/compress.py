@@ -22,7 +22,7 @@ from layerkit.limits import DEFAULT, Limits
 MAGIC_BYTES = 10
 """How many bytes :func:`detect` wants to see."""
 
-_READ_BYTES = 1 << 19
+_READ_BYTES = 1 << 21
 _ZSTD_WINDOW_BYTES = 1 << 27  # zstd's own bound for decoders that were not told more (`--long=27`)
 _DAMAGED: tuple[type[Exception], ...] = (
     igzip.BadGzipFile,

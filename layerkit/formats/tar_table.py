@@ -21,6 +21,7 @@ from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
 _BATCH_ROWS = 2048
+_PART_ROWS = 1 << 18
 _OVERRIDE_BYTES = 32 << 20  # of PAX data held until the next batch is decoded
 _MAX_ID = 0xFFFFFFFE  # 4294967295 means "no change" to chown(2) and is never an owner
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
@@ -57,9 +58,8 @@ class Table:
         self._extra_blocks: list[NDArray[np.uint8]] = []
         self._extra_offsets: list[NDArray[np.int64]] = []
         self._pending = self._decoded = 0
-        self._columns: dict[str, list[NDArray[Any]]] = {name: [] for name in _COLUMNS}
-        self._hashed: list[NDArray[np.bool_]] = []
-        self._kept: list[NDArray[np.bool_]] = []
+        self._columns = {name: _Column(dtype) for name, dtype in _COLUMNS.items()}
+        self._hashed, self._kept = _Column(np.bool_), _Column(np.bool_)
         self._keys: list[bytes] = []
         self._sha = bytearray()
         self._links: dict[bytes, int] = {}
@@ -159,8 +159,8 @@ class Table:
         self._keys += [path.replace(b"/", b"\0") for path in paths]
         self._metadata_bytes += sum(map(len, paths))
         limits.check("metadata_bytes_per_layer", self._metadata_bytes, f"{layer}: bytes of names and xattrs")
-        for name, dtype in _COLUMNS.items():
-            self._columns[name].append(columns[name].astype(dtype))
+        for name in _COLUMNS:
+            self._columns[name].append(columns[name])
         self._hashed.append(hashed)
         self._kept.append(kept)
 
@@ -315,15 +315,17 @@ class Table:
             UnsafeEntry: a path that is at one time a folder and at another something else with names below.
         """
         self.decode()
-        columns = {name: _joined(parts, _COLUMNS[name]) for name, parts in self._columns.items()}
-        self._columns = {}
+        # Column by column, each part let go once it is copied; here and below that halves the peak.
+        columns = {name: self._columns.pop(name).take() for name in _COLUMNS}
         sha256 = np.zeros((self.rows, 32), np.uint8)
-        sha256[_joined(self._hashed, np.bool_)] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
+        sha256[self._hashed.take()] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
+        self._sha = bytearray()
         sha256[columns["kind"] != _REG] = 0
         columns["sha256"] = sha256
+        del sha256
         members = tar_order.Members(self._layer, columns, self._keys, list(self._links))
-        self._keys, self._sha = [], bytearray()
-        order, path = tar_order.arrange(members, _joined(self._kept, np.bool_), self.warn)
+        self._keys = []
+        order, path = tar_order.arrange(members, self._kept.take(), self.warn)
         return Index(
             diff_id=diff_id,
             tar_size=tar_size,
@@ -332,7 +334,6 @@ class Table:
             xattr_sets=tuple(self._xattr_sets),
             sparse_maps=SparseMaps.of(self._maps) if self._maps else sparse_maps.NONE,
             warnings=tuple(self._all_warnings()),
-            # Column by column, each let go once it is copied: that halves the peak.
             **{name: columns.pop(name)[order] for name in list(columns)},
         )
 
@@ -342,5 +343,29 @@ class Table:
             yield f"and {self._warning_count - len(self._warnings)} more warnings"
 
 
-def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+class _Column:
+    """A column that grows; in large pieces, because the memory of small ones is not given back when freed."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._dtype = dtype
+        self._parts: list[NDArray[Any]] = []
+        self._free = 0  # rows of the last part that are not filled; their memory is not touched yet
+
+    def append(self, values: NDArray[Any]) -> None:
+        while len(values):
+            if not self._free:
+                self._parts.append(np.empty(_PART_ROWS, self._dtype))
+                self._free = _PART_ROWS
+            n = min(self._free, len(values))
+            start = _PART_ROWS - self._free
+            self._parts[-1][start : start + n] = values[:n]
+            self._free -= n
+            values = values[n:]
+
+    def take(self) -> NDArray[Any]:
+        """Return the column whole, and be empty."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            return np.zeros(0, self._dtype)
+        parts[-1] = parts[-1][: _PART_ROWS - self._free]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
