@@ -26,7 +26,7 @@ LAYER_BYTES = 1 << 30
 LAYER_ENTRIES = 60_000
 LARGEST_FILE = 1 << 20  # gives some 20 KB a file, as in public images
 HEADER_ENTRIES = 20_000
-MEMORY_ENTRIES = 200_000
+MEMORY_ENTRIES = 500_000
 SOURCES = ("/usr/lib", "/usr/share", "/usr/bin", "/usr/include", "/usr/local", "/opt", "/root", "/home", "/var/lib")
 
 
