@@ -32,6 +32,8 @@ class Cursor:
         self._length = self._pos = self._base = 0
         self._members: list[int] = []  # header positions in the current chunk
         self._extensions: list[int] = []
+        self._bodies: list[bytes] = []  # of PAX headers, and which of the members they are of
+        self._body_rows: list[int] = []
         self._hole_bytes = 0
 
     @property
@@ -99,6 +101,10 @@ class Cursor:
         """Copy the headers met in the current chunk into the table, before the chunk is gone."""
         if not self._members and not self._extensions:
             return
+        if self._bodies:
+            self._table.hold_bodies(self._body_rows, self._bodies)
+            self._bodies.clear()
+            self._body_rows.clear()
         blocks = np.frombuffer(self._chunk, np.uint8, self._length // BLOCK * BLOCK).reshape(-1, BLOCK)
         for positions, add in (
             (self._extensions, self._table.add_extensions),

@@ -23,10 +23,13 @@ _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 # What most PAX headers of real layers are, nothing but times: whole seconds, or with all nine digits or one or
 # two less (writers cut zeros off). Each form stands with the one length that is right for it.
 _OTHER_TIME = (
-    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n|20 [ac]time=[0-9]{10}\n"
+    rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n|20 [ac]time=[0-9]{10}\n|19 [ac]time=[0-9]{9}\n"
     rb"|29 [ac]time=[0-9]{10}\.[0-9]{8}\n|28 [ac]time=[0-9]{10}\.[0-9]{7}\n){0,2}"
 )
-TIMES_ONLY = re.compile(_OTHER_TIME + rb"(?:30 mtime=([0-9]{10})\.([0-9]{9})|20 mtime=([0-9]{10}))\n" + _OTHER_TIME)
+_BODIES = re.compile(
+    rb"\0(?:" + _OTHER_TIME + rb"(?:(?:30 mtime=([0-9]{10})\.([0-9]{9})|20 mtime=([0-9]{10}))\n" + _OTHER_TIME
+    + rb")?(?=\0)|([^\0]*))"
+)  # fmt: skip
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _DIGITS_OF_LENGTH = 20
 _LENGTHS = {b"%d" % length: length for length in range(1, 512)}
@@ -125,6 +128,32 @@ def time(text: bytes, where: str) -> tuple[int, int]:
         # -1.5 s is 2 s before 1970 and half a second on.
         return (-seconds - 1, 1_000_000_000 - nanoseconds) if nanoseconds else (-seconds, 0)
     return seconds, nanoseconds
+
+
+def common_times(bodies: list[bytes]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Look through ``bodies`` for those that say nothing, or nothing but a time, in the common form.
+
+    Returns:
+        The places of those with an mtime, its seconds, its nanoseconds; and the places of the other bodies,
+        which are to be parsed. Bodies at neither place change nothing.
+    """
+    joined = b"\0" + b"\0".join(bodies) + b"\0"
+    if joined.count(b"\0") != len(bodies) + 1:
+        return [], [], [], list(range(len(bodies)))
+    places, seconds, nanoseconds, others = list[int](), list[int](), list[int](), list[int]()
+    # One match for each body, from NUL to NUL; and an empty one for the NUL at the end.
+    for i, (whole, fraction, alone, other) in enumerate(_BODIES.findall(joined)):
+        if whole:
+            places.append(i)
+            seconds.append(int(whole))
+            nanoseconds.append(int(fraction))
+        elif other:
+            others.append(i)
+        elif alone:
+            places.append(i)
+            seconds.append(int(alone))
+            nanoseconds.append(0)
+    return places, seconds, nanoseconds, others
 
 
 def xattrs(records: Records, layer: str, path: bytes, limits: Limits) -> XattrSet:

@@ -29,6 +29,8 @@ _NUL, _REG, _LINK, _DIR, _CONTIGUOUS, _OLD_SPARSE = 0, 0x30, 0x31, 0x35, 0x37, 0
 _PAX, _GLOBAL, _LONG_NAME, _LONG_LINK = 0x78, 0x67, 0x4C, 0x4B
 _ENDS_NUMBER = (0, 0x20)
 _EXTENSIONS = (_PAX, _GLOBAL, _LONG_NAME, _LONG_LINK)
+_COMMON = frozenset((_REG, _LINK, 0x32, _DIR))
+_NO_SIZE = b"00000000000\0"
 _SMALL_SIZES = {b"%011o\0" % size: size for size in range(1024)}
 # Records that would give every member the same name or shape have no meaning in a global header.
 _LOCAL_ONLY = (b"path", b"linkpath", b"size", b"SCHILY.realsize")
@@ -85,16 +87,31 @@ class TarReader(Cursor):
 
     def _walk(self) -> None:
         members, extensions, digests, sha256 = self._members, self._extensions, self._table.digests, hashlib.sha256
-        ends_number = _ENDS_NUMBER
+        bodies, body_rows = self._bodies, self._body_rows
         small = _SMALL_SIZES if self._limits.pax_header_bytes >= len(_SMALL_SIZES) else {}
         while True:
             # Everything in this loop runs once per header; the rare cases are in methods.
             chunk, view, length, pos = self._chunk, self._view, self._length, self._pos
             while pos + BLOCK <= length:
                 flag = chunk[pos + 156]
+                if flag == _PAX and not self._extended:
+                    # A small header and, right behind it, the plain entry that it is of.
+                    size = small.get(bytes(chunk[pos + 124 : pos + 136]), length)
+                    end = pos + BLOCK + size
+                    entry = (end + 511) & -BLOCK
+                    if entry + BLOCK <= length:
+                        body = bytes(view[pos + BLOCK : end])
+                        extensions.append(pos)
+                        pos = entry
+                        flag = chunk[pos + 156]
+                        if b"size=" in body or b"GNU.sparse." in body or flag not in _COMMON:
+                            self._begin(body)
+                        else:
+                            body_rows.append(len(members))
+                            bodies.append(body)
                 if flag == _REG and self._plain:
                     digits = chunk[pos + 124 : pos + 135]
-                    if digits.isdigit() and chunk[pos + 135] in ends_number:
+                    if digits.isdigit() and chunk[pos + 135] in _ENDS_NUMBER:
                         try:
                             size = int(digits, 8)
                         except ValueError:  # an 8 or 9 among the digits
@@ -102,7 +119,7 @@ class TarReader(Cursor):
                     else:
                         size = self._size(pos)
                     if self._extended:
-                        self._hold_next()
+                        self._hold(self._take_records())
                     members.append(pos)
                     data = pos + BLOCK
                     end = data + size
@@ -113,19 +130,10 @@ class TarReader(Cursor):
                     self._limits.check("file_bytes", size, f"{self._layer}: bytes of a file")
                     self._pos = data
                     digests.append(self._hash(size))
-                elif flag == _PAX and self._local is None:
-                    size = small.get(bytes(chunk[pos + 124 : pos + 136]), length)
-                    end = pos + BLOCK + size
-                    if end <= length:
-                        extensions.append(pos)
-                        self._local = body = bytes(view[pos + BLOCK : end])
-                        self._extended = True
-                        if b"size=" in body or b"GNU.sparse." in body:
-                            self._plain = False
-                        pos = (end + 511) & -BLOCK
-                        continue
-                    self._pos = pos
-                    self._extension(flag)
+                elif flag in _COMMON and not self._extended and chunk[pos + 124 : pos + 136] == _NO_SIZE:
+                    members.append(pos)
+                    pos += BLOCK
+                    continue
                 else:
                     self._pos = pos
                     if not flag and chunk[pos : pos + BLOCK] == ZERO_BLOCK:
@@ -293,16 +301,6 @@ class TarReader(Cursor):
         self._plain = True
         self._extended = bool(self._globals)
         return records
-
-    def _hold_next(self) -> None:
-        """Keep what the extended headers say for the plain file that is added next."""
-        if self._local is None or self._long or self._globals:
-            self._hold(self._take_records())
-            return
-        # The common case: its records are parsed with those of its batch.
-        self._table.hold(self._row(len(self._local)), self._local, len(self._local))
-        self._local = None
-        self._extended = False
 
     def _hold(self, records: Records) -> None:
         """Keep ``records`` for the member that is added next."""

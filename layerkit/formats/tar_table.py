@@ -41,7 +41,7 @@ class Table:
     Attributes:
         rows: members added.
         digests: the walker appends the sha256 of each member whose type is a regular file's, in order.
-        overrides: PAX records, or the body they are in, by row, for rows not decoded yet.
+        overrides: PAX records by row, for rows not decoded yet.
         placed: (offset, logical size, runs) by row, where the header alone does not say it.
     """
 
@@ -49,10 +49,12 @@ class Table:
         """``layer`` names the layer in errors."""
         self.rows = 0
         self.digests: list[bytes] = []
-        self.overrides: dict[int, Records | bytes] = {}
+        self.overrides: dict[int, Records] = {}
         self.placed: dict[int, tuple[int, int, tuple[Extent, ...] | None]] = {}
         self._layer, self._limits = layer, limits
         self._override_bytes = 0
+        self._bodies: list[bytes] = []
+        self._body_rows: list[int] = []
         self._blocks: list[NDArray[np.uint8]] = []
         self._block_offsets: list[NDArray[np.int64]] = []
         self._extra_blocks: list[NDArray[np.uint8]] = []
@@ -93,10 +95,15 @@ class Table:
         """Return whether a batch had better be decoded before ``size`` more bytes of records are held."""
         return self._override_bytes + size > _OVERRIDE_BYTES and bool(self.overrides)
 
-    def hold(self, row: int, records: Records | bytes, size: int) -> None:
+    def hold(self, row: int, records: Records, size: int) -> None:
         """Keep the PAX ``records`` (``size`` bytes) of ``row`` until it is decoded."""
         self.overrides[row] = records
         self._override_bytes += size
+
+    def hold_bodies(self, ahead: list[int], bodies: list[bytes]) -> None:
+        """Keep small PAX ``bodies``, each of the member that will be ``ahead`` rows after those added so far."""
+        self._bodies += bodies
+        self._body_rows += [self.rows + row for row in ahead]
 
     def verify(self) -> None:
         """Verify the checksums of what is not decoded yet.
@@ -145,6 +152,7 @@ class Table:
             "minor": header.minor, "link": np.full(n, -1, np.int32), "xattr": np.zeros(n, np.int32),
             "offset": at + tar_header.BLOCK, "sparse": np.full(n, -1, np.int32),
         }  # fmt: skip
+        self._apply_bodies(columns, first)
         self._apply_overrides(header, columns, first)
         self._apply_places(columns, first)
         size[~hashed] = 0
@@ -166,24 +174,24 @@ class Table:
 
     # --- steps of decode ---------------------------------------------------------------------------------
 
+    def _apply_bodies(self, columns: dict[str, NDArray[Any]], first: int) -> None:
+        """Take the times of a batch of PAX headers at once, and parse those that have more in them."""
+        bodies, rows = self._bodies, self._body_rows
+        self._bodies, self._body_rows = [], []
+        places, seconds, nanoseconds, others = tar_pax.common_times(bodies)
+        timed = [rows[i] - first for i in places]
+        columns["mtime"][timed], columns["mtime_ns"][timed] = seconds, nanoseconds
+        for i in others:
+            self.overrides[rows[i]] = tar_pax.parse(bodies[i], self._layer, self._limits)
+
     def _apply_overrides(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
         layer = self._layer
         mtime, mtime_ns = columns["mtime"], columns["mtime_ns"]
         rows: list[int] = []
         seconds: list[int] = []
         nanoseconds: list[int] = []
-        parse, limits, times_only = tar_pax.parse, self._limits, tar_pax.TIMES_ONLY.fullmatch
-        for row, held in self.overrides.items():
+        for row, records in self.overrides.items():
             i = row - first
-            if isinstance(held, bytes):
-                if match := times_only(held):
-                    rows.append(i)
-                    seconds.append(int(match[1] or match[3]))
-                    nanoseconds.append(int(match[2] or 0))
-                    continue
-                records = parse(held, layer, limits)
-            else:
-                records = held
             extended = False
             for key, value in records.items():
                 if key == b"mtime":
