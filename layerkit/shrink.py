@@ -14,7 +14,7 @@ from layerkit.merge import merge
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.model.reports import Report
-from layerkit.optimize import Action, Plan, PlannedLayer, plan
+from layerkit.optimizer import Action, Plan, PlannedLayer, plan
 from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
 from layerkit.ports import ImageSink, ImageSource, Progress
 

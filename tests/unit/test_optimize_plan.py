@@ -19,7 +19,7 @@ from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.index import Index
-from layerkit.optimize import Action, Plan, plan
+from layerkit.optimizer import Action, Plan, plan
 
 EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

@@ -1,39 +1,19 @@
-"""The plan that takes doubled and hidden bytes out of an image and keeps its layers. PURE.
-
-A layer is **fixed** (it stays byte for byte) or **free** (it is written anew). Whatever layers are fixed, the
-free ones can be made so that the root filesystem stays what it is:
-
-* an inode whose topmost layer is fixed is there already: no layer above that one touches it;
-* every other inode goes into the *lowest* free layer that holds its content, no higher than where it was, and
-  above every fixed layer that would hide it. It gets its final metadata there: the metadata moves down, the
-  content never leaves the layer it is taken from;
-* a directory goes into every free layer with something in it, as runtimes that unpack each layer alone need it,
-  and above the fixed layers that give it other attributes;
-* what fixed layers show and the image does not is whited out, in a free layer that hid it before.
-
-Free layers hold nothing that is hidden later, and no marker that hides nothing. All the rest is the choice of
-the fixed layers: first only those that must be (the base, and all below a hard link that leaves its layer),
-then also those whose stored files would all stay as they are, unless a marker of theirs would hide nothing.
-"""
+"""Makes the plan: see the package's docstring for the rules. PURE."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerkit.errors import LossyResult, UsageError
 from layerkit.limits import DEFAULT, Limits
 from layerkit.merge import merge
-from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.index import Index
 from layerkit.model.tree import Node, Tree
-from layerkit.optimize_parts import (
+from layerkit.optimizer.parts import (
     Inode,
     Layer,
     Shadow,
@@ -44,68 +24,9 @@ from layerkit.optimize_parts import (
     folders_above,
     stored_sum,
 )
+from layerkit.optimizer.planned import Action, Plan, PlannedLayer
 
 _CAPABILITY = b"security.capability"
-
-
-class Action(Enum):
-    """What becomes of a layer."""
-
-    KEEP = "keep"
-    REWRITE = "rewrite"
-    DROP = "drop"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedLayer:
-    """What becomes of one layer.
-
-    Attributes:
-        place: of the layer in the image, 0 is the bottom.
-        action: kept byte for byte, written anew, or left out because nothing is left of it.
-        index: of the layer as it will be. Offsets, sparse maps and diff_id are the old layer's: they say
-            where the content is to be read.
-        content: int32 (n,): for each row of ``index`` with stored bytes the row of the old index, else -1.
-        bytes_before: stored bytes of regular files. bytes_after: the same once planned.
-    """
-
-    place: int
-    action: Action
-    index: Index
-    content: NDArray[np.int32]
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What becomes of every layer, bottom first, and the digest that the tree has before and after."""
-
-    layers: tuple[PlannedLayer, ...]
-    tree: Digest
-    keep_base: int
-    pinned: int = field(default=0)
-    """Layers from the bottom that could not be touched: the base, or those that a hard link reaches into."""
-
-    @property
-    def bytes_before(self) -> int:
-        """Return the stored bytes of the files in all layers as they are."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Return the stored bytes of the files in all layers as planned."""
-        return sum(layer.bytes_after for layer in self.layers)
-
-    @property
-    def indexes(self) -> list[Index]:
-        """Return the layers that are left, bottom first."""
-        return [layer.index for layer in self.layers if layer.action is not Action.DROP]
-
-    @property
-    def changes(self) -> bool:
-        """Return whether any layer becomes another."""
-        return any(layer.action is not Action.KEEP for layer in self.layers)
 
 
 def plan(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits = DEFAULT) -> Plan:
@@ -400,4 +321,4 @@ class _Image:
         return PlannedLayer(place, action, index, reads, before, stored_sum(index))
 
 
-__all__ = ["Action", "Plan", "PlannedLayer", "plan"]
+__all__ = ["plan"]

@@ -1,4 +1,4 @@
-"""Parts of :mod:`layerkit.optimize`: layers by path, inodes, and what the fixed layers touch. PURE."""
+"""Parts of :mod:`layerkit.optimizer.planner`: layers by path, inodes, and what the fixed layers touch. PURE."""
 
 from __future__ import annotations
 
