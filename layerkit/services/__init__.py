@@ -1,0 +1,1 @@
+"""Services: long-running processes around the use cases."""
