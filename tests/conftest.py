@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from support import mounts_below, need_root, need_tool
 
+# podman_engine, containerd_engine, docker_engine
+pytest_plugins = ("engines",)
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "sample-images"
 
