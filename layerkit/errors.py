@@ -97,12 +97,25 @@ class UnsupportedHost(LayerkitError):
         super().__init__(f"this host does not offer {feature}" + (f"; {hint}" if hint else ""))
 
 
+class DaemonError(LayerkitError):
+    """A docker daemon cannot be reached, or refused or failed."""
+
+
 class StoreError(LayerkitError):
     """The local store is damaged, of another version, or in use in a way that forbids the request."""
 
 
 class NotFound(LayerkitError):
     """A reference, digest or mount that names nothing."""
+
+
+class SnapshotError(LayerkitError):
+    """A request that the snapshotter refuses; ``status`` is containerd's word for why (its package errdefs)."""
+
+    def __init__(self, status: str, message: str) -> None:
+        """``status``: not_found, already_exists, failed_precondition or invalid_argument."""
+        self.status = status
+        super().__init__(message)
 
 
 class RegistryError(LayerkitError):
