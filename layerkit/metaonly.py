@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
 from layerkit.formats import acl_caps
 from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
 
 REDIRECT_BYTES = 24
@@ -28,6 +29,7 @@ METACOPY_VALUE = b"\0\4\0\0"
 _ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", np.uint8)
 _OVERLAY = (b"trusted.overlay.", b"user.overlay.")
 _XATTR_NAME_MAX = 255
+_REDIRECT_MAX = 4095
 _MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
 
 
@@ -51,10 +53,13 @@ class MetadataLayer:
         tree: owners and xattrs as the mount shows them, overlay xattrs of the image escaped;
             capabilities always in their v3 form, whose length no id map changes.
         namespace: where the stubs' xattrs live.
+        places: None: data is found by its content. Else m strings, by inode: the absolute path of its data in
+            the data-only layers, or ``b""`` for data at the stub's own path in the layers beneath.
     """
 
     tree: Tree
     namespace: Namespace
+    places: Strings | None = None
 
     @property
     def is_stub(self) -> NDArray[np.bool_]:
@@ -63,8 +68,28 @@ class MetadataLayer:
         return stubs
 
     def redirects(self) -> NDArray[np.uint8]:
-        """Return uint8 (stubs, 24): the redirect of each stub, in inode order."""
+        """Return uint8 (stubs, 24): the redirect of each stub by content, in inode order."""
         return redirects(self.tree.sha256[self.is_stub])
+
+    @property
+    def redirect_bytes(self) -> NDArray[np.int64]:
+        """Return int64 (m,): the length of the redirect of each inode, 0 for one that has none."""
+        if self.places is None:
+            return np.where(self.is_stub, REDIRECT_BYTES, 0).astype(np.int64)
+        return np.where(self.is_stub, self.places.lengths, 0)
+
+    def redirects_of(self, inodes: NDArray[np.integer]) -> NDArray[np.uint8]:
+        """Return uint8 (k, bytes): the redirects of stubs that are all equally long."""
+        if self.places is None:
+            return redirects(self.tree.sha256[inodes])
+        return np.frombuffer(self.places.take(inodes).blob, np.uint8).reshape(len(inodes), -1)
+
+    def redirect_list(self, inodes: NDArray[np.integer]) -> list[bytes]:
+        """Return the redirect of each of ``inodes``, ``b""`` where there is none."""
+        if self.places is not None:
+            return self.places.take(inodes).tolist()
+        text = redirects(self.tree.sha256[inodes]).tobytes()
+        return [text[at : at + REDIRECT_BYTES] for at in range(0, len(text), REDIRECT_BYTES)]
 
 
 def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -96,7 +121,13 @@ def data_path(sha256: bytes) -> bytes:
     return b":" + text[:1] + b"/" + text[1:]
 
 
-def metadata_layer(tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, strict: bool = False) -> MetadataLayer:
+def metadata_layer(
+    tree: Tree,
+    namespace: Namespace = Namespace.TRUSTED,
+    *,
+    strict: bool = False,
+    places: Strings | None = None,
+) -> MetadataLayer:
     """Return the metadata layer of ``tree`` (whose owners are already mapped, if they are to be).
 
     A mount of the result shows the tree's xattrs as they were, those in the overlay namespaces included:
@@ -109,6 +140,7 @@ def metadata_layer(tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, stri
         tree: what the mount is to show.
         namespace: ``trusted`` for privileged mounts, ``user`` for ``userxattr`` ones.
         strict: refuse overlay xattrs of the image, in either namespace, instead of escaping them.
+        places: where each inode's data lies, see :class:`MetadataLayer`; None finds it by content.
 
     Raises:
         UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
@@ -119,7 +151,11 @@ def metadata_layer(tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, stri
         InvalidImage: two contents whose short names are equal.
     """
     _check_expressible(tree)
-    _check_names_unique(tree)
+    if places is None:
+        _check_top_names(tree)
+        _check_names_unique(tree)
+    else:
+        _check_places(tree, places)
     sets = []
     for row, pairs in enumerate(tree.xattr_sets):
         try:
@@ -129,7 +165,7 @@ def metadata_layer(tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, stri
             if strict:
                 raise UnsafeEntry("image", path, str(reason)) from None
             raise LossyResult(path, str(reason)) from None
-    return MetadataLayer(replace(tree, xattr_sets=tuple(sets)), namespace)
+    return MetadataLayer(replace(tree, xattr_sets=tuple(sets)), namespace, places)
 
 
 def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
@@ -180,6 +216,19 @@ def _check_expressible(tree: Tree) -> None:
     if odd.any():
         path = tree.inode_path(int(np.argmax(odd)))
         raise LossyResult(path, "the kernel has no user xattrs on anything but files and directories")
+
+
+def _check_places(tree: Tree, places: Strings) -> None:
+    stub = (tree.kind == Kind.REG) & (tree.size > 0)
+    beyond = stub & (places.lengths > _REDIRECT_MAX)
+    if beyond.any():
+        path = tree.inode_path(int(np.argmax(beyond)))
+        raise LossyResult(
+            path, f"its data lies under a path above {_REDIRECT_MAX} bytes, which no redirect can hold"
+        )
+
+
+def _check_top_names(tree: Tree) -> None:
     for row in np.flatnonzero(tree.parent == 0).tolist():
         name = tree.name[row]
         if len(name) == 2 and name[:1] == b":" and name[1:] in _ALPHABET.tobytes():

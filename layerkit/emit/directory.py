@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from layerkit.emit.directory_errors import Advice
 from layerkit.emit.folder_writer import FOLDER, FolderWriter, StepFailed, Written, check_names
 from layerkit.errors import UnsupportedHost
-from layerkit.metaonly import REDIRECT_BYTES, MetadataLayer, redirects
+from layerkit.metaonly import MetadataLayer
 from layerkit.ports import Progress
 
 _ADVICE = Advice(
@@ -62,22 +62,22 @@ class _Stubs:
     alike = True
 
     def __init__(self, meta: MetadataLayer) -> None:
-        self._sha256, self._namespace = meta.tree.sha256, meta.namespace
+        self._meta, self._namespace = meta, meta.namespace
         self._redirect = meta.namespace.prefix + b"redirect"
         self._metacopy = meta.namespace.prefix + b"metacopy"
 
     def begin(self, inodes: NDArray[np.integer]) -> Callable[[int, int, int], None]:
-        data, place = redirects(self._sha256[inodes]).tobytes(), 0
+        places = iter(self._meta.redirect_list(inodes))
         redirect, metacopy = self._redirect, self._metacopy
 
         def fill(fd: int, inode: int, size: int) -> None:
-            nonlocal place
+            place = next(places)
             step = "set the size of"
             try:
                 os.ftruncate(fd, size)
                 step = "set the redirect of"
-                os.setxattr(fd, redirect, data[place : place + REDIRECT_BYTES])
-                place += REDIRECT_BYTES
+                if place:
+                    os.setxattr(fd, redirect, place)
                 # Empty here: 4 bytes more and the xattrs would leave an ext4 inode of 256 bytes.
                 os.setxattr(fd, metacopy, b"")
             except OSError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from layerkit.errors import InvalidImage
 from layerkit.formats.erofs import data, writer
 from layerkit.formats.erofs.patch import Fixups, Patch
-from layerkit.metaonly import METACOPY_VALUE, REDIRECT_BYTES, MetadataLayer, redirects
+from layerkit.metaonly import METACOPY_VALUE, MetadataLayer, redirects
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 
@@ -31,7 +31,9 @@ def build_meta(meta: MetadataLayer, file: BinaryIO) -> Fixups:
         LossyResult: an entry that EROFS cannot express.
     """
     prefix = meta.namespace.prefix
-    form = writer.StubForm((prefix + b"metacopy", METACOPY_VALUE), prefix + b"redirect", REDIRECT_BYTES, redirects)
+    form = writer.StubForm(
+        (prefix + b"metacopy", METACOPY_VALUE), prefix + b"redirect", meta.redirect_bytes, meta.redirects_of
+    )
     return writer.write(meta.tree, meta.is_stub, form, file)
 
 

@@ -40,15 +40,15 @@ class StubForm:
 
     Attributes:
         shared: (name, value) of the xattr that is equal for all stubs.
-        own_name: name of the xattr that every stub has with a value of its own.
-        own_bytes: length of those values.
-        values: returns uint8 (k, own_bytes) for the digests uint8 (k, 32) of k stubs.
+        own_name: name of the xattr that stubs have with a value of their own.
+        own_bytes: int64 (m,), length of that value by inode; 0 where the stub does not have it.
+        values: returns uint8 (k, bytes): the values of k inodes that have values of one length.
     """
 
     shared: tuple[bytes, bytes]
     own_name: bytes
-    own_bytes: int
-    values: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    own_bytes: NDArray[np.int64]
+    values: Callable[[NDArray[np.integer]], NDArray[np.uint8]]
 
 
 def write(tree: Tree, is_stub: NDArray[np.bool_], form: StubForm, file: BinaryIO) -> Fixups:
@@ -82,7 +82,7 @@ class _Image:
         self.devices = _devices(tree, self.kind)
         own, common = f.split_xattr_name(form.own_name), f.split_xattr_name(form.shared[0])
         assert own is not None and common is not None
-        self.own_index, self.own_entry = own[0], f.xattr_entry(own[0], own[1], bytes(form.own_bytes))
+        self.own, self.own_bytes = own, form.own_bytes
         self.own_value_at = f.XATTR_ENTRY_BYTES + len(own[1])
         extra_bytes = len(form.own_name) + len(form.shared[0]) + 2
         self.xattrs = xattrs.plan(tree, form.shared, extra_bytes)
@@ -103,7 +103,8 @@ class _Image:
         plain += np.where(plain > 0, f.XATTR_BODY_BYTES, 0)
         body = plain[self.tree.xattr]
         bare = body == 0
-        body[self.is_stub] += 4 + len(self.own_entry)
+        entry = -(-(self.own_value_at + self.own_bytes) // 4) * 4
+        body[self.is_stub] += 4 + np.where(self.own_bytes > 0, entry, 0)[self.is_stub]
         body[self.is_stub & bare] += f.XATTR_BODY_BYTES
         return body
 
@@ -117,12 +118,13 @@ class _Image:
         self.position = np.zeros(tree.inodes, np.int64)
         end = self._place_loose()
         chunks = np.where(self.is_stub, (tree.size + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS, 0)
-        key = np.where(odd, -1, (self.shared[tree.xattr] * 2 + self.is_stub) << 24 | chunks)
+        own = np.where(self.is_stub, self.own_bytes, 0)
+        key = np.where(odd, -1, ((self.shared[tree.xattr] * 2 + self.is_stub) << 24 | chunks) << 12 | own)
         self.classes: list[tuple[NDArray[np.int64], int, int]] = []
         for shape in np.unique(key[~odd]).tolist():
             rows = np.flatnonzero(key == shape)
             start = f.align(end, _CLASS_ALIGN)
-            nchunks = shape & 0xFFFFFF
+            nchunks = shape >> 12 & 0xFFFFFF
             size = f.align(f.EXTENDED_INODE_BYTES + int(self.body[rows[0]]) + 4 * nchunks, f.SLOT_BYTES)
             self.position[rows] = start + size * np.arange(len(rows))
             end = start + size * len(rows)
@@ -245,12 +247,13 @@ class _Image:
         stub = bool(self.is_stub[rows[0]])
         shared = int(self.shared[sets[0]])
         body = int(self.body[rows[0]])
+        own = self._own_entry(int(self.own_bytes[rows[0]])) if stub else b""
         if body:
             fields["filter"] = (head, "<u4")
             fields["count"] = (head + 4, "u1")
             fields["ids"] = (head + f.XATTR_BODY_BYTES, ("<u4", (shared + stub,)))
         if stub:
-            fields["own"] = (head + body - len(self.own_entry), ("u1", (len(self.own_entry),)))
+            fields["own"] = (head + body - len(own), ("u1", (len(own),)))
             fields["chunks"] = (head + body, ("<u4", (nchunks,)))
         out = np.zeros(len(rows), f.extended_inode(size, fields))
         self._headers(rows, out)
@@ -263,11 +266,12 @@ class _Image:
             if shared:
                 ids[:, int(stub) :] = self.xattrs.ids[self.xattrs.starts[sets][:, None] + np.arange(shared)]
         if stub:
-            entry = out["own"]
-            entry[:] = np.frombuffer(self.own_entry, np.uint8)
-            entry[:, self.own_value_at : self.own_value_at + self.form.own_bytes] = self.form.values(
-                self.tree.sha256[rows]
-            )
+            if own:
+                entry = out["own"]
+                entry[:] = np.frombuffer(own, np.uint8)
+                entry[:, self.own_value_at : self.own_value_at + int(self.own_bytes[rows[0]])] = self.form.values(
+                    rows
+                )
             out["chunks"] = f.NULL_BLOCK
         return out.view(np.uint8).data
 
@@ -312,13 +316,15 @@ class _Image:
         if stub:
             ids.insert(0, plan.extra_id)
             filters = self.stub_filters
-            value = self.form.values(self.tree.sha256[row : row + 1]).tobytes()
-            own = self.own_entry[: self.own_value_at] + value
-            own += self.own_entry[len(own) :]
+            if self.own_bytes[row]:
+                own = f.xattr_entry(*self.own, self.form.values(np.array([row])).tobytes())
             chunks = (int(self.tree.size[row]) + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS
             own += b"\xff" * (4 * chunks)
         head = int(filters[xattr_set]).to_bytes(4, "little") + bytes((len(ids),)) + bytes(7)
         return head + np.array(ids, "<u4").tobytes() + plan.inline[xattr_set] + own
+
+    def _own_entry(self, length: int) -> bytes:
+        return f.xattr_entry(*self.own, bytes(length)) if length else b""
 
     def _target(self, row: int) -> bytes:
         return self.tree.targets[int(self.tree.target[row])]
