@@ -1,0 +1,466 @@
+"""The queue: an SQLite database in WAL mode that several threads and processes of one machine use at once.
+
+Whatever :meth:`Queue.add` returned for is on disk: a kill, or a loss of power, does not lose it. A job is worked on
+under a lease with a token; a lease ends when nobody renews it, or at once when its holder's process is seen to be
+dead, as the kernel frees the lock that each holder has on a file of its own. An end that is told under an old token
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from layerkit.errors import NotFound, StoreError
+from layerkit.model.digest import Digest
+from layerkit.services.hook.jobs import ENDS, Claim, Key, Outcome, Policy, Target, Wish, after_wish
+
+SCHEMA_VERSION = 1
+_BUSY_SECONDS = 60.0
+_FIGURES = ("bytes_read", "bytes_written", "bytes_mounted", "bytes_avoided", "layers_read", "layers_kept")
+_SCHEMA = f"""
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, digest TEXT NOT NULL, mapping TEXT NOT NULL, options TEXT NOT NULL,
+    version INTEGER NOT NULL, state TEXT NOT NULL, urgent INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
+    not_before REAL NOT NULL, owner TEXT, token TEXT, lease_until REAL,
+    created REAL NOT NULL, started REAL, finished REAL, why TEXT NOT NULL DEFAULT '',
+    report TEXT NOT NULL DEFAULT '{{}}',
+    {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in _FIGURES)}
+);
+CREATE INDEX jobs_by_state ON jobs (state, urgent DESC, not_before);
+CREATE INDEX jobs_by_digest ON jobs (digest);
+CREATE INDEX jobs_by_end ON jobs (finished);
+CREATE TABLE targets (
+    job TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, registry TEXT NOT NULL, repository TEXT NOT NULL,
+    tag TEXT NOT NULL, todo INTEGER NOT NULL, PRIMARY KEY (job, registry, repository)
+) WITHOUT ROWID;
+"""
+
+
+class Added(NamedTuple):
+    """What became of a wish: the job's name and state, and whether it was unknown before."""
+
+    job: str
+    state: str
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job for people: times are seconds since 1970, None where that has not happened."""
+
+    job: str
+    digest: str
+    mapping: str
+    options: str
+    state: str
+    attempts: int
+    losses: int
+    not_before: float
+    created: float
+    started: float | None
+    finished: float | None
+    why: str
+    report: dict[str, object]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The queue as a whole: jobs by state, the age of the oldest that waits (seconds), sums over all ends."""
+
+    states: dict[str, int]
+    oldest_seconds: float
+    totals: dict[str, int]
+
+    @property
+    def depth(self) -> int:
+        """Return how many jobs are waiting or running."""
+        return self.states.get("waiting", 0) + self.states.get("running", 0)
+
+
+class Queue:
+    """The jobs of one hook. Safe to use from several threads; not across a fork."""
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """Open the queue in ``folder``, made if it is not there.
+
+        Args:
+            folder: of the database; on a local disk, as SQLite's WAL needs.
+            policy: of retries and leases.
+            clock: seconds since 1970.
+            chance: from 0 to 1, for the jitter.
+
+        Raises:
+            StoreError: a queue of a newer version, or a disk that refuses.
+        """
+        self.policy = policy or Policy()
+        self._folder, self._clock, self._chance = folder, clock, chance
+        self._guard = threading.RLock()
+        self._owner, self._owner_fd = "", -1
+        with _disk(folder):
+            (folder / "owners").mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._db = sqlite3.connect(
+                folder / "queue.sqlite", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL, not NORMAL: a 202 is a promise that outlasts a loss of power.
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            with self._write() as db:
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version > SCHEMA_VERSION:
+            self.close()
+            raise StoreError(f"{folder}: a queue of version {version}, newer than this layerkit; use a newer one")
+
+    def close(self) -> None:
+        """Close the database, and end the leases of this process: another takes its jobs over at once."""
+        with self._guard:
+            self._db.close()
+            if self._owner_fd >= 0:
+                os.close(self._owner_fd)
+                (self._folder / "owners" / self._owner).unlink(missing_ok=True)
+                self._owner_fd = -1
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._guard, _disk(self._folder):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, values: Iterable[object] = ()) -> list[tuple[object, ...]]:
+        with self._guard, _disk(self._folder):
+            return self._db.execute(query, tuple(values)).fetchall()
+
+    # -- what is wanted
+
+    def add(self, wishes: Sequence[Wish]) -> list[Added]:
+        """Store ``wishes`` in one transaction; what is known already is not stored twice.
+
+        Returns:
+            For each wish, in order, what became of it. All of it is on disk.
+        """
+        with self._write() as db:
+            return [self._add(db, wish) for wish in wishes]
+
+    def _add(self, db: sqlite3.Connection, wish: Wish) -> Added:
+        key, job, target, now = wish.key, wish.key.job, wish.target, self._clock()
+        row = db.execute("SELECT state, urgent, finished FROM jobs WHERE id = ?", (job,)).fetchone()
+        if row is None:
+            db.execute(
+                "INSERT INTO jobs (id, digest, mapping, options, version, state, urgent, not_before, created)"
+                " VALUES (?, ?, ?, ?, ?, 'waiting', ?, ?, ?)",
+                (job, str(key.digest), key.mapping, key.options, key.version, wish.urgent, now, now),
+            )
+            _put_target(db, job, target)
+            return Added(job, "waiting", True)
+        known = db.execute(
+            "SELECT 1 FROM targets WHERE job = ? AND registry = ? AND repository = ?",
+            (job, target.registry, target.repository),
+        ).fetchone()
+        before, urgent, finished = row
+        state = after_wish(
+            before, again=wish.again, new_target=known is None, age=now - (finished or now),
+            recheck_seconds=self.policy.recheck_seconds,
+        )  # fmt: skip
+        if known is None or (state == "waiting" and before in ENDS):
+            _put_target(db, job, target)
+        if state != before:
+            db.execute(
+                "UPDATE jobs SET state = ?, attempts = 0, losses = 0, not_before = ?, created = ?, finished = NULL,"
+                " why = '' WHERE id = ?",
+                (state, now, now, job),
+            )
+        if wish.urgent and not urgent and state == "waiting":
+            db.execute("UPDATE jobs SET urgent = 1, not_before = min(not_before, ?) WHERE id = ?", (now, job))
+        return Added(job, state, False)
+
+    def retry(self, jobs: Iterable[str] | None = None) -> int:
+        """Let dead jobs run again, all or those named; return how many."""
+        condition, values = "state = 'dead'", [] if jobs is None else list(jobs)
+        if jobs is not None:
+            condition += f" AND id IN ({','.join('?' * len(values))})"
+        now = self._clock()
+        with self._write() as db:
+            return db.execute(
+                "UPDATE jobs SET state = 'waiting', attempts = 0, losses = 0, not_before = ?, created = ?,"
+                f" finished = NULL WHERE {condition}",
+                (now, now, *values),
+            ).rowcount
+
+    def prune(self, older_seconds: float) -> int:
+        """Forget what came to its end longer ago than that, the dead excepted; return how many."""
+        with self._write() as db:
+            return db.execute(
+                "DELETE FROM jobs WHERE state IN ('done', 'skipped', 'gone') AND finished < ?",
+                (self._clock() - older_seconds,),
+            ).rowcount
+
+    # -- work
+
+    def claim(self, count: int) -> list[Claim]:
+        """Take up to ``count`` jobs for work: the urgent ones, then those that are due for longest."""
+        if count < 1:
+            return []
+        owner, now, claims = self._hold(), self._clock(), []
+        with self._write() as db:
+            rows = db.execute(
+                "SELECT id, digest, mapping, options, version, attempts FROM jobs WHERE state = 'waiting'"
+                " AND not_before <= ? ORDER BY urgent DESC, not_before LIMIT ?",
+                (now, count),
+            ).fetchall()
+            for job, digest, mapping, options, version, attempts in rows:
+                token = secrets.token_hex(8)
+                db.execute(
+                    "UPDATE jobs SET state = 'running', owner = ?, token = ?, lease_until = ?, started = ?"
+                    " WHERE id = ?",
+                    (owner, token, now + self.policy.lease_seconds, now, job),
+                )
+                targets = tuple(
+                    Target(*each)
+                    for each in db.execute(
+                        "SELECT registry, repository, tag FROM targets WHERE job = ? AND todo"
+                        " ORDER BY registry, repository",
+                        (job,),
+                    )
+                )
+                key = Key(Digest.parse(digest), mapping, options, version)
+                claims.append(Claim(job, key, targets, token, attempts + 1))
+        return claims
+
+    def heartbeat(self, claims: Iterable[Claim]) -> set[str]:
+        """Renew the leases of ``claims``; return the names of the jobs that are somebody else's by now."""
+        held = list(claims)
+        if not held:
+            return set()
+        lost = set()
+        with self._write() as db:
+            for claim in held:
+                renewed = db.execute(
+                    "UPDATE jobs SET lease_until = ? WHERE id = ? AND token = ? AND state = 'running'",
+                    (self._clock() + self.policy.lease_seconds, claim.job, claim.token),
+                )
+                if not renewed.rowcount:
+                    lost.add(claim.job)
+        return lost
+
+    def finish(self, claim: Claim, outcome: Outcome) -> str:
+        """Store what came of ``claim``; return the job's state then, empty where the lease was lost before."""
+        now = self._clock()
+        with self._write() as db:
+            row = db.execute(
+                "SELECT attempts FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
+                (claim.job, claim.token),
+            ).fetchone()
+            if row is None:
+                return ""
+            if outcome.state == "failed":
+                return self._failed(db, claim, outcome, row[0] + 1, now)
+            for target in claim.targets:
+                db.execute(
+                    "UPDATE targets SET todo = 0 WHERE job = ? AND registry = ? AND repository = ?",
+                    (claim.job, target.registry, target.repository),
+                )
+            # A repository that was wished for while this ran is still to be served.
+            more = db.execute("SELECT 1 FROM targets WHERE job = ? AND todo", (claim.job,)).fetchone()
+            state = "waiting" if more else outcome.state
+            figures = [_number(outcome.report.get(name)) for name in _FIGURES]
+            db.execute(
+                "UPDATE jobs SET state = ?, urgent = 0, attempts = 0, losses = 0, owner = NULL, token = NULL,"
+                " lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
+                + ", ".join(f"{name} = {name} + ?" for name in _FIGURES)
+                + " WHERE id = ?",
+                (state, now, now, outcome.why, json.dumps(dict(outcome.report)), *figures, claim.job),
+            )
+            for child in outcome.children:
+                key = Key(child, claim.key.mapping, claim.key.options, claim.key.version)
+                for target in claim.targets:
+                    self._add(db, Wish(key, target))
+            return state
+
+    def _failed(self, db: sqlite3.Connection, claim: Claim, outcome: Outcome, attempts: int, now: float) -> str:
+        state = self.policy.after_failure(attempts, permanent=outcome.permanent)
+        db.execute(
+            "UPDATE jobs SET state = ?, attempts = ?, not_before = ?, finished = ?, why = ?, owner = NULL,"
+            " token = NULL, lease_until = NULL WHERE id = ?",
+            (
+                state, attempts, now + self.policy.delay(attempts, self._chance()),
+                now if state == "dead" else None, outcome.why, claim.job,
+            ),
+        )  # fmt: skip
+        return state
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Give ``claims`` back untouched, as a service does that is asked to end: no attempt is counted."""
+        with self._write() as db:
+            for claim in claims:
+                db.execute(
+                    "UPDATE jobs SET state = 'waiting', owner = NULL, token = NULL, lease_until = NULL"
+                    " WHERE id = ? AND token = ? AND state = 'running'",
+                    (claim.job, claim.token),
+                )
+
+    def recover(self) -> int:
+        """Free the jobs whose holder is dead or silent for longer than a lease; return how many.
+
+        A lost lease is no failed attempt: a service that is killed every minute still gets its work done. A job
+        that kills its worker each time is dead after ``policy.losses``.
+        """
+        now, freed = self._clock(), 0
+        for path in (self._folder / "owners").iterdir():
+            self._alive(path.name)  # clears away what the dead left
+        rows = self._rows("SELECT id, owner, token, lease_until, losses FROM jobs WHERE state = 'running'")
+        alive = {owner: self._alive(str(owner)) for owner in {row[1] for row in rows}}
+        lost = [row for row in rows if not alive[row[1]] or float(str(row[3])) < now]
+        if not lost:
+            return 0
+        with self._write() as db:
+            for job, _, token, _, losses in lost:
+                count = int(str(losses)) + 1
+                state = self.policy.after_loss(count)
+                freed += db.execute(
+                    "UPDATE jobs SET state = ?, losses = ?, not_before = ?, owner = NULL, token = NULL,"
+                    " lease_until = NULL, finished = ?, why = ? WHERE id = ? AND token = ? AND state = 'running'",
+                    (
+                        state, count, now, now if state == "dead" else None,
+                        f"the process that worked on it ended {count} times", job, token,
+                    ),
+                ).rowcount  # fmt: skip
+        return freed
+
+    def _hold(self) -> str:
+        """Return this process's name as a holder; a lock that the kernel frees with the process stands for it."""
+        with self._guard, _disk(self._folder):
+            if self._owner_fd < 0:
+                self._owner = f"{os.getpid()}-{secrets.token_hex(8)}"
+                path = self._folder / "owners" / self._owner
+                # Locked before it has its name: whoever sees it unlocked may take its owner for dead.
+                fresh = self._folder / f"new-{self._owner}"
+                fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                fresh.rename(path)
+                self._owner_fd = fd
+            return self._owner
+
+    def _alive(self, owner: str) -> bool:
+        if owner == self._owner and self._owner_fd >= 0:
+            return True
+        path = self._folder / "owners" / owner
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        path.unlink(missing_ok=True)
+        return False
+
+    # -- what there is
+
+    def stats(self) -> Stats:
+        """Return counts, ages and sums."""
+        sums = ", ".join(f"total({name})" for name in _FIGURES)
+        with self._guard, _disk(self._folder):
+            states = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
+            oldest = self._db.execute("SELECT min(created) FROM jobs WHERE state = 'waiting'").fetchone()[0]
+            totals = self._db.execute(f"SELECT {sums} FROM jobs").fetchone()
+        age = max(0.0, self._clock() - oldest) if oldest is not None else 0.0
+        return Stats(states, age, dict(zip(_FIGURES, map(int, totals), strict=True)))
+
+    def states(self, jobs: Sequence[str]) -> dict[str, str]:
+        """Return the state of each of ``jobs`` that is known."""
+        found: dict[str, str] = {}
+        for start in range(0, len(jobs), 500):
+            part = jobs[start : start + 500]
+            marks = ",".join("?" * len(part))
+            found |= {
+                str(k): str(v) for k, v in self._rows(f"SELECT id, state FROM jobs WHERE id IN ({marks})", part)
+            }
+        return found
+
+    def job(self, job: str) -> JobRow:
+        """Return one job.
+
+        Raises:
+            NotFound: no such job.
+        """
+        rows = self._select("WHERE id = ?", (job,))
+        if not rows:
+            raise NotFound(f"no job {job!r}; `layerkit hook jobs` lists them")
+        return rows[0]
+
+    def jobs(self, state: str = "", limit: int = 100) -> list[JobRow]:
+        """Return the jobs in ``state`` (all where empty), what happened last first."""
+        where, values = ("WHERE state = ?", [state]) if state else ("", [])
+        return self._select(f"{where} ORDER BY coalesce(finished, started, created) DESC LIMIT ?", [*values, limit])
+
+    def _select(self, rest: str, values: Iterable[object]) -> list[JobRow]:
+        names = (
+            "id, digest, mapping, options, state, attempts, losses, not_before, created, started, finished, why,"
+            " report"
+        )
+        found = []
+        with self._guard, _disk(self._folder):
+            for row in self._db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall():
+                targets = self._db.execute("SELECT registry, repository, tag FROM targets WHERE job = ?", (row[0],))
+                *plain, report = row
+                found.append(JobRow(*plain, json.loads(report), tuple(Target(*each) for each in targets)))  # type: ignore[call-arg]
+        return found
+
+
+def _put_target(db: sqlite3.Connection, job: str, target: Target) -> None:
+    db.execute(
+        "INSERT INTO targets VALUES (?, ?, ?, ?, 1) ON CONFLICT (job, registry, repository) DO UPDATE"
+        " SET todo = 1, tag = CASE excluded.tag WHEN '' THEN tag ELSE excluded.tag END",
+        (job, target.registry, target.repository, target.tag),
+    )
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
+        raise StoreError(
+            f"{folder}: the queue: {error}; it needs a local disk with room, not a network share"
+        ) from error
+
+
+__all__ = ["Added", "JobRow", "Queue", "Stats"]
