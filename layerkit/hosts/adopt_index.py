@@ -249,8 +249,8 @@ class _Walk:
             self.whiteouts.add(row)
         elif what == b"redirect" and kind == Kind.DIR:
             raise InvalidImage(
-                f"{show_path(path)}: overlayfs moved this folder (overlay.redirect), so what it shows lies elsewhere "
-                "in other layers; unmount, and have the runtime unpack the image anew without redirect_dir=on"
+                f"{show_path(path)}: overlayfs moved this folder (overlay.redirect): what it shows lies "
+                "elsewhere in other layers; unmount, and have the runtime unpack the image anew without redirect_dir=on"
             )
         elif what == b"metacopy" and kind == Kind.REG and self.metacopy is None:
             self.metacopy = path

@@ -8,6 +8,7 @@ run needs is imported where it is used.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 
@@ -120,10 +121,22 @@ def facts_of(tree: Tree) -> TreeFacts:
     )
 
 
+class Layers(Protocol):
+    """What a preparation needs to know of an image."""
+
+    @property
+    def diff_ids(self) -> tuple[Digest, ...]:
+        """Return the layers, bottom first."""
+        ...
+
+
 class Preparation:
     """One image whose layers are in a store, on its way to a mount."""
 
-    def __init__(self, store: LocalStore, image: Image, *, limits: Limits, strict: bool = False) -> None:
+    patches = True
+    """Whether the META of a map is the image's own one with other owners patched in."""
+
+    def __init__(self, store: LocalStore, image: Layers, *, limits: Limits, strict: bool = False) -> None:
         """Layers must be in the store already, see :func:`import_layers`."""
         self._store, self._image, self._limits, self._strict = store, image, limits, strict
         self._tree: Tree | None = None
@@ -180,7 +193,7 @@ class Preparation:
         """
         facts = self.facts()
         text = mapping.canonical() if mapping is not None else ""
-        key = meta_key(Digest.parse(facts.tree), text, rendering.value, namespace.value, self._version)
+        key = self._key(Digest.parse(facts.tree), text, rendering, namespace)
         with self._store.meta_lock(key):
             kept = self._store.meta(key)
             if kept is not None:
@@ -193,15 +206,14 @@ class Preparation:
                 "names": facts.names,
             }
             base = None
-            if mapping is not None and rendering is Rendering.EROFS:
+            if mapping is not None and rendering is Rendering.EROFS and self.patches:
                 base = self.meta(None, rendering, namespace)
             layer = self.metadata_layer(mapping, namespace)
             return self._write(key, layer, rendering, base, info, progress)
 
-    @property
-    def _version(self) -> int:
+    def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
         # A strict META of a tree without overlay xattrs is the same META; one of another tree is an error.
-        return FORMAT_VERSION
+        return meta_key(tree, mapping, rendering.value, namespace.value, FORMAT_VERSION)
 
     def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
         """Return the value that a META of this image renders."""
