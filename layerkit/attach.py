@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from layerkit.formats import artifact, oci
-from layerkit.formats.compress import Compression, compress
+from layerkit.formats.compress import Compression
+from layerkit.formats.compressor import compress
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.limits import Limits

@@ -130,7 +130,7 @@ def flatten(
                     )
 
                 descriptor, diff_id = write_layer(
-                    made.index, content, sink, compression=packing.compression, level=packing.level,
+                    made.index, content, sink, packing=packing,
                     check=got.append, limits=limits, progress=progress, tmp=tmp,
                 )  # fmt: skip
                 text = f"layerkit flatten: layers {first + 1} to {last + 1} of {image.descriptor.digest}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.formats import oci
-from layerkit.formats.compress import Compression, compress
+from layerkit.formats.compress import Compression
+from layerkit.formats.compressor import compress, compressor
 from layerkit.formats.image_rewrite import NewLayer, rewrite
 from layerkit.formats.layer_writer import Content, layer_tar
 from layerkit.limits import DEFAULT, Limits
@@ -22,6 +23,9 @@ from layerkit.unpack import index_layer
 
 if TYPE_CHECKING:
     from layerkit.ports import ImageSink, ImageSource, Progress
+
+COMPRESSOR_KEY = "io.layerkit.compressor"
+"""Annotation of a layer that was made here: what packed it. With the same one the same tar gives the same blob."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -74,16 +78,28 @@ class Packing:
 
     Attributes:
         compression: of the blobs.
-        level: as :func:`~layerkit.formats.compress.compress` takes it; None is its default.
+        level: as :func:`~layerkit.formats.compressor.compress` takes it; None is its default.
+        jobs: threads that compress; None is one for each core. The bytes do not depend on it.
     """
 
     compression: Compression = Compression.GZIP
     level: int | None = None
+    jobs: int | None = None
 
     @property
     def media_type(self) -> str:
         """Return the OCI media type of such a layer."""
-        return oci.LAYER_TAR + (f"+{self.compression.value}" if self.compression.value else "")
+        return oci.LAYER_TAR + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        """Return what the media type of anything that is packed so ends with."""
+        return f"+{self.compression.value}" if self.compression.value else ""
+
+    @property
+    def compressor(self) -> str:
+        """Return the name, version and settings of the compressor, "" for none."""
+        return compressor(self.compression, self.level)
 
 
 def write_layer(
@@ -91,8 +107,7 @@ def write_layer(
     content: Content,
     sink: ImageSink,
     *,
-    compression: Compression = Compression.GZIP,
-    level: int | None = None,
+    packing: Packing | None = None,
     media_type: str = "",
     check: Callable[[Index], None] | None = None,
     limits: Limits = DEFAULT,
@@ -109,8 +124,7 @@ def write_layer(
         index: rows in canonical order; whiteouts and opaque markers are written as such.
         content: gives the stored bytes of a regular file's row (the runs of a sparse file one after the other).
         sink: where the blob goes; a blob that it has already is not put again.
-        compression: of the blob.
-        level: of the compression, None for the default.
+        packing: compression of the blob; None is the default one.
         media_type: of the descriptor; "" is the OCI one that goes with the compression.
         check: called with the index that the finished blob, read back, has, before it is put.
         limits: bounds for the reading back.
@@ -122,6 +136,7 @@ def write_layer(
         LossyResult: something that a tar cannot hold.
         InvalidImage: content that is not as long as the index says, or what is read back is not right.
     """
+    packing = packing or Packing()
     tar_hash, blob_hash = hashlib.sha256(), hashlib.sha256()
     size = done = 0
 
@@ -135,12 +150,15 @@ def write_layer(
             yield piece
 
     with tempfile.TemporaryFile(dir=tmp, prefix="layerkit-") as spool:
-        for out in compress(hashed(), compression, level):
+        for out in compress(hashed(), packing.compression, packing.level, jobs=packing.jobs):
             blob_hash.update(out)
             size += spool.write(out)
         spool.flush()
         descriptor = Descriptor(
-            media_type or Packing(compression).media_type, Digest("sha256", blob_hash.hexdigest()), size
+            media_type or packing.media_type,
+            Digest("sha256", blob_hash.hexdigest()),
+            size,
+            annotations={COMPRESSOR_KEY: packing.compressor} if packing.compressor else {},
         )
         diff_id = Digest("sha256", tar_hash.hexdigest())
         if check is not None:
@@ -203,5 +221,6 @@ def put_image(
 
 
 __all__ = [
-    "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image", "write_layer",
+    "COMPRESSOR_KEY", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image",
+    "write_layer",
 ]  # fmt: skip

@@ -211,7 +211,7 @@ def portable(
                 source, one, limits=limits, load=known.get, open_tar=open_tar, tmp=tmp, progress=progress
             ) as contents:
                 descriptor, diff_id = write_layer(
-                    new, _content(contents, new), sink, compression=packing.compression, level=packing.level,
+                    new, _content(contents, new), sink, packing=packing,
                     check=got.append, limits=limits, progress=progress, tmp=tmp,
                     label=f"writing {place + 1}/{len(image.layers)}",
                 )  # fmt: skip
@@ -306,11 +306,10 @@ def append_meta(
         with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as contents:
             indexes, read = contents.indexes, contents.read
         tree = apply_map(merge(indexes, limits=limits), mapping)
-        suffix = f"+{packing.compression.value}" if packing.compression.value else ""
         descriptor, diff_id = write_layer(
-            stub_layer(tree), _no_content, sink, compression=packing.compression, level=packing.level,
-            media_type="" if stock_media_type else artifact.META_TAR + suffix, limits=limits, progress=progress,
-            tmp=tmp,
+            stub_layer(tree), _no_content, sink, packing=packing,
+            media_type="" if stock_media_type else artifact.META_TAR + packing.suffix,
+            limits=limits, progress=progress, tmp=tmp,
         )  # fmt: skip
         text = f"layerkit remap --form layer: {mapping.canonical()}"
         layers: list[Layer | NewLayer] = [*image.layers, NewLayer(descriptor, diff_id, text)]

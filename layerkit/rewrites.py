@@ -33,28 +33,29 @@ if TYPE_CHECKING:
     from layerkit.ports import ImageSink, Progress
 
 
-def packing(compression: str = "gzip", level: int | None = None) -> Packing:
+def packing(compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
     """Return how new layers are compressed.
 
     Args:
         compression: ``gzip``, ``zstd`` or ``none``.
-        level: gzip 0 to 3, zstd 1 to 22; None is the default.
+        level: gzip 1 to 9, zstd 1 to 22; None is the default.
+        jobs: threads that compress; None is one for each core.
 
     Raises:
         UsageError: another compression, or a level that it does not have.
     """
     from layerkit.formats.compress import Compression
+    from layerkit.formats.compressor import LEVELS
     from layerkit.pack import Packing
 
     kinds = {"gzip": Compression.GZIP, "zstd": Compression.ZSTD, "none": Compression.NONE}
-    levels = {"gzip": range(4), "zstd": range(1, 23), "none": range(0)}
     if compression not in kinds:
         raise UsageError(f"--compression {compression!r}: want gzip, zstd or none")
-    if level is not None and level not in levels[compression]:
-        allowed = levels[compression]
+    allowed = LEVELS[kinds[compression]]
+    if level is not None and level not in allowed:
         want = f"want {allowed[0]} to {allowed[-1]}" if allowed else "it has no levels"
         raise UsageError(f"--compression-level {level} for {compression}: {want}")
-    return Packing(kinds[compression], level)
+    return Packing(kinds[compression], level, jobs)
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def optimize(
             ) as contents:
                 descriptor, diff_id = write_layer(
                     layer.index, _moved(contents, layer), sink,
-                    compression=(packing or Packing()).compression, level=(packing or Packing()).level,
+                    packing=packing,
                     check=got.append, limits=limits, progress=progress, tmp=tmp,
                     label=f"writing layer {layer.place + 1}/{len(image.layers)}",
                 )  # fmt: skip

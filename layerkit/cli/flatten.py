@@ -20,7 +20,7 @@ Dst = Annotated[
 CompressionOption = Annotated[
     str, typer.Option("--compression", metavar="gzip|zstd|none", help="Compression of layers that are written.")
 ]
-Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 0 to 3, zstd 1 to 22.")]
+Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
 Created = Annotated[
     str | None,
     typer.Option(

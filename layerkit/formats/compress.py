@@ -1,19 +1,19 @@
 """Layer compression, told by its magic bytes: gzip (RFC 1952), zstd (RFC 8878) or none.
 
 The media type is not asked: registries serve layers whose media type names another compression, and the
-runtimes go by the magic bytes too. Everything here streams; memory does not depend on the data's size.
+runtimes go by the magic bytes too. Everything here streams; memory does not depend on the data's size. The
+writing side is ``compressor``.
 """
 
 from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import BinaryIO, Protocol, cast
 
 import zstandard
-from isal import igzip, igzip_lib, isal_zlib
+from isal import igzip, igzip_lib
 
 from layerkit.errors import InvalidImage, LimitExceeded
 from layerkit.formats.zstd_frames import FrameScanner
@@ -181,36 +181,3 @@ class _Counted(io.RawIOBase):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]
         return view[: self.readinto(view)]
-
-
-def compress(
-    chunks: Iterable[bytes | bytearray | memoryview], compression: Compression, level: int | None = None
-) -> Iterator[bytes]:
-    """Yield ``chunks`` compressed as one member or frame; equal input gives equal bytes.
-
-    Args:
-        chunks: the data in order.
-        compression: of the result.
-        level: gzip 0 to 3 (default 2), zstd 1 to 22 (default 3).
-    """
-    if compression is Compression.NONE:
-        for chunk in chunks:
-            yield bytes(chunk)
-        return
-    if compression is Compression.GZIP:
-        # No name, mtime 0, "unknown" system: nothing of the moment or the machine gets into the bytes.
-        yield b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
-        deflate = isal_zlib.compressobj(2 if level is None else level, wbits=-15)
-        crc = size = 0
-        for chunk in chunks:
-            crc = isal_zlib.crc32(chunk, crc)
-            size += memoryview(chunk).nbytes
-            if out := deflate.compress(chunk):
-                yield out
-        yield deflate.flush() + crc.to_bytes(4, "little") + (size & 0xFFFFFFFF).to_bytes(4, "little")
-        return
-    encoder = zstandard.ZstdCompressor(level=3 if level is None else level, write_checksum=True).compressobj()
-    for chunk in chunks:
-        if out := encoder.compress(chunk):
-            yield out
-    yield encoder.flush()

@@ -130,7 +130,7 @@ def pack(
                     )
 
             descriptor, diff_id = write_layer(
-                change, content, sink, compression=packing.compression, level=packing.level, check=check,
+                change, content, sink, packing=packing, check=check,
                 limits=limits, progress=progress,
             )  # fmt: skip
         finally:

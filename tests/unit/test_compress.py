@@ -16,7 +16,8 @@ from support import need_tool
 from tar_blocks import Blob
 
 from layerkit.errors import InvalidImage, LimitExceeded
-from layerkit.formats.compress import Compression, Decompressor, compress, detect
+from layerkit.formats.compress import Compression, Decompressor, detect
+from layerkit.formats.compressor import compress
 from layerkit.limits import DEFAULT, Limits
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))

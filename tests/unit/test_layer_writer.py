@@ -25,7 +25,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Extent, Kind
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.pack import NewLayer, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Packing, rewrite_image, write_layer
 
 CAP = b"\1\0\0\2\0\4\0\0" + bytes(12)
 ACL = b"\2\0\0\0" + b"".join(
@@ -171,12 +171,12 @@ def test_the_blob_is_put_and_read_back(compression: Compression) -> None:
     def content(row: int) -> list[memoryview]:
         return [memoryview(data[index.path[row]])]
 
-    descriptor, diff_id = write_layer(index, content, sink, compression=compression, check=seen.append)
+    descriptor, diff_id = write_layer(index, content, sink, packing=Packing(compression), check=seen.append)
     assert plain(seen[0]) == plain(index)
     assert seen[0].diff_id == diff_id == Digest.of(tar_of(index, data))
     assert Digest.of(sink.blobs[descriptor.digest]) == descriptor.digest
     assert (descriptor.digest == diff_id) == (compression is Compression.NONE)
-    assert write_layer(index, content, Memory(), compression=compression) == (descriptor, diff_id)
+    assert write_layer(index, content, Memory(), packing=Packing(compression)) == (descriptor, diff_id)
 
 
 @pytest.mark.parametrize("wrong", [b"", b"shor", b"too long"])
