@@ -135,17 +135,21 @@ def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
 def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
     """Free what no image and no mount of ``store`` uses; return what was freed."""
     from layerkit.hosts import mount as mounter
+    from layerkit.stores import pins
 
     path = store or default_store()
     run = mounter.default_run(path)
     cleared = [] if dry_run else mounter.clear_stale(run)
     with open_store(path) as held:
+        if not dry_run:
+            cleared += pins.clear(path)
 
         def in_use() -> tuple[set[str], set[str]]:
             labels = [record.label for record in mounter.active(run)]
+            layers, metas = pins.used(pins.live(path))
             return (
-                {x for label in labels for x in label.get("layers", "").split(",") if x},
-                {label["meta"] for label in labels if "meta" in label},
+                {x for label in labels for x in label.get("layers", "").split(",") if x} | layers,
+                {label["meta"] for label in labels if "meta" in label} | metas,
             )
 
         report = held.gc(in_use=in_use, dry_run=dry_run)

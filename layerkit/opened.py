@@ -133,6 +133,11 @@ class OpenImage:
     ) -> None:
         self.close()
 
+    @property
+    def store_path(self) -> Path:
+        """Return the folder of the store that this image is brought into."""
+        return self._settings.store_path
+
     def close(self) -> None:
         """Release files and temporary data."""
         self._resources.close()

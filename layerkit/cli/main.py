@@ -16,6 +16,7 @@ import typer
 from layerkit import __version__
 from layerkit.cli import (
     analyze,
+    bundle,
     copy,
     doctor,
     flatten,
@@ -62,7 +63,7 @@ def main(
     """Change who owns files in container images by writing metadata only."""
 
 
-for module in (remap, mount, unpack, pack, inspect, analyze, optimize, flatten, copy, verify, store, doctor):
+for module in (remap, mount, bundle, unpack, pack, inspect, analyze, optimize, flatten, copy, verify, store, doctor):
     module.register(app)
 
 

@@ -13,6 +13,7 @@
       index/HEX.idx    indexes by diff_id
       objects/:x/NAME  files by content, 0444; names from ``metaonly.data_path``
       meta/KEY/        META: ``info.json`` and ``meta.erofs`` + ``fixups``, or ``root/``
+      pins/ID.json     what bundles go on using, see ``pins``; made with the first one
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _FILES = (
     "catalog.db-shm",
     "catalog.db-journal",
 )
-KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES))
+KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES, "pins"))
 """Every name that may stand in the root of a store (``lost+found`` aside, where it is a filesystem's root)."""
 
 

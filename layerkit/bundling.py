@@ -1,0 +1,308 @@
+"""The Python API for OCI runtime bundles, a part of :mod:`layerkit.api` in a module of its own for its length."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerkit import api
+from layerkit.errors import UnmappedId, UnsupportedHost, UsageError
+from layerkit.formats import runtime_config as rc
+from layerkit.model.reports import Report
+
+if TYPE_CHECKING:
+    from layerkit.hosts.bundle import Bundle
+    from layerkit.hosts.records import Record
+    from layerkit.idmap import Mapping
+    from layerkit.model.reports import RemapReport
+    from layerkit.ports import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReport(Report):
+    """What was made.
+
+    Attributes:
+        folder: of the bundle.
+        name, manifest: of the image.
+        map_text: the id map in canonical form, "" for none.
+        user: uid:gid of the process, in the container.
+        args: its words.
+        how: as :class:`~layerkit.model.reports.RemapReport` has it.
+        meta_bytes: bytes of metadata that exist for this map alone.
+        layers_read: blobs that had to be read.
+        rootless: the runtime mounts the root filesystem itself.
+        reused: the folder was a bundle already, and kept what was written in it.
+        seconds: wall time.
+        warnings: what the image asked for and does not get, and what was odd but harmless.
+    """
+
+    folder: str
+    name: str
+    manifest: str
+    map_text: str
+    user: str
+    args: tuple[str, ...]
+    how: str
+    meta_bytes: int
+    layers_read: int
+    rootless: bool
+    reused: bool
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+def bundle(
+    image: api.OpenImage,
+    folder: str | Path,
+    mapping: Mapping | None = None,
+    wishes: rc.Wishes | None = None,
+    *,
+    rootless: bool = False,
+    rendering: str = "auto",
+    own_meta: bool = False,
+    progress: Progress | None = None,
+) -> BundleReport:
+    """Make an OCI runtime bundle of ``image`` in ``folder``: mounted, with a config.json, ready for runc or crun.
+
+    Args:
+        image: the open image.
+        folder: a new or empty folder, or a bundle of the same image and map that is not mounted.
+        mapping: the id map, for the files and for the container's user namespace; None for no namespace.
+            Its host ids are those of the calling process's user namespace.
+        wishes: what is to differ from what the image says.
+        rootless: write a config whose first mount is the root filesystem, for a runtime that an ordinary user
+            runs outside this user namespace. Call it as root of a user namespace: ``hosts.rootless.enter()``.
+        rendering: of metadata, see ``OpenImage.mount``.
+        own_meta: see ``OpenImage.mount``.
+        progress: told about the bytes read.
+
+    Raises:
+        UsageError: no command, a folder in use, a map that no namespace can have.
+        UnmappedId: the process's user, or an owner, is outside the map.
+        InvalidImage: a malformed config, or a user that the image does not have.
+    """
+    from layerkit.formats.image_process import image_process
+    from layerkit.hosts import bundle as folders
+    from layerkit.hosts import mount as mounter
+    from layerkit.stores import pins
+
+    start = time.monotonic()
+    chosen = wishes or rc.Wishes()
+    process = image_process(image.image.config, f"config of {image.name}")
+    rc.arguments(process, chosen)
+    owner = _root_of(mapping, rootless)
+    store = Path(os.path.realpath(image.store_path))
+    made, new = folders.begin(
+        Path(folder), store=store, image=image.name, manifest=str(image.image.descriptor.digest),
+        map_text=mapping.canonical() if mapping else "", rootless=rootless,
+    )  # fmt: skip
+    run = mounter.default_run(store)
+    try:
+        mounted = image.mount(
+            made.rootfs, mapping, upper=made.upper, work=made.work, rendering=rendering, own_meta=own_meta,
+            progress=progress,
+        )  # fmt: skip
+        record = next(r for r in mounter.active(run) if r.target == str(made.rootfs))
+        config, user, warnings = _fill(made, process, chosen, mapping, owner, new, rootless, record)
+        pins.put(store, pins.Pin(made.id, str(made.folder / folders.FACTS), *_used(record)))
+        if rootless:
+            _leave_to_the_runtime(made, run)
+        folders.write_whole(made.folder / folders.CONFIG, json.dumps(config, indent=1) + "\n")
+    except BaseException:
+        folders.unmount(made)
+        pins.drop(store, made.id)
+        if new:
+            folders.delete(made)
+        raise
+    return _report(made, mounted.report, config, user, new, warnings, time.monotonic() - start)
+
+
+def remove(folder: str | Path) -> None:
+    """Unmount and delete a bundle, with all that was written in its container.
+
+    Raises:
+        NotFound: no bundle of layerkit's.
+        LayerkitError: a container still runs in it.
+    """
+    from layerkit.hosts import bundle as folders
+
+    folders.remove(Path(folder))
+
+
+def _root_of(mapping: Mapping | None, rootless: bool) -> tuple[int, int]:
+    """Return the host ids of the container's root; refuse maps that no container can run under."""
+    from layerkit.kernel import userns
+
+    if rootless and userns.in_initial_userns():
+        raise UsageError("--rootless is for an ordinary user; root of the host leaves it out")
+    if mapping is None:
+        return 0, 0
+    if not mapping.fits_kernel:
+        raise UsageError("a user namespace takes neither --squash nor --overflow-id, and at most 340 ranges")
+    found = []
+    for kind, one in (("uid", mapping.uid), ("gid", mapping.gid)):
+        root = [h - c for c, h, n in one.extents if c == 0]
+        if not root:
+            raise UsageError(f"the {kind} map {one} leaves out 0, so the container would have no root")
+        found.append(root[0])
+    if rootless:
+        for kind, one in (("uid", mapping.uid), ("gid", mapping.gid)):
+            if not any(h == 0 for _, h, _ in one.extents):
+                raise UnsupportedHost(
+                    f"a rootless container under a {kind} map without yourself ({one})",
+                    "your store is closed to every other id: have your own id, 0 on the host's side, in the map; "
+                    "or run both layerkit and the runtime in `podman unshare`, without --rootless",
+                )
+    return found[0], found[1]
+
+
+def _fill(
+    made: Bundle,
+    process: object,
+    wishes: rc.Wishes,
+    mapping: Mapping | None,
+    owner: tuple[int, int],
+    new: bool,
+    rootless: bool,
+    record: Record,
+) -> tuple[dict[str, object], str, list[str]]:
+    from layerkit.formats.image_process import ImageProcess
+    from layerkit.hosts import bundle as folders
+    from layerkit.hosts import bundle_fill as fill
+    from layerkit.kernel import userns
+
+    assert isinstance(process, ImageProcess)
+    root = os.open(made.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        spec = process.user if wishes.user is None else wishes.user
+        user = fill.user_of(root, spec, "Config.User" if wishes.user is None else "--user")
+        _check_mapped(mapping, user.uid, (user.gid, *user.groups))
+        fill.need_folder(root, rc.working_dir(process, wishes), owner)
+        paths, warnings = rc.volumes(process, wishes)
+        volume_mounts: list[dict[str, object]] = []
+        for number, path in enumerate(paths):
+            if wishes.image_volumes == "bind":
+                place = made.volumes / str(number)
+                if new or not place.exists():
+                    fill.seed_volume(root, path, place, owner)
+                kind, source, options = "bind", str(place), ["rbind", "rprivate", "nodev"]
+            else:
+                # tmpcopyup is the runtimes' own word for: with what the image has there.
+                kind, source, options = "tmpfs", "tmpfs", ["nosuid", "nodev", "noexec", "tmpcopyup"]
+            volume_mounts.append({"destination": path, "type": kind, "source": source, "options": options})
+    finally:
+        os.close(root)
+    if mapping is not None:
+        folders.open_to(made, owner[1])
+        closed = folders.closed_to(made, *owner)
+        if closed is not None:
+            warnings.append(
+                f"{closed} (mode {closed.stat().st_mode & 0o7777:04o}) keeps the container's root, "
+                f"{owner[0]} on the host, out of the bundle; chmod o+x it, or make the bundle elsewhere"
+            )
+    inside = not userns.in_initial_userns()
+    maps = _namespace_maps(mapping, rootless)
+    first = [_root_mount(made, record)] if rootless else []
+    config, more = rc.runtime_config(
+        process, wishes, user, root="rootfs", uid_map=maps[0], gid_map=maps[1], first_mounts=first,
+        volume_mounts=volume_mounts, rootless=inside,
+    )  # fmt: skip
+    return config, f"{user.uid}:{user.gid}", warnings + more
+
+
+def _check_mapped(mapping: Mapping | None, uid: int, gids: Sequence[int]) -> None:
+    if mapping is None:
+        return
+    for kind, ids, one in (("uid", (uid,), mapping.uid), ("gid", gids, mapping.gid)):
+        for wanted in ids:
+            if not any(c <= wanted < c + n for c, _, n in one.extents):
+                raise UnmappedId(b"the container's process", kind, wanted, str(one))
+
+
+def _namespace_maps(mapping: Mapping | None, rootless: bool) -> tuple[rc.Extents, rc.Extents]:
+    """Return the maps of the container's namespace as the runtime will see them."""
+    if not rootless:
+        return (mapping.uid.extents, mapping.gid.extents) if mapping else ((), ())
+    from layerkit.hosts.rootless import outer_maps
+    from layerkit.idmap import IdMap
+
+    outer = [IdMap.of(extents, what="the user namespace's map") for extents in outer_maps()]
+    if mapping is None:
+        return outer[0].extents, outer[1].extents
+    return mapping.uid.compose(outer[0]).extents, mapping.gid.compose(outer[1]).extents
+
+
+def _root_mount(made: Bundle, record: Record) -> dict[str, object]:
+    """Return the mount that makes the root filesystem in the container's own namespaces."""
+    from layerkit.stores.layout import Layout
+
+    layout = Layout(Path(made.store))
+    meta = layout.meta(record.label["meta"]) / "root"
+    if not meta.is_dir() or record.label["backend"] != "objects":
+        raise UnsupportedHost(
+            "a rootless bundle over EROFS", "leave out --data and --rendering: a user's are folders and objects"
+        )
+    options = [
+        f"lowerdir={_escaped(meta)}::{_escaped(layout.objects)}",
+        f"upperdir={_escaped(made.upper)}",
+        f"workdir={_escaped(made.work)}",
+        "userxattr",
+    ]
+    length = sum(len(os.fsencode(option)) + 1 for option in options)
+    if length >= os.sysconf("SC_PAGE_SIZE"):
+        raise UsageError(f"{length} bytes of mount options; give the store and the bundle shorter paths")
+    from layerkit.hosts.records import SOURCE_PREFIX
+
+    return {"destination": "/", "type": "overlay", "source": SOURCE_PREFIX + made.id, "options": options}
+
+
+def _escaped(path: Path) -> str:
+    # overlayfs.rst: colons divide layers, commas divide options.
+    text = str(path)
+    for character in ("\\", ":", ","):
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _leave_to_the_runtime(made: Bundle, run: Path) -> None:
+    """Unmount what was mounted to look into it, in a mount namespace that ends with this process."""
+    from layerkit.hosts import bundle as folders
+    from layerkit.hosts.records import RunFolder
+
+    folders.unmount(made)
+    here = RunFolder(run)
+    if not here.read_all():
+        shutil.rmtree(here.base, ignore_errors=True)
+
+
+def _used(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (record.label["meta"],), tuple(x for x in record.label["layers"].split(",") if x)
+
+
+def _report(
+    made: Bundle,
+    remapped: RemapReport,
+    config: dict[str, object],
+    user: str,
+    new: bool,
+    warnings: list[str],
+    seconds: float,
+) -> BundleReport:
+    process = config["process"]
+    assert isinstance(process, dict)
+    return BundleReport(
+        folder=str(made.folder), name=made.image, manifest=made.manifest, map_text=made.map, user=user,
+        args=tuple(process["args"]), how=remapped.how, meta_bytes=remapped.meta_bytes,
+        layers_read=remapped.layers_read, rootless=made.rootless, reused=not new, seconds=seconds,
+        warnings=(*remapped.warnings, *warnings),
+    )  # fmt: skip
+
+
+__all__ = ["BundleReport", "bundle", "remove"]

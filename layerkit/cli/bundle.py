@@ -1,0 +1,183 @@
+"""``layerkit bundle``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.errors import UsageError
+
+
+def bundle(
+    ref: o.Ref,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The bundle: a new or empty folder.", show_default=False)
+    ] = None,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[COMMAND]...", help="In place of the image's command.", show_default=False),
+    ] = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    subuid_name: o.SubuidName = None,
+    rootless: Annotated[
+        bool,
+        typer.Option(
+            "--rootless",
+            help="For an ordinary user's runc: host ids of the maps are those of your user namespace, "
+            "0 yourself and 1 and up your subordinate ids.",
+        ),
+    ] = False,
+    entrypoint: Annotated[
+        str | None,
+        typer.Option(
+            "--entrypoint", metavar="WORD", help="In place of the image's; a JSON list for several words."
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Set a variable; NAME unsets it.")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", "-u", metavar="USER[:GROUP]", help="Names are the image's own.")
+    ] = None,
+    workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="PATH", help="Made if missing.")] = None,
+    hostname: Annotated[str, typer.Option("--hostname", metavar="NAME", help="[default: the folder's name]")] = "",
+    terminal: Annotated[bool, typer.Option("--tty", "-t", help="Give the process a terminal.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="A root filesystem that cannot be written.")
+    ] = False,
+    network: Annotated[
+        str,
+        typer.Option(
+            "--network", metavar="none|host", help="A network of its own with nothing in it, or the host's."
+        ),
+    ] = "none",
+    volume: Annotated[
+        list[str] | None, typer.Option("--volume", "-v", metavar="SRC:DST[:OPTS]", help="Bind a path of the host.")
+    ] = None,
+    image_volume: Annotated[
+        str, typer.Option("--image-volume", metavar="bind|tmpfs|ignore", help="What the image's volumes become.")
+    ] = "bind",
+    cap_add: Annotated[list[str] | None, typer.Option("--cap-add", metavar="CAP", help="Add a capability.")] = None,
+    cap_drop: Annotated[
+        list[str] | None, typer.Option("--cap-drop", metavar="CAP", help="Drop one, or `all`.")
+    ] = None,
+    annotation: Annotated[
+        list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Add an annotation.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Unmount and delete a bundle, named in the place of REF.")
+    ] = False,
+    own_meta: Annotated[
+        bool,
+        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
+    ] = False,
+    strict: o.Strict = False,
+    data: o.Data = "auto",
+    platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
+    jobs: o.Jobs = 1,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make an OCI runtime bundle: a mounted root filesystem and a config.json for runc and crun.
+
+    Examples:
+    `layerkit bundle image.tar /srv/web --uid-map 0:100000:65536`, then `runc run -b /srv/web web`
+
+    `layerkit bundle store:app /srv/sh --uid-map 0:200000:65536 --tty -- /bin/sh -l`
+
+    `layerkit bundle --rootless oci:images:app ~/web`, then `runc run -b ~/web web`
+
+    `layerkit bundle --remove /srv/web`
+    """
+    from layerkit.kernel import userns
+
+    if rootless:
+        from layerkit.hosts.rootless import enter
+
+        # Before anything that starts threads.
+        enter()
+    from layerkit import api, bundling
+
+    if remove:
+        if folder is not None:
+            raise UsageError("--remove takes one folder and nothing else")
+        bundling.remove(ref)
+        note(f"removed {ref}", quiet=quiet)
+        return
+    if folder is None:
+        raise UsageError("a folder for the bundle is missing: layerkit bundle REF DIR")
+    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
+    from layerkit.formats.runtime_config import Wishes
+
+    wishes = Wishes(
+        command=tuple(command or ()), entrypoint=_words(entrypoint), env=tuple(env or ()), user=user,
+        workdir=workdir, hostname=hostname or _host_name(folder), terminal=terminal, read_only=read_only,
+        network=network, cap_add=tuple(cap_add or ()), cap_drop=tuple(cap_drop or ()), binds=tuple(volume or ()),
+        image_volumes=image_volume, annotations=_pairs(annotation or []),
+    )  # fmt: skip
+    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
+    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+        result = bundling.bundle(
+            image, folder, mapping, wishes, rootless=rootless, own_meta=own_meta, progress=step
+        )
+    for warning in result.warnings:
+        note(f"warning: {warning}", quiet=quiet)
+    if mapping is None and not rootless and userns.in_initial_userns():
+        note("warning: no id map, so root in the container is root of the host; --uid-map C:H:N", quiet=quiet)
+    if json:
+        emit_json("bundle", result.to_dict())
+        return
+    name = _host_name(folder)
+    fields(
+        [
+            (
+                "bundle",
+                f"{result.folder} of {result.name}" + (" (kept what was written in it)" if result.reused else ""),
+            ),
+            ("map", result.map_text or "none"),
+            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+            ("process", f"{' '.join(result.args)} as {result.user}"),
+            ("run it", f"runc run -b {result.folder} {name}"),
+            ("remove it", f"layerkit bundle {'--rootless ' if rootless else ''}--remove {result.folder}"),
+        ]
+    )
+
+
+def _words(entrypoint: str | None) -> tuple[str, ...] | None:
+    if entrypoint is None or not entrypoint.startswith("["):
+        return None if entrypoint is None else tuple(w for w in (entrypoint,) if w)
+    import json
+
+    try:
+        words = json.loads(entrypoint)
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UsageError(f'--entrypoint {entrypoint!r}: want a word, or a JSON list such as ["sh", "-c"]')
+    return tuple(words)
+
+
+def _host_name(folder: Path) -> str:
+    import os
+    import re
+
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-")[:63].strip("-")
+    return name or "bundle"
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text or text.startswith("="):
+            raise UsageError(f"--annotation {text!r}: want KEY=VALUE")
+    return {key: value for key, _, value in (text.partition("=") for text in texts)}
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("bundle", rich_help_panel="Host")(bundle)
