@@ -1,13 +1,18 @@
 """Use case: an image, or all of a multi-platform one, with what is attached to it, from one place to another.
 
 Manifests are copied byte for byte, so what is attached by digest stays true of what it is attached to. What is
-attached to something that is not copied (to the index, where one platform is) stays behind.
+attached to something that is not copied (to the index, where one platform is) stays behind: a signature must not
+seem to speak for bytes that it does not cover. For the same reason nothing goes with an image that is written anew.
+
+Three ways of attaching are known: a manifest with a ``subject`` (image-spec 1.1), a name made from the digest
+(cosign's ``sha256-HEX.sig``, the fallback tag of referrers), and an entry of the image's own index that refers to
+it (buildkit's attestations).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -50,6 +55,7 @@ class CopyReport(Report):
         manifest: digest of the manifest or index, the same as in the source.
         images: digests of the manifests of images, one for each platform.
         attached: digests of the artifacts that came along.
+        left: digests of those that did not: attached to what was not copied, or not to be kept in the destination.
         blobs: that were copied; those the destination had are not.
         bytes: of these.
         seconds: wall time.
@@ -59,6 +65,7 @@ class CopyReport(Report):
     manifest: str
     images: tuple[str, ...]
     attached: tuple[str, ...]
+    left: tuple[str, ...]
     blobs: int
     bytes: int
     seconds: float
@@ -96,8 +103,12 @@ def copy(
         else:
             assert isinstance(source, LayoutLike)
             name, top = work.all_platforms(source, dst_name)
+        left: list[Descriptor] = []
         if isinstance(source, LayoutLike):
-            work.attached_to(source)
+            # A docker daemon has no place for artifacts.
+            if getattr(sink, "keeps_attached", True):
+                work.attached_to(source)
+            left = work.left_of(source)
         sink.commit()
     except BaseException:
         sink.abort()
@@ -107,6 +118,7 @@ def copy(
         manifest=str(top.digest),
         images=tuple(map(str, work.images)),
         attached=tuple(map(str, work.attached)),
+        left=tuple(str(entry.digest) for entry in left),
         blobs=work.blobs,
         bytes=work.bytes,
         seconds=time.monotonic() - start,
@@ -175,17 +187,9 @@ class _Copy:
     def attached_to(self, source: LayoutLike) -> None:
         """Copy what is attached to what was copied, and to that in turn."""
         todo = [*self.images, *self.indexes]
-        seen = set(todo)
+        seen = {*todo, *self.attached}
         while todo:
-            subject = todo.pop(0)
-            found = [(entry, "") for entry, _ in source.referrers(subject)]
-            # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
-            prefix = f"{subject.algorithm}-{subject.hex}"
-            for entry in source.entries:
-                name = entry.annotations.get(oci.REF_NAME, "")
-                if name.startswith(prefix) and entry.digest not in seen:
-                    found.append((entry, name))
-            for entry, name in found:
+            for entry, name in attached(source, todo.pop(0), self._limits):
                 if entry.digest in seen:
                     continue
                 seen.add(entry.digest)
@@ -196,5 +200,56 @@ class _Copy:
                 self.attached.append(entry.digest)
                 todo.append(entry.digest)
 
+    def left_of(self, source: LayoutLike) -> list[Descriptor]:
+        """Return what is attached to something that the reference names and was not copied."""
+        there = {*self.images, *self.indexes, *self.attached}
+        found: dict[Digest, Descriptor] = {}
+        for subject in [*there, *(entry.digest for entry in source.chosen())]:
+            found |= {entry.digest: entry for entry, _ in attached(source, subject, self._limits)}
+        return [entry for digest, entry in found.items() if digest not in there]
 
-__all__ = ["CopyReport", "LayoutLike", "copy"]
+
+def attached(source: LayoutLike, subject: Digest, limits: Limits) -> list[tuple[Descriptor, str]]:
+    """Return what ``source`` holds that is attached to ``subject``, with the names that it must keep."""
+    found = [(entry, "") for entry, _ in source.referrers(subject)]
+    # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
+    prefix = f"{subject.algorithm}-{subject.hex}"
+    for entry in source.entries:
+        name = entry.annotations.get(oci.REF_NAME, "")
+        if name.startswith(prefix):
+            found.append((entry, name))
+    refers = {"vnd.docker.reference.digest": str(subject)}.items()
+    for entry in _listed_in_indexes(source, limits):
+        if refers <= entry.annotations.items():
+            found.append((entry, ""))
+    return found
+
+
+def _listed_in_indexes(source: LayoutLike, limits: Limits) -> Iterator[Descriptor]:
+    """Yield the entries of the indexes that the reference of ``source`` names, nested ones too."""
+    todo = [(entry, 0) for entry in source.chosen() if entry.media_type in oci.INDEX_TYPES]
+    seen = set()
+    while todo:
+        index, depth = todo.pop(0)
+        if index.digest in seen:
+            continue
+        seen.add(index.digest)
+        limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
+        data = oci_images.fetch_manifest(source.fetch, index, source.where, limits)
+        what = f"{source.where}: index {index.digest}"
+        for entry in oci.parse_index(data, what, media_type=index.media_type, limits=limits).manifests:
+            yield entry
+            if entry.media_type in oci.INDEX_TYPES:
+                todo.append((entry, depth + 1))
+
+
+def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str, ...]:
+    """Return the digests of what is attached to ``image`` or its index, and stays there if it is written anew."""
+    if not isinstance(source, LayoutLike):
+        return ()
+    subjects = [image.descriptor.digest, *(entry.digest for entry in source.chosen())]
+    found = [entry for subject in subjects for entry, _ in attached(source, subject, limits)]
+    return tuple(dict.fromkeys(str(entry.digest) for entry in found))
+
+
+__all__ = ["CopyReport", "LayoutLike", "attached", "copy", "left_behind"]

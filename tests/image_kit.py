@@ -7,12 +7,14 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
+EMPTY = "application/vnd.oci.empty.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 
@@ -82,7 +84,7 @@ class Layout:
         self.index["manifests"].append(entry)
         return entry
 
-    def members(self) -> list[tuple[str, bytes]]:
+    def members(self) -> Sequence[tuple[str, bytes]]:
         index = dump(self.index) if self.index_bytes is None else self.index_bytes
         blobs = [(f"blobs/{name.replace(':', '/')}", data) for name, data in self.blobs.items()]
         return [("oci-layout", self.layout_bytes), ("index.json", index), *blobs]
@@ -104,6 +106,16 @@ def simple(*names: str) -> Layout:
     for name in names or ("one",):
         layout.list(layout.image(tar(("a", b"a" * 700), ("b", name.encode())), tar(("c", b"c"))), name)
     return layout
+
+
+def attach(layout: Layout, subject: dict[str, Any], content: bytes) -> dict[str, Any]:
+    """Attach an artifact to ``subject`` and list it, as oras does."""
+    manifest = {
+        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "text/x",
+        "config": layout.put(b"{}", EMPTY), "layers": [layout.put(content, "text/plain")],
+        "subject": {key: subject[key] for key in ("mediaType", "digest", "size")},
+    }  # fmt: skip
+    return layout.list(layout.put(dump(manifest), MANIFEST) | {"artifactType": "text/x"})
 
 
 def below(path: Path) -> list[str]:

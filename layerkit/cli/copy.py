@@ -25,12 +25,14 @@ def copy(
     """Copy an image between any two references, byte for byte.
 
     Manifests keep their digests. Artifacts attached to what is copied (remaps, signatures, attestations) come
-    along; those attached to an index come only with `--all-platforms`.
+    along; those attached to an index come only with `--all-platforms`, none of them into a docker daemon.
 
     Examples:
     `layerkit copy image.tar oci:images:app`
 
     `layerkit copy oci:images:app docker-archive:app.tar:example.com/app:1`
+
+    `layerkit copy docker-daemon:app:1 oci:images:app`
 
     `layerkit copy oci:images:multi oci-archive:all.tar --all-platforms`
     """
@@ -52,6 +54,7 @@ def copy(
             ("image", f"{report.name or dst}  {report.manifest}"),
             ("platforms", len(report.images)),
             ("attached", "\n".join(report.attached) or "nothing"),
+            *([("left behind", "\n".join(report.left))] if report.left else []),
             ("copied", f"{report.blobs} blobs, {human(report.bytes)}, in {report.seconds:.2f} s"),
         ]
     )

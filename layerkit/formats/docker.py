@@ -20,6 +20,16 @@ from layerkit.model.digest import Digest
 from layerkit.model.image import Image, Layer
 
 _LEGACY_ID = re.compile(r"[0-9a-f]{64}")
+_LAYERS = (
+    oci.LAYER_TAR,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.",
+)
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+# Without a dot or a port it is no host but the first part of the name; "localhost" is both.
+_HOST = r"(?:(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?|[A-Za-z0-9-]+:[0-9]+)"
+_NAME = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?")
+_NAME_CHARS = 255 + 1 + 128
 
 
 class SavedImage(NamedTuple):
@@ -148,6 +158,16 @@ def tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
+def is_name(name: str) -> bool:
+    """Return whether docker takes ``name`` for an image's, with or without a tag (distribution/reference)."""
+    return len(name) <= _NAME_CHARS and _NAME.fullmatch(name) is not None
+
+
+def is_layer(media_type: str) -> bool:
+    """Return whether a blob of this type is a layer's tar, which docker can unpack."""
+    return media_type.startswith(_LAYERS)
+
+
 def to_image(
     name: str, config: bytes, layers: Sequence[Descriptor], what: str, *, limits: Limits = DEFAULT
 ) -> Image:
@@ -185,6 +205,8 @@ def to_image(
 __all__ = [
     "LegacyLayer",
     "SavedImage",
+    "is_layer",
+    "is_name",
     "legacy_config",
     "normal_name",
     "parse_legacy_layer",

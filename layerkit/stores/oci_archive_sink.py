@@ -1,8 +1,7 @@
-"""OCI archives and docker archives, written.
+"""OCI archives and docker archives, written to a file or a stream.
 
-The same puts in the same order give the same bytes: owner 0, times 0, no names of users. The archive grows
-in a file without a name in the target's folder and gets its name at the commit, so that neither an error
-nor a kill leaves anything; for a pipe it is copied out at the commit.
+The archive grows in a file without a name in the target's folder and gets its name at the commit, so that
+neither an error nor a kill leaves anything; for a pipe it is copied out at the commit.
 """
 
 from __future__ import annotations
@@ -13,31 +12,19 @@ import os
 import secrets
 import shutil
 import stat
-import tarfile
-import threading
 from collections.abc import Iterable
-from types import TracebackType
 from typing import BinaryIO
 
 from layerkit.errors import NotFound, UsageError
-from layerkit.formats import docker, oci
-from layerkit.formats.strict_json import dumps
+from layerkit.formats import oci
 from layerkit.limits import DEFAULT, Limits
-from layerkit.model.descriptor import Descriptor
-from layerkit.model.digest import Digest
-from layerkit.stores.blobs import unlinked_file, verified
-from layerkit.stores.oci_sink import Listing, naming
-
-_BLOCK = 512
-_RECORD = 20 * _BLOCK
+from layerkit.stores.blobs import unlinked_file
+from layerkit.stores.image_tar import ImageTar
+from layerkit.stores.oci_sink import naming
 
 
-class ArchiveSink:
-    """An :class:`~layerkit.ports.ImageSink` that makes an OCI archive; aborts at the end of a ``with`` block.
-
-    With ``docker=True`` it also holds the ``manifest.json`` that ``docker load`` reads, as docker's own
-    archives do since version 25: one file serves both.
-    """
+class ArchiveSink(ImageTar):
+    """An :class:`~layerkit.ports.ImageSink` that makes an OCI archive, with ``docker=True`` one for docker too."""
 
     def __init__(
         self,
@@ -55,19 +42,16 @@ class ArchiveSink:
             UsageError: a folder.
             NotFound: the folder it is to lie in is absent.
         """
-        self._docker, self._lock, self._open = docker, threading.Lock(), True
-        self._sizes: dict[Digest, int] = {}
-        self._folders: set[str] = set()
+        super().__init__(target if isinstance(target, str) else "standard output", docker=docker, limits=limits)
         self._temporary = ""
-        if isinstance(target, str):
-            self._where = target
-            # Through a link, as every tool writes: the link stays and what it points at is replaced.
-            self._target: str | BinaryIO = os.path.realpath(target)
-        else:
-            self._where, self._target = "standard output", target
-        self._listing = Listing(self._where, limits)
+        # Through a link, as every tool writes: the link stays and what it points at is replaced.
+        self._target = os.path.realpath(target) if isinstance(target, str) else target
         self._file = self._begin(tmp)
-        self._member("oci-layout", oci.LAYOUT_FILE)
+        try:
+            self._member("oci-layout", oci.LAYOUT_FILE)
+        except BaseException:
+            self.abort()
+            raise
 
     def _begin(self, tmp: str | os.PathLike[str] | None) -> BinaryIO:
         if not isinstance(self._target, str):
@@ -94,42 +78,13 @@ class ArchiveSink:
         folder, name = os.path.split(str(self._target))
         return os.path.join(folder, f".{name[:100]}.layerkit-{secrets.token_hex(8)}")
 
-    def has_blob(self, digest: Digest) -> bool:
-        """Return whether the blob was put."""
-        return digest in self._sizes
-
-    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        """Store a blob; see :class:`~layerkit.ports.ImageSink`. Callable from several threads, one at a time."""
-        digest = descriptor.digest
-        what = f"{self._where}: blob {digest}"
-        with self._lock:
-            pieces = verified(chunks, descriptor, what)
-            if digest in self._sizes:
-                for _ in pieces:  # a second copy is verified and dropped
-                    pass
-                return
-            for folder in ("blobs", f"blobs/{digest.algorithm}"):
-                if folder not in self._folders:
-                    self._member(folder, None)
-                    self._folders.add(folder)
-            self._member(f"blobs/{digest.algorithm}/{digest.hex}", pieces, descriptor.size)
-            self._sizes[digest] = descriptor.size
-
-    def _member(self, name: str, content: bytes | Iterable[bytes | memoryview] | None, size: int = 0) -> None:
-        """Append a member; of one that fails nothing is kept."""
-        info = tarfile.TarInfo(name)
-        if content is None:
-            info.type, info.mode = tarfile.DIRTYPE, 0o755
-        if isinstance(content, bytes):
-            size, content = len(content), (content,)
-        info.size = size
+    def _write(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Append ``pieces``; of what fails nothing is kept."""
         start = self._file.tell()
         try:
             with naming(self._where):
-                self._file.write(info.tobuf(tarfile.PAX_FORMAT))
-                for piece in content or ():
+                for piece in pieces:
                     self._file.write(piece)
-                self._file.write(bytes(-size % _BLOCK))
                 self._file.flush()
         except BaseException:
             with contextlib.suppress(OSError):  # the buffer may hold what the disk has no space for
@@ -137,32 +92,6 @@ class ArchiveSink:
             os.ftruncate(self._file.fileno(), start)
             os.lseek(self._file.fileno(), start, os.SEEK_SET)
             raise
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        """Store a manifest and list it in ``index.json``; see :class:`~layerkit.ports.ImageSink`."""
-        self._listing.add(descriptor, data, name)
-        self.put_blob(descriptor, [data])
-
-    def commit(self) -> None:
-        """Give the archive its name, or write it to the stream; see :class:`~layerkit.ports.ImageSink`.
-
-        Raises:
-            InvalidImage: a manifest names a blob that is missing; then nothing is written.
-        """
-        if not self._open:
-            raise UsageError(f"{self._where}: written already")
-        try:
-            with naming(self._where):
-                self._listing.check_complete(lambda entry: self._sizes.get(entry.digest))
-                self._member("index.json", self._listing.index(None))
-                if self._docker:
-                    self._member("manifest.json", self._docker_manifest())
-                end = self._file.tell() + 2 * _BLOCK
-                self._file.write(bytes(2 * _BLOCK + -end % _RECORD))
-                self._file.flush()
-                self._deliver()
-        finally:
-            self.abort()
 
     def _deliver(self) -> None:
         fd, target = self._file.fileno(), self._target
@@ -179,60 +108,33 @@ class ArchiveSink:
         os.fsync(fd)
         folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
         try:
-            if not self._temporary:
+            if not self._temporary and not self._link(fd, target, folder):
                 name = self._temporary_name()
-                # Only with a folder given does Python call linkat(), which follows the link in /proc.
-                os.link(f"/proc/self/fd/{fd}", os.path.basename(name), dst_dir_fd=folder, follow_symlinks=True)
+                self._link(fd, name, folder)
                 self._temporary = name
-            os.rename(self._temporary, target)
-            self._temporary = ""
+            if self._temporary:
+                os.rename(self._temporary, target)
+                self._temporary = ""
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _docker_manifest(self) -> bytes:
-        images: dict[Digest, dict[str, object]] = {}
-        for entry, name, data in self._listing.put:
-            what = f"{self._where}: manifest {entry.digest}"
-            if entry.media_type not in oci.MANIFEST_TYPES:
-                raise UsageError(f"{what}: a docker archive holds single images; choose one with --platform")
-            manifest = oci.parse_manifest(data, what, media_type=entry.media_type)
-            if manifest.config.media_type not in (oci.CONFIG, oci.DOCKER_CONFIG):
-                continue  # an artifact: it stays in index.json, docker has no place for it
-            tags: list[str] = [docker.tagged(name)] if name else []
-            image = images.setdefault(
-                entry.digest,
-                {
-                    "Config": _path(manifest.config),
-                    "RepoTags": [],
-                    "Layers": [_path(layer) for layer in manifest.layers],
-                },
-            )
-            image["RepoTags"] = [*image["RepoTags"], *tags]  # type: ignore[misc]
-        return dumps(list(images.values()))
+    @staticmethod
+    def _link(fd: int, path: str, folder: int) -> bool:
+        """Give the nameless file the name ``path`` if that is free; return whether it was."""
+        try:
+            # Only with a folder given does Python call linkat(), which follows the link in /proc.
+            os.link(f"/proc/self/fd/{fd}", os.path.basename(path), dst_dir_fd=folder, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        return True
 
-    def abort(self) -> None:
-        """Drop what was put and not committed; aborting twice is harmless."""
-        if not self._open:
-            return
-        self._open = False
+    def _drop(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
         if self._temporary:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
-
-    def __enter__(self) -> ArchiveSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-
-def _path(entry: Descriptor) -> str:
-    return f"blobs/{entry.digest.algorithm}/{entry.digest.hex}"
 
 
 __all__ = ["ArchiveSink"]

@@ -6,11 +6,10 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from layerkit.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
+from layerkit.errors import InvalidImage, NotFound, UsageError
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.digest import Digest
 
@@ -123,11 +122,14 @@ def open_source(
     Raises:
         NotFound: nothing is there.
         InvalidImage: it is no image, or a malformed one.
+        DaemonError: no docker daemon answers.
         UsageError: a transport that is not for reading here.
     """
     ref = parse(ref) if isinstance(ref, str) else ref
     if ref.transport == "docker-daemon":
-        return _from_daemon(ref, limits, tmp)
+        from layerkit.stores import docker_daemon
+
+        return docker_daemon.open_source(str(ref), ref.name, ref.digest, limits=limits, tmp=tmp)
     if ref.transport not in (*FILE_TRANSPORTS, "path"):
         raise _not_here(ref)
     if ref.transport == "path":
@@ -200,32 +202,6 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
         return spool(iter(lambda: file.read(1 << 20), b""), tmp, limits.layer_tar_bytes, path)
 
 
-def _from_daemon(ref: Reference, limits: Limits, tmp: TmpDir) -> ImageSource:
-    import docker
-    import docker.errors
-    import requests
-
-    from layerkit.stores import docker_archive
-    from layerkit.stores.blobs import spool
-    from layerkit.stores.outer_tar import OuterTar
-
-    name = f"{ref.name}@{ref.digest}" if ref.digest else ref.name
-    try:
-        client = docker.from_env()
-        try:
-            pieces: Iterator[bytes] = client.images.get(name).save(named=not ref.digest)
-            file = spool(pieces, tmp, limits.layer_tar_bytes, str(ref))
-        finally:
-            client.close()
-    except docker.errors.ImageNotFound:
-        raise NotFound(f"{ref}: the docker daemon has no such image; `docker images` lists what it has") from None
-    except (docker.errors.DockerException, requests.RequestException) as error:
-        hint = f"start dockerd or set DOCKER_HOST, or use `docker save` and docker-archive:FILE ({error})"
-        raise UnsupportedHost("a docker daemon that answers", hint) from None
-    # The daemon has sent this one image; by which of its names it was asked for does not matter.
-    return docker_archive.DockerArchiveSource(OuterTar(file, str(ref), limits=limits, tmp=tmp), "@0", limits=limits)
-
-
 def open_sink(
     ref: Reference | str, *, limits: Limits = DEFAULT, tmp: TmpDir = None, stdout: BinaryIO | None = None
 ) -> ImageSink:
@@ -242,15 +218,18 @@ def open_sink(
 
     Raises:
         NotFound: the folder it is to lie in is absent.
+        DaemonError: no docker daemon answers.
         UsageError: a transport that is not for writing here, or a target of another kind.
     """
     ref = parse(ref) if isinstance(ref, str) else ref
-    if ref.transport == "docker-daemon":
-        raise UsageError(f"{ref}: not written to yet; write docker-archive:FILE and use `docker load -i FILE`")
-    if ref.transport not in (*FILE_TRANSPORTS, "path"):
+    if ref.transport not in (*FILE_TRANSPORTS, "docker-daemon", "path"):
         raise _not_here(ref)
     if ref.digest is not None:
         raise UsageError(f"{ref}: the digest of what is written cannot be chosen; name it by a tag")
+    if ref.transport == "docker-daemon":
+        from layerkit.stores.docker_daemon import DaemonSink
+
+        return DaemonSink(str(ref), ref.name, limits=limits)
     folder = ref.transport == "oci"
     if ref.transport == "path" and ref.path != "-":
         folder = os.path.isdir(ref.path) or not (os.path.exists(ref.path) or ref.path.endswith(".tar"))

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import INDEX, MANIFEST, Layout, below, digest, dump, tar
+from image_kit import INDEX, Layout, attach, below, digest, dump, tar
 from support import need_tool
-
-EMPTY = "application/vnd.oci.empty.v1+json"
 
 
 @pytest.fixture
@@ -31,16 +29,6 @@ def cli(store_dir: Path) -> Callable[..., Any]:
         return json.loads(done.stdout) if code == 0 else done.stderr
 
     return run
-
-
-def attach(layout: Layout, subject: dict[str, Any], content: bytes) -> dict[str, Any]:
-    """Attach an artifact to ``subject`` and list it, as oras does."""
-    manifest = {
-        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "text/x",
-        "config": layout.put(b"{}", EMPTY), "layers": [layout.put(content, "text/plain")],
-        "subject": {key: subject[key] for key in ("mediaType", "digest", "size")},
-    }  # fmt: skip
-    return layout.list(layout.put(dump(manifest), MANIFEST) | {"artifactType": "text/x"})
 
 
 def multi(path: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import os
-import re
 import socket
-import socketserver
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,7 @@ from hypothesis import strategies as st
 from image_kit import below, digest, dump, simple, tar
 
 from layerkit import pack
-from layerkit.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
+from layerkit.errors import DaemonError, InvalidImage, NotFound, UsageError
 from layerkit.model.digest import Digest
 from layerkit.stores.reference import Reference, open_sink, open_source, parse
 
@@ -156,8 +152,9 @@ def test_open_says_what_is_wrong(places: Path, text: str, error: type[Exception]
 
 def test_no_docker_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    with pytest.raises(UnsupportedHost, match=r"start dockerd or set DOCKER_HOST"):
-        open_source("docker-daemon:x")
+    for use in (open_source, open_sink):
+        with pytest.raises(DaemonError, match=r"start dockerd or set DOCKER_HOST"):
+            use("docker-daemon:x")
 
 
 def test_standard_input(places: Path) -> None:
@@ -222,7 +219,7 @@ def test_kind_of_a_target(places: Path, target: str, kind: str | None) -> None:
         ("oci:-", UsageError, "use oci-archive:-"),
         (f"oci:{{}}/x@{SHA}", UsageError, "cannot be chosen"),
         ("docker://x/y", UsageError, "registries"),
-        ("docker-daemon:x", UsageError, "docker load"),
+        ("docker-daemon:UPPER", UsageError, "lower case"),
         ("store:x", UsageError, "store:"),
     ],
 )
@@ -242,46 +239,3 @@ def test_a_socket_is_no_image(tmp_path: Path) -> None:
 
 def test_digest_helper_agrees() -> None:
     assert digest(b"x") == str(Digest.of(b"x"))
-
-
-class _Daemon(http.server.BaseHTTPRequestHandler):
-    """The three answers of the Docker Engine API that ``docker save`` needs; no daemon runs in tests."""
-
-    archive: bytes
-
-    def do_GET(self) -> None:
-        path = re.sub(r"^/v[0-9.]+", "", self.path)
-        if path == "/version":
-            self._say(dump({"ApiVersion": "1.44", "MinAPIVersion": "1.24"}))
-        elif path == "/images/app:v1/json":
-            self._say(dump({"Id": SHA, "RepoTags": ["app:v1"]}))
-        elif path == "/images/app:v1/get":
-            self._say(self.archive)
-        else:
-            self._say(dump({"message": "No such image"}), 404)
-
-    def _say(self, body: bytes, status: int = 200) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def address_string(self) -> str:
-        return "unix"
-
-
-def test_docker_daemon(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = type("Handler", (_Daemon,), {"archive": (places / "docker.tar").read_bytes()})
-    with socketserver.ThreadingUnixStreamServer(f"{places}/docker.sock", handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("DOCKER_HOST", f"unix://{places}/docker.sock")
-        before = below(places)
-        assert _image("docker-daemon:app:v1", tmp=places) == "app:v1"
-        with pytest.raises(NotFound, match="docker images"):
-            _image("docker-daemon:none:v1")
-        assert below(places) == before
-        server.shutdown()
