@@ -24,7 +24,9 @@ from layerkit.cli import (
     mount,
     optimize,
     pack,
+    registry_options,
     remap,
+    snapshotter,
     store,
     unpack,
     verify,
@@ -63,8 +65,24 @@ def main(
     """Change who owns files in container images by writing metadata only."""
 
 
-for module in (remap, mount, bundle, unpack, pack, inspect, analyze, optimize, flatten, copy, verify, store, doctor):
+for module in (
+    remap,
+    mount,
+    bundle,
+    unpack,
+    pack,
+    inspect,
+    analyze,
+    optimize,
+    flatten,
+    copy,
+    verify,
+    store,
+    doctor,
+    snapshotter,
+):
     module.register(app)
+registry_options.add_to_commands(app)
 
 
 def run() -> None:
