@@ -42,6 +42,7 @@ class FlattenReport(Report):
         entries: rows in the new layer.
         whiteouts: of these, names taken away from the layers below.
         tree_digest: of the root filesystem, the same before and after.
+        compressor: of the layer: name, version and settings; "" for none.
         seconds: wall time.
     """
 
@@ -58,6 +59,7 @@ class FlattenReport(Report):
     entries: int
     whiteouts: int
     tree_digest: str
+    compressor: str
     seconds: float
 
 
@@ -159,6 +161,7 @@ def flatten(
         entries=len(made.index),
         whiteouts=int((made.index.kind == Kind.WHITEOUT).sum()),
         tree_digest=str(want),
+        compressor=packing.compressor,
         seconds=time.monotonic() - start,
     )
 

@@ -25,30 +25,16 @@ from layerkit.idmap import IdMap, Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.limits import Limits
 from layerkit.merge import merge
-from layerkit.metaonly import METACOPY_VALUE, Namespace, metadata_layer
+from layerkit.metaonly import Namespace, metadata_layer
 from layerkit.model.entry import Entry, Kind, XattrSet
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.model.reports import RemapReport
-from layerkit.model.sparse import SparseMaps
 from layerkit.model.tree import Tree
 from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
 from layerkit.ports import ImageSink, ImageSource, Progress
 from layerkit.squash import layer_of
-
-STOCK_WARNINGS = (
-    "containerd drops trusted.* xattrs when it unpacks: every file reads as ZEROS there, without an error",
-    'podman writes the holes as zeros and shows files as EPERM, unless storage.conf has mountopt = "metacopy=on"',
-    "docker keeps the xattr and shows files as EPERM, unless its overlay mounts have metacopy=on",
-    "umoci and other tools that unpack into plain folders give files of zeros",
-)
-"""What the form ``layer`` does under a standard media type, runtime by runtime."""
-
-VENDOR_WARNINGS = (
-    "podman and containerd refuse an image with a layer of this media type; docker pulls it; "
-    "--stock-media-type writes the standard one, with dangers of its own",
-)
-"""What it does under its own."""
+from layerkit.stubs import STOCK_WARNINGS, VENDOR_WARNINGS, as_stubs
 
 
 def map_index(index: Index, mapping: Mapping) -> Index:
@@ -251,19 +237,8 @@ def stub_layer(tree: Tree) -> Index:
         LossyResult: something that overlayfs cannot show through a stub.
     """
     index = layer_of(metadata_layer(tree, Namespace.TRUSTED).tree).index
-    stub = (index.kind == Kind.REG) & (index.size > 0)
-    metacopy = (Namespace.TRUSTED.prefix + b"metacopy", METACOPY_VALUE)
-    count = len(index.xattr_sets)
-    sets = [*index.xattr_sets, *(tuple(sorted((*pairs, metacopy))) for pairs in index.xattr_sets)]
-    one_hole = SparseMaps.of([()])
-    return replace(
-        index,
-        xattr=np.where(stub, index.xattr + count, index.xattr).astype(np.int32),
-        xattr_sets=tuple(sets),
-        offset=np.full(len(index), -1, np.int64),
-        sparse=np.where(stub, 0, -1).astype(np.int32),
-        sparse_maps=one_hole,
-    )
+    stubs = np.flatnonzero((index.kind == Kind.REG) & (index.size > 0)).tolist()
+    return replace(as_stubs(index, dict.fromkeys(stubs, b"")), offset=np.full(len(index), -1, np.int64))
 
 
 def append_meta(
@@ -362,4 +337,4 @@ def _report(
     )
 
 
-__all__ = ["STOCK_WARNINGS", "VENDOR_WARNINGS", "append_meta", "map_index", "map_layers", "portable", "stub_layer"]
+__all__ = ["append_meta", "map_index", "map_layers", "portable", "stub_layer"]

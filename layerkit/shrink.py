@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from layerkit.contents import Contents, OpenTar
 from layerkit.flattening import check_tree
+from layerkit.formats import artifact
 from layerkit.limits import Limits
 from layerkit.merge import merge
 from layerkit.model.image import Image, Layer
@@ -17,6 +18,7 @@ from layerkit.model.reports import Report
 from layerkit.optimizer import Action, Plan, PlannedLayer, plan
 from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
 from layerkit.ports import ImageSink, ImageSource, Progress
+from layerkit.stubs import STOCK_WARNINGS, VENDOR_WARNINGS, filled, plan_stubs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class OptimizedLayer(Report):
     """What became, or would become, of one layer.
 
     Attributes:
-        action: ``keep``, ``rewrite`` or ``drop``.
+        action: ``keep``, ``rewrite``, ``drop``, or ``stubs``: rewritten with stubs for doubled files.
         digest_before: of the blob. digest_after: "" for a dropped layer, and before anything is written.
         blob_bytes_before, blob_bytes_after: 0 where it is not known or gone.
         file_bytes_before, file_bytes_after: stored bytes of regular files, uncompressed.
@@ -58,7 +60,9 @@ class OptimizeReport(Report):
         kept_base: layers from the bottom that were not to be touched.
         base_cost_bytes: file bytes that could go besides if the base were touched.
         tree_digest: of the root filesystem, the same before and after.
+        compressor: of the layers that were written: name, version and settings; "" for none.
         seconds: wall time.
+        warnings: what the user must know of the result.
     """
 
     name: str
@@ -75,7 +79,9 @@ class OptimizeReport(Report):
     kept_base: int
     base_cost_bytes: int
     tree_digest: str
+    compressor: str
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 def optimize(
@@ -87,6 +93,8 @@ def optimize(
     dst_name: str,
     limits: Limits,
     keep_base: int = 0,
+    metadata_only: bool = False,
+    stock_media_type: bool = False,
     packing: Packing | None = None,
     created: str | None = None,
     open_tar: OpenTar = lambda _: None,
@@ -106,6 +114,8 @@ def optimize(
         dst_name: name of the image there.
         limits: bounds on input.
         keep_base: layers from the bottom that must not be touched.
+        metadata_only: make stubs of doubled files, for hosts with ``metacopy=on``, and touch nothing else.
+        stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
         packing: compression of new layers.
         created: RFC 3339 time of a changed image; None keeps that of the image.
         open_tar: gives kept tars.
@@ -117,16 +127,22 @@ def optimize(
         InvalidImage: a layer is malformed, or the result has another root filesystem (nothing is written then).
         LossyResult: something that a layer cannot hold.
     """
-    start = time.monotonic()
-    made = plan(indexes, keep_base, limits=limits)
-    cost = made.bytes_after - plan(indexes, limits=limits).bytes_after if keep_base else 0
+    start, packing, planner = time.monotonic(), packing or Packing(), plan_stubs if metadata_only else plan
+    made = planner(indexes, keep_base, limits=limits)
+    cost = made.bytes_after - planner(indexes, limits=limits).bytes_after if keep_base else 0
+    warnings = (STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS) if metadata_only and made.changes else ()
+
+    def report(written: tuple[Image, dict[int, Layer]] | None) -> OptimizeReport:
+        return _report(image, indexes, made, written, cost, dst_name, start, packing.compressor, warnings)
+
     if open_sink is None:
-        return _report(image, indexes, made, None, cost, dst_name, start)
+        return report(None)
     sink = open_sink()
     try:
         new: dict[int, NewLayer | Layer] = {}
         got: list[Index] = []
         known = {index.diff_id: index for index in indexes}
+        stub_type = "" if stock_media_type else artifact.META_TAR + packing.suffix
         steps = _steps(made)
         for layer in steps:
             if layer.action is Action.KEEP:
@@ -147,10 +163,12 @@ def optimize(
             ) as contents:
                 descriptor, diff_id = write_layer(
                     layer.index, _moved(contents, layer), sink,
-                    packing=packing,
+                    packing=packing, media_type=stub_type if layer.action is Action.STUBS else "",
                     check=got.append, limits=limits, progress=progress, tmp=tmp,
                     label=f"writing layer {layer.place + 1}/{len(image.layers)}",
                 )  # fmt: skip
+            if layer.action is Action.STUBS:
+                got[-1] = filled(got[-1], merge(got[:-1], limits=limits))
             new[layer.place] = NewLayer(descriptor, diff_id, replaces=(layer.place,))
         # What was read back from the finished blobs stands in for the layers that they replace.
         check_tree(made.tree, merge(got, limits=limits))
@@ -163,7 +181,7 @@ def optimize(
         sink.abort()
         raise
     after = dict(zip(sorted(new), result.layers, strict=True))
-    return _report(image, indexes, made, (result, after), cost, dst_name, start)
+    return report((result, after))
 
 
 def _steps(made: Plan) -> list[PlannedLayer]:
@@ -191,6 +209,8 @@ def _report(
     cost: int,
     dst_name: str,
     start: float,
+    compressor: str,
+    warnings: tuple[str, ...],
 ) -> OptimizeReport:
     rows = []
     for place, (old, index, layer) in enumerate(zip(image.layers, indexes, made.layers, strict=True)):
@@ -223,7 +243,9 @@ def _report(
         kept_base=made.keep_base,
         base_cost_bytes=cost,
         tree_digest=str(made.tree),
+        compressor=compressor,
         seconds=time.monotonic() - start,
+        warnings=warnings,
     )
 
 

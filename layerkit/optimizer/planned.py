@@ -18,6 +18,7 @@ class Action(Enum):
     KEEP = "keep"
     REWRITE = "rewrite"
     DROP = "drop"
+    STUBS = "stubs"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +27,8 @@ class PlannedLayer:
 
     Attributes:
         place: of the layer in the image, 0 is the bottom.
-        action: kept byte for byte, written anew, or left out because nothing is left of it.
+        action: kept byte for byte, written anew, left out because nothing is left of it, or written anew with
+            stubs for files that a lower layer has.
         index: of the layer as it will be. Offsets, sparse maps and diff_id are the old layer's: they say
             where the content is to be read.
         content: int32 (n,): for each row of ``index`` with stored bytes the row of the old index, else -1.
