@@ -28,7 +28,11 @@ MAP = "0:100000:65536"
 
 
 def timed(command: Sequence[str | Path], **more: Any) -> tuple[float, int]:
-    """Run ``command``; return its seconds and its peak memory in bytes, that of its children included."""
+    """Run ``command``; return its seconds and its peak memory in bytes, that of its children included.
+
+    All earlier writes are on disk before it starts: nobody waits for what another one left to be written.
+    """
+    os.sync()
     start = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, **more)

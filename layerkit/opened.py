@@ -395,7 +395,7 @@ class OpenImage:
         own_meta: bool,
         progress: Progress | None,
     ) -> tuple[RemapReport, Ways, TreeFacts, MetaEntry]:
-        from layerkit.hosts import choose, prepare
+        from layerkit.hosts import choose, importing, prepare
         from layerkit.model.reports import RemapReport
 
         start = time.monotonic()
@@ -409,7 +409,7 @@ class OpenImage:
         )
         # gc must not take layers between their import and the row that says who needs them.
         with store.hold():
-            read = prepare.import_layers(
+            read = importing.import_layers(
                 self.source, self.image, store, ways.backend,
                 limits=self._limits, jobs=self._settings.jobs, progress=progress,
             )  # fmt: skip

@@ -7,6 +7,7 @@ the sha256 of each file). They share a ring of buffers; memory does not depend o
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -110,7 +111,7 @@ class _Pipeline:
         self._blob = VerifiedBlob(reader, descriptor, limits)
         self._tar_hash = (diff_id or _SHA256_OF_NOTHING).hasher()
         self._same_bytes = False  # blob and tar are the same bytes: one hash is enough
-        self._ring: list[bytearray] = []
+        self._ring: list[mmap.mmap] = []  # whole pages, as direct writes want them
         self._stopped = threading.Event()
         self._read_error: BaseException | None = None
         self._hash_error: BaseException | None = None
@@ -176,7 +177,7 @@ class _Pipeline:
             slot = 0
             while not self._stopped.is_set():
                 if slot < SLOTS:
-                    self._ring.append(bytearray(SLOT_BYTES))
+                    self._ring.append(mmap.mmap(-1, SLOT_BYTES))
                 else:
                     self._hashed.get()
                     self._walked.get()

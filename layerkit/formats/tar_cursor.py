@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from mmap import mmap
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from layerkit.formats.tar_table import Table
 from layerkit.limits import Limits
 from layerkit.model.entry import Extent
 
-Chunk = tuple[bytearray | bytes, int]
+Chunk = tuple[bytearray | bytes | mmap, int]
 """A buffer and how many of its bytes count."""
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -27,7 +28,7 @@ class Cursor:
         self._layer, self._limits = layer, limits
         self._table = Table(layer, limits)
         self._chunks: Iterator[Chunk] = iter(())
-        self._chunk: bytearray | bytes = b""
+        self._chunk: bytearray | bytes | mmap = b""
         self._view = memoryview(b"")
         self._length = self._pos = self._base = 0
         self._members: list[int] = []  # header positions in the current chunk

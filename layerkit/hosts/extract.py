@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from layerkit.emit.directory_errors import Advice
 from layerkit.emit.folder_writer import FOLDER, FolderWriter, StepFailed, Written
 from layerkit.errors import StoreError, UnsupportedHost, UsageError
-from layerkit.hosts.prepare import Preparation, import_layers
+from layerkit.hosts.importing import import_layers
+from layerkit.hosts.prepare import Preparation
 from layerkit.hosts.whole_folder import check_target, whole_folder
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map

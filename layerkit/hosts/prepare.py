@@ -20,9 +20,8 @@ from layerkit.limits import Limits
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.facts import TreeFacts
-from layerkit.model.image import Image, Layer
 from layerkit.model.tree import Tree
-from layerkit.ports import ImageSource, Progress
+from layerkit.ports import Progress
 from layerkit.stores.layout import DataBackend
 from layerkit.stores.local import LocalStore
 from layerkit.stores.metas import MetaEntry, chain_key, meta_key
@@ -36,80 +35,6 @@ class Rendering(StrEnum):
 
     EROFS = "erofs"
     DIRECTORY = "directory"
-
-
-def import_layers(
-    source: ImageSource,
-    image: Image,
-    store: LocalStore,
-    backend: DataBackend,
-    *,
-    limits: Limits,
-    jobs: int = 1,
-    progress: Progress | None = None,
-) -> int:
-    """Bring every layer of ``image`` into ``store``; return how many blobs were read for it.
-
-    Raises:
-        InvalidImage: a layer is malformed, unsafe, or not what its digests promise; layers that were
-            whole before stay in the store, of this one nothing does.
-    """
-    limits.check("layers_per_image", len(image.layers), image.name or "image")
-    missing = [
-        (place, layer)
-        for place, layer in {layer.diff_id: (i, layer) for i, layer in enumerate(image.layers)}.values()
-        if not store.has_layer(layer.diff_id, backend)
-    ]
-
-    if not missing:
-        return 0
-    from layerkit.indexes import labelled
-
-    def work(place: int, layer: Layer) -> int:
-        return _import_layer(source, layer, store, backend, limits, labelled(progress, place, len(image.layers)))
-
-    if jobs <= 1 or len(missing) <= 1:
-        return sum(work(place, layer) for place, layer in missing)
-    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(work, place, layer) for place, layer in missing]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            for future in futures:
-                future.cancel()
-        return sum(future.result() for future in futures if not future.cancelled())
-
-
-def _import_layer(
-    source: ImageSource,
-    layer: Layer,
-    store: LocalStore,
-    backend: DataBackend,
-    limits: Limits,
-    progress: Progress | None,
-) -> int:
-    with store.layer_lock(layer.diff_id):
-        # Another process may have brought it while this one waited, or the other backend has its bytes.
-        if store.has_layer(layer.diff_id, backend) or store.convert_layer(layer.diff_id, backend):
-            return 0
-        from layerkit.unpack import index_layer
-
-        reader = source.open_blob(layer.descriptor)
-        try:
-            writer = store.begin_layer(backend)
-            try:
-                index = index_layer(
-                    reader, layer.descriptor, layer.diff_id, limits=limits, data=writer, progress=progress
-                )
-                writer.commit(index)
-            except BaseException:
-                writer.abort()
-                raise
-        finally:
-            reader.close()
-    return 1
 
 
 def facts_of(tree: Tree) -> TreeFacts:
@@ -137,7 +62,7 @@ class Preparation:
     """Whether the META of a map is the image's own one with other owners patched in."""
 
     def __init__(self, store: LocalStore, image: Layers, *, limits: Limits, strict: bool = False) -> None:
-        """Layers must be in the store already, see :func:`import_layers`."""
+        """Layers must be in the store already, see ``importing``."""
         self._store, self._image, self._limits, self._strict = store, image, limits, strict
         self._tree: Tree | None = None
 

@@ -14,9 +14,6 @@ from pathlib import Path
 
 from layerkit.errors import StoreError
 
-WRITEBACK_BYTES = 8 << 20
-"""How much is written before the kernel is told to start: the last fsync then has little left to wait for."""
-
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)

@@ -13,7 +13,8 @@ from layerkit.formats.erofs.data import write_data
 from layerkit.metaonly import redirects
 from layerkit.model.index import Index
 from layerkit.stores.catalog import Catalog, LayerRow
-from layerkit.stores.durable import WRITEBACK_BYTES, disk_errors, remove, start_writeback, sync_filesystem
+from layerkit.stores.direct import NewFile
+from layerkit.stores.durable import disk_errors, remove, sync_filesystem
 from layerkit.stores.layout import FILE_MODE, DataBackend, Layout
 from layerkit.stores.objects import ObjectBatch
 from layerkit.stores.publish import Publication
@@ -35,13 +36,11 @@ class LayerWriter:
         self.backend = backend
         self._done: Callable[[], None] | None = done
         self._temporary: list[Path] = []
-        self._size = 0
-        self._flushed = 0
-        self._fd = -1
+        self._tar: NewFile | None = None
         if backend is not None:
             with disk_errors("writing a layer", layout.root):
-                path = self._new("tar")
-                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                # The objects backend drops this file again, so it had better never reach the disk.
+                self._tar = NewFile(self._new("tar"), direct=backend is DataBackend.TAR)
 
     def __enter__(self) -> LayerWriter:
         return self
@@ -60,17 +59,10 @@ class LayerWriter:
         Raises:
             StoreError: the disk is full or refuses the bytes.
         """
-        rest = memoryview(chunk).cast("B")
-        length = len(rest)
+        if self._tar is None:
+            raise StoreError("this layer is kept without its data, or has ended")
         with disk_errors("writing a layer", self._layout.root):
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        self._size += length
-        # The objects backend drops this file again, so it had better never reach the disk.
-        if self.backend is DataBackend.TAR and self._size - self._flushed >= WRITEBACK_BYTES:
-            start_writeback(self._fd, self._flushed, self._size - self._flushed)
-            self._flushed = self._size
-        return length
+            return self._tar.write(chunk)
 
     def commit(self, index: Index) -> None:
         """Make the layer appear, on disk for sure. Another process may have done the same: both are right.
@@ -82,14 +74,14 @@ class LayerWriter:
         if self._done is None:
             raise StoreError("this layer was committed or aborted before")
         try:
-            if self.backend is not None and self._size != index.tar_size:
+            if self._tar is not None and self._tar.size != index.tar_size:
                 raise DigestMismatch(
-                    f"layer {index.diff_id}", f"{self._size} bytes of tar", f"{index.tar_size} bytes"
+                    f"layer {index.diff_id}", f"{self._tar.size} bytes of tar", f"{index.tar_size} bytes"
                 )
             with disk_errors(f"storing layer {index.diff_id}", self._layout.root):
                 encoded = self._write_index(index)
-                if self.backend is DataBackend.OBJECTS:
-                    self._commit_objects(index, encoded)
+                if self._tar is not None and self.backend is DataBackend.OBJECTS:
+                    self._commit_objects(self._tar, index, encoded)
                 else:
                     self._commit_files(index, encoded)
         finally:
@@ -97,18 +89,18 @@ class LayerWriter:
 
     def _commit_files(self, index: Index, encoded: Path) -> None:
         tar = data = None
-        if self.backend is DataBackend.TAR:
+        if self._tar is not None:
             tar = self._temporary[0]
-            os.fchmod(self._fd, FILE_MODE)
+            os.fchmod(self._tar.fd, FILE_MODE)
+            self._tar.sync()
             data = self._new("data")
             build_data(index, tar, data)
-            os.fsync(self._fd)
         put_layer(self._layout, self._catalog, index, encoded, tar=tar, data=data)
 
-    def _commit_objects(self, index: Index, encoded: Path) -> None:
+    def _commit_objects(self, tar: NewFile, index: Index, encoded: Path) -> None:
         batch = ObjectBatch(self._layout, self._spool, self._catalog)
         self._temporary.append(batch.folder)
-        batch.write(self._fd, index)
+        batch.write(tar.fd, index)
         self._drop_tar()
         put_layer(self._layout, self._catalog, index, encoded, batch=batch)
 
@@ -118,9 +110,9 @@ class LayerWriter:
         return path
 
     def _drop_tar(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
             self._temporary[0].unlink(missing_ok=True)
 
     def abort(self) -> None:
