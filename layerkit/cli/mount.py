@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from layerkit.cli import adopt
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.errors import UsageError
 
 
 def mount(
@@ -37,6 +39,8 @@ def mount(
     ] = False,
     data: o.Data = "auto",
     platform: o.PlatformOption = None,
+    stacking: adopt.Stacking = "auto",
+    reread: adopt.Reread = False,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     json: o.Json = False,
@@ -48,10 +52,23 @@ def mount(
     `layerkit mount image.tar /mnt --uid-map 0:100000:65536`
 
     `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`
+
+    `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses the layers as podman unpacked them;
+    so do `containerd:NAME`, `docker-storage:NAME` and `folders:TOP:...:BOTTOM`.
     """
     from layerkit import api
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
+    if adopt.is_unpacked(ref):
+        adopt.mount_unpacked(
+            ref, target, mapping, o.store_dir(store), stacking=stacking, rendering=rendering, own_meta=own_meta,
+            upper=upper, work=work, reread=reread, json=json, quiet=quiet,
+        )  # fmt: skip
+        return
+    if stacking != "auto" or reread:
+        raise UsageError(
+            "--stacking and --reread are for layers that a runtime unpacked (containers-storage:NAME, ...)"
+        )
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
     with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
         mounted = image.mount(

@@ -250,7 +250,7 @@ class _Walk:
         elif what == b"redirect" and kind == Kind.DIR:
             raise InvalidImage(
                 f"{show_path(path)}: overlayfs moved this folder (overlay.redirect): what it shows lies "
-                "elsewhere in other layers; unmount, and have the runtime unpack the image anew without redirect_dir=on"
+                "elsewhere; unmount, and have the runtime unpack the image anew without redirect_dir=on"
             )
         elif what == b"metacopy" and kind == Kind.REG and self.metacopy is None:
             self.metacopy = path

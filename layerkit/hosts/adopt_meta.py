@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from layerkit.emit.folder_writer import FOLDER
 from layerkit.errors import InvalidImage, NotFound, StoreError, show_path
 from layerkit.hosts.adopt_index import LayerFolder, index_layer_folder, read_state
-from layerkit.hosts.prepare import FORMAT_VERSION, Preparation, Rendering
+from layerkit.hosts.prepare import FORMAT_VERSION, Layers, Preparation, Rendering
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.limits import Limits
@@ -202,23 +202,25 @@ def _born(fd: int) -> int:
 class FolderPreparation(Preparation):
     """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
 
-    def __init__(self, store: LocalStore, image: AdoptedImage, stacking: Stacking, *, limits: Limits) -> None:
-        """Layers must be in the store, see :func:`adopt_layers`."""
+    def __init__(
+        self, store: LocalStore, image: Layers, stacking: Stacking, *, limits: Limits, prefix: bytes = b""
+    ) -> None:
+        """Layers must be in the store, see :func:`adopt_layers`; ``prefix`` as in :func:`data_paths`."""
         super().__init__(store, image, limits=limits)
-        self.stacking = stacking
+        self.stacking, self.prefix = stacking, prefix
         self.patches = stacking is Stacking.DATA_ONLY
 
     def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
-        return meta_key(tree, mapping, f"{rendering.value} over folders, {self.stacking.value}", namespace.value,
-                        FORMAT_VERSION)  # fmt: skip
+        form = f"{rendering.value} over folders, {self.stacking.value}, {show_path(self.prefix)}"
+        return meta_key(tree, mapping, form, namespace.value, FORMAT_VERSION)
 
     def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
         """Return META of the folders: all of the tree, or for a map in the classic way what differs."""
-        return metadata_over_folders(self.tree(), mapping, namespace, self.stacking)
+        return metadata_over_folders(self.tree(), mapping, namespace, self.stacking, self.prefix)
 
 
 def metadata_over_folders(
-    tree: Tree, mapping: Mapping | None, namespace: Namespace, stacking: Stacking
+    tree: Tree, mapping: Mapping | None, namespace: Namespace, stacking: Stacking, prefix: bytes = b""
 ) -> MetadataLayer:
     """Return the metadata layer of ``tree``, merged from indexes of folders, whose data lies in them by path.
 
@@ -227,6 +229,7 @@ def metadata_over_folders(
         mapping: the id map; None keeps the owners, and everything is in the result.
         namespace: of the stubs' xattrs.
         stacking: how the result will lie over the folders.
+        prefix: as in :func:`data_paths`.
 
     Raises:
         UnmappedId: an owner outside the map.
@@ -237,15 +240,24 @@ def metadata_over_folders(
         if mapping is not None:
             mapped = _subset(mapped, _changed(tree, mapped))
         return metadata_layer(mapped, namespace, places=Strings.of([b""] * mapped.inodes))
-    return metadata_layer(mapped, namespace, places=data_paths(mapped))
+    return metadata_layer(mapped, namespace, places=data_paths(mapped, prefix))
 
 
-def data_paths(tree: Tree) -> Strings:
-    """Return by inode the redirect of each file that is not empty: its first path; ``b""`` for all else."""
+def data_paths(tree: Tree, prefix: bytes = b"") -> Strings:
+    """Return by inode the redirect of each file that is not empty: its first path; ``b""`` for all else.
+
+    Args:
+        tree: merged from indexes of folders.
+        prefix: ``/NAME`` where each data-only layer is not the layer's folder but the folder above it, and the
+            layer's folder is called NAME there. A mount that puts further layers under META needs that, with a
+            NAME that none of them has: overlayfs looks for a redirect in normal layers first.
+    """
     paths = tree.paths()
     stub = ((tree.kind == Kind.REG) & (tree.size > 0)).tolist()
     first = tree.first_name().tolist()
-    return Strings.of([b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)])
+    return Strings.of(
+        [prefix + b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)]
+    )
 
 
 def _changed(old: Tree, new: Tree) -> NDArray[np.bool_]:

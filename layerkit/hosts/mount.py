@@ -220,14 +220,14 @@ def _overlay(
 
     def make(lower: int) -> int:
         return mounts.overlay(
-            [lower],
-            data,
+            [lower, *data] if spec.classic else [lower],
+            [] if spec.classic else data,
             upper=upper,
             work=work,
             userxattr=user,
             # Without it chmod and chown in the mount copy the data up; for a single META without an upper
             # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
-            metacopy=upper is not None and not user,
+            metacopy=(upper is not None or spec.classic) and not user,
             source=record.source,
             options=spec.options,
         )

@@ -76,6 +76,8 @@ class MountSpec:
         nodev: device nodes are shown but cannot be opened, so that a stranger's image gives no one the
             host's disks. A container's /dev comes from its runtime. setuid files keep working.
         options: further overlay options as (key, value or None).
+        classic: ``data`` are folders that lie under META as normal layers, with ``metacopy=on``: META's files
+            are found in them at their own paths, and what META does not have shows through.
         label: kept in the record for whoever lists mounts (image, map and so on).
     """
 
@@ -89,6 +91,7 @@ class MountSpec:
     read_only: bool = True
     nodev: bool = True
     options: tuple[tuple[str, str | None], ...] = ()
+    classic: bool = False
     label: dict[str, str] = field(default_factory=dict)
 
 

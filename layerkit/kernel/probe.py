@@ -94,6 +94,11 @@ class Features:
         return self._try(lambda place, stack: _data_only(place, stack, "user"))
 
     @cached_property
+    def overlay_classic(self) -> bool:
+        """Whether stubs work over normal layers, with ``metacopy=on`` (4.19, root of the host)."""
+        return self._try(_classic)
+
+    @cached_property
     def overlay_unprivileged(self) -> bool:
         """Whether :attr:`overlay_userxattr` works in an unprivileged user namespace (6.16)."""
         if self.can_mount and not self.privileged:
@@ -306,6 +311,18 @@ def _data_only(place: Path, stack: ExitStack, namespace: str) -> bool:
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
     merged = mounts.overlay(layers[:1], layers[1:], userxattr=namespace == "user")
     return _content(_enter(stack, merged), "stub") == tiny_erofs.CONTENT
+
+
+def _classic(place: Path, stack: ExitStack) -> bool:
+    meta, data = place / "meta", place / "data"
+    for folder in (meta, data):
+        folder.mkdir()
+        (folder / _DATA_NAME).touch()
+    (data / _DATA_NAME).write_bytes(tiny_erofs.CONTENT)
+    os.truncate(meta / _DATA_NAME, len(tiny_erofs.CONTENT))
+    os.setxattr(meta / _DATA_NAME, "trusted.overlay.metacopy", b"")
+    layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
+    return _content(_enter(stack, mounts.overlay(layers, metacopy=True)), _DATA_NAME) == tiny_erofs.CONTENT
 
 
 def _shifted(place: Path, stack: ExitStack, layer: int, name: str, owner: int) -> bool:
