@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from layerkit.formats import artifact, oci
@@ -68,20 +70,17 @@ def attach(
         progress: told about the bytes copied.
     """
     start = time.monotonic()
-    layer = metadata_layer(apply_map(tree, mapping), namespace, strict=strict)
-    with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
-        render(layer, plain)
-        blob = _compress(plain, packed, rendering)
-        manifest, descriptor = artifact.build(
-            image, blobs=[blob], mapping_text=mapping.canonical(), namespace=namespace.value, rendering=rendering
-        )
+    with made(
+        image, tree, mapping, render=render, rendering=rendering, namespace=namespace, strict=strict
+    ) as artifact_made:
+        blob, descriptor = artifact_made.blob, artifact_made.descriptor
         try:
             copy_image(source, sink, image, dst_name, progress=progress)
             if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
                 sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
             if not sink.has_blob(blob.digest):
-                sink.put_blob(blob, _chunks(packed))
-            sink.put_manifest(descriptor, manifest)
+                sink.put_blob(blob, artifact_made.chunks())
+            sink.put_manifest(descriptor, artifact_made.manifest)
             sink.commit()
         except BaseException:
             sink.abort()
@@ -105,6 +104,54 @@ def attach(
         warnings=tree.warnings,
         artifact=str(descriptor.digest),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An artifact that was made and is nowhere yet.
+
+    Attributes:
+        blob: of the compressed META.
+        manifest: the artifact's, which also needs the blob :data:`oci.EMPTY_JSON`.
+        descriptor: of ``manifest``.
+    """
+
+    blob: Descriptor
+    manifest: bytes
+    descriptor: Descriptor
+    _packed: BinaryIO
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the blob's bytes; may be called again."""
+        return _chunks(self._packed)
+
+
+@contextlib.contextmanager
+def made(
+    image: Image,
+    tree: Tree,
+    mapping: Mapping,
+    *,
+    render: Render,
+    rendering: str,
+    namespace: Namespace,
+    strict: bool,
+) -> Iterator[Made]:
+    """Make the remap artifact of ``image`` for ``mapping``, kept in temporary files while the block runs.
+
+    See :func:`attach` for the arguments. The same arguments give the same bytes.
+
+    Raises:
+        UnmappedId: the map does not cover an owner.
+    """
+    layer = metadata_layer(apply_map(tree, mapping), namespace, strict=strict)
+    with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
+        render(layer, plain)
+        blob = _compress(plain, packed, rendering)
+        manifest, descriptor = artifact.build(
+            image, blobs=[blob], mapping_text=mapping.canonical(), namespace=namespace.value, rendering=rendering
+        )
+        yield Made(blob, manifest, descriptor, packed)
 
 
 def _compress(plain: BinaryIO, packed: BinaryIO, rendering: str) -> Descriptor:
@@ -146,4 +193,4 @@ def plain_digest(tree: Tree, found: artifact.RemapArtifact, render: Render, *, s
     return Digest("sha256", h.hexdigest())
 
 
-__all__: Sequence[str] = ["Render", "attach", "plain_digest"]
+__all__: Sequence[str] = ["Made", "Render", "attach", "made", "plain_digest"]
