@@ -72,8 +72,9 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
     """Open the image that ``ref`` names; use the result as a context manager, or close it.
 
     Args:
-        ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``, ``docker-archive:FILE[:NAME]``, ``store:NAME``,
-            a bare file or folder, or ``-`` for an archive on standard input.
+        ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``, ``docker-archive:FILE[:NAME]``,
+            ``docker://HOST/NAME[:TAG|@DIGEST]``, ``store:NAME``, a bare file or folder, or ``-`` for an archive
+            on standard input.
         platform: ``os/arch[/variant]``; None takes this host's.
         settings: store, limits and the rest.
 
@@ -99,7 +100,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
             name = parsed.name if parsed.name in names or not names else names[0]
         else:
             tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerkit-")))
-            source = reference.open_source(parsed, limits=limits, tmp=tmp)
+            source = reference.open_source(parsed, limits=limits, tmp=tmp, registry=chosen.registry)
         stack.callback(source.close)
         image = source.image(Platform.parse(platform) if platform else None)
         return OpenImage(

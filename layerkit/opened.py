@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
     from layerkit.model.tree import Tree
     from layerkit.pack import Packing
-    from layerkit.ports import ImageSource, Progress
+    from layerkit.ports import ImageSink, ImageSource, Progress
     from layerkit.stores.local import LocalStore, MetaEntry
+    from layerkit.stores.reference import Reference
+    from layerkit.stores.registry.options import RegistryOptions
 
 
 def default_store() -> Path:
@@ -57,6 +59,7 @@ class Settings:
         jobs: layers read at the same time.
         strict: refuse overlay xattrs that an image brings, instead of escaping them.
         limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
+        registry: for ``docker://`` references; None takes the options of the environment.
     """
 
     store: Path | None = None
@@ -64,6 +67,7 @@ class Settings:
     jobs: int = 1
     strict: bool = False
     limits: Limits | None = None
+    registry: RegistryOptions | None = None
 
     @property
     def store_path(self) -> Path:
@@ -325,7 +329,7 @@ class OpenImage:
         indexes = self.indexes(progress=progress)
         parsed = reference.parse(dst)
         return pack(
-            Path(folder), self.source, self.image, indexes, reference.open_sink(parsed, limits=self._limits),
+            Path(folder), self.source, self.image, indexes, self._sink(parsed),
             name=self.name, dst_name=parsed.name or self.image.name, mapping=mapping, packing=how, created=when,
             message=message, checksum=checksum, limits=self._limits, progress=progress,
         )  # fmt: skip
@@ -370,11 +374,16 @@ class OpenImage:
         # The image is copied as it is: only META and its manifest are made here.
         return attach(
             self.image, merge(indexes, limits=self._limits), mapping, self.source,
-            reference.open_sink(parsed, limits=self._limits),
+            self._sink(parsed),
             name=self.name, dst_name=parsed.name or self.image.name, render=_renderer(form), rendering=form,
             namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
             strict=self._settings.strict, layers_read=read, limits=self._limits, progress=progress,
         )  # fmt: skip
+
+    def _sink(self, dst: Reference) -> ImageSink:
+        from layerkit.stores import reference
+
+        return reference.open_sink(dst, limits=self._limits, registry=self._settings.registry, near=self.source)
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[LocalStore | None]:

@@ -63,7 +63,9 @@ def optimize(
         indexes, _ = read_indexes(opened.source, image, load, limits=limits, progress=progress)
         return shrink.optimize(
             opened.source, image, indexes,
-            None if parsed is None else lambda: reference.open_sink(parsed, limits=limits),
+            None if parsed is None else lambda: reference.open_sink(
+                parsed, limits=limits, registry=chosen.registry, near=opened.source
+            ),
             dst_name=(parsed.name if parsed else "") or image.name,
             limits=limits, keep_base=base, packing=packing, created=time, open_tar=open_tar, progress=progress,
         )  # fmt: skip

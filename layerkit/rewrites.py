@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layerkit.model.index import Index
     from layerkit.model.reports import RemapReport
     from layerkit.pack import Packing
-    from layerkit.ports import ImageSink, Progress
+    from layerkit.ports import ImageSink, ImageSource, Progress
 
 
 def packing(compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
@@ -76,11 +76,12 @@ def kept(path: Path) -> Iterator[tuple[Callable[[Digest], Index | None], Callabl
             yield store.load_index, open_tar
 
 
-def _sink(dst: str) -> tuple[ImageSink, str]:
+def _sink(dst: str, settings: api.Settings, near: ImageSource) -> tuple[ImageSink, str]:
     from layerkit.stores import reference
 
     parsed = reference.parse(dst)
-    return reference.open_sink(parsed, limits=bounds.from_environment()), parsed.name
+    limits = settings.limits or bounds.from_environment()
+    return reference.open_sink(parsed, limits=limits, registry=settings.registry, near=near), parsed.name
 
 
 def flatten(
@@ -131,7 +132,7 @@ def flatten(
         last = None if to_layer is None else work.place_of(image, to_layer)
         if first == len(image.layers):
             raise UsageError(f"{src}: nothing to flatten above the base, whose {first} layers are all there are")
-        sink, name = _sink(dst)
+        sink, name = _sink(dst, chosen, opened.source)
         return work.flatten(
             opened.source, image, sink, dst_name=name or image.name,
             limits=chosen.limits or bounds.from_environment(), first=first, last=last, packing=pack,
@@ -186,7 +187,7 @@ def remap(
     pack, time = packing(compression, level), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
     with api.open_image(src, platform=platform, settings=chosen) as opened, kept(chosen.store_path) as (load, tar):
         image = opened.image
-        sink, name = _sink(dst)
+        sink, name = _sink(dst, chosen, opened.source)
         if form == "portable":
             return work.portable(
                 opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
@@ -230,16 +231,16 @@ def copy(
         raise UsageError("--all-platforms and --platform exclude each other; give one of them")
     if all_platforms and reference.parse(src).transport != "store":
         with tempfile.TemporaryDirectory(prefix="layerkit-") as tmp:
-            source = reference.open_source(src, limits=limits, tmp=tmp)
+            source = reference.open_source(src, limits=limits, tmp=tmp, registry=chosen.registry)
             try:
                 # A docker archive has no index: there is one image to copy.
                 image = None if isinstance(source, copying.LayoutLike) else source.image()
-                sink, name = _sink(dst)
+                sink, name = _sink(dst, chosen, source)
                 return copying.copy(source, sink, image, dst_name=name, limits=limits, progress=progress)
             finally:
                 source.close()
     with api.open_image(src, platform=platform, settings=chosen) as opened:
-        sink, name = _sink(dst)
+        sink, name = _sink(dst, chosen, opened.source)
         return copying.copy(opened.source, sink, opened.image, dst_name=name, limits=limits, progress=progress)
 
 

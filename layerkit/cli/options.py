@@ -37,7 +37,8 @@ Ref = Annotated[
     typer.Argument(
         metavar="REF",
         help="An image: a file or folder, or `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, "
-        "`docker-archive:FILE[:NAME]`, `store:NAME`; `-` is an archive on standard input.",
+        "`docker-archive:FILE[:NAME]`, `docker://HOST/NAME[:TAG]`, `store:NAME`; "
+        "`-` is an archive on standard input.",
     ),
 ]
 UidMap = Annotated[

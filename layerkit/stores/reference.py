@@ -15,6 +15,7 @@ from layerkit.model.digest import Digest
 
 if TYPE_CHECKING:
     from layerkit.ports import ImageSink, ImageSource
+    from layerkit.stores.registry.options import RegistryOptions
 
 FILE_TRANSPORTS = ("oci", "oci-archive", "docker-archive")
 TRANSPORTS = (*FILE_TRANSPORTS, "docker-daemon", "docker", "store")
@@ -109,7 +110,12 @@ def _listing() -> str:
 
 
 def open_source(
-    ref: Reference | str, *, limits: Limits = DEFAULT, tmp: TmpDir = None, stdin: BinaryIO | None = None
+    ref: Reference | str,
+    *,
+    limits: Limits = DEFAULT,
+    tmp: TmpDir = None,
+    stdin: BinaryIO | None = None,
+    registry: RegistryOptions | None = None,
 ) -> ImageSource:
     """Open the place that ``ref`` names for reading; the image is chosen and read by ``.image()``.
 
@@ -118,9 +124,11 @@ def open_source(
         limits: bounds on what is read.
         tmp: folder for spools (standard input, compressed archives), default the system's.
         stdin: what ``-`` reads, default standard input.
+        registry: for ``docker://``; None takes the options of the environment.
 
     Raises:
         NotFound: nothing is there.
+        RegistryError: a registry fails or refuses.
         InvalidImage: it is no image, or a malformed one.
         DaemonError: no docker daemon answers.
         UsageError: a transport that is not for reading here.
@@ -130,6 +138,10 @@ def open_source(
         from layerkit.stores import docker_daemon
 
         return docker_daemon.open_source(str(ref), ref.name, ref.digest, limits=limits, tmp=tmp)
+    if ref.transport == "docker":
+        from layerkit.stores import registry as registries
+
+        return registries.open_source(ref.path, ref.name, ref.digest, options=registry, limits=limits)
     if ref.transport not in (*FILE_TRANSPORTS, "path"):
         raise _not_here(ref)
     if ref.transport == "path":
@@ -203,7 +215,13 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
 
 
 def open_sink(
-    ref: Reference | str, *, limits: Limits = DEFAULT, tmp: TmpDir = None, stdout: BinaryIO | None = None
+    ref: Reference | str,
+    *,
+    limits: Limits = DEFAULT,
+    tmp: TmpDir = None,
+    stdout: BinaryIO | None = None,
+    registry: RegistryOptions | None = None,
+    near: ImageSource | None = None,
 ) -> ImageSink:
     """Open the place that ``ref`` names for writing; give its ``name`` to ``put_manifest``.
 
@@ -215,6 +233,8 @@ def open_sink(
         limits: bounds on what is read of a layout that is there already.
         tmp: folder where an archive for standard output is kept until it is whole, default the system's.
         stdout: what ``-`` writes, default standard output.
+        registry: for ``docker://``; None takes the options of the environment.
+        near: where blobs will come from: one registry moves them between its repositories by itself.
 
     Raises:
         NotFound: the folder it is to lie in is absent.
@@ -222,6 +242,10 @@ def open_sink(
         UsageError: a transport that is not for writing here, or a target of another kind.
     """
     ref = parse(ref) if isinstance(ref, str) else ref
+    if ref.transport == "docker":
+        from layerkit.stores import registry as registries
+
+        return registries.open_sink(ref.path, ref.name, ref.digest, options=registry, near=near, limits=limits)
     if ref.transport not in (*FILE_TRANSPORTS, "docker-daemon", "path"):
         raise _not_here(ref)
     if ref.digest is not None:
@@ -250,13 +274,7 @@ def open_sink(
 
 
 def _not_here(ref: Reference) -> UsageError:
-    if ref.transport == "docker":
-        where = ref.path + (f":{ref.name}" if ref.name else "") + (f"@{ref.digest}" if ref.digest else "")
-        return UsageError(
-            f"{ref}: registries are not reached yet; copy the image with "
-            f"`skopeo copy docker://{where} oci:DIR:TAG` and use oci:DIR:TAG"
-        )
-    return UsageError(f"{ref}: {ref.transport}: is not a file, folder or daemon; use one of {_listing()}")
+    return UsageError(f"{ref}: {ref.transport}: is not a file, folder, daemon or registry; use one of {_listing()}")
 
 
 __all__ = ["TRANSPORTS", "Reference", "open_sink", "open_source", "parse"]

@@ -1,5 +1,73 @@
 """Images in registries (OCI distribution-spec 1.1 and the docker registry API that it grew from).
 
-``client`` is what others build on: :class:`RegistryClient` and the :class:`Repository` objects it gives.
-``source`` and ``sink`` are the ports of the use cases over it. Importing this package imports nothing heavy.
+``client`` is what others build on: :class:`~layerkit.stores.registry.client.RegistryClient` and the repositories
+it gives. ``source`` and ``sink`` are the ports of the use cases over it. Importing this package is cheap.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerkit.limits import DEFAULT, Limits
+
+if TYPE_CHECKING:
+    from layerkit.model.digest import Digest
+    from layerkit.ports import ImageSource
+    from layerkit.stores.registry.options import RegistryOptions
+    from layerkit.stores.registry.sink import RegistrySink
+    from layerkit.stores.registry.source import RegistrySource
+
+
+def open_source(
+    path: str, tag: str, digest: Digest | None, *, options: RegistryOptions | None = None, limits: Limits = DEFAULT
+) -> RegistrySource:
+    """Return the image ``path`` (``[HOST/]NAME``) with ``tag`` or ``digest``, with a client of its own.
+
+    Raises:
+        UsageError: no such name can be.
+    """
+    from layerkit.stores.registry.client import RegistryClient
+    from layerkit.stores.registry.names import RegistryRef
+    from layerkit.stores.registry.source import RegistrySource
+
+    ref = RegistryRef.of(path, tag if tag or digest else "latest", digest)
+    client = RegistryClient(options, limits=limits)
+    return RegistrySource(client.repository(ref), ref, limits=limits, owned=client)
+
+
+def open_sink(
+    path: str,
+    tag: str,
+    digest: Digest | None,
+    *,
+    options: RegistryOptions | None = None,
+    near: ImageSource | None = None,
+    limits: Limits = DEFAULT,
+) -> RegistrySink:
+    """Return where the image ``path`` (``[HOST/]NAME``) goes, with a client of its own.
+
+    Args:
+        path: registry and repository.
+        tag: what it is called there; "" is ``latest``, or no tag where ``digest`` is given.
+        digest: the digest that it must have.
+        options: None takes those of the environment.
+        near: where blobs will come from; if it is this registry, they are mounted and not sent.
+        limits: bounds.
+
+    Raises:
+        UsageError: no such name can be.
+    """
+    from layerkit.stores.registry.client import RegistryClient
+    from layerkit.stores.registry.names import RegistryRef
+    from layerkit.stores.registry.sink import RegistrySink
+    from layerkit.stores.registry.source import RegistrySource
+
+    ref = RegistryRef.of(path, tag, digest)
+    client = RegistryClient(options, limits=limits)
+    neighbours = []
+    if isinstance(near, RegistrySource) and near.ref.host == ref.host:
+        neighbours.append(near.ref.repository)
+    return RegistrySink(client.repository(ref), ref, mount_from=neighbours, limits=limits, owned=client)
+
+
+__all__ = ["open_sink", "open_source"]

@@ -7,6 +7,8 @@ number of times with waits that double, a random part of each taken; a ``Retry-A
 from __future__ import annotations
 
 import email.utils
+import functools
+import importlib.metadata
 import logging
 import random
 import ssl
@@ -18,7 +20,6 @@ from typing import cast
 
 import httpx2
 
-from layerkit import __version__
 from layerkit.errors import InvalidImage, LayerkitError, RegistryError, show_path
 from layerkit.formats.strict_json import JsonObject, load_object
 from layerkit.stores.registry import credentials
@@ -53,7 +54,6 @@ class Traffic:
     blobs_written: int = 0
     blobs_mounted: int = 0
     bytes_mounted: int = 0
-    bytes_avoided: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, **counts: int) -> None:
@@ -163,7 +163,7 @@ class Transport:
         auth = self._auth(endpoint)
         authorization, answered, hops = auth.header(ask.scopes), False, 0
         while True:
-            headers = {"User-Agent": f"layerkit/{__version__}", "Accept-Encoding": "identity", **ask.headers}
+            headers = {"User-Agent": _user_agent(), "Accept-Encoding": "identity", **ask.headers}
             at_home = origin(url) == origin(home)
             if at_home:
                 headers |= dict(endpoint.headers)
@@ -236,7 +236,7 @@ class Transport:
 
     def _find_scheme(self, endpoint: Endpoint) -> str:
         """Ask by TLS; plain HTTP is taken only if what answers is no TLS at all, never after a silence."""
-        headers = {"User-Agent": f"layerkit/{__version__}"}
+        headers = {"User-Agent": _user_agent()}
         try:
             self._raw(endpoint, "GET", base_url(endpoint, "https") + "/", (), headers, None).close()
         except httpx2.ConnectError as error:
@@ -266,7 +266,7 @@ class Transport:
 
     def _ask_token(self, endpoint: Endpoint, request: TokenRequest) -> JsonObject:
         what = f"token server of {endpoint.host}"
-        headers = {"User-Agent": f"layerkit/{__version__}", "Accept": "application/json"}
+        headers = {"User-Agent": _user_agent(), "Accept": "application/json"}
         if request.authorization:
             headers["Authorization"] = request.authorization
         retry = self.options.retry
@@ -369,6 +369,14 @@ def read_body(response: httpx2.Response, most: int, what: str) -> bytes:
     finally:
         response.close()
     return bytes(out)
+
+
+@functools.cache
+def _user_agent() -> str:
+    try:
+        return f"layerkit/{importlib.metadata.version('layerkit')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "layerkit"
 
 
 def _said(data: bytes) -> str:
