@@ -13,19 +13,26 @@ from typing import Annotated
 
 import typer
 
+# numpy's OpenBLAS starts a thread per processor when it is loaded, which spin for a while: 60 ms of each command,
+# and nothing here multiplies matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from layerkit import __version__
 from layerkit.cli import (
     analyze,
     bundle,
+    containerd,
     copy,
     doctor,
     flatten,
     inspect,
     mount,
+    mount_program,
     optimize,
     pack,
     registry_options,
     remap,
+    setup,
     snapshotter,
     store,
     unpack,
@@ -68,6 +75,7 @@ def main(
 for module in (
     remap,
     mount,
+    mount_program,
     bundle,
     unpack,
     pack,
@@ -80,6 +88,7 @@ for module in (
     store,
     doctor,
     snapshotter,
+    containerd,
 ):
     module.register(app)
 registry_options.add_to_commands(app)

@@ -112,8 +112,14 @@ class Catalog:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[None]:
-        """Run a transaction, alone: what is written inside the block stays whole or not at all."""
+        """Run a transaction, alone: what is written inside the block stays whole or not at all.
+
+        Inside another one it is a part of that.
+        """
         with self._lock, self._told("writing"):
+            if self._db.in_transaction:
+                yield
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

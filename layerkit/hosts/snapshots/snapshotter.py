@@ -293,8 +293,7 @@ class Snapshotter:
         self._chains.pin(chain.image)
         with self._catalog.write():
             # Its name must be new; containerd finds it by its label.
-            number = self._catalog.place(f"meta:{ref}")
-            key = f"layerkit/{number}/{above.id if above else 0}/{ref}"
+            key = f"layerkit/{above.id if above else 0}/{ref}"
             if self._catalog.find(key) is None:
                 self._catalog.insert(
                     key, above.id if above else None, Kind.COMMITTED, {**labels, REF_LABEL: ref},

@@ -1,0 +1,86 @@
+"""``layerkit containerd``: what there is to do with a containerd that runs `layerkit snapshotter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, progress
+
+app = typer.Typer(no_args_is_help=True, help="Make images of the store known to containerd.")
+
+
+@app.command("add")
+def add(
+    ref: o.Ref,
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="What containerd is to call it [default: its own name].")
+    ] = "",
+    address: Annotated[
+        Path,
+        typer.Option("--containerd", metavar="SOCKET", envvar="CONTAINERD_ADDRESS", help="containerd's socket."),
+    ] = Path("/run/containerd/containerd.sock"),
+    namespace: Annotated[
+        str, typer.Option("--namespace", "-n", envvar="CONTAINERD_NAMESPACE", help="containerd's namespace.")
+    ] = "default",
+    snapshotter: Annotated[
+        str, typer.Option("--snapshotter", help="The name that config.toml gives to `layerkit snapshotter`.")
+    ] = "layerkit",
+    platform: o.PlatformOption = None,
+    store: o.StoreDir = None,
+    jobs: o.Jobs = 1,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make an image known to containerd without download and without unpacking; then `ctr run` starts it.
+
+    Its layers are brought into layerkit's store if they are not there, and used where they lie. containerd gets
+    the manifest, the config and the names, some kilobytes; it cannot push or export such an image.
+
+    Examples:
+    `layerkit containerd add image.tar --name example.com/app:1`
+
+    `ctr run --rm --snapshotter layerkit example.com/app:1 test`
+    """
+    import time
+
+    from layerkit import api
+    from layerkit.errors import UsageError
+
+    try:
+        from layerkit.services.containerd.client import Containerd
+    except ImportError as error:
+        raise UsageError(f"this needs grpcio ({error}): pip install 'layerkit[containerd]'") from error
+
+    start = time.monotonic()
+    settings = api.Settings(store=o.store_dir(store), jobs=jobs)
+    with Containerd(address, namespace) as containerd:
+        with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+            report = image.remap(None, progress=step)
+            chosen = name or report.name
+            chain = containerd.add(image.image, chosen, snapshotter)
+    seconds = time.monotonic() - start
+    if json:
+        emit_json(
+            "containerd-add",
+            {
+                "name": chosen, "manifest": report.manifest, "chain_id": chain, "snapshotter": snapshotter,
+                "namespace": namespace, "layers_read": report.layers_read, "seconds": seconds,
+            },
+        )  # fmt: skip
+        return
+    fields(
+        [
+            ("added", f"{chosen} to containerd's namespace {namespace}"),
+            ("layers", f"{report.layers} ({report.layers_read} read just now)"),
+            ("next", f"ctr -n {namespace} run --rm --snapshotter {snapshotter} {chosen} NAME"),
+        ]
+    )
+
+
+def register(main: typer.Typer) -> None:
+    """Add this file's commands to ``main``."""
+    main.add_typer(app, name="containerd", rich_help_panel="Host")
