@@ -87,6 +87,7 @@ for module in (
     verify,
     store,
     doctor,
+    setup,
     snapshotter,
     containerd,
 ):

@@ -1,0 +1,305 @@
+"""What ``layerkit mount-program`` does: an overlay for a container over the folders that podman names.
+
+META, served by our own FUSE server or written out as a folder, lies over the storage's layer folders as data-only
+layers, and the container's folder over that. Owners are those of the map in META, so nothing is copied for it.
+The owners in the container's folder are those of the map too, on disk: the kernel writes them. So the folder is
+marked with the map, and when podman asks for the same container *without* a map, to commit it or to compare it,
+it is shown what the image would hold: a read-only snapshot with the owners mapped back.
+
+Started for every container, so it imports little; what reads layers runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from layerkit.errors import InvalidImage, LayerkitError, StoreError, UnmappedId, UnsupportedHost, UsageError
+from layerkit.formats import acl_caps
+from layerkit.formats.fuse_tree import FuseTree
+from layerkit.hosts import storage_layers as sl
+from layerkit.hosts.mount_options import Options
+from layerkit.hosts.mount_program_server import Keeper
+from layerkit.kernel import fuse, mounts, userns
+from layerkit.kernel import syscalls as sc
+
+_ATTRIBUTES = {
+    "noexec": sc.MOUNT_ATTR_NOEXEC, "nodev": sc.MOUNT_ATTR_NODEV, "nosuid": sc.MOUNT_ATTR_NOSUID,
+    "noatime": 0x10, "nodiratime": 0x80, "ro": sc.MOUNT_ATTR_RDONLY,
+}  # fmt: skip
+_METACOPY = b""
+"""Of a stub in a layer that never leaves this host: the short form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What was made.
+
+    Attributes:
+        way: ``overlay`` (the kernel's alone), ``fuse``, ``directory``, ``bind`` or ``snapshot``.
+        pid: of the process that keeps the server, 0 without one.
+        note: what a person should know, "" for nothing.
+    """
+
+    way: str
+    pid: int = 0
+    note: str = ""
+
+
+def mount(options: Options, target: Path, store: Path) -> Mounted:
+    """Mount what ``options`` ask for at ``target``; it is there in whole or not at all.
+
+    Args:
+        options: see :func:`mount_options.parse`.
+        target: an existing folder.
+        store: the local store, made if it is missing.
+
+    Raises:
+        UsageError: a container's folder that was written under another map.
+        UnmappedId: the map does not cover an owner.
+        UnsupportedHost: the kernel refuses what this needs; the message says what helps.
+        LayerkitError: a layer that cannot be read, a store that refuses.
+    """
+    return _Mount(options, target, store).run()
+
+
+class _Mount:
+    def __init__(self, options: Options, target: Path, store: Path) -> None:
+        self.options, self.target, self.store = options, target, store
+        self.privileged = userns.is_privileged()
+        self.namespace = "trusted" if self.privileged else "user"
+        self.maps = options.maps
+        self.upper = "" if options.read_only else options.upper
+
+    def run(self) -> Mounted:
+        options = self.options
+        lower = list(options.lower)
+        if options.upper and options.read_only:
+            lower.insert(0, options.upper)
+        shifted = ""
+        if self.upper:
+            shifted = sl.marker(self.upper, self.namespace)
+            if shifted and shifted != self.maps.canonical and not _is_empty(self.upper):
+                if self.maps.canonical:
+                    raise UsageError(
+                        f"{self.upper}: written under the map {shifted}, now wanted under {self.maps.canonical}; "
+                        "commit the container to an image and run that"
+                    )
+                lower.insert(0, self.upper)
+                self.upper = ""
+            elif not shifted and self.maps.canonical and not _is_empty(self.upper):
+                raise UsageError(
+                    f"{self.upper}: written by another mount program or without a map, and now wanted under "
+                    f"{self.maps.canonical}; commit the container to an image and run that"
+                )
+        layers = sl.storage_layers(lower, self.namespace)
+        if self.upper and not self.maps.canonical and self._is_mounted():
+            # podman asks again for what it has mounted already, to look at it.
+            with mounts.closing(mounts.clone(self.target)) as fd:
+                mounts.attach(fd, self.target)
+            return Mounted("bind")
+        if all(layer.fixed for layer in layers):
+            return self._over(layers)
+        with self._snapshot(layers) as file:
+            return Mounted("snapshot", self._serve(file, layers))
+
+    def _is_mounted(self) -> bool:
+        """Return whether an overlay with this container's folder is mounted at the target."""
+        target = os.path.realpath(self.target)
+        return any(
+            m.point == target
+            and m.fstype == "overlay"
+            and f"upperdir={os.path.realpath(self.upper)}" in m.super_options
+            for m in mounts.mount_table()
+        )
+
+    def _over(self, layers: Sequence[sl.StorageLayer]) -> Mounted:
+        if self.options.rendering == "directory":
+            return Mounted("directory", self._directory(layers))
+        path = sl.tree_path(self.store, sl.tree_key(layers, self.namespace))
+        if not path.exists():
+            _in_child(lambda: sl.build_tree(self.store, layers, self.namespace))
+        with path.open("rb") as file:
+            tree = _tree(file)
+            # overlayfs wants two layers at least; META and data are two.
+            enough = bool(self.upper) or len(layers) > 1
+            plain = not self.maps.canonical and tree.facts.more.get("plain") and enough
+            if plain and self.options.rendering == "auto":
+                self._overlay([mounts.open_folder(layer.path) for layer in layers], [], tree)
+                return Mounted("overlay")
+            try:
+                return Mounted("fuse", self._serve(file, layers))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EACCES, errno.ENXIO) or (
+                    error.filename != fuse.DEVICE or self.options.rendering == "fuse"
+                ):
+                    raise
+                why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
+        return Mounted("directory", self._directory(layers), why)
+
+    @contextlib.contextmanager
+    def _snapshot(self, layers: Sequence[sl.StorageLayer]) -> Iterator[BinaryIO]:
+        with tempfile.TemporaryFile(prefix="layerkit-") as file:
+
+            def write() -> None:
+                sl.write_snapshot(self.store, layers, self.namespace, file)
+                file.flush()
+
+            _in_child(write)
+            yield file
+
+    def _serve(self, file: BinaryIO, layers: Sequence[sl.StorageLayer]) -> int:
+        tree = _tree(file)
+        answers = self._answers(tree)
+        with Keeper(answers) as keeper:
+            meta = keeper.mount()
+            self._overlay([meta], [mounts.open_folder(layer.path) for layer in layers], tree)
+            return keeper.pid
+
+    def _answers(self, tree: FuseTree) -> fuse.Answers:
+        maps = self.maps
+        try:
+            uids, gids = maps.table(tree.facts.uids, "uid"), maps.table(tree.facts.gids, "gid")
+        except UnmappedId as error:
+            raise _with_path(error, tree) from None
+        sets = [
+            tuple((name, acl_caps.map_value(name, value, maps.one)) for name, value in pairs)
+            for pairs in tree.xattr_sets()
+        ]
+        return fuse.Answers(tree, uids, gids, sets, _METACOPY)
+
+    def _directory(self, layers: Sequence[sl.StorageLayer]) -> int:
+        from layerkit.hosts import storage_directory
+
+        place = storage_directory.place(self.store, layers, self.namespace, self.maps)
+        if not place.is_dir():
+            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.maps))
+        self._overlay([mounts.open_folder(place)], [mounts.open_folder(layer.path) for layer in layers], None)
+        return 0
+
+    def _overlay(self, lower: list[int], data: list[int], tree: FuseTree | None) -> None:
+        opened = [*lower, *data]
+        try:
+            upper = work = None
+            if self.upper:
+                self._prepare_upper(tree, lower[0])
+                upper, work = mounts.open_folder(self.upper), mounts.open_folder(self.options.work)
+                opened += [upper, work]
+            attributes = 0
+            for word in self.options.attributes:
+                attributes |= _ATTRIBUTES.get(word, 0)
+            if not self.upper:
+                attributes |= sc.MOUNT_ATTR_RDONLY
+            try:
+                fd = mounts.overlay(
+                    lower, data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
+                    options=self.options.overlay, attributes=attributes,
+                )  # fmt: skip
+            except OSError as error:
+                raise _refused(error, bool(data), self.privileged) from error
+            with mounts.closing(fd):
+                mounts.attach(fd, self.target)
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def _prepare_upper(self, tree: FuseTree | None, meta: int) -> None:
+        """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
+        text = self.maps.canonical
+        if not text or not _is_empty(self.upper):
+            return
+        name = f"{self.namespace}.overlay.{sl.MARKER}"
+        if tree is not None:
+            root = tree.inode(0)
+            owner = self.maps.one("uid", root.uid), self.maps.one("gid", root.gid)
+            mode = root.mode & 0o7777
+        else:
+            seen = os.fstat(meta)
+            owner, mode = (seen.st_uid, seen.st_gid), seen.st_mode & 0o7777
+        os.setxattr(self.upper, name, text.encode())
+        os.chown(self.upper, *owner)
+        Path(self.upper).chmod(mode)
+
+
+class BuildFailed(LayerkitError):
+    """Layers could not be read, in the process that was to do it; message and exit code are its own."""
+
+    def __init__(self, text: str, code: int) -> None:
+        """Carry on what the other process said."""
+        super().__init__(text)
+        self.exit_code = code  # type: ignore[misc]
+
+
+def _in_child(work: Callable[[], object]) -> None:
+    """Run ``work`` in a process of its own: numpy and its threads must not be in one that forks servers.
+
+    Raises:
+        BuildFailed: it failed.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code, text = 0, ""
+        try:
+            work()
+        except LayerkitError as error:
+            code, text = error.exit_code, str(error)
+        except OSError as error:
+            code, text = 1, f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except BaseException as error:
+            code, text = 1, f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            os.write(write, text.encode("utf-8", "replace")[:60_000])
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as said:
+        text = said.read().decode("utf-8", "replace")
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        raise BuildFailed(text or f"reading the layers ended with {status}; try again", status if status > 0 else 1)
+
+
+def _tree(file: BinaryIO) -> FuseTree:
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise InvalidImage(f"{file.name}: empty; remove its folder, and it is made again")
+    return FuseTree(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), str(file.name))
+
+
+def _is_empty(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
+
+
+def _with_path(error: UnmappedId, tree: FuseTree) -> UnmappedId:
+    """Return ``error`` with the first path that has the owner."""
+    for row in range(tree.inodes):
+        inode = tree.inode(row)
+        if (inode.gid if error.kind == "gid" else inode.uid) == error.value:
+            return UnmappedId(tree.path(inode), error.kind, error.value, error.ranges)
+    return error
+
+
+def _refused(error: OSError, data_only: bool, privileged: bool) -> LayerkitError:
+    """Return what a refusal of overlayfs means for a person."""
+    if error.errno == errno.EINVAL and data_only:
+        needs = "Linux 6.8 (data-only layers by name)" if privileged else "Linux 6.16 (the same for ordinary users)"
+        return UnsupportedHost(
+            f"overlay layers of data only here ({error.strerror})",
+            f"it needs {needs}; take mount_program out of storage.conf (`layerkit setup podman --undo`), or name "
+            "fuse-overlayfs there: podman then copies, or maps in FUSE",
+        )
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return UnsupportedHost(
+            f"an overlay mount ({error.strerror})", "run it as podman does: as root, or in `podman unshare`"
+        )
+    if error.errno in (errno.EBUSY, errno.ESTALE):
+        return StoreError(f"{error}: the container's folder is in use by another mount; stop that container")
+    return StoreError(f"{error}")

@@ -1,0 +1,250 @@
+"""Layer folders of containers-storage as a mount program gets them, and the tree to serve over them.
+
+The fast way, taken for every container, stats each folder and looks for one file in the store. Only when that
+is missing are the folders read, merged and written down, in a process of its own: numpy and what else that
+takes stays out of the one that serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from layerkit.errors import NotFound, UnsupportedHost
+from layerkit.hosts.mount_options import IdMaps
+
+if TYPE_CHECKING:
+    from layerkit.limits import Limits
+    from layerkit.model.index import Index
+    from layerkit.stores.local import LocalStore
+
+TREE_FILE = "tree.fuse"
+FORMAT_VERSION = 1
+MARKER = "layerkit"
+"""Of an upper: its private xattr ``overlay.layerkit`` holds the map that its owners on disk were made under."""
+
+_MAPPED = re.compile(r"(.*/[^/]+/mapped/\d+)(/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class StorageLayer:
+    """A folder below the writable one.
+
+    Attributes:
+        path: without links; not through an idmapped mount.
+        identity: equal for as long as the folder is the one it was; for the key of what is made of it.
+        shifted: canonical map that the owners on disk were made under, "" for a layer of an image.
+        fixed: whether it never changes again: a layer of an image, and no container's writable folder.
+    """
+
+    path: Path
+    identity: str
+    shifted: str = ""
+    fixed: bool = True
+
+
+def storage_layers(folders: Sequence[str], namespace: str) -> tuple[StorageLayer, ...]:
+    """Return the layers in ``folders``, top first.
+
+    Args:
+        folders: as in ``lowerdir``; links, and paths through the idmapped mounts that a rootful podman makes
+            (``CONTAINER/mapped/N/LAYER/diff``), are followed to the folder itself: a map is applied once.
+        namespace: ``trusted`` or ``user``.
+
+    Raises:
+        NotFound: one is not there.
+        UnsupportedHost: an idmapped mount whose source cannot be found.
+    """
+    return tuple(_layer(folder, namespace) for folder in folders)
+
+
+def _layer(folder: str, namespace: str) -> StorageLayer:
+    path = os.path.realpath(folder)
+    try:
+        seen = os.stat(path)
+    except OSError as error:
+        raise NotFound(
+            f"{folder}: the layer is not there ({error.strerror}); podman removes it with the last image that has "
+            "it: pull the image again"
+        ) from None
+    if _MAPPED.fullmatch(path):
+        path = _unmapped(path, seen)
+    shifted = marker(path, namespace)
+    # A folder that was mounted writable has overlayfs's own folder in the one beside it.
+    fixed = not shifted and not os.path.isdir(f"{os.path.dirname(path)}/work/work")
+    identity = f"{path}\0{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
+    return StorageLayer(Path(path), identity, shifted, fixed)
+
+
+def marker(path: str, namespace: str) -> str:
+    """Return the map that an upper was written under, "" where it says none."""
+    try:
+        return os.getxattr(path, f"{namespace}.overlay.{MARKER}").decode()
+    except OSError:
+        return ""
+
+
+def _unmapped(path: str, seen: os.stat_result) -> str:
+    """Return the folder that ``path`` shows through an idmapped mount of a folder above it."""
+    rows = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        _, _, device, root, point, *_ = line.split(" ")
+        rows.append((device, root.rstrip("/"), point.rstrip("/")))
+    # The last mount at the longest point is the one that is seen.
+    above = [row for row in rows if path == row[2] or path.startswith(row[2] + "/")]
+    if above:
+        device, root, point = max(reversed(above), key=lambda row: len(row[2]))
+        inside = root + path[len(point) :]
+        for other, other_root, other_point in rows:
+            if other == device and other_point != point and (inside + "/").startswith(other_root + "/"):
+                candidate = other_point + inside[len(other_root) :]
+                try:
+                    found = os.stat(candidate)
+                except OSError:
+                    continue
+                same = (found.st_dev, found.st_ino) == (seen.st_dev, seen.st_ino)
+                if same and not _MAPPED.fullmatch(candidate):
+                    return candidate
+    raise UnsupportedHost(
+        f"the folder behind {path}", "podman's idmapped mount hides it; take mount_program out of storage.conf"
+    )
+
+
+def tree_key(layers: Sequence[StorageLayer], namespace: str) -> str:
+    """Return the key of the META of a chain of layers (top first); no map is in it."""
+    parts = ("layerkit.storage-layers", FORMAT_VERSION, namespace, *(layer.identity for layer in layers))
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def tree_path(store: Path, key: str) -> Path:
+    """Return where the META with this key lies in a store, made or not.
+
+    A META appears in a store by rename, whole; so the file itself says that it may be used.
+    """
+    return store / "meta" / key / TREE_FILE
+
+
+# Only the process that builds comes further.
+
+
+def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str) -> Path:
+    """Make the META of ``layers`` (top first, all fixed) in the store unless it is there; return its file.
+
+    Raises:
+        LayerkitError: a folder that cannot be adopted, or a disk that refuses.
+    """
+    from layerkit import limits as bounds
+    from layerkit.emit.fuse import write_tree
+    from layerkit.hosts.adopt_meta import Stacking, metadata_over_folders
+    from layerkit.merge import merge
+    from layerkit.metaonly import Namespace
+    from layerkit.stores.local import LocalStore
+
+    limits = bounds.from_environment()
+    key = tree_key(layers, namespace)
+    with LocalStore.open(store_root, limits=limits) as store, store.hold(), store.meta_lock(key):
+        kept = store.meta(key)
+        if kept is not None:
+            return kept.path / TREE_FILE
+        diff_ids, indexes = read_indexes(store, layers, limits)
+        tree = merge(indexes, limits=limits)
+        meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
+        paths = [os.fspath(layer.path) for layer in layers]
+        with store.begin_meta(key) as writer:
+            with (writer.path / TREE_FILE).open("xb") as file:
+                write_tree(meta, file, {"plain": not any(map(_has_aufs_marks, layers, reversed(indexes)))})
+            info: dict[str, Any] = {
+                "tree": f"sha256:{key}", "map": "", "rendering": "fuse", "namespace": namespace,
+                "names": len(tree), "folders": paths, "identities": [layer.identity for layer in layers],
+                "diff_ids": diff_ids,
+            }  # fmt: skip
+            return writer.commit(info).path / TREE_FILE
+
+
+def read_indexes(
+    store: LocalStore, layers: Sequence[StorageLayer], limits: Limits
+) -> tuple[list[str], list[Index]]:
+    """Return the names and the indexes of ``layers`` (top first), bottom first, read and kept where they are not.
+
+    Raises:
+        LayerkitError: a folder that cannot be adopted.
+    """
+    from layerkit.hosts.adopt_index import LayerFolder, Marks
+    from layerkit.hosts.adopt_meta import adopt_layers
+
+    folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
+    image = adopt_layers(store, folders, limits=limits)
+    indexes = [store.load_index(diff_id) for diff_id in image.diff_ids]
+    return [str(diff_id) for diff_id in image.diff_ids], [index for index in indexes if index is not None]
+
+
+def _has_aufs_marks(layer: StorageLayer, index: Index) -> bool:
+    """Return whether deletions are in it that the kernel does not understand."""
+    import numpy as np
+
+    from layerkit.model.entry import Kind
+
+    for kind in (Kind.WHITEOUT, Kind.OPAQUE):
+        for path in index.path.take(np.flatnonzero(index.kind == kind)).tolist():
+            folder, _, name = path.rpartition(b"/")
+            mark = (
+                os.path.join(path, b".wh..wh..opq") if kind is Kind.OPAQUE else os.path.join(folder, b".wh." + name)
+            )
+            if os.path.lexists(os.path.join(os.fsencode(layer.path), mark)):
+                return True
+    return False
+
+
+def write_snapshot(store_root: Path, layers: Sequence[StorageLayer], namespace: str, out: BinaryIO) -> None:
+    """Write to ``out`` the META of ``layers`` (top first) as they are at this moment.
+
+    Some of them are writable folders of containers, perhaps written under a map: their owners are mapped back,
+    and those that the map never gives out become 65534, but for 0, which podman's own work leaves.
+    """
+    from layerkit import limits as bounds
+    from layerkit.emit.fuse import write_tree
+    from layerkit.hosts.adopt_index import Marks, index_layer_folder
+    from layerkit.hosts.adopt_meta import Stacking, metadata_over_folders
+    from layerkit.merge import merge
+    from layerkit.metaonly import Namespace
+    from layerkit.stores.local import LocalStore
+
+    limits = bounds.from_environment()
+    with LocalStore.open(store_root, limits=limits) as store, store.hold():
+        indexes = list[Any]()
+        for layer in reversed(layers):
+            if layer.fixed:
+                indexes += read_indexes(store, [layer], limits)[1]
+            else:
+                index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
+                indexes.append(_shifted_back(index, IdMaps.parse(layer.shifted)))
+        tree = merge(indexes, limits=limits)
+        meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
+        write_tree(meta, out, {"plain": False})
+
+
+def _shifted_back(index: Index, maps: IdMaps) -> Index:
+    """Return an index of what was written under ``maps`` with the owners that the image would have."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from layerkit.formats import acl_caps
+
+    back = maps.inverse()
+    uids, gids = (
+        back.table(np.unique(column).tolist(), kind) for column, kind in ((index.uid, "uid"), (index.gid, "gid"))
+    )
+    sets = tuple(
+        tuple((name, acl_caps.map_value(name, value, back.one)) for name, value in pairs)
+        for pairs in index.xattr_sets
+    )
+    uid = np.array([uids[number] for number in index.uid.tolist()], np.uint32)
+    gid = np.array([gids[number] for number in index.gid.tolist()], np.uint32)
+    return replace(index, uid=uid, gid=gid, xattr_sets=sets)
