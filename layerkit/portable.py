@@ -34,7 +34,7 @@ from layerkit.model.tree import Tree
 from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
 from layerkit.ports import ImageSink, ImageSource, Progress
 from layerkit.squash import layer_of
-from layerkit.stubs import STOCK_WARNINGS, VENDOR_WARNINGS, as_stubs
+from layerkit.stubs import STOCK_WARNINGS, VENDOR_WARNINGS, as_stubs, refuse_overlay
 
 
 def map_index(index: Index, mapping: Mapping) -> Index:
@@ -161,6 +161,7 @@ def portable(
     *,
     dst_name: str,
     limits: Limits,
+    strict: bool = False,
     packing: Packing | None = None,
     created: str | None = None,
     load: LoadIndex = lambda _: None,
@@ -171,10 +172,11 @@ def portable(
     """Write ``image`` with mapped owners in every layer, layer by layer; the sink is committed.
 
     A layer in which the map changes nothing keeps its blob. The written ones are read back, and the root
-    filesystem they make must be the mapped one before anything becomes visible. See
-    :func:`layerkit.flattening.flatten` for the arguments.
+    filesystem they make must be the mapped one before anything becomes visible. ``strict`` refuses overlay
+    xattrs that the image brings. See :func:`layerkit.flattening.flatten` for the other arguments.
 
     Raises:
+        UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
         UnmappedId: an id outside the map and no overflow id.
         InvalidImage: a damaged image, or a result that is not right; nothing is written then.
     """
@@ -182,6 +184,8 @@ def portable(
     try:
         with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as all_layers:
             indexes, read = all_layers.indexes, all_layers.read
+        for index in indexes if strict else ():
+            refuse_overlay(index, list(Namespace), "refused under --strict")
         mapped, want = map_layers(indexes, mapping, limits=limits)
         known = {index.diff_id: index for index in indexes}
         layers: list[Layer | NewLayer] = []
@@ -230,13 +234,14 @@ def _content(contents: Contents, index: Index) -> Content:
     return lambda row: contents.stored(0, int(index.offset[row]), stored_bytes(index, row))
 
 
-def stub_layer(tree: Tree) -> Index:
+def stub_layer(tree: Tree, *, strict: bool = False) -> Index:
     """Return a layer that holds all of ``tree``, every file that is not empty as a stub over its own path.
 
     Raises:
+        UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
         LossyResult: something that overlayfs cannot show through a stub.
     """
-    index = layer_of(metadata_layer(tree, Namespace.TRUSTED).tree).index
+    index = layer_of(metadata_layer(tree, Namespace.TRUSTED, strict=strict).tree).index
     stubs = np.flatnonzero((index.kind == Kind.REG) & (index.size > 0)).tolist()
     return replace(as_stubs(index, dict.fromkeys(stubs, b"")), offset=np.full(len(index), -1, np.int64))
 
@@ -250,6 +255,7 @@ def append_meta(
     dst_name: str,
     limits: Limits,
     stock_media_type: bool = False,
+    strict: bool = False,
     packing: Packing | None = None,
     created: str | None = None,
     load: LoadIndex = lambda _: None,
@@ -265,7 +271,8 @@ def append_meta(
         mapping: the id map.
         dst_name: name of the image in the sink.
         limits: bounds on input.
-        stock_media_type: use the standard media type of layers; see :data:`STOCK_WARNINGS`.
+        stock_media_type: use the standard media type of layers; see :data:`layerkit.stubs.STOCK_WARNINGS`.
+        strict: refuse overlay xattrs that the image brings, instead of escaping them.
         packing: compression of the layer.
         created: RFC 3339 time of the result; None keeps that of the image.
         load: gives kept indexes.
@@ -282,7 +289,7 @@ def append_meta(
             indexes, read = contents.indexes, contents.read
         tree = apply_map(merge(indexes, limits=limits), mapping)
         descriptor, diff_id = write_layer(
-            stub_layer(tree), _no_content, sink, packing=packing,
+            stub_layer(tree, strict=strict), _no_content, sink, packing=packing,
             media_type="" if stock_media_type else artifact.META_TAR + packing.suffix,
             limits=limits, progress=progress, tmp=tmp,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 from layerkit import api
 from layerkit import limits as bounds
@@ -27,10 +27,23 @@ if TYPE_CHECKING:
     from layerkit.flattening import FlattenReport
     from layerkit.idmap import Mapping
     from layerkit.model.digest import Digest
+    from layerkit.model.image import Image
     from layerkit.model.index import Index
     from layerkit.model.reports import RemapReport
     from layerkit.pack import Packing
     from layerkit.ports import ImageSink, ImageSource, Progress
+
+    OpenSink = Callable[[], ImageSink]
+
+_Report = TypeVar("_Report", covariant=True)
+
+
+class Work(Protocol[_Report]):
+    """What is done to one image."""
+
+    def __call__(self, source: ImageSource, image: Image, open_sink: OpenSink, name: str, /) -> _Report:
+        """Write what becomes of ``image`` to a sink, which is committed, under ``name`` (or the image's own)."""
+        ...
 
 
 def packing(compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
@@ -76,12 +89,13 @@ def kept(path: Path) -> Iterator[tuple[Callable[[Digest], Index | None], Callabl
             yield store.load_index, open_tar
 
 
-def _sink(dst: str, settings: api.Settings, near: ImageSource) -> tuple[ImageSink, str]:
+def sink_to(dst: str, settings: api.Settings, near: ImageSource) -> tuple[OpenSink, str]:
+    """Return what opens the destination ``dst``, and the name that the image gets there, "" to keep its own."""
     from layerkit.stores import reference
 
     parsed = reference.parse(dst)
     limits = settings.limits or bounds.from_environment()
-    return reference.open_sink(parsed, limits=limits, registry=settings.registry, near=near), parsed.name
+    return lambda: reference.open_sink(parsed, limits=limits, registry=settings.registry, near=near), parsed.name
 
 
 def flatten(
@@ -90,11 +104,12 @@ def flatten(
     *,
     from_layer: str | None = None,
     to_layer: str | None = None,
-    keep_base: str | None = None,
+    keep_base: str | int | None = None,
     platform: str | None = None,
     settings: api.Settings | None = None,
     compression: str = "gzip",
     level: int | None = None,
+    jobs: int | None = None,
     created: str | None = None,
     progress: Progress | None = None,
 ) -> FlattenReport:
@@ -110,6 +125,7 @@ def flatten(
         settings: store and limits.
         compression: of the new layer: ``gzip``, ``zstd`` or ``none``.
         level: of the compression.
+        jobs: threads that compress; None is one for each core. The result does not depend on it.
         created: time of the result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, and
             without that the time of the image stays.
         progress: told of bytes read and written; what it raises ends the work.
@@ -118,26 +134,48 @@ def flatten(
         UsageError: layers that are not there, or a base that is not the image's.
         InvalidImage: a damaged image.
     """
-    from layerkit import flattening as work
-
     chosen = settings or api.Settings()
+    work = flattening(
+        src, from_layer=from_layer, to_layer=to_layer, keep_base=keep_base, settings=chosen,
+        pack=packing(compression, level, jobs), created=created, progress=progress,
+    )  # fmt: skip
+    with api.open_image(src, platform=platform, settings=chosen) as opened:
+        return work(opened.source, opened.image, *sink_to(dst, chosen, opened.source))
+
+
+def flattening(
+    src: str,
+    *,
+    from_layer: str | None,
+    to_layer: str | None,
+    keep_base: str | int | None,
+    settings: api.Settings,
+    pack: Packing,
+    created: str | None,
+    progress: Progress | None,
+) -> Work[FlattenReport]:
+    """Return what :func:`flatten` does to one image."""
+    from layerkit import flattening as use_case
+
     if keep_base is not None and from_layer is not None:
         raise UsageError("--keep-base and --from both say where to begin; give one of them")
-    pack, time = packing(compression, level), work.creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
-    with api.open_image(src, platform=platform, settings=chosen) as opened, kept(chosen.store_path) as (load, tar):
-        image = opened.image
-        first = 0 if from_layer is None else work.place_of(image, from_layer)
+    time = use_case.creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+
+    def work(source: ImageSource, image: Image, open_sink: OpenSink, name: str) -> FlattenReport:
+        first = 0 if from_layer is None else use_case.place_of(image, from_layer)
         if keep_base is not None:
-            first = _base_count(opened, keep_base, chosen)
-        last = None if to_layer is None else work.place_of(image, to_layer)
+            first = base_count(image, keep_base, settings)
+        last = None if to_layer is None else use_case.place_of(image, to_layer)
         if first == len(image.layers):
             raise UsageError(f"{src}: nothing to flatten above the base, whose {first} layers are all there are")
-        sink, name = _sink(dst, chosen, opened.source)
-        return work.flatten(
-            opened.source, image, sink, dst_name=name or image.name,
-            limits=chosen.limits or bounds.from_environment(), first=first, last=last, packing=pack,
-            created=time, load=load, open_tar=tar, progress=progress,
-        )  # fmt: skip
+        with kept(settings.store_path) as (load, tar):
+            return use_case.flatten(
+                source, image, open_sink(), dst_name=name or image.name,
+                limits=settings.limits or bounds.from_environment(), first=first, last=last, packing=pack,
+                created=time, load=load, open_tar=tar, progress=progress,
+            )  # fmt: skip
+
+    return work
 
 
 def remap(
@@ -151,6 +189,7 @@ def remap(
     settings: api.Settings | None = None,
     compression: str = "gzip",
     level: int | None = None,
+    jobs: int | None = None,
     created: str | None = None,
     progress: Progress | None = None,
 ) -> RemapReport:
@@ -168,6 +207,7 @@ def remap(
         settings: store and limits.
         compression: of new layers.
         level: of the compression.
+        jobs: threads that compress.
         created: time of the result.
         progress: told of bytes read and written; what it raises ends the work.
 
@@ -184,18 +224,19 @@ def remap(
         raise UsageError("--stock-media-type means something only with --form layer")
     chosen = settings or api.Settings()
     limits = chosen.limits or bounds.from_environment()
-    pack, time = packing(compression, level), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+    pack, time = packing(compression, level, jobs), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
     with api.open_image(src, platform=platform, settings=chosen) as opened, kept(chosen.store_path) as (load, tar):
         image = opened.image
-        sink, name = _sink(dst, chosen, opened.source)
+        open_sink, name = sink_to(dst, chosen, opened.source)
+        sink = open_sink()
         if form == "portable":
             return work.portable(
                 opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
-                created=time, load=load, open_tar=tar, progress=progress,
+                strict=chosen.strict, created=time, load=load, open_tar=tar, progress=progress,
             )  # fmt: skip
         return work.append_meta(
             opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
-            stock_media_type=stock_media_type, created=time, load=load, progress=progress,
+            stock_media_type=stock_media_type, strict=chosen.strict, created=time, load=load, progress=progress,
         )  # fmt: skip
 
 
@@ -235,25 +276,32 @@ def copy(
             try:
                 # A docker archive has no index: there is one image to copy.
                 image = None if isinstance(source, copying.LayoutLike) else source.image()
-                sink, name = _sink(dst, chosen, source)
-                return copying.copy(source, sink, image, dst_name=name, limits=limits, progress=progress)
+                open_sink, name = sink_to(dst, chosen, source)
+                return copying.copy(source, open_sink(), image, dst_name=name, limits=limits, progress=progress)
             finally:
                 source.close()
     with api.open_image(src, platform=platform, settings=chosen) as opened:
-        sink, name = _sink(dst, chosen, opened.source)
-        return copying.copy(opened.source, sink, opened.image, dst_name=name, limits=limits, progress=progress)
+        open_sink, name = sink_to(dst, chosen, opened.source)
+        return copying.copy(
+            opened.source, open_sink(), opened.image, dst_name=name, limits=limits, progress=progress
+        )
 
 
-def _base_count(opened: api.OpenImage, keep_base: str, settings: api.Settings) -> int:
-    from layerkit import flattening as work
+def base_count(image: Image, keep_base: str | int, settings: api.Settings) -> int:
+    """Return how many layers of ``image`` the base has that ``keep_base`` names, or is the number of.
 
-    if keep_base.isascii() and keep_base.isdigit() and not Path(keep_base).exists():
-        count = int(keep_base)
-        if not 0 <= count <= len(opened.image.layers):
-            raise UsageError(f"--keep-base {keep_base}: the image has {len(opened.image.layers)} layers")
-        return count
-    with api.open_image(keep_base, platform=str(opened.image.platform), settings=settings) as base:
-        return work.base_layers(opened.image, base.image, keep_base)
+    Raises:
+        UsageError: more layers than there are, or an image that ``image`` was not built on.
+    """
+    from layerkit import flattening as use_case
+
+    text = str(keep_base)
+    if text.isascii() and text.lstrip("-").isdigit() and not Path(text).exists():
+        if not 0 <= int(text) <= len(image.layers):
+            raise UsageError(f"--keep-base {text}: the image has {len(image.layers)} layers")
+        return int(text)
+    with api.open_image(text, platform=str(image.platform), settings=settings) as base:
+        return use_case.base_layers(image, base.image, text)
 
 
-__all__ = ["copy", "flatten", "kept", "packing", "remap"]
+__all__ = ["Work", "base_count", "copy", "flatten", "flattening", "kept", "packing", "remap", "sink_to"]

@@ -41,6 +41,7 @@ VENDOR_WARNINGS = (
 
 _METACOPY = Namespace.TRUSTED.prefix + b"metacopy"
 _REDIRECT = Namespace.TRUSTED.prefix + b"redirect"
+_AMONG_STUBS = "which would mean something else among stubs; leave out --metadata-only"
 # A stub has a PAX header and a map of its hole: no smaller than a file of so many bytes.
 _LEAST_BYTES = 2048
 
@@ -119,7 +120,7 @@ def plan_stubs(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits =
         if not rows:
             layers.append(PlannedLayer(place, Action.KEEP, index, content, before, before))
             continue
-        _refuse_foreign(index)
+        refuse_overlay(index, [Namespace.TRUSTED], _AMONG_STUBS)
         made = as_stubs(index, rows)
         content[np.fromiter(rows, np.int64, len(rows))] = -1
         layers.append(PlannedLayer(place, Action.STUBS, made, content, before, stored_sum(made)))
@@ -161,15 +162,21 @@ def _doubled(index: Index, below: Tree) -> dict[int, bytes]:
     return out
 
 
-def _refuse_foreign(index: Index) -> None:
+def refuse_overlay(index: Index, namespaces: Sequence[Namespace], why: str) -> None:
+    """Raise if an entry of ``index`` brings overlay xattrs of one of ``namespaces``; ``why`` ends the message.
+
+    Raises:
+        UnsafeEntry: it does.
+    """
+    prefixes = tuple(namespace.prefix for namespace in namespaces)
     for at, pairs in enumerate(index.xattr_sets):
         users = np.flatnonzero(index.xattr == at)
-        if len(users) and any(name.startswith(Namespace.TRUSTED.prefix) for name, _ in pairs):
+        found = [name for name, _ in pairs if name.startswith(prefixes)]
+        if len(users) and found:
+            path = index.path[int(users[0])]
             raise UnsafeEntry(
-                str(index.diff_id), index.path[int(users[0])],
-                "brings overlay xattrs of its own, which would mean something else among stubs; "
-                "leave out --metadata-only",
-            )  # fmt: skip
+                str(index.diff_id), path, f"brings the overlay xattr {show_path(found[0])} of its own, {why}"
+            )
 
 
-__all__ = ["STOCK_WARNINGS", "VENDOR_WARNINGS", "as_stubs", "filled", "plan_stubs"]
+__all__ = ["STOCK_WARNINGS", "VENDOR_WARNINGS", "as_stubs", "filled", "plan_stubs", "refuse_overlay"]
