@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import CompressionOption, Created, Level
+from layerkit.cli.flatten import AllPlatforms, CompressionOption, Created, Level, Threads, no_choice, show_platforms
 from layerkit.cli.render import emit_json, fields, human, note, progress, table
 from layerkit.errors import UsageError
 
@@ -33,10 +33,26 @@ def optimize(
             help="Never touch the layers of this image, or the lowest N: who has the base shares it.",
         ),
     ] = None,
+    metadata_only: Annotated[
+        bool,
+        typer.Option(
+            "--metadata-only",
+            help="Make stubs of doubled files instead, for hosts that mount with metacopy=on and for no others.",
+        ),
+    ] = False,
+    stock_media_type: Annotated[
+        bool,
+        typer.Option(
+            "--stock-media-type",
+            help="With --metadata-only: the standard media type. DANGEROUS: most runtimes show files of zeros.",
+        ),
+    ] = False,
     compression: CompressionOption = "gzip",
     level: Level = None,
+    jobs: Threads = None,
     created: Created = None,
     platform: o.PlatformOption = None,
+    all_platforms: AllPlatforms = False,
     store: o.StoreDir = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -53,17 +69,34 @@ def optimize(
     `layerkit optimize oci:images:app oci:images:app-small --keep-base oci:images:base`
 
     `layerkit optimize image.tar oci-archive:small.tar --compression zstd`
+
+    `layerkit optimize oci:images:multi oci:images:multi-small --all-platforms`
     """
     from layerkit import api, optimizing
 
     if dst is None and not dry_run:
         raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
     settings = api.Settings(store=o.store_dir(store))
+    if all_platforms:
+        from layerkit import every_platform
+
+        no_choice(platform)
+        with progress(quiet) as step:
+            whole = every_platform.optimize(
+                src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
+                stock_media_type=stock_media_type, settings=settings, compression=compression, level=level,
+                jobs=jobs, created=created, progress=step,
+            )  # fmt: skip
+        show_platforms("optimize-platforms", whole, dst or "", json=json, quiet=quiet)
+        return
     with progress(quiet) as step:
         report = optimizing.optimize(
-            src, None if dry_run else dst, keep_base=keep_base, platform=platform, settings=settings,
-            compression=compression, level=level, created=created, progress=step,
+            src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
+            stock_media_type=stock_media_type, platform=platform, settings=settings, compression=compression,
+            level=level, jobs=jobs, created=created, progress=step,
         )  # fmt: skip
+    for warning in report.warnings:
+        note(f"warning: {warning}", quiet=quiet)
     if json:
         emit_json("optimize", report.to_dict())
     elif dst is not None and not dry_run and dst.rpartition(":")[2] == "-":  # standard output holds the archive

@@ -72,7 +72,17 @@ def remap(
     data: o.Data = "auto",
     platform: o.PlatformOption = None,
     store: o.StoreDir = None,
-    jobs: o.Jobs = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            max=64,
+            envvar="LAYERKIT_JOBS",
+            help="Layers read at the same time [default: 1], or threads that compress [default: all cores].",
+        ),
+    ] = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -101,14 +111,14 @@ def remap(
         raise UsageError(f"--form {form} writes an image: give DST and a map")
     if stock_media_type and form != "layer":
         raise UsageError("--stock-media-type means something only with --form layer")
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
+    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
         from layerkit import rewrites
 
         with progress(quiet) as step:
             result = rewrites.remap(
                 src, dst, mapping, form=form, stock_media_type=stock_media_type, platform=platform,
-                settings=settings, compression=compression, level=level, created=created, progress=step,
+                settings=settings, compression=compression, level=level, jobs=jobs, created=created, progress=step,
             )  # fmt: skip
         _show(result, dst, json, quiet)
         return

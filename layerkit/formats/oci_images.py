@@ -101,6 +101,24 @@ def _leaves(
         yield from _leaves(fetch, inner.manifests, where, limits, visited, (*above, entry.digest))
 
 
+def every(
+    fetch: Fetch, entries: Sequence[Descriptor], name: str, where: str, *, limits: Limits = DEFAULT
+) -> list[Image]:
+    """Return the images of all platforms among ``entries`` and the indexes they lead to, each once.
+
+    Raises:
+        InvalidImage: as for :func:`select`.
+    """
+    seen: dict[Digest, Descriptor] = {}
+    for leaf in _leaves(fetch, entries, where, limits, set()):
+        seen.setdefault(leaf.digest, leaf)
+        limits.check("manifests_per_index", len(seen), f"{where}: manifests in nested indexes")
+    return [
+        build_image(name, fetch_manifest(fetch, entry, where, limits), entry, fetch, where, limits=limits)
+        for entry in seen.values()
+    ]
+
+
 def select(
     fetch: Fetch,
     entries: Sequence[Descriptor],
