@@ -70,6 +70,7 @@ class Claim:
         targets: where its artifact is still missing.
         token: of the lease.
         attempt: 1 for the first.
+        anew: whether the artifact is to be made even if the registry has one.
     """
 
     job: str
@@ -77,6 +78,7 @@ class Claim:
     targets: tuple[Target, ...]
     token: str
     attempt: int
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ _FIGURES = ("bytes_read", "bytes_written", "bytes_mounted", "bytes_avoided", "la
 _SCHEMA = f"""
 CREATE TABLE jobs (
     id TEXT PRIMARY KEY, digest TEXT NOT NULL, mapping TEXT NOT NULL, options TEXT NOT NULL,
-    version INTEGER NOT NULL, state TEXT NOT NULL, urgent INTEGER NOT NULL DEFAULT 0,
+    version INTEGER NOT NULL, state TEXT NOT NULL,
+    urgent INTEGER NOT NULL DEFAULT 0, anew INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL, owner TEXT, token TEXT, lease_until REAL,
     created REAL NOT NULL, started REAL, finished REAL, why TEXT NOT NULL DEFAULT '',
@@ -196,9 +197,9 @@ class Queue:
             _put_target(db, job, target)
         if state != before:
             db.execute(
-                "UPDATE jobs SET state = ?, attempts = 0, losses = 0, not_before = ?, created = ?, finished = NULL,"
-                " why = '' WHERE id = ?",
-                (state, now, now, job),
+                "UPDATE jobs SET state = ?, anew = ?, attempts = 0, losses = 0, not_before = ?, created = ?,"
+                " finished = NULL, why = '' WHERE id = ?",
+                (state, wish.again, now, now, job),
             )
         if wish.urgent and not urgent and state == "waiting":
             db.execute("UPDATE jobs SET urgent = 1, not_before = min(not_before, ?) WHERE id = ?", (now, job))
@@ -234,11 +235,11 @@ class Queue:
         owner, now, claims = self._hold(), self._clock(), []
         with self._write() as db:
             rows = db.execute(
-                "SELECT id, digest, mapping, options, version, attempts FROM jobs WHERE state = 'waiting'"
+                "SELECT id, digest, mapping, options, version, attempts, anew FROM jobs WHERE state = 'waiting'"
                 " AND not_before <= ? ORDER BY urgent DESC, not_before LIMIT ?",
                 (now, count),
             ).fetchall()
-            for job, digest, mapping, options, version, attempts in rows:
+            for job, digest, mapping, options, version, attempts, anew in rows:
                 token = secrets.token_hex(8)
                 db.execute(
                     "UPDATE jobs SET state = 'running', owner = ?, token = ?, lease_until = ?, started = ?"
@@ -254,7 +255,7 @@ class Queue:
                     )
                 )
                 key = Key(Digest.parse(digest), mapping, options, version)
-                claims.append(Claim(job, key, targets, token, attempts + 1))
+                claims.append(Claim(job, key, targets, token, attempts + 1, bool(anew)))
         return claims
 
     def heartbeat(self, claims: Iterable[Claim]) -> set[str]:
@@ -295,8 +296,8 @@ class Queue:
             state = "waiting" if more else outcome.state
             figures = [_number(outcome.report.get(name)) for name in _FIGURES]
             db.execute(
-                "UPDATE jobs SET state = ?, urgent = 0, attempts = 0, losses = 0, owner = NULL, token = NULL,"
-                " lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
+                "UPDATE jobs SET state = ?, urgent = 0, anew = 0, attempts = 0, losses = 0, owner = NULL,"
+                " token = NULL, lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
                 + ", ".join(f"{name} = {name} + ?" for name in _FIGURES)
                 + " WHERE id = ?",
                 (state, now, now, outcome.why, json.dumps(dict(outcome.report)), *figures, claim.job),
@@ -329,6 +330,17 @@ class Queue:
                     (claim.job, claim.token),
                 )
 
+    def lose(self, claims: Iterable[Claim]) -> None:
+        """Give ``claims`` back whose worker died: as :meth:`recover` would do later."""
+        with self._write() as db:
+            for claim in claims:
+                row = db.execute(
+                    "SELECT losses FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
+                    (claim.job, claim.token),
+                ).fetchone()
+                if row is not None:
+                    self._lost(db, claim.job, row[0] + 1)
+
     def recover(self) -> int:
         """Free the jobs whose holder is dead or silent for longer than a lease; return how many.
 
@@ -345,17 +357,22 @@ class Queue:
             return 0
         with self._write() as db:
             for job, _, token, _, losses in lost:
-                count = int(str(losses)) + 1
-                state = self.policy.after_loss(count)
-                freed += db.execute(
-                    "UPDATE jobs SET state = ?, losses = ?, not_before = ?, owner = NULL, token = NULL,"
-                    " lease_until = NULL, finished = ?, why = ? WHERE id = ? AND token = ? AND state = 'running'",
-                    (
-                        state, count, now, now if state == "dead" else None,
-                        f"the process that worked on it ended {count} times", job, token,
-                    ),
-                ).rowcount  # fmt: skip
+                still = "SELECT 1 FROM jobs WHERE id = ? AND token = ? AND state = 'running'"
+                if db.execute(still, (job, token)).fetchone():
+                    self._lost(db, str(job), int(str(losses)) + 1)
+                    freed += 1
         return freed
+
+    def _lost(self, db: sqlite3.Connection, job: str, losses: int) -> None:
+        now, state = self._clock(), self.policy.after_loss(losses)
+        db.execute(
+            "UPDATE jobs SET state = ?, losses = ?, not_before = ?, owner = NULL, token = NULL, lease_until = NULL,"
+            " finished = ?, why = ? WHERE id = ?",
+            (
+                state, losses, now, now if state == "dead" else None,
+                f"the process that worked on it ended {losses} times", job,
+            ),
+        )  # fmt: skip
 
     def _hold(self) -> str:
         """Return this process's name as a holder; a lock that the kernel frees with the process stands for it."""

@@ -1,0 +1,346 @@
+"""``layerkit hook``: the registry's pre-pull hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, human, note, table
+from layerkit.errors import PartialFailure, UnsupportedHost, UsageError
+
+if TYPE_CHECKING:
+    from layerkit.services.hook.config import Config
+    from layerkit.services.hook.queue import JobRow
+
+group = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown",
+    help="Remap images in a registry before nodes pull them; the signed originals stay as they are.",
+)  # fmt: skip
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", envvar="LAYERKIT_HOOK_CONFIG", help="Settings, see docs/hook.md."
+    ),
+]
+RegistryHost = Annotated[
+    list[str] | None,
+    typer.Option("--registry", metavar="HOST[:PORT]", help="Instead of --config: a registry to serve; repeatable."),
+]
+State = Annotated[
+    Path | None,
+    typer.Option("--state", metavar="DIR", help="Folder of the queue [default: hook/ beside the local store]."),
+]
+Listen = Annotated[str | None, typer.Option("--listen", metavar="ADDRESS:PORT", help="[default: 127.0.0.1:8765]")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", metavar="FILE", help="The token clients must show; without it one is made."),
+]
+TlsVerify = Annotated[
+    bool | None,
+    typer.Option(
+        "--tls-verify/--no-tls-verify", help="With --registry: whether certificates are checked, HTTP refused."
+    ),
+]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Images at the same time.")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", metavar="ENGINE", help="processes, threads or dask://HOST:PORT.")
+]
+LogLevel = Annotated[
+    str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error; one JSON object a line.")
+]
+
+
+def _config(
+    file: Path | None, registries: list[str] | None, uid_map: list[str] | None, gid_map: list[str] | None,
+    state: Path | None, store: Path | None, **more: object,
+) -> Config:  # fmt: skip
+    """Return the settings of the file, or those that the flags make without one."""
+    from dataclasses import replace
+
+    from layerkit.services.hook import config as settings
+
+    if file is not None:
+        if registries or uid_map or gid_map:
+            raise UsageError(
+                "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
+            )
+        config = settings.load(file)
+        if state is not None:
+            config = replace(config, state=state)
+        if store is not None:
+            config = replace(config, store=store)
+    else:
+        if not registries or not uid_map:
+            raise UsageError("give --config FILE, or --registry HOST and --uid-map C:H:N")
+        root = o.store_dir(store)
+        verify = more.get("tls_verify")
+        known = {"tls_verify": verify} if verify is not None else {}
+        values: dict[str, object] = {
+            "registry": [{"host": host, "name": host.replace(":", "-").lower(), **known} for host in registries],
+            "map": [{"uid_map": uid_map, **({"gid_map": gid_map} if gid_map else {})}],
+            "store": str(root.absolute()),
+            "state": str((state or root.with_name(root.name + "-hook")).absolute()),
+        }
+        config = settings.parse(values, "flags", Path.cwd())
+    listen = more.get("listen")
+    if isinstance(listen, str):
+        host, port = settings.listen_address(listen, "--listen")
+        config = replace(config, host=host, port=port)
+    for name in ("token_file", "workers", "engine", "hold_seconds"):
+        if more.get(name) is not None:
+            config = replace(config, **{name: more[name]})  # type: ignore[arg-type]
+    settings.check_engine(config.engine, "--engine")
+    return config
+
+
+def _service_logs(config: Config, level: str) -> None:
+    from layerkit.services.hook import logs
+    from layerkit.services.hook.config import read_token
+
+    if level not in ("debug", "info", "warning", "error"):
+        raise UsageError(f"--log-level {level!r}: want debug, info, warning or error")
+    token, path = read_token(config)
+    logs.set_up(level, [token])
+    note(f"token: {path}")
+
+
+def _need_extra() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedHost(f"the hook's packages ({error.name})", "pip install 'layerkit[hook]'") from None
+
+
+@group.command()
+def serve(
+    config: ConfigFile = None,
+    registry: RegistryHost = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    tls_verify: TlsVerify = None,
+    listen: Listen = None,
+    token_file: TokenFile = None,
+    state: State = None,
+    store: o.StoreDir = None,
+    workers: Workers = None,
+    engine: Engine = None,
+    log_level: LogLevel = "info",
+) -> None:
+    """Take a registry's notifications, and remap every image that is pushed.
+
+    Point the registry's notifications at `http://ADDRESS:PORT/v1/events/NAME`, with the token as a Bearer header.
+    The page at `/` shows jobs and images; `/metrics` is for Prometheus.
+
+    Examples:
+    `layerkit hook serve --registry registry.example:5000 --uid-map 0:100000:65536`
+
+    `layerkit hook serve --config /etc/layerkit/hook.toml`
+    """
+    _need_extra()
+    chosen = _config(
+        config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
+        engine=engine, tls_verify=tls_verify,
+    )  # fmt: skip
+    from layerkit.services.hook import server
+
+    _service_logs(chosen, log_level)
+    server.serve(chosen, on_listen=lambda url: note(f"listening on {url}"))
+
+
+@group.command()
+def proxy(
+    upstream: Annotated[
+        str, typer.Argument(metavar="REGISTRY", help="Name of a configured registry, or its host.")
+    ],
+    config: ConfigFile = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    tls_verify: TlsVerify = None,
+    listen: Listen = None,
+    state: State = None,
+    store: o.StoreDir = None,
+    hold: Annotated[
+        float | None,
+        typer.Option("--hold", metavar="SECONDS", min=0.0, help="How long a manifest is held at most."),
+    ] = None,
+    no_workers: Annotated[
+        bool, typer.Option("--no-workers", help="Leave the work to a `hook serve` with the same --state.")
+    ] = False,
+    workers: Workers = None,
+    engine: Engine = None,
+    log_level: LogLevel = "info",
+) -> None:
+    """Stand before a registry: nodes pull through here, and find the first pull remapped already.
+
+    A request for a manifest is held until its image is remapped, at most `--hold` seconds, and answered then
+    whatever has become of that. Everything else passes through. Nodes log in as they would at the registry.
+
+    Examples:
+    `layerkit hook proxy registry.example:5000 --uid-map 0:100000:65536 --listen 0.0.0.0:5001`
+
+    `layerkit hook proxy main --config /etc/layerkit/hook.toml --hold 5 --no-workers`
+    """
+    _need_extra()
+    chosen = _config(
+        config, None if config else [upstream], uid_map, gid_map, state, store, listen=listen, workers=workers,
+        engine=engine, tls_verify=tls_verify, hold_seconds=hold,
+    )  # fmt: skip
+    found = chosen.registries.get(upstream) or next(
+        (r for r in chosen.registries.values() if r.host == upstream), None
+    )
+    if found is None:
+        raise UsageError(f"{upstream}: not among the configured registries: {', '.join(chosen.registries)}")
+    from layerkit.services.hook import logs
+    from layerkit.services.hook.proxy import serve_proxy
+
+    logs.set_up(log_level)
+    serve_proxy(chosen, found, workers=not no_workers, on_listen=lambda url: note(f"listening on {url}"))
+
+
+@group.command()
+def run(
+    refs: Annotated[
+        list[str], typer.Argument(metavar="REF…", help="`docker://HOST/NAME[:TAG|@DIGEST]`; several are allowed.")
+    ],
+    config: ConfigFile = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    tls_verify: TlsVerify = None,
+    all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")
+    ] = False,
+    state: State = None,
+    store: o.StoreDir = None,
+    workers: Workers = None,
+    engine: Engine = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Remap images in their registry once, and end: for cron and CI. Exit code 5 if part of them failed.
+
+    What is done already costs two requests. With the state of an interrupted run, it goes on where that stopped.
+
+    Examples:
+    `layerkit hook run docker://registry.example/app:v1 --uid-map 0:100000:65536`
+
+    `layerkit hook run docker://registry.example/app --all-tags --config hook.toml --json`
+    """
+    _need_extra()
+    from layerkit.services.hook import logs, once
+    from layerkit.services.hook.status import job_view
+
+    named = once.parse_refs(refs)
+    hosts = None if config else sorted({ref.host for ref in named})
+    chosen = _config(
+        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
+    )
+    logs.set_up("error")
+    done = once.run(chosen, named, all_tags=all_tags, again=again)
+    if json:
+        emit_json("hook-run", {"jobs": [job_view(row) for row in done.rows], "failed": done.failed})
+    else:
+        _show(done.rows)
+    if done.failed:
+        count = len(done.rows) + len(done.missing)
+        raise PartialFailure(f"{len(done.failed)} of {count} failed: " + "; ".join(done.failed[:5]))
+    note(f"{len(done.rows)} done", quiet=quiet or json)
+
+
+@group.command()
+def jobs(
+    config: ConfigFile = None,
+    state: State = None,
+    store: o.StoreDir = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="STATE", help="waiting, running, done, skipped, gone, dead.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")] = 100,
+    json: o.Json = False,
+) -> None:
+    """List the jobs of a hook on this machine, what happened last first.
+
+    Example: `layerkit hook jobs --only dead`
+    """
+    from layerkit.services.hook.jobs import STATES
+    from layerkit.services.hook.status import job_view
+
+    if only and only not in STATES:
+        raise UsageError(f"--only {only!r}: want one of {', '.join(STATES)}")
+    with _queue(config, state, store) as queue:
+        rows = queue.jobs(only, limit)
+    if json:
+        emit_json("hook-jobs", {"jobs": [job_view(row) for row in rows]})
+    else:
+        _show(rows)
+
+
+@group.command()
+def retry(
+    job: Annotated[
+        list[str] | None, typer.Argument(metavar="[JOB…]", help="Names, as `hook jobs` shows them.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All jobs that were given up.")] = False,
+    config: ConfigFile = None,
+    state: State = None,
+    store: o.StoreDir = None,
+) -> None:
+    """Let jobs that were given up run again.
+
+    Example: `layerkit hook retry --all`
+    """
+    if bool(job) == all_:
+        raise UsageError("name jobs, or give --all")
+    with _queue(config, state, store) as queue:
+        count = queue.retry(job or None)
+    note(f"{count} jobs wait to run again")
+
+
+def _queue(config: Path | None, state: Path | None, store: Path | None):  # type: ignore[no-untyped-def]
+    from contextlib import closing
+
+    from layerkit.services.hook.config import load
+    from layerkit.services.hook.queue import Queue
+
+    if state is None:
+        root = o.store_dir(store)
+        state = load(config).state if config else root.with_name(root.name + "-hook")
+    if not (state / "queue.sqlite").exists():
+        raise UsageError(
+            f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"
+        )
+    return closing(Queue(state))
+
+
+def _show(rows: list[JobRow]) -> None:
+    def size(row: JobRow, name: str) -> str:
+        value = row.report.get(name)
+        return human(value) if isinstance(value, int) else ""
+
+    table(
+        "",
+        ["JOB", "STATE", "IMAGE", "MAP", "READ", "WRITTEN", "SECONDS", "WHY"],
+        [
+            (
+                row.job[:12], row.state,
+                ", ".join(
+                    t.repository + (f":{t.tag}" if t.tag else f"@{row.digest[:19]}") for t in row.targets
+                ),
+                row.mapping, size(row, "bytes_read"), size(row, "meta_bytes"),
+                row.report.get("seconds", ""), row.why,
+            )
+            for row in rows
+        ],
+        right=(4, 5, 6),
+    )  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.add_typer(group, name="hook", rich_help_panel="Services")
