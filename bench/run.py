@@ -48,7 +48,8 @@ def fresh_filesystem(gigabytes: int) -> Iterator[tuple[Path, str]]:
         # Direct, as a disk would be: else all is in the page cache twice, and a sync waits for both.
         loop = ["losetup", "--find", "--show", "--direct-io=on", image]
         device = subprocess.run(loop, capture_output=True, text=True, check=False)
-        mounted = subprocess.run(["mount", device.stdout.strip(), target], capture_output=True, text=True, check=False)
+        mount = ["mount", device.stdout.strip(), target]
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
         if device.stdout:
             # The device goes with its mount, whoever ends that.
             subprocess.run(["losetup", "--detach", device.stdout.strip()], check=False)
