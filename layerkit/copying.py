@@ -214,6 +214,9 @@ def attached(source: LayoutLike, subject: Digest, limits: Limits) -> list[tuple[
     found = [(entry, "") for entry, _ in source.referrers(subject)]
     # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
     prefix = f"{subject.algorithm}-{subject.hex}"
+    by_name = getattr(source, "attached_by_name", None)
+    if by_name is not None:  # a registry, whose tags are too many to look through
+        found += by_name(subject)
     for entry in source.entries:
         name = entry.annotations.get(oci.REF_NAME, "")
         if name.startswith(prefix):

@@ -55,10 +55,23 @@ def copy_image(
     sink.put_manifest(image.descriptor, image.manifest, name)
 
 
-def blob_chunks(
-    source: ImageSource, descriptor: Descriptor, progress: Progress | None = None
-) -> Iterator[memoryview]:
-    """Yield a blob's bytes, NOT verified; each piece is valid until the next is asked for."""
+class Chunks:
+    """Pieces that can be gone through again: a sink may begin anew after a fault that may pass."""
+
+    def __init__(self, make: Callable[[], Iterator[memoryview]]) -> None:
+        """``make`` begins from the start each time it is called."""
+        self._make = make
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._make()
+
+
+def blob_chunks(source: ImageSource, descriptor: Descriptor, progress: Progress | None = None) -> Chunks:
+    """Return a blob's bytes, NOT verified; each piece is valid until the next is asked for."""
+    return Chunks(lambda: _blob_chunks(source, descriptor, progress))
+
+
+def _blob_chunks(source: ImageSource, descriptor: Descriptor, progress: Progress | None) -> Iterator[memoryview]:
     reader, done = source.open_blob(descriptor), 0
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(descriptor.size, 1))))
     what = f"copying {str(descriptor.digest)[:19]}"
@@ -164,7 +177,7 @@ def write_layer(
         if check is not None:
             check(index_layer(_FileReader(spool), descriptor, diff_id, limits=limits))
         if not sink.has_blob(descriptor.digest):
-            sink.put_blob(descriptor, _file_chunks(spool))
+            sink.put_blob(descriptor, Chunks(lambda: _file_chunks(spool)))
     return descriptor, diff_id
 
 
@@ -221,6 +234,6 @@ def put_image(
 
 
 __all__ = [
-    "COMPRESSOR_KEY", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image",
+    "COMPRESSOR_KEY", "Chunks", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image",
     "write_layer",
 ]  # fmt: skip

@@ -218,7 +218,7 @@ def test_kind_of_a_target(places: Path, target: str, kind: str | None) -> None:
         ("oci:{}", UsageError, "no OCI layout; choose an empty or a new folder"),
         ("oci:-", UsageError, "use oci-archive:-"),
         (f"oci:{{}}/x@{SHA}", UsageError, "cannot be chosen"),
-        ("docker://x/y:+", UsageError, "tag '+'"),
+        ("docker://x/y:+", UsageError, "want up to 128"),
         ("docker-daemon:UPPER", UsageError, "lower case"),
         ("store:x", UsageError, "store:"),
     ],

@@ -42,6 +42,9 @@ def next_url(current: str, location: str, registry: str, what: str, status: int)
         return RegistryError(what, status, f"sends to {shown!r}, {why}; refused")
 
     try:
+        given = urlsplit(location)
+        if given.scheme and not given.hostname:
+            raise refuse("which names no host")
         url = urljoin(current, location)
         parts, (_, host, _port) = urlsplit(url), origin(url)
     except ValueError:

@@ -90,19 +90,23 @@ class Upload:
             self._whole(data)
             return
         again = iter(chunks) is not chunks
-        if again:
+        attempts = self._transport.options.retry.attempts if again else 1
+        for attempt in range(1, attempts + 1):
             try:
-                self._stream(chunks)
+                if again and attempt == 1:
+                    self._stream(chunks)
+                else:
+                    self._in_parts(verified(chunks, descriptor, self._what))
                 return
             except RegistryError as error:
-                if not error.temporary and error.status not in (400, 404, 416):
+                if self._is_there():
+                    return  # only the answer was lost
+                # Some registries drop a session that broke off, and know nothing of it afterwards.
+                if not (error.temporary or error.status in (400, 404, 416)) or attempt == attempts:
                     raise
-            if self._is_there():
-                return
             self._transport.traffic.add(retries=1)
-            self._transport.pause(1)
+            self._transport.pause(attempt)
             self._mount(())
-        self._in_parts(verified(chunks, descriptor, self._what))
 
     def _whole(self, data: bytes) -> None:
         """Send all bytes in one request; sessions do not outlive a failure, so each attempt has a new one."""
