@@ -21,7 +21,7 @@ _WHITEOUT_PREFIX = b".wh."
 _UNWRITTEN = Digest("sha256", hashlib.sha256(b"").hexdigest())
 
 
-def diff(old: Tree, new: Tree) -> Index:
+def diff(old: Tree, new: Tree, *, root: bool = False) -> Index:
     """Return the rows of the layer that, on top of ``old``, shows ``new``.
 
     Both trees have ids of the same space. Content references (``offset``, ``sparse``) are those of ``new``;
@@ -30,24 +30,39 @@ def diff(old: Tree, new: Tree) -> Index:
     Args:
         old: what the layers below show.
         new: what they are to show with the result on top.
+        root: whether the root folder is listed with all others, for images where some layer lists it.
 
     Raises:
         LossyResult: a new name that begins with ``.wh.``, which is a whiteout in a layer.
+    """
+    return diff_and_carried(old, new, root=root)[0]
+
+
+def diff_and_carried(old: Tree, new: Tree, *, root: bool = False) -> tuple[Index, int]:
+    """Return as :func:`diff`, and how many rows are folders listed only for what is in them.
+
+    Runtimes that unpack each layer alone make up owner and mode of a folder that the layer does not list, and what
+    the topmost layer has is what an overlay shows.
     """
     old_paths, new_paths = old.paths(), new.paths()
     old_row = {path: row for row, path in enumerate(old_paths)}
     below = np.fromiter((old_row.get(path, -1) for path in new_paths), np.int64, len(new_paths))
     changed = _changed(old, new, below)
-    entries = _entries(new, new_paths, changed)
-    folders = {
-        path for path, is_dir in zip(new_paths, (new.kind[new.inode] == Kind.DIR).tolist(), strict=True) if is_dir
-    }
+    is_folder = (new.kind[new.inode] == Kind.DIR).tolist()
+    folders = {path: row for row, (path, is_dir) in enumerate(zip(new_paths, is_folder, strict=True)) if is_dir}
     there = set(new_paths)
-    for path in old_paths:
-        # Below a folder that is gone, or is none any more, everything goes with it.
-        if path not in there and path.rpartition(b"/")[0] in folders:
-            entries.append(Entry(path, Kind.WHITEOUT))
-    return Index.of(entries, _UNWRITTEN)
+    # Below a folder that is gone, or is none any more, everything goes with it.
+    gone = [path for path in old_paths if path not in there and path.rpartition(b"/")[0] in folders]
+    listed = changed[new.inode]
+    listed[[folders[path.rpartition(b"/")[0]] for path in gone]] = True
+    for row, parent in zip(range(len(new) - 1, 0, -1), reversed(new.parent.tolist()), strict=False):
+        if listed[row]:
+            listed[parent] = True
+    if not root:
+        listed[0] = changed[new.inode[0]]
+    carried = int(np.count_nonzero(listed & ~changed[new.inode]))
+    entries = [*_entries(new, new_paths, listed), *(Entry(path, Kind.WHITEOUT) for path in gone)]
+    return Index.of(entries, _UNWRITTEN), carried
 
 
 def _changed(old: Tree, new: Tree, below: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -92,10 +107,10 @@ def _equal(old: Tree, a: NDArray[np.int64], new: Tree, b: NDArray[np.int32]) -> 
     return same
 
 
-def _entries(new: Tree, paths: list[bytes], changed: NDArray[np.bool_]) -> list[Entry]:
+def _entries(new: Tree, paths: list[bytes], listed: NDArray[np.bool_]) -> list[Entry]:
     first: dict[int, bytes] = {}
     out = []
-    for row in np.flatnonzero(changed[new.inode]).tolist():
+    for row in np.flatnonzero(listed).tolist():
         path, i = paths[row], int(new.inode[row])
         if new.name[row].startswith(_WHITEOUT_PREFIX):
             raise LossyResult(path, "a layer cannot hold a name that begins with '.wh.', it would hide a file")
@@ -126,4 +141,4 @@ def _entries(new: Tree, paths: list[bytes], changed: NDArray[np.bool_]) -> list[
     return out
 
 
-__all__ = ["diff"]
+__all__ = ["diff", "diff_and_carried"]

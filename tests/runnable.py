@@ -103,5 +103,6 @@ def seen(report: str, shift: int = 0) -> list[str]:
         parts = line.split("|")
         if len(parts) == 7:
             parts[3:5] = (str(int(part) - shift) for part in parts[3:5])
+            parts[5] = str(max(0, int(parts[5])))  # no engine gives a file a time before 1970
         lines.append("|".join(parts))
     return sorted(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerkit.diff import diff
+from layerkit.diff import diff, diff_and_carried
 from layerkit.emit.folder_writer import FOLDER
 from layerkit.errors import InvalidImage, NotFound, UsageError, show_path
 from layerkit.hosts.folder_index import as_on_disk, read_folder, read_runs
@@ -116,7 +116,7 @@ def pack(
             new = read.tree
             if mapping is not None:
                 new = apply_map(new, Mapping(mapping.uid.inverse(), mapping.gid.inverse()))
-            change = diff(old, new)
+            change, carried = diff_and_carried(old, new, root=any(map(_lists_root, indexes)))
 
             def content(row: int) -> Iterator[memoryview]:
                 return read_runs(root, change.entry(row))
@@ -155,12 +155,17 @@ def pack(
         map_text=mapping.canonical() if mapping else "",
         entries=len(new),
         added=shown.count(False),
-        changed=shown.count(True) - removed,
+        changed=shown.count(True) - removed - carried,
         removed=removed,
         hashed_bytes=read.hashed_bytes,
         seconds=time.monotonic() - start,
         warnings=read.warnings,
     )
+
+
+def _lists_root(index: Index) -> bool:
+    # Only its own markers come before the root's entry.
+    return any(not index.path[row] and index.kind[row] == Kind.DIR for row in range(min(3, len(index))))
 
 
 def _open(folder: Path) -> int:

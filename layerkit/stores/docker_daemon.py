@@ -8,23 +8,22 @@ made, and the daemon takes nothing of an archive that ends early.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from layerkit.errors import Cancelled, DaemonError, LayerkitError, NotFound, RegistryError, UsageError
 from layerkit.formats import docker, oci
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.stores.blobs import spool
+from layerkit.stores.blobs import FileRange, inflated, spool, verified
+from layerkit.stores.blobs import chunks as blob_pieces
 from layerkit.stores.docker_archive import DockerArchiveSource
-from layerkit.stores.image_tar import ImageTar, is_artifact
+from layerkit.stores.image_tar import ImageTar, blob_path, is_artifact
 from layerkit.stores.outer_tar import OuterTar
-
-if TYPE_CHECKING:
-    import os
 
 # Of silence: before the daemon sends the first byte of a large image it has written all of it to its own disk.
 _TIMEOUT_SECONDS = 1800
@@ -33,6 +32,8 @@ _CHUNK_BYTES = 1 << 20
 _CHUNKS_AHEAD = 4
 _JOIN_SECONDS = 30
 _DENIED = (401, 403)
+_ZSTD_SINCE = (1, 42)
+"""The API of Docker 23, the first that loads layers compressed with zstd."""
 
 
 def _connect(where: str) -> Any:
@@ -41,8 +42,6 @@ def _connect(where: str) -> Any:
     Raises:
         DaemonError: none answers.
     """
-    import os
-
     import docker as sdk
     import requests
 
@@ -57,6 +56,10 @@ def _connect(where: str) -> Any:
             "or go by a file: docker-archive:FILE with `docker save` and `docker load`"
         ) from None
     return client
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
 
 
 def _reason(error: BaseException) -> str:
@@ -134,6 +137,28 @@ _CUT: Final = object()
 _END: Final = object()
 
 
+class _Reader:
+    """Pieces as a :class:`~layerkit.ports.BlobReader`."""
+
+    def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self.rest = iter(pieces)
+        self._piece = memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        while not self._piece:
+            found = next(self.rest, None)
+            if found is None:
+                return 0
+            self._piece = memoryview(bytes(found))
+        count = min(len(buffer), len(self._piece))
+        buffer[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        return count
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
 class _Cut(Exception):
     """Ends the request in the middle, so that the daemon sees a broken archive."""
 
@@ -165,12 +190,36 @@ class DaemonSink(ImageTar):
             )
         super().__init__(where, docker=True, limits=limits)
         self._client = _connect(where)
+        self._knows_zstd = _version(self._client.api.api_version) >= _ZSTD_SINCE
         self._queue: queue.Queue[object] = queue.Queue(_CHUNKS_AHEAD)
         self._thread: threading.Thread | None = None
         self._broken = False
         self._failure: BaseException | None = None
         self._refusal = ""
         self._loaded = False
+
+    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
+        """Store a blob; see :class:`~layerkit.ports.ImageSink`.
+
+        A zstd layer for a daemon that does not know zstd is inflated, into a nameless file for its size.
+        """
+        if (
+            not descriptor.media_type.endswith(("+zstd", ".zstd"))
+            or self._knows_zstd
+            or self.has_blob(descriptor.digest)
+        ):
+            super().put_blob(descriptor, chunks)
+            return
+        what = f"{self._where}: blob {descriptor.digest}"
+        reader = _Reader(verified(chunks, descriptor, what))
+        with spool(inflated(reader, "zstd", what, self._limits), None, self._limits.layer_tar_bytes, what) as tar:
+            for _ in reader.rest:  # what follows the last frame, so that all of the blob is verified
+                pass
+            size = os.fstat(tar.fileno()).st_size
+            with self._lock:
+                # By this name the manifest.json looks for it; such a daemon looks at nothing else.
+                self._member(blob_path(descriptor), blob_pieces(FileRange(tar.fileno(), 0, size)), size)
+                self._sizes[descriptor.digest] = descriptor.size
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
         """Store an image's manifest; see :class:`~layerkit.ports.ImageSink`.

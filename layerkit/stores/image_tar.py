@@ -69,7 +69,7 @@ class ImageTar(ABC):
                 if folder not in self._folders:
                     self._member(folder, None)
                     self._folders.add(folder)
-            self._member(_path(descriptor), pieces, descriptor.size)
+            self._member(blob_path(descriptor), pieces, descriptor.size)
             self._sizes[digest] = descriptor.size
 
     def _member(self, name: str, content: bytes | Iterable[bytes | memoryview] | None, size: int = 0) -> None:
@@ -159,9 +159,9 @@ def docker_manifest(listing: Listing, where: str, limits: Limits) -> bytes:
         image = images.setdefault(
             entry.digest,
             {
-                "Config": _path(manifest.config),
+                "Config": blob_path(manifest.config),
                 "RepoTags": [],
-                "Layers": [_path(layer) for layer in manifest.layers],
+                "Layers": [blob_path(layer) for layer in manifest.layers],
             },
         )
         image["RepoTags"] = [*image["RepoTags"], *tags]  # type: ignore[misc]
@@ -175,8 +175,9 @@ def is_artifact(manifest: oci.Manifest) -> bool:
     return bool(manifest.layers) and not any(docker.is_layer(layer.media_type) for layer in manifest.layers)
 
 
-def _path(entry: Descriptor) -> str:
+def blob_path(entry: Descriptor) -> str:
+    """Return the name of a blob's member."""
     return f"blobs/{entry.digest.algorithm}/{entry.digest.hex}"
 
 
-__all__ = ["ImageTar", "docker_manifest", "is_artifact"]
+__all__ = ["ImageTar", "blob_path", "docker_manifest", "is_artifact"]

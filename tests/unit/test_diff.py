@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerkit.diff import diff
+from layerkit.diff import diff, diff_and_carried
 from layerkit.errors import LossyResult
 from layerkit.merge import merge
 from layerkit.model.digest import Digest
@@ -77,7 +77,19 @@ def test_the_layers_with_the_diff_show_the_new_tree(old: list[Index], new: list[
 def test_only_what_changed_is_in_it() -> None:
     old = merge([layer(Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR), file(b"d/a"), file(b"d/b"), file(b"e"))])
     new = merge([layer(Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR), file(b"d/a"), file(b"d/b", uid=3), file(b"f"))])
-    assert rows(diff(old, new)) == [(b"d/b", Kind.REG), (b"e", Kind.WHITEOUT), (b"f", Kind.REG)]
+    want = [(b"d", Kind.DIR), (b"d/b", Kind.REG), (b"e", Kind.WHITEOUT), (b"f", Kind.REG)]
+    assert rows(diff(old, new)) == want
+    assert rows(diff(old, new, root=True)) == [(b"", Kind.DIR), *want]
+    assert diff_and_carried(old, new, root=True)[1] == 2
+    assert rows(diff(old, old, root=True)) == []
+
+
+def test_folders_above_are_listed_as_runtimes_that_unpack_each_layer_alone_need_them() -> None:
+    folders = [Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR, perm=0o700, uid=7), Entry(b"d/e", Kind.DIR, perm=0o711)]
+    old = merge([layer(*folders, file(b"d/e/f"), file(b"d/e/g"))])
+    index, carried = diff_and_carried(old, merge([layer(*folders, file(b"d/e/f"))]))
+    assert rows(index) == [(b"d", Kind.DIR), (b"d/e", Kind.DIR), (b"d/e/g", Kind.WHITEOUT)]
+    assert (index.perm[0], index.uid[0], index.perm[1], carried) == (0o700, 7, 0o711, 2)
 
 
 def test_a_folder_that_goes_takes_what_is_below_with_it() -> None:
