@@ -1,0 +1,102 @@
+"""``layerkit finalize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, fields, note
+from layerkit.errors import UsageError
+
+
+def finalize(
+    upper: Annotated[Path, typer.Argument(metavar="UPPER", help="The upperdir of an overlay that is not mounted.")],
+    lower: Annotated[
+        str | None,
+        typer.Option("--lower", metavar="DIR[:DIR…][::DATA…]", help="What it was mounted over, top first."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if something would have to be.")
+    ] = False,
+    undo: Annotated[
+        Path | None, typer.Option("--undo", metavar="FILE", help="Take back what FILE says was done.")
+    ] = None,
+    stacking: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="classic|data-only",
+            help="How it will be mounted: `UPPER:DIR` keeps whiteouts in the root, `UPPER::DIR` has none.",
+        ),
+    ] = "classic",
+    namespace: Annotated[
+        str, typer.Option("--namespace", metavar="trusted|user", help="Of the overlay xattrs.")
+    ] = "trusted",
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make an upper that was chowned under metacopy opaque to its lower: only data is read from there.
+
+    Every folder becomes complete and opaque, every stub says where its data is. Done offline, whole or not at
+    all: after a kill, the same command goes on and `--undo` goes back.
+
+    Examples:
+    `layerkit finalize upper --lower base --check`
+
+    `layerkit finalize upper --lower app:base --for data-only`, then
+    `mount -t overlay -o ro,lowerdir=upper::app::base overlay /mnt`
+
+    `layerkit finalize upper --undo upper.layerkit-undo`
+    """
+    from layerkit.hosts import finalize as work
+    from layerkit.metaonly import Namespace
+
+    if undo is not None:
+        if lower is not None or check:
+            raise UsageError("--undo stands alone: layerkit finalize UPPER --undo FILE")
+        steps = work.undo(upper, undo)
+        if json:
+            emit_json("finalize-undo", {"upper": str(upper), "steps": steps})
+        note(f"taken back: {steps:,} changes in {upper}", quiet=quiet or json)
+        return
+    if lower is None:
+        raise UsageError("--lower is missing: the layers that UPPER was mounted over, top first")
+    if stacking not in ("classic", "data-only"):
+        raise UsageError(f"--for {stacking!r}: want classic or data-only")
+    if namespace not in tuple(Namespace):
+        raise UsageError(f"--namespace {namespace!r}: want trusted or user")
+    result = work.finalize(
+        upper, lower, check=check, keep_root_whiteouts=stacking == "classic", namespace=Namespace(namespace)
+    )
+    if json:
+        emit_json("finalize", result.to_dict())
+    else:
+        would = "would " if check else ""
+        rows = [("upper", result.upper)]
+        if result.final:
+            rows.append(("state", "final already: nothing to do"))
+        else:
+            rows += [
+                (f"{would}make", f"{result.made:,} entries that only the lower layers have"),
+                (f"{would}redirect", f"{result.redirects:,} stubs"),
+                (f"{would}close", f"{result.opaque:,} folders"),
+                (f"{would}remove", f"{result.whiteouts:,} whiteouts"),
+            ]
+        if result.root_whiteouts:
+            rows.append(("root", f"keeps {result.root_whiteouts} whiteouts; --for data-only removes them"))
+        if result.undo_file:
+            rows.append(("undo", f"layerkit finalize {result.upper} --undo {result.undo_file}"))
+        fields(rows)
+        if check:
+            for line in result.examples:
+                note(line, quiet=quiet)
+    if check and not result.final:
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("finalize", rich_help_panel="Host")(finalize)
