@@ -19,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from layerkit import __version__
 from layerkit.cli import (
+    adopt,
     analyze,
     bundle,
     containerd,
@@ -39,6 +40,7 @@ from layerkit.cli import (
     store,
     unpack,
     verify,
+    which,
 )
 from layerkit.errors import Cancelled, LayerkitError
 
@@ -94,6 +96,8 @@ for module in (
     setup,
     snapshotter,
     containerd,
+    adopt,
+    which,
 ):
     module.register(app)
 registry_options.add_to_commands(app)
