@@ -58,7 +58,7 @@ def optimize(
     created: str | None = None,
     progress: Progress | None = None,
 ) -> PlatformsReport:
-    """Do to the images of all platforms what :func:`layerkit.optimizing.optimize` does; ``images`` are the reports."""
+    """Do to every image what :func:`layerkit.optimizing.optimize` does; the report has theirs in ``images``."""
     chosen = settings or api.Settings()
     work = optimizing.optimization(
         keep_base=keep_base, metadata_only=metadata_only, stock_media_type=stock_media_type, settings=chosen,

@@ -34,8 +34,9 @@ STOCK_WARNINGS = (
 """What stubs do under a standard media type, runtime by runtime."""
 
 VENDOR_WARNINGS = (
-    "podman and containerd refuse an image with a layer of this media type; docker pulls it; "
-    "--stock-media-type writes the standard one, with dangers of its own",
+    "podman and containerd refuse an image with a layer of this media type (`podman load` takes it, and shows "
+    "files as EPERM unless its mountopt has metacopy=on); docker pulls it; --stock-media-type writes the standard "
+    "one, with dangers of its own",
 )
 """What they do under layerkit's own."""
 
