@@ -1,0 +1,132 @@
+"""``--all-platforms`` of optimize and flatten, ``--strict`` and ``--jobs``: as people use them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from image_kit import INDEX, Layout, dump, special, tar
+from support import need_tool
+
+from layerkit.api import open_image
+
+BIG = b"data " * 4000
+
+
+def run(command: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "layerkit.cli.main", command, *map(str, words)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def multi(tmp_path: Path) -> Path:
+    """Return an archive with an index of three platforms and a build attestation, its files in two layers each."""
+    layout = Layout()
+    parts = []
+    for arch, variant in (("amd64", ""), ("arm64", ""), ("arm", "v7")):
+        text = f"{arch}{variant}".encode() + BIG
+        image = layout.image(tar(("a", text), ("gone", BIG)), tar(("a", text), (".wh.gone", b"")), arch=arch,
+                             variant=variant)  # fmt: skip
+        platform = {"os": "linux", "architecture": arch, **({"variant": variant} if variant else {})}
+        parts.append(image | {"platform": platform})
+    attestation = layout.image(tar(("x", b"")), arch="unknown")
+    parts.append(attestation | {
+        "platform": {"os": "unknown", "architecture": "unknown"},
+        "annotations": {"vnd.docker.reference.type": "attestation-manifest",
+                        "vnd.docker.reference.digest": parts[0]["digest"]},
+    })  # fmt: skip
+    index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": parts, "annotations": {"com.example.kept": "yes"}}
+    layout.list(layout.put(dump(index), INDEX), "example.com/multi:1")
+    return layout.archive(tmp_path / "multi.tar")
+
+
+@pytest.mark.parametrize("command", ["optimize", "flatten"])
+def test_all_platforms_become_one_index(command: str, multi: Path, tmp_path: Path) -> None:
+    need_tool("skopeo")
+    out = tmp_path / "out"
+    report = json.loads(run(command, multi, f"oci:{out}:small", "--all-platforms", "--json").stdout)
+    assert report["schema"] == f"layerkit.{command}-platforms.v1"
+    assert report["platforms"] == ["linux/amd64", "linux/arm64", "linux/arm/v7"]
+    listed = json.loads((out / "index.json").read_text())["manifests"]
+    assert [entry["digest"] for entry in listed] == [report["manifest"]]
+    index = json.loads((out / "blobs" / report["manifest"].replace(":", "/")).read_text())
+    # What speaks for the old digests stays behind; what describes the index comes along.
+    assert len(index["manifests"]) == 3
+    assert index["annotations"] == {"com.example.kept": "yes"}
+    for name, part in zip(report["platforms"], report["images"], strict=True):
+        with open_image(str(multi), platform=name) as old, open_image(f"oci:{out}:small", platform=name) as new:
+            assert str(new.image.descriptor.digest) == part["manifest"]
+            assert new.image.platform == old.image.platform
+            assert new.tree().digest() == old.tree().digest()
+            assert sum(x.descriptor.size for x in new.image.layers) < sum(
+                x.descriptor.size for x in old.image.layers
+            )
+    subprocess.run(["skopeo", "copy", "-q", "--all", f"oci:{out}:small", f"oci:{tmp_path / 'copy'}:x"], check=True)
+    again = json.loads(
+        run(command, multi, f"oci:{tmp_path / 'b'}:small", "--all-platforms", "-j1", "--json").stdout
+    )
+    assert again["manifest"] == report["manifest"]
+
+
+def test_what_has_one_platform_or_room_for_one_is_refused(multi: Path, tiny_image: Path, tmp_path: Path) -> None:
+    done = run("optimize", multi, f"docker-archive:{tmp_path / 'o.tar'}:x", "--all-platforms", code=2)
+    assert "room for one platform" in done.stderr
+    for more in (["--platform", "linux/arm64"],):
+        assert "exclude" in run("flatten", multi, tmp_path / "o.tar", "--all-platforms", *more, code=2).stderr
+    assert not (tmp_path / "o.tar").exists()
+    # A layout of one image is an index of one platform.
+    out = tmp_path / "one.tar"
+    assert len(json.loads(run("optimize", tiny_image, out, "--all-platforms", "--json").stdout)["images"]) == 1
+    plan = json.loads(run("optimize", multi, "--all-platforms", "--dry-run", "--json").stdout)
+    assert plan["manifest"] == ""
+    assert [x["layers_after"] for x in plan["images"]] == [1, 1, 1]
+    assert "not written" in run("optimize", multi, "--all-platforms", "--dry-run").stdout
+
+
+def test_a_broken_platform_leaves_nothing(multi: Path, tmp_path: Path) -> None:
+    with tarfile.open(multi) as archive:
+        names = [m.name for m in archive.getmembers() if m.name.startswith("blobs/")]
+        data = {name: archive.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+    layers = [name for name, content in data.items() if content[:2] == b"\x1f\x8b"]
+    damaged = multi.read_bytes().replace(data[layers[2]], bytes(len(data[layers[2]])))
+    multi.write_bytes(damaged)
+    out = tmp_path / "d" / "out.tar"
+    out.parent.mkdir()
+    run("optimize", multi, out, "--all-platforms", code=3)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["portable", "layer"])
+def test_strict_refuses_overlay_xattrs_in_every_form(form: str, tmp_path: Path) -> None:
+    layout = Layout()
+    own = special("d", tarfile.DIRTYPE, mode=0o755, pax_headers={"SCHILY.xattr.user.overlay.opaque": "y"})
+    layout.list(layout.image(tar(own, ("a", BIG))))
+    source, out = layout.archive(tmp_path / "image.tar"), tmp_path / "out"
+    words = ("--form", form, "--uid-map", "0:100000:65536")
+    done = run("remap", source, f"oci:{out}:x", *words, "--strict", code=3)
+    assert "refused under --strict" in done.stderr
+    assert not out.exists()
+    run("remap", source, f"oci:{out}:x", *words)
+
+
+@pytest.mark.parametrize("words", [("--compression-level", 0), ("--compression-level", 10), ("--jobs", 0)])
+def test_levels_and_threads_that_do_not_exist(words: tuple[object, ...], tiny_image: Path, tmp_path: Path) -> None:
+    run("flatten", tiny_image, tmp_path / "o.tar", *words, code=2)
+    assert not (tmp_path / "o.tar").exists()
+
+
+def test_what_packed_a_layer_is_on_record(tiny_image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = json.loads(run("flatten", tiny_image, f"oci:{out}:x", "--compression-level", 9, "--json").stdout)
+    assert report["compressor"].startswith("zlib-ng ")
+    assert report["compressor"].endswith("level 9 blocks 131072")
+    with open_image(f"oci:{out}:x") as image:
+        assert image.image.layers[0].descriptor.annotations == {"io.layerkit.compressor": report["compressor"]}
