@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,8 +35,6 @@ _ATTRIBUTES = {
     "noexec": sc.MOUNT_ATTR_NOEXEC, "nodev": sc.MOUNT_ATTR_NODEV, "nosuid": sc.MOUNT_ATTR_NOSUID,
     "noatime": 0x10, "nodiratime": 0x80, "ro": sc.MOUNT_ATTR_RDONLY,
 }  # fmt: skip
-_METACOPY = b""
-"""Of a stub in a layer that never leaves this host: the short form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,27 @@ def mount(options: Options, target: Path, store: Path) -> Mounted:
     return _Mount(options, target, store).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """The root folder of the mount, with the owners of the map."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """Layers for overlayfs: descriptors of normal and of data-only ones, and what :class:`Mounted` says of them."""
+
+    way: str
+    lower: list[int]
+    data: list[int]
+    root: _Root | None = None
+    pid: int = 0
+    note: str = ""
+
+
 class _Mount:
     def __init__(self, options: Options, target: Path, store: Path) -> None:
         self.options, self.target, self.store = options, target, store
@@ -79,91 +99,109 @@ class _Mount:
         self.upper = "" if options.read_only else options.upper
 
     def run(self) -> Mounted:
-        options = self.options
-        lower = list(options.lower)
-        if options.upper and options.read_only:
-            lower.insert(0, options.upper)
-        shifted = ""
-        if self.upper:
-            shifted = sl.marker(self.upper, self.namespace)
-            if shifted and shifted != self.maps.canonical and not _is_empty(self.upper):
-                if self.maps.canonical:
-                    raise UsageError(
-                        f"{self.upper}: written under the map {shifted}, now wanted under {self.maps.canonical}; "
-                        "commit the container to an image and run that"
-                    )
-                lower.insert(0, self.upper)
-                self.upper = ""
-            elif not shifted and self.maps.canonical and not _is_empty(self.upper):
-                raise UsageError(
-                    f"{self.upper}: written by another mount program or without a map, and now wanted under "
-                    f"{self.maps.canonical}; commit the container to an image and run that"
-                )
+        lower = list(self.options.lower)
+        if self.options.upper and (not self.upper or self._shows_snapshot()):
+            lower.insert(0, self.options.upper)
+            self.upper = ""
         layers = sl.storage_layers(lower, self.namespace)
         if self.upper and not self.maps.canonical and self._is_mounted():
             # podman asks again for what it has mounted already, to look at it.
             with mounts.closing(mounts.clone(self.target)) as fd:
                 mounts.attach(fd, self.target)
             return Mounted("bind")
-        if all(layer.fixed for layer in layers):
-            return self._over(layers)
-        with self._snapshot(layers) as file:
-            return Mounted("snapshot", self._serve(file, layers))
+        views = tuple(layer for layer in layers if not layer.fixed)
+        if views != layers[: len(views)]:
+            raise StoreError(
+                f"{views[-1].path}: a container's folder below a layer of an image: no mount that podman makes"
+            )
+        with contextlib.ExitStack() as stack:
+            over = [self._view(layer, stack) for layer in views]
+            stacked = self._base(layers[len(views) :], bool(over), stack)
+            self._overlay([*over, *stacked.lower], stacked.data, stacked.root)
+        return Mounted("snapshot" if views else stacked.way, stacked.pid, stacked.note)
+
+    def _shows_snapshot(self) -> bool:
+        """Return whether the container's folder has to be shown with its owners mapped back.
+
+        Raises:
+            UsageError: it was written under another map.
+        """
+        shifted, wanted = sl.marker(self.upper, self.namespace), self.maps.canonical
+        if shifted == wanted or _is_empty(self.upper):
+            return False
+        if not wanted:
+            return True
+        was = f"the map {shifted}" if shifted else "another mount program or without a map"
+        raise UsageError(
+            f"{self.upper}: written under {was}, and now wanted under {wanted}; commit the container to an image "
+            "and run that"
+        )
 
     def _is_mounted(self) -> bool:
         """Return whether an overlay with this container's folder is mounted at the target."""
-        target = os.path.realpath(self.target)
+        target, upper = os.path.realpath(self.target), os.path.realpath(self.upper)
         return any(
-            m.point == target
-            and m.fstype == "overlay"
-            and f"upperdir={os.path.realpath(self.upper)}" in m.super_options
+            m.point == target and m.fstype == "overlay" and f"upperdir={upper}" in m.super_options.split(",")
             for m in mounts.mount_table()
         )
 
-    def _over(self, layers: Sequence[sl.StorageLayer]) -> Mounted:
-        if self.options.rendering == "directory":
-            return Mounted("directory", self._directory(layers))
+    def _view(self, layer: sl.StorageLayer, stack: contextlib.ExitStack) -> int:
+        """Return a mount of a container's folder as it is now, as a layer of an image."""
+        file = tempfile.TemporaryFile(prefix="layerkit-")  # noqa: SIM115
+        stack.callback(file.close)
+
+        def write() -> None:
+            sl.write_view(layer, self.namespace, file)
+            file.flush()
+
+        _in_child(write)
+        data = stack.enter_context(mounts.closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
+        keeper = stack.enter_context(Keeper(self._answers(_tree(file), data), data))
+        return stack.enter_context(mounts.closing(keeper.mount()))
+
+    def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
+        """Return how the layers of the image are stacked; ``under`` says that something lies over them."""
+
+        def folders() -> list[int]:
+            return [stack.enter_context(mounts.closing(mounts.open_folder(layer.path))) for layer in layers]
+
+        rendering, why = self.options.rendering, ""
+        if rendering != "directory":
+            file = stack.enter_context(self._built(layers).open("rb"))
+            tree = _tree(file)
+            # overlayfs wants two layers at least; META and data are two.
+            enough = bool(self.upper) or under or len(layers) > 1
+            if rendering == "auto" and not self.maps.canonical and tree.facts.more.get("plain") and enough:
+                return _Stacked("overlay", folders(), [])
+            try:
+                keeper = stack.enter_context(Keeper(self._answers(tree)))
+                meta = stack.enter_context(mounts.closing(keeper.mount()))
+                return _Stacked("fuse", [meta], folders(), self._root_of(tree), keeper.pid)
+            except OSError as error:
+                if rendering == "fuse" or error.filename != fuse.DEVICE:
+                    raise
+                why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
+        from layerkit.hosts import storage_directory
+
+        place = storage_directory.place(self.store, layers, self.namespace, self.maps)
+        if not place.is_dir():
+            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.maps))
+        meta = stack.enter_context(mounts.closing(mounts.open_folder(place)))
+        seen = os.fstat(meta)
+        root = _Root(seen.st_uid, seen.st_gid, seen.st_mode & 0o7777)
+        return _Stacked("directory", [meta], folders(), root, note=why)
+
+    def _built(self, layers: Sequence[sl.StorageLayer]) -> Path:
         path = sl.tree_path(self.store, sl.tree_key(layers, self.namespace))
         if not path.exists():
             _in_child(lambda: sl.build_tree(self.store, layers, self.namespace))
-        with path.open("rb") as file:
-            tree = _tree(file)
-            # overlayfs wants two layers at least; META and data are two.
-            enough = bool(self.upper) or len(layers) > 1
-            plain = not self.maps.canonical and tree.facts.more.get("plain") and enough
-            if plain and self.options.rendering == "auto":
-                self._overlay([mounts.open_folder(layer.path) for layer in layers], [], tree)
-                return Mounted("overlay")
-            try:
-                return Mounted("fuse", self._serve(file, layers))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EACCES, errno.ENXIO) or (
-                    error.filename != fuse.DEVICE or self.options.rendering == "fuse"
-                ):
-                    raise
-                why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
-        return Mounted("directory", self._directory(layers), why)
+        return path
 
-    @contextlib.contextmanager
-    def _snapshot(self, layers: Sequence[sl.StorageLayer]) -> Iterator[BinaryIO]:
-        with tempfile.TemporaryFile(prefix="layerkit-") as file:
+    def _root_of(self, tree: FuseTree) -> _Root:
+        root = tree.inode(0)
+        return _Root(self.maps.one("uid", root.uid), self.maps.one("gid", root.gid), root.mode & 0o7777)
 
-            def write() -> None:
-                sl.write_snapshot(self.store, layers, self.namespace, file)
-                file.flush()
-
-            _in_child(write)
-            yield file
-
-    def _serve(self, file: BinaryIO, layers: Sequence[sl.StorageLayer]) -> int:
-        tree = _tree(file)
-        answers = self._answers(tree)
-        with Keeper(answers) as keeper:
-            meta = keeper.mount()
-            self._overlay([meta], [mounts.open_folder(layer.path) for layer in layers], tree)
-            return keeper.pid
-
-    def _answers(self, tree: FuseTree) -> fuse.Answers:
+    def _answers(self, tree: FuseTree, data: int | None = None) -> fuse.Answers:
         maps = self.maps
         try:
             uids, gids = maps.table(tree.facts.uids, "uid"), maps.table(tree.facts.gids, "gid")
@@ -173,25 +211,17 @@ class _Mount:
             tuple((name, acl_caps.map_value(name, value, maps.one)) for name, value in pairs)
             for pairs in tree.xattr_sets()
         ]
-        return fuse.Answers(tree, uids, gids, sets, _METACOPY)
+        return fuse.Answers(tree, uids, gids, sets, data)
 
-    def _directory(self, layers: Sequence[sl.StorageLayer]) -> int:
-        from layerkit.hosts import storage_directory
-
-        place = storage_directory.place(self.store, layers, self.namespace, self.maps)
-        if not place.is_dir():
-            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.maps))
-        self._overlay([mounts.open_folder(place)], [mounts.open_folder(layer.path) for layer in layers], None)
-        return 0
-
-    def _overlay(self, lower: list[int], data: list[int], tree: FuseTree | None) -> None:
-        opened = [*lower, *data]
-        try:
+    def _overlay(self, lower: list[int], data: list[int], root: _Root | None) -> None:
+        with contextlib.ExitStack() as stack:
             upper = work = None
             if self.upper:
-                self._prepare_upper(tree, lower[0])
-                upper, work = mounts.open_folder(self.upper), mounts.open_folder(self.options.work)
-                opened += [upper, work]
+                self._prepare_upper(root)
+                upper, work = (
+                    stack.enter_context(mounts.closing(mounts.open_folder(path)))
+                    for path in (self.upper, self.options.work)
+                )
             attributes = 0
             for word in self.options.attributes:
                 attributes |= _ATTRIBUTES.get(word, 0)
@@ -206,26 +236,18 @@ class _Mount:
                 raise _refused(error, bool(data), self.privileged) from error
             with mounts.closing(fd):
                 mounts.attach(fd, self.target)
-        finally:
-            for fd in opened:
-                os.close(fd)
 
-    def _prepare_upper(self, tree: FuseTree | None, meta: int) -> None:
+    def _prepare_upper(self, root: _Root | None) -> None:
         """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
-        text = self.maps.canonical
-        if not text or not _is_empty(self.upper):
+        if root is None or not _is_empty(self.upper):
             return
         name = f"{self.namespace}.overlay.{sl.MARKER}"
-        if tree is not None:
-            root = tree.inode(0)
-            owner = self.maps.one("uid", root.uid), self.maps.one("gid", root.gid)
-            mode = root.mode & 0o7777
-        else:
-            seen = os.fstat(meta)
-            owner, mode = (seen.st_uid, seen.st_gid), seen.st_mode & 0o7777
-        os.setxattr(self.upper, name, text.encode())
-        os.chown(self.upper, *owner)
-        Path(self.upper).chmod(mode)
+        if self.maps.canonical:
+            os.setxattr(self.upper, name, self.maps.canonical.encode())
+        elif sl.marker(self.upper, self.namespace):
+            os.removexattr(self.upper, name)
+        os.chown(self.upper, root.uid, root.gid)
+        Path(self.upper).chmod(root.mode)
 
 
 class BuildFailed(LayerkitError):
@@ -247,6 +269,9 @@ def _in_child(work: Callable[[], object]) -> None:
     pid = os.fork()
     if pid == 0:
         code, text = 0, ""
+        # Threads of numpy's that only wait would take the processor from the one that works.
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        gc.disable()
         try:
             work()
         except LayerkitError as error:

@@ -27,11 +27,15 @@ _NAME = b"layerkit-fuse"
 class Keeper:
     """Our side of the server, while the mount is made.
 
-    Use it in ``with``; unless :meth:`serve` was called the processes end with the block.
+    Use it in ``with``; unless :meth:`mount` was called the processes end with the block.
     """
 
-    def __init__(self, answers: fuse.Answers) -> None:
-        """Open the device and start the keeper, which waits for :meth:`serve`.
+    def __init__(self, answers: fuse.Answers, data: int = -1) -> None:
+        """Open the device and start the keeper, which waits for :meth:`mount`.
+
+        Args:
+            answers: what to serve.
+            data: a descriptor that it needs.
 
         Raises:
             OSError: no FUSE for this user.
@@ -41,7 +45,7 @@ class Keeper:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._go)
-            _keep(self._device, ready, answers)
+            _keep(self._device, ready, answers, data)
         os.close(ready)
 
     def __enter__(self) -> Keeper:
@@ -62,7 +66,7 @@ class Keeper:
         return fd
 
 
-def _keep(device: int, ready: int, answers: fuse.Answers) -> None:
+def _keep(device: int, ready: int, answers: fuse.Answers, data: int) -> None:
     """Be the keeper; never returns."""
     try:
         os.setsid()
@@ -73,7 +77,7 @@ def _keep(device: int, ready: int, answers: fuse.Answers) -> None:
             os.dup2(null, fd)
         for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sent, signal.SIG_DFL)
-        _close_others({0, 1, 2, device, ready})
+        _close_others({0, 1, 2, device, ready, data})
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
         if os.read(ready, 1) == b"m":
             os.close(ready)

@@ -20,6 +20,9 @@ from layerkit.errors import NotFound, UnsupportedHost
 from layerkit.hosts.mount_options import IdMaps
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from layerkit.limits import Limits
     from layerkit.model.index import Index
     from layerkit.stores.local import LocalStore
@@ -76,8 +79,9 @@ def _layer(folder: str, namespace: str) -> StorageLayer:
     if _MAPPED.fullmatch(path):
         path = _unmapped(path, seen)
     shifted = marker(path, namespace)
+    above, name = os.path.split(path)
     # A folder that was mounted writable has overlayfs's own folder in the one beside it.
-    fixed = not shifted and not os.path.isdir(f"{os.path.dirname(path)}/work/work")
+    fixed = not shifted and not (name == "diff" and os.path.isdir(f"{above}/work/work"))
     identity = f"{path}\0{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
     return StorageLayer(Path(path), identity, shifted, fixed)
 
@@ -201,32 +205,64 @@ def _has_aufs_marks(layer: StorageLayer, index: Index) -> bool:
     return False
 
 
-def write_snapshot(store_root: Path, layers: Sequence[StorageLayer], namespace: str, out: BinaryIO) -> None:
-    """Write to ``out`` the META of ``layers`` (top first) as they are at this moment.
+def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
+    """Write to ``out`` what a container's writable folder holds at this moment, with the owners of an image.
 
-    Some of them are writable folders of containers, perhaps written under a map: their owners are mapped back,
-    and those that the map never gives out become 65534, but for 0, which podman's own work leaves.
+    The result stands for the folder as a layer: deletions are in it, and its files' bytes are to be read from the
+    folder by path. Owners are mapped back; those that the map never gives out become 65534, but for 0, which is
+    what podman itself makes.
+
+    Raises:
+        LayerkitError: the folder cannot be read as a layer.
     """
+    from dataclasses import replace
+
+    import numpy as np
+
     from layerkit import limits as bounds
     from layerkit.emit.fuse import write_tree
     from layerkit.hosts.adopt_index import Marks, index_layer_folder
     from layerkit.hosts.adopt_meta import Stacking, metadata_over_folders
     from layerkit.merge import merge
     from layerkit.metaonly import Namespace
-    from layerkit.stores.local import LocalStore
+    from layerkit.model.entry import Kind
 
     limits = bounds.from_environment()
-    with LocalStore.open(store_root, limits=limits) as store, store.hold():
-        indexes = list[Any]()
-        for layer in reversed(layers):
-            if layer.fixed:
-                indexes += read_indexes(store, [layer], limits)[1]
-            else:
-                index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
-                indexes.append(_shifted_back(index, IdMaps.parse(layer.shifted)))
-        tree = merge(indexes, limits=limits)
-        meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
-        write_tree(meta, out, {"plain": False})
+    index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
+    index = _shifted_back(index, IdMaps.parse(layer.shifted))
+    removed, cut = (
+        set(index.path.take(np.flatnonzero(index.kind == k)).tolist()) for k in (Kind.WHITEOUT, Kind.OPAQUE)
+    )
+    # A merge would act on deletions. As fifos they come through it, and get their kind back behind it.
+    kind = index.kind.copy()
+    kind[kind == Kind.WHITEOUT] = Kind.FIFO
+    tree = merge([_rows(replace(index, kind=kind), kind != Kind.OPAQUE)], limits=limits)
+    meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
+    tree = meta.tree
+    mode, xattr, sets = tree.mode.copy(), tree.xattr.copy(), list(tree.xattr_sets)
+    opaque = (f"{namespace}.overlay.opaque".encode(), b"y")
+    for row, path in enumerate(tree.paths()):
+        inode = int(tree.inode[row])
+        if path in removed:
+            mode[inode] = Kind.CHAR << 12
+        elif path in cut:
+            sets.append(tuple(sorted((*sets[int(xattr[inode])], opaque))))
+            xattr[inode] = len(sets) - 1
+    write_tree(replace(meta, tree=replace(tree, mode=mode, xattr=xattr, xattr_sets=tuple(sets))), out)
+
+
+def _rows(index: Index, keep: NDArray[np.bool_]) -> Index:
+    """Return an index with the rows ``keep`` only."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    rows = np.flatnonzero(keep)
+    columns = (
+        "kind", "perm", "uid", "gid", "mtime", "mtime_ns", "size", "major", "minor", "link", "xattr", "offset",
+        "sha256", "sparse",
+    )  # fmt: skip
+    return replace(index, path=index.path.take(rows), **{name: getattr(index, name)[rows] for name in columns})
 
 
 def _shifted_back(index: Index, maps: IdMaps) -> Index:

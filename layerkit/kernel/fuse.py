@@ -16,6 +16,7 @@ import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
+from layerkit.formats.acl_caps import ACL_NAMES
 from layerkit.formats.fuse_tree import NONE, FuseTree, Inode
 from layerkit.model.entry import XattrSet
 
@@ -25,6 +26,9 @@ _REQUEST_BYTES = 1 << 17
 _MAJOR, _MINOR, _OLDEST_MINOR = 7, 40, 31
 _FOREVER_SECONDS = 1 << 31
 _BLOCK = 4096
+_OPEN_FILES = 16
+METACOPY_VALUE = b"\0\4\0\0"
+"""``metaonly.METACOPY_VALUE``; that module is of those that would cost time to import."""
 
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
@@ -46,7 +50,7 @@ _WANTED = (
 )  # fmt: skip
 
 LOOKUP, FORGET, GETATTR, READLINK, READ, STATFS, GETXATTR, LISTXATTR = 1, 2, 3, 5, 15, 17, 22, 23
-INIT, READDIR, ACCESS, INTERRUPT, DESTROY, BATCH_FORGET, READDIRPLUS = 26, 28, 34, 36, 38, 42, 44
+INIT, READDIR, INTERRUPT, DESTROY, BATCH_FORGET, READDIRPLUS = 26, 28, 36, 38, 42, 44
 _SILENT = frozenset((FORGET, INTERRUPT, BATCH_FORGET))
 # Statements of intent, in which a read-only tree has no part.
 _CHANGES = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47, 51))
@@ -61,7 +65,7 @@ class Answers:
         uids: Mapping[int, int],
         gids: Mapping[int, int],
         xattr_sets: Sequence[XattrSet],
-        metacopy: bytes,
+        data: int | None = None,
     ) -> None:
         """Serve ``tree``.
 
@@ -70,20 +74,22 @@ class Answers:
             uids: the id to show for each user in the tree, in the user namespace of the mount.
             gids: the same for groups.
             xattr_sets: the tree's sets with the ids in them mapped.
-            metacopy: value of ``overlay.metacopy`` of a stub.
+            data: None: a file that is not empty is a stub. Else the descriptor of a folder that holds the bytes of
+                such a file under the path that its redirect would be.
         """
         self._tree, self._uids, self._gids = tree, uids, gids
         self._sets = [dict(pairs) for pairs in xattr_sets]
         prefix = tree.facts.namespace.encode() + b".overlay."
-        self._redirect_name, self._metacopy_name, self._metacopy = (
-            prefix + b"redirect",
-            prefix + b"metacopy",
-            metacopy,
-        )
+        self._redirect_name, self._metacopy_name = prefix + b"redirect", prefix + b"metacopy"
+        self._data, self._open = data, dict[int, int]()
+        # The root is made before the kernel knows that there are ACLs, and it then asks for those of the root at
+        # every path that is walked: so it is told only where there are any.
+        acls = any(name in ACL_NAMES for pairs in self._sets for name in pairs)
+        self._wanted = _WANTED if acls else _WANTED & ~_POSIX_ACL
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
             LOOKUP: self._lookup, GETATTR: self._getattr, READLINK: self._readlink, STATFS: self._statfs,
             GETXATTR: self._getxattr, LISTXATTR: self._listxattr, INIT: self._init, READDIR: self._readdir,
-            READDIRPLUS: self._readdirplus, ACCESS: self._nothing, DESTROY: self._nothing,
+            READDIRPLUS: self._readdirplus, DESTROY: self._nothing,
             READ: self._read,
         }  # fmt: skip
 
@@ -95,7 +101,7 @@ class Answers:
         """
         call = self._calls.get(opcode)
         if call is None:
-            # To ENOSYS of OPEN and OPENDIR the kernel answers by never asking again.
+            # To ENOSYS (of OPEN, OPENDIR, ACCESS) the kernel answers by never asking again.
             raise OSError(errno.EROFS if opcode in _CHANGES else errno.ENOSYS, "")
         try:
             return call(node - 1, body)
@@ -108,7 +114,7 @@ class Answers:
             raise OSError(errno.EPROTO, "")
         if flags & _INIT_EXT and len(body) >= 20:
             flags |= struct.unpack_from("<I", body, 16)[0] << 32
-        flags &= _WANTED
+        flags &= self._wanted
         return _INIT_OUT.pack(
             _MAJOR, _MINOR, readahead, flags & 0xFFFF_FFFF, 64, 48, _BLOCK, 1, 0, 0, flags >> 32, 0, 0
         )
@@ -150,14 +156,26 @@ class Answers:
         return b""
 
     def _read(self, row: int, body: bytes) -> bytes:
+        inode = self._tree.inode(row)
         # An empty file has no data; a stub is read here only by what ignores its xattrs.
-        if self._is_stub(self._tree.inode(row)):
+        if self._is_stub(inode):
             raise OSError(errno.EIO, "the data of a stub is in another layer")
-        return b""
+        if self._data is None or not inode.size:
+            return b""
+        _, offset, size = struct.unpack_from("<QQI", body)
+        fd = self._open.get(row)
+        if fd is None:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            path = self._redirect(inode)[1:]
+            fd = self._open[row] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._data)
+        return os.pread(fd, size, offset)
 
-    @staticmethod
-    def _is_stub(inode: Inode) -> bool:
-        return stat.S_ISREG(inode.mode) and inode.size > 0
+    def _redirect(self, inode: Inode) -> bytes:
+        return self._tree.path(inode) if inode.link == NONE else self._tree.string(inode.link)
+
+    def _is_stub(self, inode: Inode) -> bool:
+        return self._data is None and stat.S_ISREG(inode.mode) and inode.size > 0
 
     def _getxattr(self, row: int, body: bytes) -> bytes:
         (size,) = struct.unpack_from("<I", body)
@@ -166,9 +184,10 @@ class Answers:
         value = self._sets[inode.xattr].get(name)
         if value is None and self._is_stub(inode):
             if name == self._redirect_name:
-                value = self._tree.path(inode) if inode.link == NONE else self._tree.string(inode.link)
+                value = self._redirect(inode)
             elif name == self._metacopy_name:
-                value = self._metacopy
+                # Never empty: what reads xattrs in two steps takes an empty value for none.
+                value = METACOPY_VALUE
         if value is None:
             raise OSError(errno.ENODATA, "")
         return self._sized(value, size)
