@@ -1,0 +1,97 @@
+"""New files past the page cache: what they hold, what stays in memory, and where the kernel does not do it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import need_root, need_tool
+
+from layerkit.kernel.pagecache import cached_bytes
+from layerkit.stores.direct import NewFile
+
+PIECE = 1 << 20
+
+
+def _aligned(fill: bytes, size: int = PIECE) -> memoryview:
+    area = mmap.mmap(-1, size)
+    area.write(fill * (size // len(fill)))
+    return memoryview(area)
+
+
+def _written(path: Path, pieces: list[memoryview], *, direct: bool = True) -> bytes:
+    """Write ``pieces`` to ``path`` and return what they are in all."""
+    file = NewFile(path, direct=direct)
+    for piece in pieces:
+        assert file.write(piece) == len(piece)
+    file.sync()
+    file.close()
+    file.close()
+    assert file.size == path.stat().st_size
+    return b"".join(pieces)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small ext4 of its own."""
+    need_root()
+    need_tool("mkfs.ext4", "mount")
+    image, target = tmp_path / "disk", tmp_path / "m"
+    image.touch()
+    os.truncate(image, 24 << 20)
+    target.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, target], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def test_whole_pieces_leave_nothing_in_the_page_cache(disk: Path) -> None:
+    path = disk / "file"
+    want = _written(path, [_aligned(b"ab"), _aligned(b"cd"), _aligned(b"ef")])
+    assert cached_bytes(path) == 0
+    assert path.read_bytes() == want
+    assert cached_bytes(path) > 0  # the check can fail
+
+
+@pytest.mark.parametrize("tail", [1, 511, 512, 4095, 4096, 4097, PIECE - 1])
+def test_a_tail_of_any_length(disk: Path, tail: int) -> None:
+    want = _written(disk / "file", [_aligned(b"ab"), _aligned(b"cd")[:tail]])
+    assert (disk / "file").read_bytes() == want
+
+
+def test_pieces_of_odd_lengths_in_between(disk: Path) -> None:
+    pieces = [_aligned(b"a"), _aligned(b"b")[:700], _aligned(b"c"), _aligned(b"d")[:5000], _aligned(b"e")]
+    assert (_written(disk / "file", pieces)) == (disk / "file").read_bytes()
+
+
+def test_memory_that_is_not_aligned_goes_the_usual_way(disk: Path) -> None:
+    """The kernel refuses it (EINVAL), and nothing is lost or written twice."""
+    area = _aligned(b"xyz0", 2 * PIECE)
+    want = _written(disk / "file", [_aligned(b"a"), area[1 : PIECE + 1], _aligned(b"b")])
+    assert (disk / "file").read_bytes() == want
+
+
+def test_tmpfs_and_without_direct(tmp_path: Path, disk: Path) -> None:
+    memory = Path("/dev/shm") / f"lk-direct-{os.getpid()}"
+    for path, direct in ((memory, True), (disk / "file", False)):
+        try:
+            assert _written(path, [_aligned(b"ab"), _aligned(b"cd")[:999]], direct=direct) == path.read_bytes()
+        finally:
+            path.unlink()
+
+
+def test_a_full_disk_is_an_error(disk: Path) -> None:
+    file = NewFile(disk / "file", direct=True)
+    with pytest.raises(OSError) as caught:
+        for _ in range(64):
+            file.write(_aligned(b"ab"))
+    file.close()
+    assert caught.value.errno == errno.ENOSPC
