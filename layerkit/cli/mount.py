@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from layerkit.cli import adopt
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, progress, table
 from layerkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerkit.idmap import Mapping
 
 
 def mount(
@@ -37,6 +42,10 @@ def mount(
         bool,
         typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
     ] = False,
+    for_podman: Annotated[
+        bool,
+        typer.Option("--for-podman", help="Print what `podman run` takes to run it: maps and --rootfs TARGET:O."),
+    ] = False,
     data: o.Data = "auto",
     platform: o.PlatformOption = None,
     stacking: adopt.Stacking = "auto",
@@ -55,11 +64,17 @@ def mount(
 
     `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses the layers as podman unpacked them;
     so do `containerd:NAME`, `docker-storage:NAME` and `folders:TOP:...:BOTTOM`.
+
+    `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """
     from layerkit import api
 
+    if for_podman and upper is not None:
+        raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if adopt.is_unpacked(ref):
+        if for_podman:
+            raise UsageError("--for-podman: podman has these layers itself; give it the map, or name an image file")
         adopt.mount_unpacked(
             ref, target, mapping, o.store_dir(store), stacking=stacking, rendering=rendering, own_meta=own_meta,
             upper=upper, work=work, reread=reread, json=json, quiet=quiet,
@@ -69,6 +84,7 @@ def mount(
         raise UsageError(
             "--stacking and --reread are for layers that a runtime unpacked (containers-storage:NAME, ...)"
         )
+    podman = podman_words(target, mapping) if for_podman else []
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
     with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
         mounted = image.mount(
@@ -78,7 +94,14 @@ def mount(
     for warning in result.warnings:
         note(f"warning: {warning}", quiet=quiet)
     if json:
-        emit_json("mount", {"target": str(mounted.target), **result.to_dict()})
+        extra = {"podman": podman} if for_podman else {}
+        emit_json("mount", {"target": str(mounted.target), **result.to_dict(), **extra})
+        return
+    if for_podman:
+        print(" ".join(podman))
+        note(
+            "podman takes nothing else from the image: name the command, and --user, --env, --workdir", quiet=quiet
+        )
         return
     fields(
         [
@@ -87,6 +110,23 @@ def mount(
             ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
         ]
     )
+
+
+def podman_words(target: Path, mapping: Mapping | None) -> list[str]:
+    """Return the words of ``podman run`` that make a container of the read-only mount at ``target``.
+
+    Raises:
+        UsageError: a path or map that podman cannot be given.
+    """
+    place = os.path.realpath(target)
+    if not place.isascii() or shlex.quote(place) != place or ":" in place:
+        raise UsageError(f"--for-podman: podman's --rootfs cannot be given {place}; take a plain name")
+    if mapping is not None and not mapping.fits_kernel:
+        raise UsageError("--for-podman: a user namespace takes neither --squash nor --overflow-id")
+    words = []
+    for flag, one in (("--uidmap", mapping.uid), ("--gidmap", mapping.gid)) if mapping else ():
+        words += [f"{flag}={c}:{h}:{n}" for c, h, n in one.extents]
+    return [*words, "--rootfs", f"{place}:O"]
 
 
 def umount(
