@@ -151,10 +151,11 @@ def test_a_job() -> None:
     assert asked.again
     assert (asked.event.repository, asked.event.tag, asked.event.host) == ("a/b", "v1", "main")
     assert str(parse_job(dump({"repository": "a/b", "reference": DIGEST})).event.digest) == DIGEST
-    for wrong in (
+    wrongs: tuple[object, ...] = (
         {}, [], {"repository": "a"}, {"repository": "a", "reference": 1}, {"repository": "a", "reference": ""},
         {"repository": "a", "reference": "x", "url": "http://x"}, {"repository": "A", "reference": "x"},
         {"repository": "a", "reference": "x", "again": "yes"},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(BadRequest):
             parse_job(dump(wrong))

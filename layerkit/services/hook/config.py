@@ -161,7 +161,7 @@ class Config:
 
 def _pattern(text: str) -> str:
     parts = re.split(r"(\*\*|\*)", text)
-    return "".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
+    return "".join({"**": r"\S*", "*": r"[^/\s]*"}.get(part, re.escape(part)) for part in parts)
 
 
 def load(path: Path) -> Config:

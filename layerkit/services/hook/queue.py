@@ -294,14 +294,23 @@ class Queue:
             # A repository that was wished for while this ran is still to be served.
             more = db.execute("SELECT 1 FROM targets WHERE job = ? AND todo", (claim.job,)).fetchone()
             state = "waiting" if more else outcome.state
+            # A run that found the artifact in place has nothing to say of how it was made.
+            report = {**(json.loads(row[1]) if outcome.report.get("existing") else {}), **outcome.report}
             figures = [_number(outcome.report.get(name)) for name in _FIGURES]
             db.execute(
                 "UPDATE jobs SET state = ?, urgent = 0, anew = 0, attempts = 0, losses = 0, owner = NULL,"
                 " token = NULL, lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
                 + ", ".join(f"{name} = {name} + ?" for name in _FIGURES)
                 + " WHERE id = ?",
-                (state, now, now, outcome.why, json.dumps(dict(outcome.report)), *figures, claim.job),
+                (state, now, now, outcome.why, json.dumps(report), *figures, claim.job),
             )
+            if outcome.state == "skipped":
+                # What is no image is none for any map.
+                db.execute(
+                    "UPDATE jobs SET state = 'skipped', finished = ?, why = ?"
+                    " WHERE digest = ? AND state = 'waiting'",
+                    (now, outcome.why, str(claim.key.digest)),
+                )
             for child in outcome.children:
                 key = Key(child, claim.key.mapping, claim.key.options, claim.key.version)
                 for target in claim.targets:

@@ -1,0 +1,128 @@
+"""Helpers of the hook's tests: settings, a service in this process, and clients."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from layerkit.errors import NotFound
+from layerkit.model.digest import Digest
+from layerkit.services.hook.config import Config, Registry, parse
+from layerkit.services.hook.guard import Token
+from layerkit.services.hook.http import Service, make_app
+from layerkit.services.hook.intake import Intake
+from layerkit.services.hook.jobs import Outcome
+from layerkit.services.hook.metrics import Metrics
+from layerkit.services.hook.queue import Queue
+from layerkit.services.hook.tasks import Task
+from layerkit.services.hook.worker import QueueWorker
+
+TOKEN = "test-token-0123456789"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+MAP_A, MAP_B = "0:100000:65536", "0:300000:65536"
+
+
+def settings(folder: Path, host: str = "127.0.0.1:1", *, maps: tuple[str, ...] = (MAP_A,), **more: Any) -> Config:
+    """Settings with one registry called ``main``; ``more`` are top-level names of the file."""
+    registry = {"name": "main", "host": host, "tls_verify": False, **more.pop("registry", {})}
+    values = {
+        "state": str(folder / "state"), "store": str(folder / "store"), "listen": "127.0.0.1:0",
+        "registry": [registry], "map": [{"uid_map": [text]} for text in maps], **more,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "token").write_text(TOKEN)
+    (folder / "token").chmod(0o600)
+    return parse(values | {"token_file": str(folder / "token")}, "test", folder)
+
+
+def no_registry(registry: Registry, repository: str, tag: str) -> Digest:
+    """A resolver that knows the tag ``v1`` only."""
+    if tag != "v1":
+        raise NotFound(f"{repository}:{tag}")
+    return Digest.of(repository.encode())
+
+
+@contextlib.contextmanager
+def run_asgi(app: Any, **options: Any) -> Iterator[str]:
+    """Serve an ASGI application from a thread; gives its URL."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", **options)
+    )
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started or not thread.is_alive())
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@contextlib.contextmanager
+def hook(
+    config: Config, *, execute: Callable[[Task], Outcome] | None = None, resolve: Any = no_registry
+) -> Iterator[tuple[str, Queue]]:
+    """A hook in this process, with threads as workers where ``execute`` is given; gives its URL and queue."""
+    with contextlib.closing(Queue(config.state, config.policy)) as queue:
+        metrics = Metrics(queue.stats)
+        worker = None
+        if execute is not None:
+            worker = QueueWorker(config, queue, lambda: ThreadPoolExecutor(config.workers), execute, metrics)
+        intake = Intake(config, queue, resolve, metrics)
+        with run_asgi(make_app(Service(config, queue, intake, metrics, Token(TOKEN), worker))) as url:
+            yield url, queue
+
+
+def call(
+    url: str,
+    body: object = None,
+    *,
+    headers: dict[str, str] | None = None,
+    method: str = "",
+    raw: bytes | None = None,
+) -> tuple[int, dict[str, str], bytes]:
+    """Send a request, with the token and as JSON unless ``headers`` say otherwise; return status, headers, body."""
+    data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
+    sent = {"Content-Type": "application/json", **BEARER} if headers is None else headers
+    request = urllib.request.Request(url, data, sent, method=method or None)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def event(repository: str, digest: str, *, tag: str = "", host: str = "", **target: Any) -> dict[str, Any]:
+    """One push, as distribution tells it."""
+    return {
+        "id": "x", "action": "push", "request": {"host": host},
+        "target": {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
+                   "repository": repository, "tag": tag, **target},
+    }  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Return when ``condition`` holds; fail after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
