@@ -136,6 +136,7 @@ def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
 def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
     """Free what no image and no mount of ``store`` uses; return what was freed."""
     from layerkit.hosts import mount as mounter
+    from layerkit.hosts import storage_layers
     from layerkit.stores import pins
 
     path = store or default_store()
@@ -148,9 +149,10 @@ def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict
         def in_use() -> tuple[set[str], set[str]]:
             labels = [record.label for record in mounter.active(run)]
             layers, metas = pins.used(pins.live(path))
+            over_folders = storage_layers.in_use(held.metas())
             return (
-                {x for label in labels for x in label.get("layers", "").split(",") if x} | layers,
-                {label["meta"] for label in labels if "meta" in label} | metas,
+                {x for label in labels for x in label.get("layers", "").split(",") if x} | layers | over_folders[0],
+                {label["meta"] for label in labels if "meta" in label} | metas | over_folders[1],
             )
 
         report = held.gc(in_use=in_use, dry_run=dry_run)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from layerkit.limits import Limits
     from layerkit.model.index import Index
     from layerkit.stores.local import LocalStore
+    from layerkit.stores.metas import MetaEntry
 
 TREE_FILE = "tree.fuse"
 FORMAT_VERSION = 1
@@ -132,6 +133,33 @@ def tree_path(store: Path, key: str) -> Path:
     A META appears in a store by rename, whole; so the file itself says that it may be used.
     """
     return store / "meta" / key / TREE_FILE
+
+
+def in_use(metas: Iterable[MetaEntry]) -> tuple[set[str], set[str]]:
+    """Return what gc keeps among ``metas``: (names of indexes, keys of METAs) over folders that are still there.
+
+    A META over a storage's folders belongs to no image of ours: it goes when podman has removed one of the folders.
+    What a running container is served from may go as well; its server has it open.
+    """
+    layers, keys = set[str](), set[str]()
+    for entry in metas:
+        identities = entry.info.get("identities")
+        if identities is not None and all(map(_is_there, identities)):
+            layers.update(entry.info["diff_ids"])
+            keys.add(entry.key)
+    return layers, keys
+
+
+def _is_there(identity: str) -> bool:
+    path, _, numbers = identity.partition("\0")
+    try:
+        seen = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # Not reachable for us is not gone.
+        return True
+    return numbers == f"{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
 
 
 # Only the process that builds comes further.
