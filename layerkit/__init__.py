@@ -24,13 +24,16 @@ if TYPE_CHECKING:
         open_store,
         umount,
     )
-    from layerkit.errors import LayerkitError
+    from layerkit.errors import Cancelled, LayerkitError
+    from layerkit.plans import Plan, optimize
     from layerkit.rewrites import copy, flatten, remap
 
 __all__ = [
+    "Cancelled",
     "LayerkitError",
     "Mounted",
     "OpenImage",
+    "Plan",
     "Settings",
     "collect_garbage",
     "copy",
@@ -40,14 +43,18 @@ __all__ = [
     "mounts",
     "open_image",
     "open_store",
+    "optimize",
     "remap",
     "umount",
 ]
 
 _ELSEWHERE = {
+    "Cancelled": "layerkit.errors",
     "LayerkitError": "layerkit.errors",
+    "Plan": "layerkit.plans",
     "copy": "layerkit.rewrites",
     "flatten": "layerkit.rewrites",
+    "optimize": "layerkit.plans",
     "remap": "layerkit.rewrites",
 }
 

@@ -138,6 +138,16 @@ class OpenImage:
         self.close()
 
     @property
+    def settings(self) -> Settings:
+        """Return what it was opened with."""
+        return self._settings
+
+    @property
+    def limits(self) -> Limits:
+        """Return the bounds on what is read of it."""
+        return self._limits
+
+    @property
     def store_path(self) -> Path:
         """Return the folder of the store that this image is brought into."""
         return self._settings.store_path
