@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from layerkit.errors import InvalidImage, UsageError
+from layerkit.errors import InvalidImage
 
 _ID_MAX = 0xFFFFFFFE
 
@@ -42,18 +42,18 @@ def resolve(spec: str, passwd: bytes, group: bytes, *, what: str = "Config.User"
         what: names ``spec`` in errors.
 
     Raises:
-        InvalidImage: a name that the image does not have.
-        UsageError: a number that is no id.
+        InvalidImage: a name that the image does not have, or a number that is no id.
     """
-    wanted_user, _, wanted_group = spec.partition(":")
-    entry = _find(passwd, wanted_user or "0", 2)
-    if entry is None and not _is_id(wanted_user or "0"):
+    user, _, wanted_group = spec.partition(":")
+    named = not _is_id(user)
+    entry = _find(passwd, user or "0", 2)
+    if entry is None and user and named:
         raise InvalidImage(
-            f"{what} {spec!r}: /etc/passwd of the image has no user {wanted_user!r}; name one that it has with "
-            "--user, or a number"
+            f"{what} {spec!r}: /etc/passwd of the image has no user {user!r}; name one that it has with --user, "
+            "or a number"
         )
-    uid = _number(entry[2] if entry else wanted_user, f"{what} {spec!r}")
-    gid = _number(entry[3], f"{what} {spec!r}") if entry and len(entry) > 3 and _is_id(entry[3]) else 0
+    uid = int(entry[2] if entry else user or "0")
+    gid = int(entry[3]) if entry and len(entry) > 3 and _is_id(entry[3]) else 0
     groups: tuple[int, ...] = ()
     if wanted_group:
         found = _find(group, wanted_group, 2)
@@ -62,8 +62,8 @@ def resolve(spec: str, passwd: bytes, group: bytes, *, what: str = "Config.User"
                 f"{what} {spec!r}: /etc/group of the image has no group {wanted_group!r}; name one that it has "
                 "with --user, or a number"
             )
-        gid = _number(found[2] if found else wanted_group, f"{what} {spec!r}")
-    elif entry is not None and not _is_id(wanted_user):
+        gid = int(found[2] if found else wanted_group)
+    elif entry is not None and named:
         groups = tuple(sorted(_groups_of(group, entry[0])))
     home = entry[5] if entry and len(entry) > 5 and entry[5].startswith("/") else ""
     return User(uid, gid, groups, home)
@@ -99,9 +99,3 @@ def _groups_of(group: bytes, name: str) -> set[int]:
 
 def _is_id(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _ID_MAX
-
-
-def _number(text: str, what: str) -> int:
-    if not _is_id(text):
-        raise UsageError(f"{what}: {text!r} is no id; want 0 to {_ID_MAX}")
-    return int(text)
