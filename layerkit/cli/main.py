@@ -22,6 +22,7 @@ from layerkit.cli import (
     adopt,
     analyze,
     bundle,
+    cache,
     containerd,
     copy,
     doctor,
@@ -98,6 +99,7 @@ for module in (
     containerd,
     adopt,
     which,
+    cache,
 ):
     module.register(app)
 registry_options.add_to_commands(app)
