@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+from layerkit.errors import LayerkitError
 from layerkit.formats import oci, oci_images
 from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor
@@ -247,12 +248,21 @@ def _listed_in_indexes(source: LayoutLike, limits: Limits) -> Iterator[Descripto
 
 
 def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str, ...]:
-    """Return the digests of what is attached to ``image`` or its index, and stays there if it is written anew."""
+    """Return a warning, or none, of what is attached to ``image`` or its index and no use to what is made of it."""
     if not isinstance(source, LayoutLike):
         return ()
-    subjects = [image.descriptor.digest, *(entry.digest for entry in source.chosen())]
-    found = [entry for subject in subjects for entry, _ in attached(source, subject, limits)]
-    return tuple(dict.fromkeys(str(entry.digest) for entry in found))
+    try:
+        subjects = [image.descriptor.digest, *(entry.digest for entry in source.chosen())]
+        found = [entry for subject in subjects for entry, _ in attached(source, subject, limits)]
+    except LayerkitError:  # something else that lies there is damaged: no reason to fail
+        return ()
+    digests = tuple(dict.fromkeys(str(entry.digest) for entry in found))
+    if not digests:
+        return ()
+    return (
+        f"{len(digests)} attached to {image.descriptor.digest} or its index (signatures, attestations, remaps) "
+        f"stay there, they do not cover what was written: {', '.join(digests)}",
+    )
 
 
 __all__ = ["CopyReport", "LayoutLike", "attached", "copy", "left_behind"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerkit.contents import Contents, LoadIndex, OpenTar
+from layerkit.copying import left_behind
 from layerkit.errors import InvalidImage, NotFound, UsageError
 from layerkit.formats.layer_writer import stored_bytes
 from layerkit.limits import Limits
@@ -44,6 +45,7 @@ class FlattenReport(Report):
         tree_digest: of the root filesystem, the same before and after.
         compressor: of the layer: name, version and settings; "" for none.
         seconds: wall time.
+        warnings: what the user must know of the result.
     """
 
     name: str
@@ -61,6 +63,7 @@ class FlattenReport(Report):
     tree_digest: str
     compressor: str
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 def flatten(
@@ -163,6 +166,7 @@ def flatten(
         tree_digest=str(want),
         compressor=packing.compressor,
         seconds=time.monotonic() - start,
+        warnings=left_behind(source, image, limits),
     )
 
 

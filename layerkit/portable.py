@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.contents import Contents, LoadIndex, OpenTar
+from layerkit.copying import left_behind
 from layerkit.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry
 from layerkit.flattening import check_tree
 from layerkit.formats import acl_caps, artifact
@@ -216,7 +217,8 @@ def portable(
     rewritten = sum(isinstance(layer, NewLayer) for layer in layers)
     return _report(
         result, want, mapping, name=dst_name, read=read, start=start,
-        how=f"portable: {rewritten} layers written anew", warnings=want.warnings,
+        how=f"portable: {rewritten} layers written anew",
+        warnings=(*want.warnings, *left_behind(source, image, limits)),
     )  # fmt: skip
 
 
@@ -304,7 +306,8 @@ def append_meta(
     warnings = STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS
     return _report(
         result, tree, mapping, name=dst_name, read=read, start=start, meta_bytes=descriptor.size,
-        how=f"META as a layer of type {descriptor.media_type}", warnings=(*warnings, *tree.warnings),
+        how=f"META as a layer of type {descriptor.media_type}",
+        warnings=(*warnings, *tree.warnings, *left_behind(source, image, limits)),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerkit.contents import Contents, OpenTar
+from layerkit.copying import left_behind
 from layerkit.flattening import check_tree
 from layerkit.formats import artifact
 from layerkit.limits import Limits
@@ -132,7 +133,9 @@ def optimize(
     cost = made.bytes_after - planner(indexes, limits=limits).bytes_after if keep_base else 0
     warnings = (STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS) if metadata_only and made.changes else ()
 
-    def report(written: tuple[Image, dict[int, Layer]] | None) -> OptimizeReport:
+    def report(
+        written: tuple[Image, dict[int, Layer]] | None, warnings: tuple[str, ...] = warnings
+    ) -> OptimizeReport:
         return _report(image, indexes, made, written, cost, dst_name, start, packing.compressor, warnings)
 
     if open_sink is None:
@@ -181,7 +184,8 @@ def optimize(
         sink.abort()
         raise
     after = dict(zip(sorted(new), result.layers, strict=True))
-    return report((result, after))
+    left = left_behind(source, image, limits) if result is not image else ()
+    return report((result, after), (*warnings, *left))
 
 
 def _steps(made: Plan) -> list[PlannedLayer]:

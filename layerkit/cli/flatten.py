@@ -107,6 +107,8 @@ def flatten(
             src, dst, from_layer=from_layer, to_layer=to_layer, keep_base=keep_base, platform=platform,
             settings=settings, compression=compression, level=level, jobs=jobs, created=created, progress=step,
         )  # fmt: skip
+    for warning in report.warnings:
+        note(f"warning: {warning}", quiet=quiet)
     if json:
         emit_json("flatten", report.to_dict())
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from layerkit.copying import left_behind
 from layerkit.diff import diff, diff_and_carried
 from layerkit.emit.folder_writer import FOLDER
 from layerkit.errors import InvalidImage, NotFound, UsageError, show_path
@@ -159,7 +160,7 @@ def pack(
         removed=removed,
         hashed_bytes=read.hashed_bytes,
         seconds=time.monotonic() - start,
-        warnings=read.warnings,
+        warnings=(*read.warnings, *left_behind(source, image, limits)),
     )
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oci_schemas
 import pytest
-from image_kit import INDEX, Layout, attach, below, digest, dump, tar
+from image_kit import CONFIG, INDEX, MANIFEST, Layout, attach, below, digest, dump, special, tar
 from support import need_tool
 
 
@@ -114,3 +115,83 @@ def test_a_damaged_or_absent_blob_leaves_nothing(cli: Callable[..., Any], tmp_pa
     cli("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--all-platforms", code=3)
     assert not (tmp_path / "out").exists()
     assert cli("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--platform", "linux/amd64")["blobs"]
+
+
+def signed(path: Path) -> tuple[Path, dict[str, str]]:
+    """Write an image as a registry's tools leave it: signed by cosign, attested by buildkit, an SBOM attached."""
+    layout = Layout()
+    chown = special("a", b"0", uid=7)
+    image = layout.image(tar(("a", b"1" * 5000), ("b", b"2")), tar(("a", b"1" * 5000), ("c", b"3")), tar(chown))
+    statement = layout.put(b"{}", "application/vnd.in-toto+json")
+    about = {
+        "architecture": "unknown",
+        "os": "unknown",
+        "rootfs": {"type": "layers", "diff_ids": [statement["digest"]]},
+    }
+    config = layout.put(dump(about), CONFIG)
+    attested = {"schemaVersion": 2, "mediaType": MANIFEST, "layers": [statement], "config": config}
+    attestation = layout.put(dump(attested), MANIFEST)
+    entries = [
+        image | {"platform": {"os": "linux", "architecture": "amd64"}},
+        attestation
+        | {
+            "platform": {"os": "unknown", "architecture": "unknown"},
+            "annotations": {
+                "vnd.docker.reference.type": "attestation-manifest", "vnd.docker.reference.digest": image["digest"],
+            },
+        },
+    ]  # fmt: skip
+    index = layout.put(dump({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}), INDEX)
+    layout.list(index, "app")
+    payload = layout.put(b"{}", "application/vnd.dev.cosign.simplesigning.v1+json")
+    empty = {"architecture": "", "os": "", "rootfs": {"type": "layers", "diff_ids": [payload["digest"]]}}
+    config = layout.put(dump(empty), CONFIG)
+    signature = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [payload]}
+    made = {"image": image["digest"], "index": index["digest"], "attestation": attestation["digest"]}
+    for name, subject in (("signature", image), ("signature of the index", index)):
+        entry = layout.put(dump(signature | {"annotations": {"of": name}}), MANIFEST)
+        made[name] = layout.list(entry, subject["digest"].replace(":", "-") + ".sig")["digest"]
+    made["sbom"] = attach(layout, image, b"sbom")["digest"]
+    layout.folder(path)
+    return path, made
+
+
+def test_what_speaks_for_a_digest_goes_only_with_that_digest(cli: Callable[..., Any], tmp_path: Path) -> None:
+    source, made = signed(tmp_path / "in")
+    src, of_image = f"oci:{source}:app", {made[name] for name in ("signature", "attestation", "sbom")}
+    # One platform: what covers the image comes, what covers the index does not and is named.
+    for dst in (f"oci:{tmp_path}/one:x", f"oci-archive:{tmp_path}/one.tar:x", f"docker-archive:{tmp_path}/d.tar:x"):
+        report = cli("copy", src, dst, "--platform", "linux/amd64")
+        assert set(report["attached"]) == of_image
+        assert report["left"] == [made["signature of the index"]]
+        # By its path alone a docker archive is the OCI archive that it is too, with the manifest as it was. From
+        # the copy on they go with the image again; only the index that listed the attestation is gone.
+        again = cli("copy", dst.removeprefix("docker-archive:"), f"oci:{tmp_path}/again-{dst.partition(':')[0]}:y")
+        assert again["manifest"] == made["image"]
+        assert {made["signature"], made["sbom"]} <= set(again["attached"])
+    # All platforms: everything.
+    report = cli("copy", src, f"oci:{tmp_path}/all:x", "--all-platforms")
+    assert report["manifest"] == made["index"]
+    assert report["left"] == []
+    assert {*report["attached"], made["attestation"]} >= {*of_image, made["signature of the index"]}
+    oci_schemas.check(tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "words", [("flatten",), ("optimize",), ("remap", "--form", "portable", "--uid-map", "0:1000:10")], ids=" ".join
+)
+def test_what_is_written_anew_carries_nothing_that_covers_the_original(
+    cli: Callable[..., Any], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    source, made = signed(tmp_path / "in")
+    report = cli(words[0], f"oci:{source}:app", f"oci:{tmp_path}/out:x", *words[1:], "--platform", "linux/amd64")
+    assert report["manifest"] != made["image"]
+    assert listed(tmp_path / "out") == [report["manifest"]]
+    (warning,) = (text for text in report["warnings"] if "attached" in text)
+    assert all(made[name] in warning for name in ("signature", "signature of the index", "attestation", "sbom"))
+    blobs = {path.name for path in (tmp_path / "out/blobs/sha256").iterdir()}
+    assert not blobs & {digest.removeprefix("sha256:") for digest in made.values()}
+    # Into the layout where the signature lies: its name still says the old digest, and nobody took it over.
+    again = cli(words[0], f"oci:{source}:app", f"oci:{source}:new", *words[1:], "--platform", "linux/amd64")
+    assert again["manifest"] == report["manifest"]
+    assert cli("copy", f"oci:{source}:new", f"oci:{tmp_path}/3:z")["attached"] == []
