@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,17 @@ def report_html(report: AnalyzeReport) -> str:
     body["name"] = show_path(report.name)
     body["paths"] = [path.to_dict() for path in report.paths[:PATHS_SHOWN]]
     body["paths_left_out"] = max(0, len(report.paths) - PATHS_SHOWN)
+    return fill_page("report.html", body)
+
+
+def fill_page(template: str, body: Mapping[str, object]) -> str:
+    """Return the page ``template`` of this package with ``body`` as its data, which cannot break out of it."""
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
-    page = resources.files("layerkit.emit").joinpath("report.html").read_text("utf-8")
+    page = resources.files("layerkit.emit").joinpath(template).read_text("utf-8")
     before, _, after = page.partition("@DATA@")
     return before + text + after
 
 
-__all__ = ["PATHS_SHOWN", "report_html"]
+__all__ = ["PATHS_SHOWN", "fill_page", "report_html"]

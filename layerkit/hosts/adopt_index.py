@@ -352,9 +352,9 @@ class _Walk:
                 range(len(sources)),
                 key=lambda i: (row_paths[i].replace(b"/", b"\0"), -row_kinds[i] if row_kinds[i] > 16 else 0),
             )
-            sources, row_paths, row_kinds = (
-                [column[i] for i in ordered] for column in (sources, row_paths, row_kinds)
-            )
+            sources = [sources[i] for i in ordered]
+            row_paths = [row_paths[i] for i in ordered]
+            row_kinds = [row_kinds[i] for i in ordered]
         return self._columns(stats, np.array(sources, np.int64), row_paths, row_kinds, links, diff_id)
 
     def _hard_links(

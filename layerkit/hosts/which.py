@@ -130,7 +130,7 @@ def _of_path(path: Path, store: LocalStore) -> Which:
     relative = os.fsencode(full.relative_to(target)) if full != target else b""
     relative = b"" if relative == b"." else relative
     shown = full.lstat()
-    image = _layers_of(record, store)
+    image = layers_of(record, store)
     tree = merge([index for _, index in image.layers], limits=store.limits)
     row = find_row(tree, relative)
     upper = _in_upper(record, relative, row >= 0)
@@ -189,7 +189,7 @@ def _record_of(path: Path, store: LocalStore) -> tuple[Record, Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layers:
+class Layers:
     """The layers of a mount: (name of the index, index) bottom first, and what they are called outside."""
 
     name: str
@@ -199,7 +199,13 @@ class _Layers:
     blobs: tuple[str, ...]
 
 
-def _layers_of(record: Record, store: LocalStore) -> _Layers:
+def layers_of(record: Record, store: LocalStore) -> Layers:
+    """Return the layers under a mount.
+
+    Raises:
+        StoreError: an index is gone.
+        NotFound: the image is.
+    """
     label = record.label
     if label.get("backend") == UNPACKED:
         names = [Digest.parse(text) for text in label["layers"].split(",") if text]
@@ -213,7 +219,7 @@ def _layers_of(record: Record, store: LocalStore) -> _Layers:
         diff_ids = tuple(map(str, names))
         blobs = tuple(str(layer.descriptor.digest) for layer in image.layers)
         manifest = str(image.descriptor.digest)
-    return _Layers(label.get("image", ""), manifest, tuple((n, _index(store, n)) for n in names), diff_ids, blobs)
+    return Layers(label.get("image", ""), manifest, tuple((n, _index(store, n)) for n in names), diff_ids, blobs)
 
 
 def _index(store: LocalStore, diff_id: Digest) -> Index:
@@ -234,7 +240,7 @@ def find_row(tree: Tree, path: bytes) -> int:
     return row
 
 
-def _place_of(image: _Layers, tree: Tree, row: int, path: bytes) -> Place:
+def _place_of(image: Layers, tree: Tree, row: int, path: bytes) -> Place:
     """Return the topmost layer that has an entry at ``path``; for a file with data, the one that has the data."""
     at = _source(tree, row, path, [index for _, index in image.layers])
     return Place(image.name, image.manifest, at + 1, image.diff_ids[at], image.blobs[at], show_path(path), True)
@@ -463,4 +469,4 @@ def _users(store: LocalStore, diff_ids: set[str]) -> tuple[Sharer, ...]:
     )
 
 
-__all__ = ["Place", "Sharer", "Which", "find_row", "which"]
+__all__ = ["Layers", "Place", "Sharer", "Which", "find_row", "layers_of", "which"]

@@ -32,9 +32,7 @@ def resident_bytes(path: Path | str) -> tuple[int, int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
-        return sum(
-            _resident(fd, start, min(_SPAN_BYTES, size - start)) for start in range(0, size, _SPAN_BYTES)
-        ), size
+        return resident_of(fd, size), size
     finally:
         os.close(fd)
 
@@ -52,6 +50,15 @@ def cached_bytes(path: Path | str) -> int:
         return sc.cachestat(fd)[0] * mmap.PAGESIZE
     finally:
         os.close(fd)
+
+
+def resident_of(fd: int, size: int) -> int:
+    """Return the bytes in the page cache of an open file of ``size`` bytes; as :func:`resident_bytes`.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    return sum(_resident(fd, at, min(_SPAN_BYTES, size - at)) for at in range(0, size, _SPAN_BYTES))
 
 
 def drop(path: Path | str) -> None:
@@ -78,9 +85,11 @@ def _resident(fd: int, start: int, length: int) -> int:
             raise sc.failed(ctypes.get_errno(), "mincore")
     finally:
         _libc.munmap(address, length)
-    # Only the lowest bit of each byte has a meaning.
-    resident = [byte & 1 for byte in vector.raw] if set(vector.raw) - {0, 1} else vector.raw
-    total = sum(resident) * mmap.PAGESIZE
-    if resident[-1] and length % mmap.PAGESIZE:
+    raw = vector.raw
+    if raw.strip(b"\0\1"):
+        # Only the lowest bit of each byte has a meaning.
+        raw = bytes(byte & 1 for byte in raw)
+    total = raw.count(1) * mmap.PAGESIZE
+    if raw[-1] and length % mmap.PAGESIZE:
         total -= mmap.PAGESIZE - length % mmap.PAGESIZE
     return total
