@@ -51,7 +51,7 @@ def default_run(root: Path) -> Path:
 class Snapshotter:
     """One snapshotter root, open; safe to use from several threads.
 
-    Folders: ``snapshots.db``, ``snapshots/ID/:fs`` and ``work``, ``meta/``, ``index/``.
+    Folders: ``snapshots.db``, ``snapshots/ID/+f`` and ``work``, ``meta/``, ``index/``.
     """
 
     def __init__(self, root: Path, store: Path, *, run: Path | None = None, limits: Limits) -> None:

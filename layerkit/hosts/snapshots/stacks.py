@@ -17,11 +17,12 @@ from layerkit.hosts.snapshots.catalog import Row
 from layerkit.hosts.snapshots.values import GID_LABEL, UID_LABEL, Mount
 from layerkit.idmap import IdMap, Mapping
 
-FILES = ":fs"
+FILES = "+f"
 """The folder of a snapshot's files, in ``snapshots/ID``.
 
 Redirects into such a folder start with this name, which images do not have at their top, so overlayfs finds no
-beginning of one in META: with ``metacopy=on`` it looks there first, and a folder of that name would be EIO.
+beginning of one in META: with ``metacopy=on`` it looks there first, and a folder of that name would be EIO. No
+colon in it: containerd itself puts the upper among the lower layers where it mounts a snapshot to make a diff.
 """
 WORK = "work"
 _PAGE_BYTES = 4096
