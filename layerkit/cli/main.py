@@ -25,6 +25,7 @@ from layerkit.cli import (
     cache,
     containerd,
     copy,
+    copyups,
     doctor,
     finalize,
     flatten,
@@ -100,6 +101,7 @@ for module in (
     adopt,
     which,
     cache,
+    copyups,
 ):
     module.register(app)
 registry_options.add_to_commands(app)
