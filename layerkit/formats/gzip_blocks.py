@@ -15,12 +15,12 @@ from typing import Any, cast
 
 from isal import isal_zlib
 
-BLOCK_BYTES = 1 << 17
+BLOCK_BYTES = 1 << 18
 DEFAULT_LEVEL = 5
 LEVELS = range(1, 10)
 
 _WINDOW_BYTES = 1 << 15
-_BLOCKS_AT_ONCE = 8  # a thread gets so many, one after the other
+_BLOCKS_AT_ONCE = 4  # a thread gets so many, one after the other
 _AT_ONCE_BYTES = _BLOCKS_AT_ONCE * BLOCK_BYTES
 _ISAL_LEVELS = 3
 # Huffman codes are made for fewer symbols at once than by default: 1 % smaller for layers, and no slower.

@@ -127,6 +127,6 @@ def test_what_packed_a_layer_is_on_record(tiny_image: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     report = json.loads(run("flatten", tiny_image, f"oci:{out}:x", "--compression-level", 9, "--json").stdout)
     assert report["compressor"].startswith("zlib-ng ")
-    assert report["compressor"].endswith("level 9 blocks 131072")
+    assert report["compressor"].endswith("level 9 blocks 262144")
     with open_image(f"oci:{out}:x") as image:
         assert image.image.layers[0].descriptor.annotations == {"io.layerkit.compressor": report["compressor"]}

@@ -21,7 +21,7 @@ from layerkit.formats.compressor import LEVELS, compress, compressor
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 BLOCK = gzip_blocks.BLOCK_BYTES
-TASK = 8 * BLOCK  # what one thread gets at once
+TASK = 4 * BLOCK  # what one thread gets at once
 # Text that repeats itself at a distance, so that a dictionary that is not carried over shows in the size.
 WORDS = b"".join(hashlib.sha256(bytes([i % 7, i % 11])).hexdigest().encode() for i in range(1 << 15))
 DATA = WORDS + os.urandom(TASK // 2) + bytes(TASK) + WORDS
