@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,8 +98,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
             names = store.stored_image(parsed.name).names
             name = parsed.name if parsed.name in names or not names else names[0]
         else:
-            tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerkit-")))
-            source = reference.open_source(parsed, limits=limits, tmp=tmp, registry=chosen.registry)
+            source = reference.open_source(parsed, limits=limits, registry=chosen.registry)
         stack.callback(source.close)
         image = source.image(Platform.parse(platform) if platform else None)
         return OpenImage(

@@ -6,7 +6,6 @@ digests that the result does not have.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -98,32 +97,31 @@ def _every(src: str, dst: str | None, work: Work[Any], settings: api.Settings) -
     limits = settings.limits or bounds.from_environment()
     if reference.parse(src).transport == "store":
         raise UsageError(f"{src}: the store holds images of one platform; --all-platforms wants an index")
-    with tempfile.TemporaryDirectory(prefix="layerkit-") as tmp:
-        source = reference.open_source(src, limits=limits, tmp=tmp, registry=settings.registry)
+    source = reference.open_source(src, limits=limits, registry=settings.registry)
+    try:
+        if not isinstance(source, LayoutLike):
+            raise UsageError(f"{src}: holds the image of one platform; leave out --all-platforms")
+        name, images, annotations = _images(source, limits)
+        if not images:
+            raise NotFound(f"{src}: holds no image")
+        if dst is None:
+            reports = [work(source, image, _no_sink, name) for image in images]
+            return _report(name, "", images, reports, start)
+        open_sink, dst_name = rewrites.sink_to(dst, settings, source)
+        if reference.parse(dst).transport in ("docker-archive", "docker-daemon") and len(images) > 1:
+            raise UsageError(f"{dst}: has room for one platform; choose it with --platform")
+        sink = open_sink()
         try:
-            if not isinstance(source, LayoutLike):
-                raise UsageError(f"{src}: holds the image of one platform; leave out --all-platforms")
-            name, images, annotations = _images(source, limits)
-            if not images:
-                raise NotFound(f"{src}: holds no image")
-            if dst is None:
-                reports = [work(source, image, _no_sink, name) for image in images]
-                return _report(name, "", images, reports, start)
-            open_sink, dst_name = rewrites.sink_to(dst, settings, source)
-            if reference.parse(dst).transport in ("docker-archive", "docker-daemon") and len(images) > 1:
-                raise UsageError(f"{dst}: has room for one platform; choose it with --platform")
-            sink = open_sink()
-            try:
-                parts = _Parts(sink)
-                reports = [work(source, image, parts.open, name) for image in images]
-                top = parts.put_index(annotations, dst_name or name)
-                sink.commit()
-            except BaseException:
-                sink.abort()
-                raise
-            return _report(dst_name or name, str(top.digest), images, reports, start)
-        finally:
-            source.close()
+            parts = _Parts(sink)
+            reports = [work(source, image, parts.open, name) for image in images]
+            top = parts.put_index(annotations, dst_name or name)
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+        return _report(dst_name or name, str(top.digest), images, reports, start)
+    finally:
+        source.close()
 
 
 def _no_sink() -> ImageSink:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
@@ -271,15 +270,14 @@ def copy(
     if all_platforms and platform is not None:
         raise UsageError("--all-platforms and --platform exclude each other; give one of them")
     if all_platforms and reference.parse(src).transport != "store":
-        with tempfile.TemporaryDirectory(prefix="layerkit-") as tmp:
-            source = reference.open_source(src, limits=limits, tmp=tmp, registry=chosen.registry)
-            try:
-                # A docker archive has no index: there is one image to copy.
-                image = None if isinstance(source, copying.LayoutLike) else source.image()
-                open_sink, name = sink_to(dst, chosen, source)
-                return copying.copy(source, open_sink(), image, dst_name=name, limits=limits, progress=progress)
-            finally:
-                source.close()
+        source = reference.open_source(src, limits=limits, registry=chosen.registry)
+        try:
+            # A docker archive has no index: there is one image to copy.
+            image = None if isinstance(source, copying.LayoutLike) else source.image()
+            open_sink, name = sink_to(dst, chosen, source)
+            return copying.copy(source, open_sink(), image, dst_name=name, limits=limits, progress=progress)
+        finally:
+            source.close()
     with api.open_image(src, platform=platform, settings=chosen) as opened:
         open_sink, name = sink_to(dst, chosen, opened.source)
         return copying.copy(
