@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
+from layerkit.cli import setup_containerd
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,4 +72,5 @@ def _program() -> Path:
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands to ``app``."""
+    setup_containerd.register(group)
     app.add_typer(group, name="setup", rich_help_panel="Host")

@@ -25,13 +25,10 @@ from engines import Engine, containerd, short_folder
 from snapshot_client import Process, snapshotter, unmount
 from support import mounts_below, need_root, need_tool
 
+from layerkit.hosts.containerd_conf import proxy_plugin
+
 NAME = "layerkit.example/ctd:1"
 MAP = "0:100000:65536"
-_PROXY = """
-[proxy_plugins.layerkit]
-  type = "snapshot"
-  address = "{socket}"
-"""
 _NET_RAW = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 _DATA = os.urandom(24 << 20)
 _CONTAINERS = int(os.environ.get("LAYERKIT_TEST_CONTAINERS", "20"))
@@ -132,7 +129,7 @@ def host() -> Iterator[Host]:
     need_tool("containerd", "ctr", "runc", "setpriv")
     with short_folder() as folder, snapshotter(folder) as process:
         folder.chmod(0o711)  # root of a container is nobody here, and has to get to its root filesystem
-        with containerd(folder, config=_PROXY.format(socket=process.socket)) as engine:
+        with containerd(folder, config=proxy_plugin("layerkit", process.socket)) as engine:
             yield Host(engine, process, folder)
 
 

@@ -1,0 +1,91 @@
+"""containerd's filter syntax; cases of its own tests (pkg/filters/filter_test.go) among them, in our words."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from layerkit.errors import SnapshotError
+from layerkit.hosts.snapshots.chains import chain_ids
+from layerkit.hosts.snapshots.filters import Filter
+from layerkit.hosts.snapshots.stacks import mapping_of, stack_of
+from layerkit.hosts.snapshots.values import Info, Kind
+from layerkit.model.digest import Digest
+
+
+def info(name: str = "n", **labels: str) -> Info:
+    return Info(name, "p", Kind.ACTIVE, 1, 2, {key.replace("__", "/"): value for key, value in labels.items()})
+
+
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        ("", True),
+        ("name==n", True),
+        ('name=="n"', True),
+        (" name == n ", True),
+        ("name!=n", False),
+        ("kind==active,name==n", True),
+        ("kind==active,name==m", False),
+        ("nothing", False),
+        ("nothing.at.all", False),
+        ("nothing!=x", True),
+        ("nothing==x", False),
+        ("name.deeper", False),
+        ("labels", False),
+        ("labels.a", True),
+        ('labels."a"', True),
+        ("labels.b", False),
+        ("labels.a==1", True),
+        ("labels.dotted.key==2", True),
+        ('labels."dotted.key"==2', True),
+        ('labels."x/y"=="two words"', True),
+        ('labels."x/y"~="^two"', True),
+        ('labels."x/y"~=/two\\swords/', True),
+        ('labels."x/y"~=|/w|', False),
+        ('name~="^[m-o]$"', True),
+        ('labels.quoted=="\\"\\x41\\u00e9"', True),
+        ("labels.digest==sha256:ab-c_d", True),
+        ("name==n==m", False),
+    ],
+)
+def test_filters(text: str, matches: bool) -> None:
+    one = Info(
+        "n", "p", Kind.ACTIVE, 1, 2,
+        {"a": "1", "dotted.key": "2", "x/y": "two words", "quoted": '"Aé', "digest": "sha256:ab-c_d"},
+    )  # fmt: skip
+    assert Filter([text]).matches(one.field) is matches
+
+
+def test_any_of_several() -> None:
+    assert Filter([]).matches(info().field)
+    assert Filter(["name==x", "name==n"]).matches(info().field)
+    assert not Filter(["name==x", "name==y"]).matches(info().field)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["=", "name=", "name=n", "name==", "name==n,", ",", "name==n n", 'name=="n', "name==/n/", "name~=[", "labels.",
+     'name=="\\q"', "name===n", "-x", 'name~="' + "a" * 5000 + '"'],
+)  # fmt: skip
+def test_refusals(text: str) -> None:
+    with pytest.raises(SnapshotError, match=re.escape("filter ")) as found:
+        Filter([text])
+    assert found.value.status == "invalid_argument"
+
+
+def test_chain_ids() -> None:
+    """The example of the image-spec's rule: ChainID(A|B) = Digest(ChainID(A) + " " + B)."""
+    a, b = Digest.of(b"a"), Digest.of(b"b")
+    assert chain_ids([]) == []
+    assert chain_ids([a, b]) == [str(a), str(Digest.of(f"{a} {b}".encode()))]
+
+
+def test_labels_and_stacks() -> None:
+    assert mapping_of({}) is None
+    found = mapping_of({
+        "containerd.io/snapshot/uidmapping": "0:10:5,5:100:1", "containerd.io/snapshot/gidmapping": "0:7:9",
+    })  # fmt: skip
+    assert found is not None and found.canonical() == "uid=0:10:5,5:100:1;gid=0:7:9"
+    assert stack_of([], "").is_empty
