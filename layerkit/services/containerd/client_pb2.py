@@ -4,15 +4,18 @@
 # source: layerkit/services/containerd/client.proto
 # Protobuf Python Version: 6.31.0
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 0, "", "layerkit/services/containerd/client.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    0,
+    '',
+    'layerkit/services/containerd/client.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,61 +25,59 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n)layerkit/services/containerd/client.proto\x12#layerkit.services.containerd.client\x1a google/protobuf/field_mask.proto"\xc9\x01\n\nDescriptor\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12U\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32@.layerkit.services.containerd.client.Descriptor.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"\x9a\x02\n\x0cWriteRequest\x12@\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x30.layerkit.services.containerd.client.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12M\n\x06labels\x18\x07 \x03(\x0b\x32=.layerkit.services.containerd.client.WriteRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"}\n\nWriteReply\x12@\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x30.layerkit.services.containerd.client.WriteAction\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t"\xa8\x01\n\x0b\x43ontentInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12L\n\x06labels\x18\x05 \x03(\x0b\x32<.layerkit.services.containerd.client.ContentInfo.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"\x87\x01\n\x14\x43ontentUpdateRequest\x12>\n\x04info\x18\x01 \x01(\x0b\x32\x30.layerkit.services.containerd.client.ContentInfo\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask"T\n\x12\x43ontentUpdateReply\x12>\n\x04info\x18\x01 \x01(\x0b\x32\x30.layerkit.services.containerd.client.ContentInfo"\xcd\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x46\n\x06labels\x18\x02 \x03(\x0b\x32\x36.layerkit.services.containerd.client.Image.LabelsEntry\x12?\n\x06target\x18\x03 \x01(\x0b\x32/.layerkit.services.containerd.client.Descriptor\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"z\n\x0cImageRequest\x12\x39\n\x05image\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Image\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask"G\n\nImageReply\x12\x39\n\x05image\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Image"\x98\x01\n\x0cLeaseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12M\n\x06labels\x18\x03 \x03(\x0b\x32=.layerkit.services.containerd.client.LeaseRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"\x13\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t"G\n\nLeaseReply\x12\x39\n\x05lease\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Lease".\n\x12LeaseDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)layerkit/services/containerd/client.proto\x12#layerkit.services.containerd.client\x1a google/protobuf/field_mask.proto\"\xc9\x01\n\nDescriptor\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12U\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32@.layerkit.services.containerd.client.Descriptor.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x02\n\x0cWriteRequest\x12@\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x30.layerkit.services.containerd.client.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12M\n\x06labels\x18\x07 \x03(\x0b\x32=.layerkit.services.containerd.client.WriteRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"}\n\nWriteReply\x12@\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x30.layerkit.services.containerd.client.WriteAction\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\xa8\x01\n\x0b\x43ontentInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12L\n\x06labels\x18\x05 \x03(\x0b\x32<.layerkit.services.containerd.client.ContentInfo.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x87\x01\n\x14\x43ontentUpdateRequest\x12>\n\x04info\x18\x01 \x01(\x0b\x32\x30.layerkit.services.containerd.client.ContentInfo\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"T\n\x12\x43ontentUpdateReply\x12>\n\x04info\x18\x01 \x01(\x0b\x32\x30.layerkit.services.containerd.client.ContentInfo\"\xcd\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x46\n\x06labels\x18\x02 \x03(\x0b\x32\x36.layerkit.services.containerd.client.Image.LabelsEntry\x12?\n\x06target\x18\x03 \x01(\x0b\x32/.layerkit.services.containerd.client.Descriptor\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"z\n\x0cImageRequest\x12\x39\n\x05image\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Image\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\nImageReply\x12\x39\n\x05image\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Image\"\x98\x01\n\x0cLeaseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12M\n\x06labels\x18\x03 \x03(\x0b\x32=.layerkit.services.containerd.client.LeaseRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\"G\n\nLeaseReply\x12\x39\n\x05lease\x18\x01 \x01(\x0b\x32*.layerkit.services.containerd.client.Lease\".\n\x12LeaseDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "layerkit.services.containerd.client_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layerkit.services.containerd.client_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_DESCRIPTOR_ANNOTATIONSENTRY"]._loaded_options = None
-    _globals["_DESCRIPTOR_ANNOTATIONSENTRY"]._serialized_options = b"8\001"
-    _globals["_WRITEREQUEST_LABELSENTRY"]._loaded_options = None
-    _globals["_WRITEREQUEST_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_CONTENTINFO_LABELSENTRY"]._loaded_options = None
-    _globals["_CONTENTINFO_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_IMAGE_LABELSENTRY"]._loaded_options = None
-    _globals["_IMAGE_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_LEASEREQUEST_LABELSENTRY"]._loaded_options = None
-    _globals["_LEASEREQUEST_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_WRITEACTION"]._serialized_start = 1829
-    _globals["_WRITEACTION"]._serialized_end = 1875
-    _globals["_DESCRIPTOR"]._serialized_start = 117
-    _globals["_DESCRIPTOR"]._serialized_end = 318
-    _globals["_DESCRIPTOR_ANNOTATIONSENTRY"]._serialized_start = 268
-    _globals["_DESCRIPTOR_ANNOTATIONSENTRY"]._serialized_end = 318
-    _globals["_WRITEREQUEST"]._serialized_start = 321
-    _globals["_WRITEREQUEST"]._serialized_end = 603
-    _globals["_WRITEREQUEST_LABELSENTRY"]._serialized_start = 558
-    _globals["_WRITEREQUEST_LABELSENTRY"]._serialized_end = 603
-    _globals["_WRITEREPLY"]._serialized_start = 605
-    _globals["_WRITEREPLY"]._serialized_end = 730
-    _globals["_CONTENTINFO"]._serialized_start = 733
-    _globals["_CONTENTINFO"]._serialized_end = 901
-    _globals["_CONTENTINFO_LABELSENTRY"]._serialized_start = 558
-    _globals["_CONTENTINFO_LABELSENTRY"]._serialized_end = 603
-    _globals["_CONTENTUPDATEREQUEST"]._serialized_start = 904
-    _globals["_CONTENTUPDATEREQUEST"]._serialized_end = 1039
-    _globals["_CONTENTUPDATEREPLY"]._serialized_start = 1041
-    _globals["_CONTENTUPDATEREPLY"]._serialized_end = 1125
-    _globals["_IMAGE"]._serialized_start = 1128
-    _globals["_IMAGE"]._serialized_end = 1333
-    _globals["_IMAGE_LABELSENTRY"]._serialized_start = 558
-    _globals["_IMAGE_LABELSENTRY"]._serialized_end = 603
-    _globals["_IMAGEREQUEST"]._serialized_start = 1335
-    _globals["_IMAGEREQUEST"]._serialized_end = 1457
-    _globals["_IMAGEREPLY"]._serialized_start = 1459
-    _globals["_IMAGEREPLY"]._serialized_end = 1530
-    _globals["_LEASEREQUEST"]._serialized_start = 1533
-    _globals["_LEASEREQUEST"]._serialized_end = 1685
-    _globals["_LEASEREQUEST_LABELSENTRY"]._serialized_start = 558
-    _globals["_LEASEREQUEST_LABELSENTRY"]._serialized_end = 603
-    _globals["_LEASE"]._serialized_start = 1687
-    _globals["_LEASE"]._serialized_end = 1706
-    _globals["_LEASEREPLY"]._serialized_start = 1708
-    _globals["_LEASEREPLY"]._serialized_end = 1779
-    _globals["_LEASEDELETEREQUEST"]._serialized_start = 1781
-    _globals["_LEASEDELETEREQUEST"]._serialized_end = 1827
+  DESCRIPTOR._loaded_options = None
+  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._loaded_options = None
+  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_options = b'8\001'
+  _globals['_WRITEREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_WRITEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_CONTENTINFO_LABELSENTRY']._loaded_options = None
+  _globals['_CONTENTINFO_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_IMAGE_LABELSENTRY']._loaded_options = None
+  _globals['_IMAGE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_LEASEREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_LEASEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_WRITEACTION']._serialized_start=1829
+  _globals['_WRITEACTION']._serialized_end=1875
+  _globals['_DESCRIPTOR']._serialized_start=117
+  _globals['_DESCRIPTOR']._serialized_end=318
+  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_start=268
+  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_end=318
+  _globals['_WRITEREQUEST']._serialized_start=321
+  _globals['_WRITEREQUEST']._serialized_end=603
+  _globals['_WRITEREQUEST_LABELSENTRY']._serialized_start=558
+  _globals['_WRITEREQUEST_LABELSENTRY']._serialized_end=603
+  _globals['_WRITEREPLY']._serialized_start=605
+  _globals['_WRITEREPLY']._serialized_end=730
+  _globals['_CONTENTINFO']._serialized_start=733
+  _globals['_CONTENTINFO']._serialized_end=901
+  _globals['_CONTENTINFO_LABELSENTRY']._serialized_start=558
+  _globals['_CONTENTINFO_LABELSENTRY']._serialized_end=603
+  _globals['_CONTENTUPDATEREQUEST']._serialized_start=904
+  _globals['_CONTENTUPDATEREQUEST']._serialized_end=1039
+  _globals['_CONTENTUPDATEREPLY']._serialized_start=1041
+  _globals['_CONTENTUPDATEREPLY']._serialized_end=1125
+  _globals['_IMAGE']._serialized_start=1128
+  _globals['_IMAGE']._serialized_end=1333
+  _globals['_IMAGE_LABELSENTRY']._serialized_start=558
+  _globals['_IMAGE_LABELSENTRY']._serialized_end=603
+  _globals['_IMAGEREQUEST']._serialized_start=1335
+  _globals['_IMAGEREQUEST']._serialized_end=1457
+  _globals['_IMAGEREPLY']._serialized_start=1459
+  _globals['_IMAGEREPLY']._serialized_end=1530
+  _globals['_LEASEREQUEST']._serialized_start=1533
+  _globals['_LEASEREQUEST']._serialized_end=1685
+  _globals['_LEASEREQUEST_LABELSENTRY']._serialized_start=558
+  _globals['_LEASEREQUEST_LABELSENTRY']._serialized_end=603
+  _globals['_LEASE']._serialized_start=1687
+  _globals['_LEASE']._serialized_end=1706
+  _globals['_LEASEREPLY']._serialized_start=1708
+  _globals['_LEASEREPLY']._serialized_end=1779
+  _globals['_LEASEDELETEREQUEST']._serialized_start=1781
+  _globals['_LEASEDELETEREQUEST']._serialized_end=1827
 # @@protoc_insertion_point(module_scope)

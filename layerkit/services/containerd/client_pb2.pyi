@@ -13,7 +13,6 @@ class WriteAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAT: _ClassVar[WriteAction]
     WRITE: _ClassVar[WriteAction]
     COMMIT: _ClassVar[WriteAction]
-
 STAT: WriteAction
 WRITE: WriteAction
 COMMIT: WriteAction
@@ -27,7 +26,6 @@ class Descriptor(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -36,13 +34,7 @@ class Descriptor(_message.Message):
     digest: str
     size: int
     annotations: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        media_type: _Optional[str] = ...,
-        digest: _Optional[str] = ...,
-        size: _Optional[int] = ...,
-        annotations: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, media_type: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., annotations: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
     __slots__ = ("action", "ref", "total", "expected", "offset", "data", "labels")
@@ -53,7 +45,6 @@ class WriteRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     ACTION_FIELD_NUMBER: _ClassVar[int]
     REF_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -68,16 +59,7 @@ class WriteRequest(_message.Message):
     offset: int
     data: bytes
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        action: _Optional[_Union[WriteAction, str]] = ...,
-        ref: _Optional[str] = ...,
-        total: _Optional[int] = ...,
-        expected: _Optional[str] = ...,
-        offset: _Optional[int] = ...,
-        data: _Optional[bytes] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., ref: _Optional[str] = ..., total: _Optional[int] = ..., expected: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WriteReply(_message.Message):
     __slots__ = ("action", "offset", "total", "digest")
@@ -89,13 +71,7 @@ class WriteReply(_message.Message):
     offset: int
     total: int
     digest: str
-    def __init__(
-        self,
-        action: _Optional[_Union[WriteAction, str]] = ...,
-        offset: _Optional[int] = ...,
-        total: _Optional[int] = ...,
-        digest: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class ContentInfo(_message.Message):
     __slots__ = ("digest", "size", "labels")
@@ -106,16 +82,13 @@ class ContentInfo(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     digest: str
     size: int
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self, digest: _Optional[str] = ..., size: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...
-    ) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., size: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ContentUpdateRequest(_message.Message):
     __slots__ = ("info", "update_mask")
@@ -123,11 +96,7 @@ class ContentUpdateRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
     info: ContentInfo
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(
-        self,
-        info: _Optional[_Union[ContentInfo, _Mapping]] = ...,
-        update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, info: _Optional[_Union[ContentInfo, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ContentUpdateReply(_message.Message):
     __slots__ = ("info",)
@@ -144,19 +113,13 @@ class Image(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     NAME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     name: str
     labels: _containers.ScalarMap[str, str]
     target: Descriptor
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-        target: _Optional[_Union[Descriptor, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., target: _Optional[_Union[Descriptor, _Mapping]] = ...) -> None: ...
 
 class ImageRequest(_message.Message):
     __slots__ = ("image", "update_mask")
@@ -164,11 +127,7 @@ class ImageRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
     image: Image
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(
-        self,
-        image: _Optional[_Union[Image, _Mapping]] = ...,
-        update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ImageReply(_message.Message):
     __slots__ = ("image",)
@@ -185,7 +144,6 @@ class LeaseRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     ID_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     id: str

@@ -4,15 +4,18 @@
 # source: layerkit/services/containerd/snapshots.proto
 # Protobuf Python Version: 6.31.0
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 0, "", "layerkit/services/containerd/snapshots.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    0,
+    '',
+    'layerkit/services/containerd/snapshots.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -23,51 +26,49 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n,layerkit/services/containerd/snapshots.proto\x12&layerkit.services.containerd.snapshots\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto"F\n\x05Mount\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0f\n\x07options\x18\x04 \x03(\t"\xc3\x01\n\rCreateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12Q\n\x06labels\x18\x04 \x03(\x0b\x32\x41.layerkit.services.containerd.snapshots.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"L\n\x0bMountsReply\x12=\n\x06mounts\x18\x01 \x03(\x0b\x32-.layerkit.services.containerd.snapshots.Mount"\xd1\x01\n\rCommitRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12Q\n\x06labels\x18\x04 \x03(\x0b\x32\x41.layerkit.services.containerd.snapshots.CommitRequest.LabelsEntry\x12\x0e\n\x06parent\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01".\n\nKeyRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t"%\n\x0e\x43leanupRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t"\xb9\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12:\n\x04kind\x18\x03 \x01(\x0e\x32,.layerkit.services.containerd.snapshots.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12H\n\x06labels\x18\x06 \x03(\x0b\x32\x38.layerkit.services.containerd.snapshots.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"G\n\tInfoReply\x12:\n\x04info\x18\x01 \x01(\x0b\x32,.layerkit.services.containerd.snapshots.Info"\x91\x01\n\rUpdateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12:\n\x04info\x18\x02 \x01(\x0b\x32,.layerkit.services.containerd.snapshots.Info\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask"3\n\x0bListRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t"G\n\tListReply\x12:\n\x04info\x18\x01 \x03(\x0b\x32,.layerkit.services.containerd.snapshots.Info"*\n\nUsageReply\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0e\n\x06inodes\x18\x02 \x01(\x03*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x62\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,layerkit/services/containerd/snapshots.proto\x12&layerkit.services.containerd.snapshots\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"F\n\x05Mount\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"\xc3\x01\n\rCreateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12Q\n\x06labels\x18\x04 \x03(\x0b\x32\x41.layerkit.services.containerd.snapshots.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0bMountsReply\x12=\n\x06mounts\x18\x01 \x03(\x0b\x32-.layerkit.services.containerd.snapshots.Mount\"\xd1\x01\n\rCommitRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12Q\n\x06labels\x18\x04 \x03(\x0b\x32\x41.layerkit.services.containerd.snapshots.CommitRequest.LabelsEntry\x12\x0e\n\x06parent\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\nKeyRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"%\n\x0e\x43leanupRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\"\xb9\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12:\n\x04kind\x18\x03 \x01(\x0e\x32,.layerkit.services.containerd.snapshots.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12H\n\x06labels\x18\x06 \x03(\x0b\x32\x38.layerkit.services.containerd.snapshots.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\tInfoReply\x12:\n\x04info\x18\x01 \x01(\x0b\x32,.layerkit.services.containerd.snapshots.Info\"\x91\x01\n\rUpdateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12:\n\x04info\x18\x02 \x01(\x0b\x32,.layerkit.services.containerd.snapshots.Info\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"3\n\x0bListRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t\"G\n\tListReply\x12:\n\x04info\x18\x01 \x03(\x0b\x32,.layerkit.services.containerd.snapshots.Info\"*\n\nUsageReply\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0e\n\x06inodes\x18\x02 \x01(\x03*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "layerkit.services.containerd.snapshots_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layerkit.services.containerd.snapshots_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_CREATEREQUEST_LABELSENTRY"]._loaded_options = None
-    _globals["_CREATEREQUEST_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_COMMITREQUEST_LABELSENTRY"]._loaded_options = None
-    _globals["_COMMITREQUEST_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_INFO_LABELSENTRY"]._loaded_options = None
-    _globals["_INFO_LABELSENTRY"]._serialized_options = b"8\001"
-    _globals["_KIND"]._serialized_start = 1509
-    _globals["_KIND"]._serialized_end = 1565
-    _globals["_MOUNT"]._serialized_start = 155
-    _globals["_MOUNT"]._serialized_end = 225
-    _globals["_CREATEREQUEST"]._serialized_start = 228
-    _globals["_CREATEREQUEST"]._serialized_end = 423
-    _globals["_CREATEREQUEST_LABELSENTRY"]._serialized_start = 378
-    _globals["_CREATEREQUEST_LABELSENTRY"]._serialized_end = 423
-    _globals["_MOUNTSREPLY"]._serialized_start = 425
-    _globals["_MOUNTSREPLY"]._serialized_end = 501
-    _globals["_COMMITREQUEST"]._serialized_start = 504
-    _globals["_COMMITREQUEST"]._serialized_end = 713
-    _globals["_COMMITREQUEST_LABELSENTRY"]._serialized_start = 378
-    _globals["_COMMITREQUEST_LABELSENTRY"]._serialized_end = 423
-    _globals["_KEYREQUEST"]._serialized_start = 715
-    _globals["_KEYREQUEST"]._serialized_end = 761
-    _globals["_CLEANUPREQUEST"]._serialized_start = 763
-    _globals["_CLEANUPREQUEST"]._serialized_end = 800
-    _globals["_INFO"]._serialized_start = 803
-    _globals["_INFO"]._serialized_end = 1116
-    _globals["_INFO_LABELSENTRY"]._serialized_start = 378
-    _globals["_INFO_LABELSENTRY"]._serialized_end = 423
-    _globals["_INFOREPLY"]._serialized_start = 1118
-    _globals["_INFOREPLY"]._serialized_end = 1189
-    _globals["_UPDATEREQUEST"]._serialized_start = 1192
-    _globals["_UPDATEREQUEST"]._serialized_end = 1337
-    _globals["_LISTREQUEST"]._serialized_start = 1339
-    _globals["_LISTREQUEST"]._serialized_end = 1390
-    _globals["_LISTREPLY"]._serialized_start = 1392
-    _globals["_LISTREPLY"]._serialized_end = 1463
-    _globals["_USAGEREPLY"]._serialized_start = 1465
-    _globals["_USAGEREPLY"]._serialized_end = 1507
+  DESCRIPTOR._loaded_options = None
+  _globals['_CREATEREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_CREATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_COMMITREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_COMMITREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_INFO_LABELSENTRY']._loaded_options = None
+  _globals['_INFO_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_KIND']._serialized_start=1509
+  _globals['_KIND']._serialized_end=1565
+  _globals['_MOUNT']._serialized_start=155
+  _globals['_MOUNT']._serialized_end=225
+  _globals['_CREATEREQUEST']._serialized_start=228
+  _globals['_CREATEREQUEST']._serialized_end=423
+  _globals['_CREATEREQUEST_LABELSENTRY']._serialized_start=378
+  _globals['_CREATEREQUEST_LABELSENTRY']._serialized_end=423
+  _globals['_MOUNTSREPLY']._serialized_start=425
+  _globals['_MOUNTSREPLY']._serialized_end=501
+  _globals['_COMMITREQUEST']._serialized_start=504
+  _globals['_COMMITREQUEST']._serialized_end=713
+  _globals['_COMMITREQUEST_LABELSENTRY']._serialized_start=378
+  _globals['_COMMITREQUEST_LABELSENTRY']._serialized_end=423
+  _globals['_KEYREQUEST']._serialized_start=715
+  _globals['_KEYREQUEST']._serialized_end=761
+  _globals['_CLEANUPREQUEST']._serialized_start=763
+  _globals['_CLEANUPREQUEST']._serialized_end=800
+  _globals['_INFO']._serialized_start=803
+  _globals['_INFO']._serialized_end=1116
+  _globals['_INFO_LABELSENTRY']._serialized_start=378
+  _globals['_INFO_LABELSENTRY']._serialized_end=423
+  _globals['_INFOREPLY']._serialized_start=1118
+  _globals['_INFOREPLY']._serialized_end=1189
+  _globals['_UPDATEREQUEST']._serialized_start=1192
+  _globals['_UPDATEREQUEST']._serialized_end=1337
+  _globals['_LISTREQUEST']._serialized_start=1339
+  _globals['_LISTREQUEST']._serialized_end=1390
+  _globals['_LISTREPLY']._serialized_start=1392
+  _globals['_LISTREPLY']._serialized_end=1463
+  _globals['_USAGEREPLY']._serialized_start=1465
+  _globals['_USAGEREPLY']._serialized_end=1507
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,6 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VIEW: _ClassVar[Kind]
     ACTIVE: _ClassVar[Kind]
     COMMITTED: _ClassVar[Kind]
-
 UNKNOWN: Kind
 VIEW: Kind
 ACTIVE: Kind
@@ -31,13 +30,7 @@ class Mount(_message.Message):
     source: str
     target: str
     options: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        type: _Optional[str] = ...,
-        source: _Optional[str] = ...,
-        target: _Optional[str] = ...,
-        options: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, type: _Optional[str] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., options: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
     __slots__ = ("snapshotter", "key", "parent", "labels")
@@ -48,7 +41,6 @@ class CreateRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -57,13 +49,7 @@ class CreateRequest(_message.Message):
     key: str
     parent: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        key: _Optional[str] = ...,
-        parent: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., key: _Optional[str] = ..., parent: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class MountsReply(_message.Message):
     __slots__ = ("mounts",)
@@ -80,7 +66,6 @@ class CommitRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -91,14 +76,7 @@ class CommitRequest(_message.Message):
     key: str
     labels: _containers.ScalarMap[str, str]
     parent: str
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        name: _Optional[str] = ...,
-        key: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-        parent: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., name: _Optional[str] = ..., key: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class KeyRequest(_message.Message):
     __slots__ = ("snapshotter", "key")
@@ -123,7 +101,6 @@ class Info(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     NAME_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -136,15 +113,7 @@ class Info(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     updated_at: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        parent: _Optional[str] = ...,
-        kind: _Optional[_Union[Kind, str]] = ...,
-        created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class InfoReply(_message.Message):
     __slots__ = ("info",)
@@ -160,12 +129,7 @@ class UpdateRequest(_message.Message):
     snapshotter: str
     info: Info
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(
-        self,
-        snapshotter: _Optional[str] = ...,
-        info: _Optional[_Union[Info, _Mapping]] = ...,
-        update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, snapshotter: _Optional[str] = ..., info: _Optional[_Union[Info, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("snapshotter", "filters")
