@@ -182,7 +182,7 @@ class _Walk:
                 name = os.fsencode(entry.name)
                 at = len(names)
                 names.append(name)
-                stats.extend(st[:_STAT_FIELDS])
+                stats.extend(st[:_STAT_FIELDS])  # type: ignore[arg-type]  # whole numbers all
                 mtimes.append(st.st_mtime_ns)
                 kind = st.st_mode >> 12
                 try:
@@ -205,7 +205,7 @@ class _Walk:
 
     def _add(self, name: bytes, st: os.stat_result) -> None:
         self.names.append(name)
-        self.stats.extend(st[:_STAT_FIELDS])
+        self.stats.extend(st[:_STAT_FIELDS])  # type: ignore[arg-type]
         self.mtimes.append(st.st_mtime_ns)
         self.ctimes[0] = st.st_ctime_ns
 
