@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from layerkit.model.tree import Tree
     from layerkit.pack import Packing
     from layerkit.ports import ImageSink, ImageSource, Progress
+    from layerkit.published import Found
     from layerkit.stores.local import LocalStore, MetaEntry
     from layerkit.stores.reference import Reference
     from layerkit.stores.registry.options import RegistryOptions
@@ -60,6 +61,8 @@ class Settings:
         strict: refuse overlay xattrs that an image brings, instead of escaping them.
         limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
         registry: for ``docker://`` references; None takes the options of the environment.
+        published: take published indexes and tables of contents instead of layers where nothing is mounted by
+            it; None follows ``LAYERKIT_PUBLISHED``, and does so where that is not set.
     """
 
     store: Path | None = None
@@ -68,6 +71,7 @@ class Settings:
     strict: bool = False
     limits: Limits | None = None
     registry: RegistryOptions | None = None
+    published: bool | None = None
 
     @property
     def store_path(self) -> Path:
@@ -160,7 +164,7 @@ class OpenImage:
         """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
         from layerkit.indexes import read_indexes
 
-        with self._kept() as store:
+        with self.kept() as store:
             return read_indexes(
                 self.source, self.image, store.load_index if store else lambda _: None,
                 limits=self._limits, progress=progress,
@@ -173,10 +177,15 @@ class OpenImage:
         return merge(self.indexes(progress=progress), limits=self._limits)
 
     def inspect(self, mapping: Mapping | None = None, *, progress: Progress | None = None) -> InspectReport:
-        """Return what the image holds and what ``mapping`` would do to it."""
+        """Return what the image holds and what ``mapping`` would do to it.
+
+        Indexes that are published are taken at their word; the report's warnings say so.
+        """
         from layerkit.look import inspect
 
-        return inspect(self.name, self.image, self.indexes(progress=progress), mapping, self._limits)
+        found = self._find_indexes(progress)
+        report = inspect(self.name, self.image, found.indexes, mapping, self._limits)
+        return replace(report, warnings=found.warnings(report.warnings))
 
     def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
         """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
@@ -365,7 +374,6 @@ class OpenImage:
         if mapping is None:
             raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
         from layerkit.attach import attach
-        from layerkit.indexes import read_indexes
         from layerkit.merge import merge
         from layerkit.metaonly import Namespace
         from layerkit.stores import reference
@@ -375,28 +383,40 @@ class OpenImage:
         if namespace not in ("auto", *Namespace):
             raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
         form = "erofs" if rendering == "auto" else rendering
-        with self._kept() as store:
-            indexes, read = read_indexes(
-                self.source, self.image, store.load_index if store else lambda _: None,
-                limits=self._limits, progress=progress,
-            )  # fmt: skip
+        found = self._find_indexes(progress)
         parsed = reference.parse(dst)
         # The image is copied as it is: only META and its manifest are made here.
-        return attach(
-            self.image, merge(indexes, limits=self._limits), mapping, self.source,
+        report = attach(
+            self.image, merge(found.indexes, limits=self._limits), mapping, self.source,
             self._sink(parsed),
             name=self.name, dst_name=parsed.name or self.image.name, render=_renderer(form), rendering=form,
             namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
-            strict=self._settings.strict, layers_read=read, limits=self._limits, progress=progress,
+            strict=self._settings.strict, layers_read=found.layers_read, limits=self._limits, progress=progress,
         )  # fmt: skip
+        return replace(report, warnings=found.warnings(report.warnings))
 
     def _sink(self, dst: Reference) -> ImageSink:
         from layerkit.stores import reference
 
         return reference.open_sink(dst, limits=self._limits, registry=self._settings.registry, near=self.source)
 
+    def _find_indexes(self, progress: Progress | None) -> Found:
+        """Return the indexes for something that is looked at or published, and not mounted by it."""
+        from layerkit.published import find_indexes
+        from layerkit.stores.registry.options import flag
+        from layerkit.stores.unproven import UnprovenIndexes
+
+        published = self._settings.published
+        if published is None:
+            published = flag("LAYERKIT_PUBLISHED") is not False
+        with self.kept() as store:
+            return find_indexes(
+                self.source, self.image, store.load_index if store else lambda _: None, limits=self._limits,
+                published=published, load_unproven=UnprovenIndexes(limits=self._limits).load, progress=progress,
+            )  # fmt: skip
+
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[LocalStore | None]:
+    def kept(self) -> Iterator[LocalStore | None]:
         """Give the store if there is one; looking at an image makes none."""
         path = self._settings.store_path
         if not (path / "version.json").exists():

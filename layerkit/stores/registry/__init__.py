@@ -6,6 +6,7 @@ it gives. ``source`` and ``sink`` are the ports of the use cases over it. Import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerkit.limits import DEFAULT, Limits
@@ -42,6 +43,7 @@ def open_sink(
     *,
     options: RegistryOptions | None = None,
     near: ImageSource | None = None,
+    mount_from: Sequence[str] = (),
     limits: Limits = DEFAULT,
 ) -> RegistrySink:
     """Return where the image ``path`` (``[HOST/]NAME``) goes, with a client of its own.
@@ -52,6 +54,7 @@ def open_sink(
         digest: the digest that it must have.
         options: None takes those of the environment.
         near: where blobs will come from; if it is this registry, they are mounted and not sent.
+        mount_from: further repositories of this registry that may have blobs.
         limits: bounds.
 
     Raises:
@@ -64,7 +67,7 @@ def open_sink(
 
     ref = RegistryRef.of(path, tag, digest)
     client = RegistryClient(options, limits=limits)
-    neighbours = []
+    neighbours = list(mount_from)
     if isinstance(near, RegistrySource) and near.ref.host == ref.host:
         neighbours.append(near.ref.repository)
     return RegistrySink(client.repository(ref), ref, mount_from=neighbours, limits=limits, owned=client)

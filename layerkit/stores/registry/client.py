@@ -122,6 +122,11 @@ class Repository:
         """Return ``HOST/REPOSITORY``."""
         return f"{self.host}/{self.repository}"
 
+    @property
+    def traffic(self) -> Traffic:
+        """Return what the client that this belongs to has sent and read."""
+        return self._transport.traffic
+
     def __str__(self) -> str:
         return self.name
 

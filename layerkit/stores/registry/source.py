@@ -90,6 +90,10 @@ class RegistrySource:
             hint = f"it is to be had from {urls}, which layerkit does not do" if urls else "push the image again"
             raise InvalidImage(f"{self.where}: blob {descriptor.digest} is missing; {hint}") from None
 
+    def blob_range(self, descriptor: Descriptor, start: int, length: int) -> bytes:
+        """Return a part of a blob, NOT verified; see :meth:`Repository.blob_range`."""
+        return self.repository.blob_range(descriptor, start, length)
+
     def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
         """Return the manifests that are attached to ``subject``, verified, in the registry's order.
 
