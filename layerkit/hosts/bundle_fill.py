@@ -12,9 +12,9 @@ from pathlib import Path
 from layerkit.errors import InvalidImage
 from layerkit.formats import passwd
 from layerkit.kernel.inside import make_folders, open_inside, read_inside
+from layerkit.kernel.syscalls import copy_range
 
 _ACCOUNT_BYTES = 16 << 20
-_PIECE_BYTES = 1 << 30
 
 
 def user_of(root: int, spec: str, what: str) -> passwd.User:
@@ -91,12 +91,7 @@ class _Copy:
 
 def _content(source: str, target: str, size: int) -> None:
     with Path(source).open("rb") as old, Path(target).open("xb") as new:
-        done = 0
-        while done < size:
-            step = os.copy_file_range(old.fileno(), new.fileno(), min(size - done, _PIECE_BYTES))
-            if step == 0:
-                break
-            done += step
+        copy_range(old.fileno(), new.fileno(), size)
 
 
 def _attributes(source: str, target: str, shown: os.stat_result) -> None:
