@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -102,6 +105,31 @@ def call(
             return answer.status, dict(answer.headers), answer.read()
     except urllib.error.HTTPError as error:
         return error.code, dict(error.headers), error.read()
+
+
+@contextlib.contextmanager
+def hook_process(config: Path, *words: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run ``layerkit hook serve`` (or what ``words`` say) as a process of its own; gives it and its URL."""
+    with log.open("ab") as out:
+        start = log.stat().st_size
+        process = subprocess.Popen(
+            [sys.executable, "-m", "layerkit.cli.main", "hook", *(words or ("serve",)), "--config", str(config)],
+            stdout=out, stderr=out,
+        )  # fmt: skip
+        try:
+            found: list[str] = []
+
+            def listening() -> bool:
+                assert process.poll() is None, log.read_text()
+                found[:] = re.findall(r"^listening on (\S+)$", log.read_text()[start:], re.MULTILINE)
+                return bool(found)
+
+            wait_for(listening)
+            yield process, found[0]
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(60)
 
 
 def event(repository: str, digest: str, *, tag: str = "", host: str = "", **target: Any) -> dict[str, Any]:

@@ -49,9 +49,15 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def docker_registry(
-    folder: Path, *, auth: str = "", tls: bool = False, realm: str = "", token_cert: Path | None = None
+    folder: Path,
+    *,
+    auth: str = "",
+    tls: bool = False,
+    realm: str = "",
+    token_cert: Path | None = None,
+    more: str = "",
 ) -> Iterator[Registry]:
-    """Run Debian's docker-registry over ``folder``; ``auth`` is "", ``basic`` or ``token``."""
+    """Run Debian's docker-registry over ``folder``; ``auth`` is "", ``basic`` or ``token``; ``more`` is YAML."""
     need_tool("docker-registry")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data").mkdir(exist_ok=True)
@@ -79,7 +85,7 @@ http:
                 f"auth:\n  token: {{realm: '{realm}', service: {SERVICE}, issuer: {ISSUER}, "
                 f"rootcertbundle: {token_cert}}}\n"
             )
-        (folder / "config.yml").write_text(config)
+        (folder / "config.yml").write_text(config + more)
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["docker-registry", "serve", str(folder / "config.yml")], stdout=log, stderr=log,

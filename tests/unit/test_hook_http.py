@@ -190,8 +190,9 @@ def test_bodies_have_a_bound_and_a_type(tmp_path: Path) -> None:
         # A body without a length is counted as it comes.
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as sock:
-            sock.sendall(f"POST /v1/events/main HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
-                         "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode())  # fmt: skip
+            head = f"POST /v1/events/main HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+            head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            sock.sendall(head.encode())
             for _ in range(5):
                 sock.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
             assert b"413" in sock.recv(4096).splitlines()[0]

@@ -174,6 +174,26 @@ def test_an_index_becomes_a_job_for_each_manifest(queue: Queue) -> None:
     assert {c.targets for c in claims} == {(Target("main", "app"),)}
 
 
+def test_a_run_that_found_it_in_place_keeps_what_is_known(queue: Queue) -> None:
+    queue.add([wish(1)])
+    queue.finish(queue.claim(1)[0], Outcome("done", report={"layers": [1], "meta_bytes": 5, "layers_read": 1}))
+    queue.add([wish(1, again=True)])
+    (claim,) = queue.claim(1)
+    assert claim.anew
+    queue.finish(claim, Outcome("done", report={"existing": True, "bytes_read": 2}))
+    assert queue.job(claim.job).report == {
+        "layers": [1], "meta_bytes": 5, "layers_read": 1, "existing": True, "bytes_read": 2,
+    }  # fmt: skip
+    assert not queue.claim(1)
+
+
+def test_what_is_no_image_is_none_for_every_map(queue: Queue) -> None:
+    other = Wish(key(1, "uid=0:5:1;gid=0:5:1"), Target("main", "app"))
+    queue.add([wish(1), other, wish(2)])
+    queue.finish(queue.claim(1)[0], Outcome("skipped", "an artifact"))
+    assert queue.stats().states == {"skipped": 2, "waiting": 1}
+
+
 def test_prune_forgets_the_done_and_keeps_the_dead(queue: Queue, clock: Clock) -> None:
     queue.add([wish(1), wish(2), wish(3)])
     a, b, _ = queue.claim(3)

@@ -279,7 +279,7 @@ class Queue:
         now = self._clock()
         with self._write() as db:
             row = db.execute(
-                "SELECT attempts FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
+                "SELECT attempts, report FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
                 (claim.job, claim.token),
             ).fetchone()
             if row is None:

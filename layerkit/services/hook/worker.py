@@ -81,7 +81,13 @@ class QueueWorker:
         self._loop(finished)
 
     def _run(self) -> None:
-        self._loop(lambda: False)
+        while not self._stopping.is_set():
+            try:
+                self._loop(lambda: False)
+            except Exception:
+                # A fault of ours with one job must not end the service; its lease ends by itself.
+                _log.exception("the worker failed; it begins again")
+                self._stopping.wait(_POLL_SECONDS)
 
     def _loop(self, finished: Callable[[], bool]) -> None:
         last_beat = last_prune = 0.0

@@ -1,0 +1,389 @@
+"""The hook beside a real registry: pushes that share layers, kills, and a registry that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fault_proxy import Fault, FaultProxy, fault_proxy
+from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, free_port, hook_process, wait_for
+from image_kit import CONFIG, INDEX, LAYER, MANIFEST, descriptor, digest, dump, tar
+from registry_server import Registry, docker_registry
+
+IMAGES = 30
+REMAP = "application/vnd.layerkit.remap.v1"
+
+
+@dataclass
+class Pushed:
+    name: str
+    digest: str
+    layers: list[str]
+
+
+def image(number: int) -> tuple[bytes, dict[str, bytes], list[str]]:
+    """A manifest, its blobs by digest, and the digests of its layers: one of all, one of five, one of its own."""
+    layers = [
+        tar(("etc/base", b"base" * 2000), ("bin/sh", b"\x7fELF" * 500)),
+        tar((f"opt/group{number % 5}", b"group" * 1000)),
+        tar((f"srv/own{number}", b"%d" % number * 300), ("etc/base", b"changed" * number)),
+    ]
+    packed = [gzip.compress(layer, mtime=0) for layer in layers]
+    config = dump(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [digest(x) for x in layers]},
+        }
+    )
+    manifest = dump({
+        "schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(config, CONFIG),
+        "layers": [descriptor(blob, LAYER + "+gzip") for blob in packed],
+    })  # fmt: skip
+    return manifest, {digest(blob): blob for blob in (config, *packed)}, [digest(blob) for blob in packed]
+
+
+def ask(
+    host: str, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+) -> tuple[int, bytes, str]:
+    url = path if path.startswith("http") else f"http://{host}/v2/{path}"
+    request = urllib.request.Request(url, body, {k.replace("_", "-"): v for k, v in headers.items()}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read(), answer.headers.get("Location", "")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), ""
+
+
+def push(host: str, number: int) -> Pushed:
+    """Push an image by plain HTTP, as the specification says it; no code of ours."""
+    manifest, blobs, layers = image(number)
+    name = f"team{number % 3}/app{number}"
+    for at, blob in blobs.items():
+        if ask(host, f"{name}/blobs/{at}", "HEAD")[0] == 404:
+            place = ask(host, f"{name}/blobs/uploads/", "POST", b"")[2]
+            mark = "&" if "?" in place else "?"
+            status, said, _ = ask(
+                host, f"{place}{mark}digest={at}", "PUT", blob, Content_Type="application/octet-stream"
+            )
+            assert status == 201, said
+    status, said, _ = ask(host, f"{name}/manifests/v1", "PUT", manifest, Content_Type=MANIFEST)
+    assert status == 201, said
+    return Pushed(name, digest(manifest), layers)
+
+
+def artifacts(host: str, pushed: Pushed) -> list[dict[str, object]]:
+    """What the registry lists for an image: whole, of the right subject, its blobs there and right."""
+    status, data, _ = ask(host, f"{pushed.name}/manifests/{pushed.digest.replace(':', '-')}", Accept=INDEX)
+    if status == 404:
+        return []
+    found = []
+    for entry in json.loads(data)["manifests"]:
+        status, manifest, _ = ask(host, f"{pushed.name}/manifests/{entry['digest']}", Accept=MANIFEST)
+        assert status == 200 and digest(manifest) == entry["digest"], "an artifact is listed and not there"
+        document = json.loads(manifest)
+        assert document["artifactType"] == REMAP
+        assert document["subject"]["digest"] == pushed.digest
+        for blob in (document["config"], *document["layers"]):
+            status, content, _ = ask(host, f"{pushed.name}/blobs/{blob['digest']}")
+            assert status == 200 and digest(content) == blob["digest"], "half an artifact is visible"
+        found.append(document)
+    return found
+
+
+def map_of(document: dict[str, object]) -> str:
+    annotations = document["annotations"]
+    assert isinstance(annotations, dict)
+    return str(annotations["io.layerkit.remap.map"])
+
+
+@dataclass
+class Site:
+    """A registry that tells a hook of pushes, and a proxy between the hook and the registry."""
+
+    registry: Registry
+    wire: FaultProxy
+    folder: Path
+    port: int
+
+    def config(self, *maps: str, more: str = "") -> Path:
+        (self.folder / "token").write_text(TOKEN)
+        (self.folder / "token").chmod(0o600)
+        text = f"""
+listen = "127.0.0.1:{self.port}"
+state = "state"
+store = "store"
+token_file = "token"
+drain_seconds = 5
+{more}
+[[registry]]
+name = "main"
+host = "{self.wire.host}"
+tls_verify = false
+[retry]
+first_seconds = 0.3
+most_seconds = 2
+attempts = 200
+losses = 1000
+"""
+        path = self.folder / "hook.toml"
+        path.write_text(text + "".join(f'[[map]]\nuid_map = ["{each}"]\n' for each in maps))
+        return path
+
+    def blob_reads(self, layers: set[str]) -> Counter[str]:
+        """How often each layer blob was asked for through the wire, and answered with bytes."""
+        reads: Counter[str] = Counter()
+        for method, path, passed in list(self.wire.seen):
+            at = path.rpartition("/blobs/")[2]
+            if method == "GET" and at in layers and passed:
+                reads[at] += 1
+        return reads
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    port = free_port()
+    notify = f"""
+notifications:
+  endpoints:
+    - name: hook
+      url: http://127.0.0.1:{port}/v1/events/main
+      timeout: 5s
+      threshold: 2
+      backoff: 300ms
+      headers: {{Authorization: ["Bearer {TOKEN}"]}}
+      ignoredmediatypes: [application/octet-stream]
+"""
+    with docker_registry(tmp_path / "registry", more=notify) as registry, fault_proxy(registry.host) as wire:
+        yield Site(registry, wire, tmp_path, port)
+
+
+def states(url: str) -> dict[str, int]:
+    found: dict[str, int] = json.loads(call(f"{url}/v1/status", headers=BEARER)[2])["states"]
+    return found
+
+
+def settled(url: str, done: int) -> bool:
+    found = states(url)
+    return not found.get("waiting") and not found.get("running") and found.get("done", 0) >= done
+
+
+def test_thirty_images_that_share_layers(site: Site, tmp_path: Path) -> None:
+    """Each distinct layer is read once; a second map reads none; nothing loops; the originals stay."""
+    with hook_process(site.config(MAP_A), log=tmp_path / "log") as (_, url):
+        images = [push(site.registry.host, number) for number in range(IMAGES)]
+        layers = {layer for each in images for layer in each.layers}
+        assert len(layers) == 1 + 5 + IMAGES
+        wait_for(lambda: settled(url, IMAGES))
+        assert site.blob_reads(layers) == Counter(dict.fromkeys(layers, 1))
+        for each in images:
+            (document,) = artifacts(site.registry.host, each)
+            assert map_of(document) == "uid=0:100000:65536;gid=0:100000:65536"
+            assert digest(ask(site.registry.host, f"{each.name}/manifests/v1", Accept=MANIFEST)[1]) == each.digest
+        # Its own artifacts were told to it too; they end as what they are.
+        time.sleep(1.0)
+        wait_for(lambda: settled(url, IMAGES))
+        assert states(url)["done"] == IMAGES
+        jobs = json.loads(call(f"{url}/v1/jobs?limit=1000", headers=BEARER)[2])["jobs"]
+        assert {job["why"] for job in jobs if job["state"] == "skipped"} <= {
+            f"an artifact ({REMAP})", "no image for the wanted platforms",
+        }  # fmt: skip
+        figures = call(f"{url}/metrics", headers=BEARER)[2].decode()
+        assert f'layerkit_hook_layers_total{{cache="miss"}} {len(layers)}.0' in figures
+        assert f'layerkit_hook_layers_total{{cache="hit"}} {IMAGES * 3 - len(layers)}.0' in figures
+
+    before = len(site.wire.seen)
+    with hook_process(site.config(MAP_A, MAP_B), log=tmp_path / "log") as (_, url):
+        pushed = {"events": [event(each.name, each.digest, tag="v1") for each in images]}
+        assert call(f"{url}/v1/events/main", pushed)[0] == 202
+        wait_for(lambda: settled(url, 2 * IMAGES))
+    site.wire.seen[:] = site.wire.seen[before:]
+    assert site.blob_reads(layers) == Counter()
+    for each in images:
+        assert {map_of(document) for document in artifacts(site.registry.host, each)} == {
+            "uid=0:100000:65536;gid=0:100000:65536", "uid=0:300000:65536;gid=0:300000:65536",
+        }  # fmt: skip
+
+
+def test_what_is_published_is_what_a_remap_gives(site: Site, tmp_path: Path) -> None:
+    """The META of the hook is the one that ``remap`` makes of the same image, pulled by a foreign tool."""
+    from support import need_tool
+
+    need_tool("skopeo")
+    with hook_process(site.config(MAP_A), log=tmp_path / "log") as (_, url):
+        pushed = push(site.registry.host, 7)
+        wait_for(lambda: settled(url, 1))
+    (document,) = artifacts(site.registry.host, pushed)
+    layers = document["layers"]
+    assert isinstance(layers, list)
+    subprocess.run(["skopeo", "copy", "-q", "--src-tls-verify=false", site.registry.ref(f"{pushed.name}:v1"),
+                    f"oci:{tmp_path / 'pulled'}:v1"], check=True, timeout=60)  # fmt: skip
+    run(0, "remap", f"oci:{tmp_path / 'pulled'}:v1", f"oci:{tmp_path / 'mapped'}:v1", "--uid-map", MAP_A,
+        "--store", str(tmp_path / "other"))  # fmt: skip
+    blob = layers[0]["digest"].partition(":")[2]
+    assert (tmp_path / "mapped/blobs/sha256" / blob).exists()
+
+
+def run(code: int, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "layerkit.cli.main", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+FAULTS = [
+    Fault("", "/v2/", status=503, headers={"Retry-After": "0"}, chance=0.06, times=None),
+    Fault("", "/v2/", status=500, chance=0.04, times=None),
+    Fault("", "/v2/", status=429, headers={"Retry-After": "0"}, chance=0.03, times=None),
+    Fault("GET", "/blobs/sha256", reset_after=40, chance=0.15, times=None),
+    Fault("GET", "/blobs/sha256", truncate_after=60, chance=0.15, times=None),
+    Fault("GET", "/blobs/sha256", corrupt_at=20, chance=0.05, times=None),
+    Fault("GET", "/blobs/sha256", bytes_per_second=400, chance=0.05, times=None),
+    Fault("GET", "/manifests/", truncate_after=100, chance=0.05, times=None),
+    Fault("PUT", "/v2/", lose_answer=True, chance=0.08, times=None),
+    Fault("PATCH", "/v2/", reset_upload_after=50, chance=0.1, times=None),
+    Fault("POST", "/v2/", lose_answer=True, chance=0.05, times=None),
+]
+
+
+def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site, tmp_path: Path) -> None:
+    """kill -9 again and again, 5xx, resets, slow, cut and changed bodies: in the end one whole artifact each."""
+    count = 12 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+    config, log = site.config(MAP_A, more="workers = 3"), tmp_path / "log"
+    images: list[Pushed] = []
+    problems: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        """Look all the time whether something half-made can be seen."""
+        while not over.is_set():
+            for each in list(images):
+                try:
+                    artifacts(site.registry.host, each)
+                except AssertionError as error:
+                    problems.append(f"{each.name}: {error}")
+            over.wait(0.1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    rng, kills = random.Random(3), 0
+    site.wire.add(*FAULTS)
+    try:
+        with hook_process(config, log=log) as (process, url):
+            for number in range(count):
+                images.append(push(site.registry.host, number))
+            process.send_signal(signal.SIGKILL)
+        end = time.monotonic() + 240
+        while time.monotonic() < end:
+            kills += 1
+            if kills > 6:
+                site.wire.clear()  # every registry gets well again
+            with hook_process(config, log=log) as (process, url):
+                stop = time.monotonic() + (rng.uniform(1.5, 3.0) if kills <= 6 else 120)
+                while time.monotonic() < stop and not (kills > 6 and settled(url, count)):
+                    time.sleep(0.1)
+                if kills > 6:
+                    break
+                process.send_signal(signal.SIGKILL)
+        with hook_process(config, log=log) as (_, url):
+            # The registry may still hold back pushes that it could not tell while the hook was down.
+            wait_for(lambda: settled(url, count), 60)
+            found = states(url)
+    finally:
+        over.set()
+        watcher.join()
+    assert problems == []
+    assert site.wire.hits >= 10
+    assert found["done"] == count and "dead" not in found
+    for each in images:
+        assert len(artifacts(site.registry.host, each)) == 1, each.name
+    left = subprocess.run(["pgrep", "-f", str(config)], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
+    images = [push(site.registry.host, number) for number in range(3)]
+    host = site.wire.host
+    common = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
+    refs = [f"docker://{host}/{each.name}:v1" for each in images]
+    done = json.loads(run(0, "hook", "run", *refs[:2], *common, "--json").stdout)
+    assert [job["state"] for job in done["jobs"]] == ["done", "done"] and done["failed"] == []
+    # Part of it fails: what can be done is done, the exit code is 5, and the message says which.
+    failed = run(5, "hook", "run", refs[2], f"docker://{host}/team0/app0:absent", *common)
+    assert "1 of 2 failed" in failed.stderr and "team0/app0:absent: not in the registry" in failed.stderr
+    assert [len(artifacts(site.registry.host, each)) for each in images] == [1, 1, 1]
+    # Once more, without a state: two requests each, no layer, nothing written.
+    site.wire.seen.clear()
+    again = json.loads(run(0, "hook", "run", *refs, *common, "--state", str(tmp_path / "fresh"), "--json").stdout)
+    assert all(job["report"]["existing"] for job in again["jobs"])
+    assert not [seen for seen in site.wire.seen if seen[0] not in ("GET", "HEAD") or "/blobs/" in seen[1]]
+    unmapped = run(
+        5, "hook", "run", refs[0], "--no-tls-verify", "--uid-map", "5:5:1", "--store", str(tmp_path / "s")
+    )
+    assert "outside the map" in unmapped.stderr
+    tags = json.loads(
+        run(0, "hook", "run", f"docker://{host}/{images[0].name}", "--all-tags", *common, "--json").stdout
+    )
+    assert [job["targets"][0]["tag"] for job in tags["jobs"]] == ["v1"]
+    shown = json.loads(
+        run(0, "hook", "jobs", "--state", str(tmp_path / "s-hook"), "--only", "dead", "--json").stdout
+    )
+    assert len(shown["jobs"]) == 1
+    assert "1 jobs" in run(0, "hook", "retry", "--all", "--state", str(tmp_path / "s-hook")).stderr
+    run(2, "hook", "run", "oci:x", *common)
+    run(2, "hook", "run", refs[0])
+    run(2, "hook", "retry", "--state", str(tmp_path / "s-hook"))
+
+
+@pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_drain(site: Site, tmp_path: Path, each: signal.Signals) -> None:
+    """A job that runs when the signal comes is finished, the exit code is 0, and its workers are gone."""
+    site.wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=2000, times=None))
+    with hook_process(site.config(MAP_A), log=tmp_path / "log") as (process, url):
+        pushed = push(site.registry.host, 4)
+        wait_for(lambda: states(url).get("running"))
+        process.send_signal(each)
+        assert process.wait(30) == 0
+    assert len(artifacts(site.registry.host, pushed)) == 1
+    with contextlib.closing(__import__("sqlite3").connect(tmp_path / "state/queue.sqlite")) as db:
+        assert db.execute("SELECT state FROM jobs WHERE digest = ?", (pushed.digest,)).fetchone() == ("done",)
+
+
+def test_an_index_is_done_for_each_platform(site: Site, tmp_path: Path) -> None:
+    size = len(image(1)[0])
+    with hook_process(site.config(MAP_A), log=tmp_path / "log") as (_, url):
+        one = push(site.registry.host, 1)
+        host, name = site.registry.host, one.name
+        attested = {"vnd.docker.reference.type": "attestation-manifest"}
+        entries = [
+            {"mediaType": MANIFEST, "digest": one.digest, "size": size, **more,
+             "platform": {"os": os_, "architecture": arch}}
+            for os_, arch, more in (
+                ("linux", "amd64", {}), ("windows", "amd64", {}), ("unknown", "unknown", {"annotations": attested})
+            )
+        ]  # fmt: skip
+        index = dump({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries})
+        assert ask(host, f"{name}/manifests/multi", "PUT", index, Content_Type=INDEX)[0] == 201
+        wait_for(lambda: settled(url, 2))
+        jobs = json.loads(call(f"{url}/v1/jobs?limit=99", headers=BEARER)[2])["jobs"]
+        (parent,) = [job for job in jobs if job["digest"] == digest(index)]
+        assert parent["state"] == "done" and parent["report"]["children"] == [one.digest]
+    ref = f"docker://{site.wire.host}/{name}:multi"
+    run(0, "hook", "run", ref, "--no-tls-verify", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
+    assert len(artifacts(site.registry.host, one)) == 2
