@@ -11,6 +11,10 @@ from layerkit.cli.render import emit_json, fields, table
 def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
     """Probe this host and the store's filesystem, and say which way of remapping fits best.
 
+    Then, for each container runtime: whether the kernel's idmapped mounts do the job (use them), or layerkit does
+    and how to switch it on, or neither and why; and whether an open for writing copies data there. Nothing is
+    decided by the kernel's version: every feature is tried.
+
     Example: `layerkit doctor --store /srv/layerkit`
     """
     from layerkit.hosts.doctor import examine
@@ -28,6 +32,17 @@ def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
         ],
     )
     fields(report.conclusions())
+    table(
+        "",
+        ["RUNTIME", "BEST HERE", "WHY", "HOW", "COPY-UP"],
+        [
+            (
+                r.name + (f" {r.version}" if r.version else " (not installed)"),
+                r.answer, r.why, r.how, "not known" if r.clone is None else "a clone" if r.clone else "a copy",
+            )
+            for r in report.runtimes
+        ],
+    )  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerkit.hosts.choose import Ways, choose
+from layerkit.hosts.doctor_runtimes import Runtime, examine_runtimes
 from layerkit.hosts.prepare import Rendering
 from layerkit.kernel.probe import Features, Row
 from layerkit.stores.layout import DataBackend
@@ -27,6 +28,7 @@ class Report:
         idmapped: the kernel maps owners, so one META serves every map; idmapped_why: what that means here.
         copy_up_clone: whether a file's first write in an upper shares its blocks instead of copying them.
         copy_up_why: what that hangs on.
+        runtimes: what is best for each container runtime.
     """
 
     store: str
@@ -43,6 +45,7 @@ class Report:
     idmapped_why: str
     copy_up_clone: bool
     copy_up_why: str
+    runtimes: tuple[Runtime, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -91,6 +94,7 @@ def examine(store: Path, *, upper: Path | None = None) -> Report:
         idmapped_why=_idmapped_why(features, idmapped),
         copy_up_clone=clone,
         copy_up_why=clone_why,
+        runtimes=examine_runtimes(),
     )
 
 
