@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from layerkit.services.hook.config import Config
@@ -45,8 +45,9 @@ def status_view(config: Config, stats: Stats, rows: Iterable[JobRow], *, drainin
             name = f"{target.repository}:{target.tag}" if target.tag else target.repository
             if name not in shown:
                 shown.append(name)
-        if not image["layers"] and row.report.get("layers"):
-            image["layers"] = row.report["layers"]
+        layers = row.report.get("layers")
+        if isinstance(layers, list) and _read(layers) >= _read(image["layers"]):
+            image["layers"] = layers  # of the map that had to read most: later ones find all of it known
         maps = image["maps"]
         assert isinstance(maps, list)
         maps.append(
@@ -72,14 +73,13 @@ def status_view(config: Config, stats: Stats, rows: Iterable[JobRow], *, drainin
     }
 
 
+def _read(layers: object) -> int:
+    return sum(not each["kept"] for each in layers) if isinstance(layers, list) else 0
+
+
 def page(nonce: str) -> bytes:
     """Return the page; its script runs only under ``nonce``."""
     return _PAGE.read_bytes().replace(b"{{nonce}}", nonce.encode("ascii"))
 
 
-def as_numbers(values: Mapping[str, object]) -> dict[str, int]:
-    """Return those of ``values`` that are whole numbers."""
-    return {name: value for name, value in values.items() if isinstance(value, int)}
-
-
-__all__ = ["as_numbers", "job_view", "page", "status_view"]
+__all__ = ["job_view", "page", "status_view"]
