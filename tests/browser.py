@@ -124,7 +124,7 @@ class Page:
             time.sleep(0.05)
 
     def click(self, element: str, *, corner: bool = False) -> None:
-        """Click with the mouse on the middle, or the upper left corner, of what the expression ``element`` finds."""
+        """Click with the mouse on the middle, or the upper left corner, of what ``element`` (an expression) is."""
         part = "6" if corner else "r.width / 2", "6" if corner else "r.height / 2"
         x, y = self.eval(
             f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}}); "
