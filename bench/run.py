@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
@@ -126,25 +127,34 @@ def facts() -> list[str]:
     ]
 
 
-def report(results: dict[str, list[dict[str, Any]]], failures: dict[str, str], place: str) -> str:
-    """Return docs/benchmarks.md."""
-    lines = [
-        "# Benchmarks",
-        "",
-        "Made by `make bench` (`python bench/run.py`), as root; do not edit. Times are medians, alternating with",
-        "the peer in one run. Look at ratios: they are the peer's time by ours, above 1 is faster than the peer;",
-        "where the target says `<=`, ours by the peer's.",
-        "",
-        f"Machine: {'; '.join(facts())}; {place}.",
-    ]
-    for name, rows in results.items():
-        lines += ["", f"## {name.replace('_', ' ')}", ""]
-        lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---:|---|---:|---:|---|---:|"]
-        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row)) + " |" for row in rows]
-    if failures:
-        lines += ["", "## Not measured", ""]
-        lines += [f"- {name}: {why}" for name, why in failures.items()]
-    return "\n".join(lines) + "\n"
+INTRODUCTION = """# Benchmarks
+
+Made by `make bench` (`python bench/run.py`), as root; do not edit. `python bench/run.py NAME...` measures some
+of them again and leaves the others as they are. Times are medians, alternating with the peer in one run. Look at
+ratios: they are the peer's time by ours, above 1 is faster than the peer; where the target says `<=`, ours by the
+peer's.
+"""
+
+
+def section(rows: list[dict[str, Any]], place: str) -> str:
+    """Return what the report says of one benchmark."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---:|---|---:|---:|---|---:|"]
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row)) + " |" for row in rows]
+    day = datetime.datetime.now(datetime.UTC).date()
+    return "\n".join([*lines, "", f"{day}; {'; '.join(facts())}; {place}."])
+
+
+def report(old: str, new: dict[str, str]) -> str:
+    """Return docs/benchmarks.md with the sections of ``old``, those of ``new`` in their place."""
+    kept = {}
+    for text in old.split("\n## ")[1:]:
+        name, _, body = text.partition("\n")
+        kept[name.replace(" ", "_")] = body.strip()
+    sections = {**kept, **new}
+    return INTRODUCTION + "".join(
+        f"\n## {name.replace('_', ' ')}\n\n{sections[name]}\n"
+        for name in sorted(sections) if (HERE / f"bench_{name}.py").exists()
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -164,30 +174,27 @@ def main() -> int:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     compileall.compile_dir(str(HERE.parent / "layerkit"), quiet=2)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    results: dict[str, list[dict[str, Any]]] = {}
-    failures: dict[str, str] = {}
-    places: set[str] = set()
+    sections: dict[str, str] = {}
+    failed: list[str] = []
     for name in args.names or known:
         with fresh_filesystem(args.gigabytes) as (work, place):
-            places.add(place)
             try:
-                results[name] = measure(name, work)
+                rows = measure(name, work)
             except subprocess.CalledProcessError as error:
-                failures[name] = f"failed with exit code {error.returncode}"
-                console.print(f"[red]{name}: {failures[name]}[/]")
+                console.print(f"[red]{name}: failed with exit code {error.returncode}[/]")
+                failed.append(name)
                 continue
         table = Table(title=name, title_justify="left")
         for number, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="right" if number in (1, 3, 4, 6) else "left")
-        for row in results[name]:
+        for row in rows:
             table.add_row(*cells(row))
         console.print(table)
-    if args.names:
-        console.print("only a part was run: docs/benchmarks.md stays as it is")
-    else:
-        REPORT.write_text(report(results, failures, ", ".join(sorted(places))))
-        console.print(f"written: {REPORT.relative_to(HERE.parent)}")
-    return 1 if failures else 0
+        sections[name] = section(rows, place)
+        # At once: a later one that fails, or is stopped, takes nothing away.
+        REPORT.write_text(report(REPORT.read_text() if REPORT.exists() else "", sections))
+    console.print(f"written: {REPORT.relative_to(HERE.parent)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
