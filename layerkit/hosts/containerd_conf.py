@@ -98,7 +98,7 @@ def _read(path: Path) -> str:
 
 
 def _without(text: str) -> str:
-    kept, skipping = [], False
+    kept, skipping = list[str](), False
     for line in text.splitlines():
         if line == BEGIN:
             skipping = True

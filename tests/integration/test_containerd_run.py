@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_two_maps_of_one_image(request: pytest.FixtureRequest, way: str, tmp_pat
         info = json.loads(host.engine("container", "info", f"c-{shift}"))
         assert info["Snapshotter"] == "layerkit"
         root = host.folder / f"state/io.containerd.runtime.v2.task/default/c-{shift}/rootfs"
-        _wait(lambda root=root: (root / "made").exists() and (root / "made").stat().st_gid % 100_000 == 6)
+        _wait(partial(_has_group, root / "made", shift + 6))
         facts = (root / "made").stat()
         assert (facts.st_uid, facts.st_gid) == (shift + 5, shift + 6)
         assert stat.S_IMODE((root / "bin/su").stat().st_mode) == 0o4755
@@ -192,6 +193,10 @@ def test_two_maps_of_one_image(request: pytest.FixtureRequest, way: str, tmp_pat
         if shift:
             assert int(_usage(host, f"c-{shift}")) < 1 << 20
     host.kill("c-0", "c-100000", "c-300000")
+
+
+def _has_group(path: Path, gid: int) -> bool:
+    return path.exists() and path.stat().st_gid == gid
 
 
 def _usage(host: Host, key: str) -> str:

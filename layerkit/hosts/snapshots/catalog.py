@@ -125,9 +125,12 @@ class Catalog:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                self._roll_back()
                 raise
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # SQLite has done it already where the disk is full
+            self._db.execute("ROLLBACK")
 
     def _all(self, query: str, *values: object) -> list[Any]:
         with self._lock:
