@@ -18,7 +18,8 @@ Dst = Annotated[
     str,
     typer.Argument(
         metavar="DST",
-        help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`; "
+        help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`, "
+        "`docker-daemon:NAME[:TAG]`; "
         "`-` is an archive on standard output.",
     ),
 ]

@@ -37,7 +37,7 @@ Ref = Annotated[
     typer.Argument(
         metavar="REF",
         help="An image: a file or folder, or `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, "
-        "`docker-archive:FILE[:NAME]`, `docker://HOST/NAME[:TAG]`, `store:NAME`; "
+        "`docker-archive:FILE[:NAME]`, `docker-daemon:NAME[:TAG]`, `docker://HOST/NAME[:TAG]`, `store:NAME`; "
         "`-` is an archive on standard input.",
     ),
 ]
