@@ -225,7 +225,7 @@ def run(
 ) -> None:
     """Remap images in their registry once, and end: for cron and CI. Exit code 5 if part of them failed.
 
-    What is done already costs two requests. With the state of an interrupted run, it goes on where that stopped.
+    What is there already costs a few small requests. With the state of an interrupted run, it goes on where that stopped.
 
     Examples:
     `layerkit hook run docker://registry.example/app:v1 --uid-map 0:100000:65536`
