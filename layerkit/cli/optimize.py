@@ -115,7 +115,7 @@ def _show(report: OptimizeReport, dst: str) -> None:
         ]
     )
     if written:
-        saved = f"{report.saved_percent} % less"
+        saved = f"{abs(report.saved_percent)} % {'less' if report.saved_percent >= 0 else 'more'}"
         fields([("blobs ", f"{human(report.bytes_after)}, before {human(report.bytes_before)}: {saved}")])
     if report.kept_base:
         base = f"{report.kept_base} layers kept; touching them would save {human(report.base_cost_bytes)} of files"

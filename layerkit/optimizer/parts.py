@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,24 +12,30 @@ from layerkit.model.entry import Entry, Kind
 from layerkit.model.index import Index
 from layerkit.model.tree import Node
 
+# An int: looking a member of an enum up costs more than what is done with it here.
+_REG = int(Kind.REG)
+
 ContentKey = tuple[bytes, int]
 """sha256 and size: files with the same ones hold the same."""
 
 
 @dataclass(slots=True, eq=False)
 class Inode:
-    """An inode of the final tree that is no directory, with its names, and where it is to go."""
+    """An inode of the final tree that is no directory, with its names, and where it is to go.
+
+    ``content`` identifies what it holds, None where that is nothing.
+    """
 
     node: Node
     names: list[bytes]
     origin: int
     layer: int = -1
     row: int = -1
+    content: ContentKey | None = field(init=False)
 
-    @property
-    def content(self) -> ContentKey | None:
-        """Return what identifies its content, None where it has none."""
-        return (self.node.sha256, self.node.size) if self.node.mode >> 12 == Kind.REG and self.node.size else None
+    def __post_init__(self) -> None:
+        node = self.node
+        self.content = (node.sha256, node.size) if node.mode >> 12 == _REG and node.size else None
 
 
 @dataclass(slots=True, eq=False)

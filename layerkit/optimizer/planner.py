@@ -311,7 +311,9 @@ class _Image:
         if is_fixed:
             return PlannedLayer(place, Action.KEEP, old, same, before, before)
         index = Index.of(rows, old.diff_id, old.tar_size)
-        if [comparable(e) for e in index.entries()] == [comparable(e) for e in old.entries()]:
+        if len(index) == len(old) and all(
+            comparable(a) == comparable(b) for a, b in zip(index.entries(), old.entries(), strict=True)
+        ):
             return PlannedLayer(place, Action.KEEP, old, same, before, before)
         reads = np.array([
             content.get(path, -1) if kind == Kind.REG else -1
