@@ -13,6 +13,7 @@ from typing import BinaryIO
 from layerkit.formats import artifact, oci
 from layerkit.formats.compress import Compression
 from layerkit.formats.compressor import compress
+from layerkit.formats.intoto import Attestation
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.limits import Limits
@@ -33,6 +34,9 @@ _CHUNK_BYTES = 1 << 20
 Render = Callable[[MetadataLayer, BinaryIO], object]
 """Writes a rendering of a metadata layer to a file."""
 
+Attest = Callable[[Descriptor, bytes], Attestation]
+"""Makes a statement about the artifact with this descriptor and manifest."""
+
 
 def attach(
     image: Image,
@@ -49,6 +53,7 @@ def attach(
     strict: bool,
     layers_read: int,
     limits: Limits,
+    attest: Attest | None = None,
     progress: Progress | None = None,
 ) -> RemapReport:
     """Copy ``image`` from ``source`` to ``sink`` and attach META for ``mapping``; the sink is committed.
@@ -67,6 +72,7 @@ def attach(
         strict: refuse overlay xattrs of the image.
         layers_read: for the report.
         limits: bounds on input.
+        attest: makes a statement about the artifact, which is attached to it.
         progress: told about the bytes copied.
     """
     start = time.monotonic()
@@ -81,6 +87,10 @@ def attach(
             if not sink.has_blob(blob.digest):
                 sink.put_blob(blob, artifact_made.chunks())
             sink.put_manifest(descriptor, artifact_made.manifest)
+            if attest is not None:
+                said = attest(descriptor, artifact_made.manifest)
+                sink.put_blob(said.blob, [said.data])
+                sink.put_manifest(said.descriptor, said.manifest)
             sink.commit()
         except BaseException:
             sink.abort()

@@ -31,6 +31,9 @@ _KIND_NAMES = {
     Kind.CHAR: "character devices", Kind.BLOCK: "block devices",
 }  # fmt: skip
 
+_META_BYTES, _META_BYTES_PER_NAME = 64 << 20, 16 << 10
+"""More than any META has: xattrs are in there too, but not those that an image does not have."""
+
 
 def inspect(
     name: str, image: Image, indexes: Sequence[Index], mapping: Mapping | None, limits: Limits
@@ -121,16 +124,7 @@ def verify(
     tree = merge(indexes, limits=limits)
     agreed = []
     for descriptor, data in attached:
-        what = f"artifact {descriptor.digest}"
-        found = artifact.parse(data, what, limits=limits)
-        if found.diff_ids != image.diff_ids:
-            raise InvalidImage(f"{what}: points at other layers than its image has; remap the image again")
-        if len(found.blobs) != 1:
-            raise InvalidImage(f"{what}: want one blob, found {len(found.blobs)}")
-        got = _read_meta(source, found.blobs[0], what, limits)
-        want = plain_digest(tree, found, render(found.rendering))
-        if got != str(want):
-            raise DigestMismatch(f"{what}: metadata for the map {found.mapping}", got, str(want))
+        check_artifact(image, tree, source, descriptor, data, render, limits)
         agreed.append(str(descriptor.digest))
     return VerifyReport(
         name=name,
@@ -142,8 +136,49 @@ def verify(
     )
 
 
-def _read_meta(source: ImageSource, blob: Descriptor, what: str, limits: Limits) -> str:
-    """Return the digest of a META's uncompressed bytes, its blob verified."""
+def check_artifact(
+    image: Image,
+    tree: Tree,
+    source: ImageSource,
+    descriptor: Descriptor,
+    data: bytes,
+    render: Callable[[str], Render],
+    limits: Limits,
+) -> artifact.RemapArtifact:
+    """Raise unless a remap artifact is, byte for byte, what layerkit makes of ``image`` and its map.
+
+    Args:
+        image: that the artifact is attached to.
+        tree: of the image, from indexes that were read from its layers.
+        source: where the artifact's blob is.
+        descriptor: of the artifact.
+        data: its manifest.
+        render: gives the renderer for a form.
+        limits: bounds on input.
+
+    Raises:
+        InvalidImage: it is about another image, or its META is not the right one.
+    """
+    what = f"artifact {descriptor.digest}"
+    found = artifact.parse(data, what, limits=limits)
+    if found.subject.digest != image.descriptor.digest:
+        raise InvalidImage(f"{what}: belongs to {found.subject.digest}, not to {image.descriptor.digest}")
+    if found.diff_ids != image.diff_ids:
+        raise InvalidImage(f"{what}: points at other layers than its image has; remap the image again")
+    if len(found.blobs) != 1:
+        raise InvalidImage(f"{what}: want one blob, found {len(found.blobs)}")
+    most = _META_BYTES + _META_BYTES_PER_NAME * len(tree)
+    got = _read_meta(source, found.blobs[0], what, limits, most)
+    want = plain_digest(tree, found, render(found.rendering))
+    if got != str(want):
+        raise DigestMismatch(f"{what}: metadata for the map {found.mapping}", got, str(want))
+    return found
+
+
+def _read_meta(source: ImageSource, blob: Descriptor, what: str, limits: Limits, most: int) -> str:
+    """Return the digest of a META's uncompressed bytes, at most ``most`` of them, its blob verified."""
+    if blob.size > most:
+        raise InvalidImage(f"{what}: {blob.size} bytes of metadata, the image has no need for more than {most}")
     h = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     reader = source.open_blob(blob)
@@ -151,6 +186,8 @@ def _read_meta(source: ImageSource, blob: Descriptor, what: str, limits: Limits)
         verified = VerifiedBlob(reader, blob, limits)
         plain = Decompressor(verified, limits=limits, where=what)
         while got := plain.readinto(buffer):
+            if plain.tar_bytes > most:
+                raise InvalidImage(f"{what}: metadata of more than {most} bytes")
             h.update(buffer[:got])
         verified.finish()
     finally:

@@ -20,11 +20,13 @@ from layerkit.limits import Limits
 
 if TYPE_CHECKING:
     from layerkit.analyze import AnalyzeReport
-    from layerkit.attach import Render
+    from layerkit.attach import Attest, Render
+    from layerkit.formats.intoto import Attestation
     from layerkit.hosts.changes import PackReport
     from layerkit.hosts.choose import Ways
     from layerkit.hosts.extract import UnpackReport
     from layerkit.idmap import Mapping
+    from layerkit.model.descriptor import Descriptor
     from layerkit.model.facts import TreeFacts
     from layerkit.model.image import Image
     from layerkit.model.index import Index
@@ -208,7 +210,7 @@ class OpenImage:
         indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
         referrers = getattr(self.source, "referrers", None)
         attached = referrers(self.image.descriptor.digest, ARTIFACT_TYPE) if referrers else []
-        return verify(self.name, self.image, indexes, self.source, attached, _renderer, self._limits)
+        return verify(self.name, self.image, indexes, self.source, attached, renderer, self._limits)
 
     def remap(
         self,
@@ -360,16 +362,23 @@ class OpenImage:
         *,
         rendering: str = "auto",
         namespace: str = "auto",
+        statement: bool = False,
+        sign_key: Path | None = None,
         progress: Progress | None = None,
     ) -> RemapReport:
         """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
 
         Args:
             mapping: the id map.
-            dst: ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard output.
+            dst: ``docker://…``, ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard
+                output.
             rendering: ``auto`` (erofs), ``erofs`` or ``tar``.
             namespace: ``auto`` (trusted), ``trusted`` or ``user``.
+            statement: attach an in-toto statement of what was done to the artifact.
+            sign_key: a private key; the statement is then signed, in a sigstore bundle.
             progress: told about the bytes read.
+
+        Indexes that are published are taken at their word; the report's warnings say so.
         """
         if mapping is None:
             raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
@@ -383,17 +392,39 @@ class OpenImage:
         if namespace not in ("auto", *Namespace):
             raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
         form = "erofs" if rendering == "auto" else rendering
+        attest = self._attest(sign_key) if statement or sign_key is not None else None
         found = self._find_indexes(progress)
         parsed = reference.parse(dst)
         # The image is copied as it is: only META and its manifest are made here.
         report = attach(
             self.image, merge(found.indexes, limits=self._limits), mapping, self.source,
             self._sink(parsed),
-            name=self.name, dst_name=parsed.name or self.image.name, render=_renderer(form), rendering=form,
+            name=self.name, dst_name=parsed.name or self.image.name, render=renderer(form), rendering=form,
             namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
-            strict=self._settings.strict, layers_read=found.layers_read, limits=self._limits, progress=progress,
+            strict=self._settings.strict, layers_read=found.layers_read, limits=self._limits, attest=attest,
+            progress=progress,
         )  # fmt: skip
         return replace(report, warnings=found.warnings(report.warnings))
+
+    def _attest(self, sign_key: Path | None) -> Attest:
+        """Return what makes the statement about an artifact; a key that cannot be read is found out now."""
+        from importlib.metadata import version
+
+        from layerkit.formats import artifact, intoto
+
+        signer = None
+        if sign_key is not None:
+            from layerkit.stores.keys import FileSigner
+
+            signer = FileSigner(sign_key)
+
+        def attest(made: Descriptor, manifest: bytes) -> Attestation:
+            found = artifact.parse(manifest, f"artifact {made.digest}", limits=self._limits)
+            where = getattr(self.source, "where", self.name)
+            payload = intoto.statement(self.image, where, made, found, version("layerkit"))
+            return intoto.attestation(payload, made, signer)
+
+        return attest
 
     def _sink(self, dst: Reference) -> ImageSink:
         from layerkit.stores import reference
@@ -495,7 +526,8 @@ def umount(target: str | Path, *, store: Path | None = None) -> None:
     mounter.umount(Path(target), run=mounter.default_run(store or default_store()))
 
 
-def _renderer(form: str) -> Render:
+def renderer(form: str) -> Render:
+    """Return what writes META in the form ``erofs`` or ``tar``."""
     if form == "tar":
         from layerkit.emit.tar import write_tar
 

@@ -34,6 +34,10 @@ Load = Callable[[Digest], Index | None]
 class HasReferrers(Protocol):
     """A source that knows what is attached to an image."""
 
+    def fetch(self, entry: Descriptor, most: int, /) -> bytes:
+        """Return a small blob, perhaps not verified."""
+        ...
+
     def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
         """Return what is attached to ``subject``, with the manifests' bytes, verified."""
         ...

@@ -13,17 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerkit import api
 from layerkit import limits as bounds
-from layerkit.errors import NotFound, UsageError
+from layerkit.errors import InvalidImage, LayerkitError, NotFound, UsageError
 from layerkit.model.reports import Report
 
 if TYPE_CHECKING:
+    from layerkit.formats.artifact import RemapArtifact
+    from layerkit.formats.intoto import Verifier
+    from layerkit.idmap import Mapping
+    from layerkit.limits import Limits
+    from layerkit.model.descriptor import Descriptor
     from layerkit.model.image import Image
+    from layerkit.model.reports import RemapReport
     from layerkit.ports import ImageSink, ImageSource, Progress
-    from layerkit.published import PublishReport
+    from layerkit.published import HasReferrers, PublishReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,124 @@ def pull_indexes(src: str, *, platform: str | None = None, settings: api.Setting
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PullReport(Report):
+    """What :func:`pull` brought.
+
+    Attributes:
+        remap: what the store has now; ``next_ref`` of it can be mounted.
+        published: digest of the remap artifact that was found for this map and verified, "" if there is none.
+        refused: why artifacts that claim to be for this image and map are not used.
+        signed: whether ``published`` has a statement that the given key has signed.
+    """
+
+    remap: RemapReport
+    published: str
+    refused: tuple[str, ...]
+    signed: bool
+
+
+def pull(
+    src: str,
+    mapping: Mapping | None,
+    *,
+    key: Path | None = None,
+    require_published: bool = False,
+    own_meta: bool = False,
+    platform: str | None = None,
+    settings: api.Settings | None = None,
+    progress: Progress | None = None,
+) -> PullReport:
+    """Bring an image into the store, ready to be mounted under ``mapping``, and check what is published of it.
+
+    The layers are read and verified. A remap artifact that is attached to the image is compared byte for byte with
+    what the layers make of the map, so a wrong one cannot get into the store; without one that is right, the remap
+    is made here alone.
+
+    Args:
+        src: reference of the image.
+        mapping: the id map; None keeps the owners.
+        key: public key; only artifacts with a statement that it has signed count as published.
+        require_published: raise where no published artifact verifies.
+        own_meta: write META for this map even where an idmapped mount needs none.
+        platform: ``os/arch[/variant]``; None takes this host's.
+        settings: store, limits, registry options.
+        progress: told about the bytes read.
+
+    Raises:
+        UnmappedId: an owner outside the map.
+        InvalidImage: a layer is damaged; or ``require_published``, and no artifact is right.
+    """
+    chosen = settings or api.Settings()
+    if mapping is None and (key is not None or require_published):
+        raise UsageError("remaps are published for a map: give --uid-map C:H:N, or --subuid-name NAME")
+    with api.open_image(src, platform=platform, settings=chosen) as opened:
+        report = opened.remap(mapping, own_meta=own_meta, progress=progress)
+        published, refused, signed = "", list[str](), False
+        if mapping is not None:
+            published, refused, signed = _check_published(opened, mapping, key)
+        if require_published and not published:
+            why = "; ".join(refused) or "nothing is attached to the image for it"
+            raise InvalidImage(f"{src}: no published remap for this map: {why}")
+        return PullReport(report, published, tuple(refused), signed)
+
+
+def _check_published(opened: api.OpenImage, mapping: Mapping, key: Path | None) -> tuple[str, list[str], bool]:
+    from layerkit.formats import artifact
+    from layerkit.look import check_artifact
+    from layerkit.opened import renderer
+    from layerkit.published import HasReferrers
+
+    verify = None
+    if key is not None:
+        from layerkit.stores.keys import verifier
+
+        verify = verifier(key)
+    source, image, refused = opened.source, opened.image, list[str]()
+    if not isinstance(source, HasReferrers):
+        return "", [], False
+    tree = None
+    try:
+        attached = source.referrers(image.descriptor.digest, artifact.ARTIFACT_TYPE)
+    except LayerkitError as error:
+        return "", [str(error)], False
+    for entry, data in attached:
+        try:
+            found = artifact.parse(data, f"artifact {entry.digest}", limits=opened.limits)
+            if found.mapping != mapping.canonical():
+                continue
+            tree = tree if tree is not None else opened.tree()
+            check_artifact(image, tree, source, entry, data, renderer, opened.limits)
+            if verify is not None:
+                _check_signed(source, image, entry, found, verify, opened.limits)
+            return str(entry.digest), refused, verify is not None
+        except LayerkitError as error:
+            refused.append(str(error))
+    return "", refused, False
+
+
+def _check_signed(
+    source: HasReferrers, image: Image, entry: Descriptor, found: RemapArtifact, verify: Verifier, limits: Limits
+) -> None:
+    """Raise unless a statement about the artifact ``entry`` is signed by the key that ``verify`` stands for."""
+    from layerkit.formats import intoto, oci
+
+    why = "nobody has signed a statement about it"
+    for signed, data in source.referrers(entry.digest, intoto.BUNDLE):
+        what = f"statement {signed.digest}"
+        try:
+            blob = oci.parse_manifest(data, what, limits=limits).layers[:1]
+            bundle = source.fetch(blob[0], limits.manifest_bytes) if blob else b""
+            if blob:
+                oci.verify(bundle, blob[0], what)
+            payload = intoto.open_bundle(bundle, verify, what, limits=limits)
+            intoto.check_statement(payload, image, entry.digest, found, what)
+            return
+        except InvalidImage as error:
+            why = str(error)
+    raise InvalidImage(f"artifact {entry.digest}: {why}")
+
+
 def attach_sink(
     src: str,
     dst: str | None,
@@ -182,4 +307,4 @@ def _bytes_read(source: ImageSource) -> int:
     return repository.traffic.bytes_read if repository is not None else 0
 
 
-__all__ = ["IndexPullReport", "PulledLayer", "attach_sink", "pull_indexes", "push_indexes"]
+__all__ = ["IndexPullReport", "PullReport", "PulledLayer", "attach_sink", "pull", "pull_indexes", "push_indexes"]

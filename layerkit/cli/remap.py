@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,8 +22,8 @@ def remap(
         str | None,
         typer.Argument(
             metavar="[DST]",
-            help="Where the image and its remap artifact go (`oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`); "
-            "without it the result stays in the local store, ready for `layerkit mount`.",
+            help="Where the image and its remap artifact go (`docker://…`, `oci:DIR[:TAG]`, "
+            "`oci-archive:FILE[:TAG]`); without it the result stays in the local store, for `layerkit mount`.",
         ),
     ] = None,
     uid_map: o.UidMap = None,
@@ -66,6 +67,17 @@ def remap(
             help="With --form layer: the standard media type. DANGEROUS: most runtimes show files of zeros.",
         ),
     ] = False,
+    statement: Annotated[
+        bool, typer.Option("--statement", help="Attach an in-toto statement of what was done to the artifact.")
+    ] = False,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign-key",
+            metavar="FILE",
+            help="Sign that statement with this private key (PEM or cosign's; password in LAYERKIT_KEY_PASSWORD).",
+        ),
+    ] = None,
     compression: CompressionOption = "gzip",
     level: Level = None,
     created: Created = None,
@@ -100,6 +112,8 @@ def remap(
 
     `layerkit remap image.tar oci-archive:remapped.tar --subuid-name alice`
 
+    `layerkit remap docker://reg.example.com/app:1 docker://reg.example.com/app:1 --uid-map 0:100000:65536`
+
     `layerkit remap image.tar docker-archive:out.tar:app:remapped --form portable --uid-map 0:100000:65536`
     """
     from layerkit import api
@@ -111,6 +125,10 @@ def remap(
         raise UsageError(f"--form {form} writes an image: give DST and a map")
     if stock_media_type and form != "layer":
         raise UsageError("--stock-media-type means something only with --form layer")
+    if (statement or sign_key) and (dst is None or form != "artifact"):
+        raise UsageError(
+            "--statement and --sign-key are about what is attached to an image: give DST, --form artifact"
+        )
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
         from layerkit import rewrites
@@ -133,7 +151,10 @@ def remap(
                     mapping, rendering=rendering, namespace=namespace, own_meta=own_meta, progress=step
                 )
             else:
-                result = image.attach(mapping, dst, rendering=rendering, namespace=namespace, progress=step)
+                result = image.attach(
+                    mapping, dst, rendering=rendering, namespace=namespace, statement=statement, sign_key=sign_key,
+                    progress=step,
+                )  # fmt: skip
     _show(result, dst, json, quiet)
 
 

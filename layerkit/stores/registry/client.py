@@ -58,8 +58,13 @@ class RegistryClient:
             options: None takes those of the environment.
             limits: bounds on what is read.
             sleep: waits between attempts; may raise to stop the work.
+
+        Raises:
+            UsageError: a file that the options name is not there.
         """
         self.options = options or settings.from_environment()
+        if self.options.authfile is not None and not self.options.authfile.is_file():
+            raise UsageError(f"{self.options.authfile}: no such file; --authfile names the one of `podman login`")
         self.limits = limits
         self.transport = Transport(self.options, sleep=sleep)
 
