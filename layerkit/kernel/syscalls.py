@@ -17,6 +17,7 @@ SYS_MOVE_MOUNT = 429
 SYS_FSOPEN = 430
 SYS_FSCONFIG = 431
 SYS_FSMOUNT = 432
+SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 SYS_CACHESTAT = 451
 
@@ -32,6 +33,9 @@ FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
 FSCONFIG_STRING_BYTES = 255
 """Longest string value that fsconfig(2) takes."""
+
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
 
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
@@ -72,6 +76,16 @@ def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] 
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     result: int = _libc.syscall(ctypes.c_long(number), *words)
     return result if result >= 0 else -ctypes.get_errno()
+
+
+def open_beneath(folder: int, path: bytes, flags: int) -> int:
+    """Open ``path`` below the descriptor ``folder``, through no link and never out of it (openat2(2)).
+
+    Returns:
+        A descriptor, or minus the errno; ``-ENOSYS`` before Linux 5.6.
+    """
+    how = struct.pack("=QQQ", flags, 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
+    return _syscall(SYS_OPENAT2, folder, path, how, len(how))
 
 
 def fsopen(fstype: str) -> int:
