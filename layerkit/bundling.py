@@ -152,14 +152,13 @@ def _root_of(mapping: Mapping | None, rootless: bool) -> tuple[int, int]:
         if not root:
             raise UsageError(f"the {kind} map {one} leaves out 0, so the container would have no root")
         found.append(root[0])
-    if rootless:
-        for kind, one in (("uid", mapping.uid), ("gid", mapping.gid)):
-            if not any(h == 0 for _, h, _ in one.extents):
-                raise UnsupportedHost(
-                    f"a rootless container under a {kind} map without yourself ({one})",
-                    "your store is closed to every other id: have your own id, 0 on the host's side, in the map; "
-                    "or run both layerkit and the runtime in `podman unshare`, without --rootless",
-                )
+    if rootless and found != [0, 0]:
+        # runc gives the container's root its pipes and its fifo, and the store is closed to every other id.
+        raise UnsupportedHost(
+            f"a rootless container whose root is not yourself ({mapping.uid})",
+            "give 0 to 0, as in --uid-map 0:0:1,1:1000:60000; or, for any map, run both layerkit and the runtime "
+            "in `podman unshare` or `unshare --map-root-user --map-auto --mount`, without --rootless",
+        )
     return found[0], found[1]
 
 

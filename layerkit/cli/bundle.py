@@ -29,7 +29,7 @@ def bundle(
         typer.Option(
             "--rootless",
             help="For an ordinary user's runc: host ids of the maps are those of your user namespace, "
-            "0 yourself and 1 and up your subordinate ids.",
+            "0 yourself and 1 and up your subordinate ids; the container's root is you.",
         ),
     ] = False,
     entrypoint: Annotated[

@@ -311,40 +311,10 @@ def entry(name: str, kind: bytes, link: str = "", **more: Any) -> tarfile.TarInf
 @pytest.fixture
 def kit(tmp_path: Path) -> Callable[..., Path]:
     """Return a maker of images around a static busybox: ``kit(config, *members)``."""
-    need_tool("busybox", "runc")
-
-    def made(config: dict[str, Any], *members: Any, layers: int = 1) -> Path:
-        tool = Path("/usr/bin/busybox") if Path("/usr/bin/busybox").exists() else Path("/bin/busybox")
-        base = [
-            ("bin/busybox", tool.read_bytes()),
-            ("etc/passwd", b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/x\n"),
-        ]
-        base.append(("etc/group", b"root:x:0:\nvideo:x:44:app\n"))
-        links = [
-            entry(f"bin/{name}", tarfile.SYMTYPE, "busybox")
-            for name in ("sh", "id", "cat", "ls", "stat", "pwd", "touch")
-        ]
-        program = entry("bin/busybox", tarfile.REGTYPE, mode=0o755)
-        names = {m[0] if isinstance(m, tuple) else m.name for m in members}
-        out = [m for m in base if m[0] not in names]
-        data = image_kit.tar(*(m for m in out if m[0] != "bin/busybox"), *links, *members)
-        data = _with_program(data, program, tool.read_bytes())
-        more = [image_kit.tar((f"layer/{n}", b"%d" % n)) for n in range(layers - 1)]
-        layout = image_kit.Layout()
-        layout.list(layout.image(data, *more, config=config), "kit")
-        return layout.folder(tmp_path / f"image-{len(list(tmp_path.iterdir()))}")
-
-    return made
-
-
-def _with_program(data: bytes, program: tarfile.TarInfo, content: bytes) -> bytes:
-    import io
-
-    out = io.BytesIO(data)
-    with tarfile.open(fileobj=out, mode="a") as archive:
-        program.size = len(content)
-        archive.addfile(program, io.BytesIO(content))
-    return out.getvalue()
+    need_tool("runc")
+    return lambda config, *members, layers=1: runtimes.busybox_image(
+        tmp_path / f"image-{len(list(tmp_path.iterdir()))}", config, *members, layers=layers
+    )
 
 
 def test_user_workdir_and_environment_of_the_image(kit: Callable[..., Path], open_path: Path) -> None:
