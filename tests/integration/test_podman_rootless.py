@@ -60,7 +60,7 @@ def folders(engine: Engine) -> set[str]:
 
 
 def disk(engine: Engine) -> int:
-    words = ["du", "-s", "--block-size=1", engine.folder / "home"]
+    words = ["du", "-s", "--block-size=1", str(engine.folder / "home")]
     return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0])
 
 

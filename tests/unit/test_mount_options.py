@@ -1,0 +1,85 @@
+"""What containers-storage passes to a mount program, read as it writes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from layerkit.errors import UnmappedId, UsageError
+from layerkit.hosts.mount_options import IdMaps, extents, parse, split_unescaped
+
+KEEP_ID = "uidmapping=:0:1:4242:4242:0:1:4243:4243:61294,gidmapping=:0:1:100:"
+
+
+def test_what_podman_writes() -> None:
+    options = parse(f"lowerdir=/s/l/A:/s/l/B,upperdir=/s/c/diff,workdir=/s/c/work,,volatile,{KEEP_ID}")
+    assert options.lower == ("/s/l/A", "/s/l/B")
+    assert (options.upper, options.work, options.read_only) == ("/s/c/diff", "/s/c/work", False)
+    assert options.maps.uid == ((0, 1, 4242), (4242, 0, 1), (4243, 4243, 61294))
+    assert options.maps.gid == ((0, 1, 100),)
+    assert options.overlay == (("volatile", None),)
+    assert options.maps.canonical == "uid=0:1:4242,4242:0:1,4243:4243:61294;gid=0:1:100"
+    assert options.notes == ()
+
+
+def test_reads_only_and_without_maps() -> None:
+    options = parse("lowerdir=/a,ro,noexec")
+    assert options.read_only and options.maps.canonical == ""
+    assert options.attributes == ("ro", "noexec")
+
+
+def test_maps_that_shift_nothing_have_no_name() -> None:
+    assert parse("lowerdir=/a,uidmapping=0:0:65536,gidmapping=0:0:65536").maps.canonical == ""
+
+
+def test_squash() -> None:
+    root = parse("lowerdir=/a,squash_to_root").maps
+    assert (root.table([0, 5], "uid"), root.canonical) == ({0: 0, 5: 0}, "uid=all:0;gid=all:0")
+    one = parse("lowerdir=/a,squash_to_uid=7,squash_to_gid=8").maps
+    assert (one.one("rootid of file capability", 3), one.one("gid in ACL", 3)) == (7, 8)
+    assert IdMaps.parse(one.canonical).canonical == one.canonical
+
+
+def test_what_has_no_effect_is_said() -> None:
+    notes = parse("lowerdir=/a,metacopy=on,brand_new=1,noacl,threaded=1").notes
+    assert notes == ("metacopy=on: chosen by layerkit itself; ignored", "brand_new=1: unknown option, ignored")
+
+
+def test_an_id_outside_the_map_is_an_error_or_the_overflow_id() -> None:
+    with pytest.raises(UnmappedId, match=r"uid 10 is outside the map \(0:1:10\)"):
+        parse("lowerdir=/a,uidmapping=0:1:10").maps.table([0, 9, 10], "uid")
+    maps = parse("lowerdir=/a,uidmapping=0:1:10,overflow_id=65534").maps
+    assert maps.table([9, 10], "uid") == {9: 10, 10: 65534}
+
+
+def test_maps_go_back() -> None:
+    maps = parse(f"lowerdir=/a,{KEEP_ID}").maps
+    back = maps.inverse()
+    for number in (0, 1, 4241, 4242, 4243, 65536):
+        assert back.one("uid", maps.one("uid", number)) == number
+    # 0 is in the map of the users, and not in that of the groups: podman's own work.
+    assert (back.one("uid", 0), back.one("gid", 0), back.one("gid", 900)) == (4242, 0, 65534)
+    assert IdMaps.parse(maps.canonical).canonical == maps.canonical
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "upperdir=/u,workdir=/w", "lowerdir=/a,upperdir=/u", "lowerdir=/a,uidmapping=0:1",
+        "lowerdir=/a,uidmapping=0:1:0", "lowerdir=/a,uidmapping=0:1:10:5:100:10",
+        "lowerdir=/a,uidmapping=0:1:10:20:5:10", "lowerdir=/a,uidmapping=0:1:x",
+        "lowerdir=/a,uidmapping=0:4294967290:10", "lowerdir=/a,squash_to_uid=-1", "lowerdir=/a,xattr_permissions=2",
+        "lowerdir=/a,rendering=erofs", "lowerdir=/a,uidmapping=٣:1:1", "",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse(text)
+
+
+def test_separators() -> None:
+    assert split_unescaped(r"a\,b,c", ",") == ["a,b", "c"]
+    assert split_unescaped('context="u:r:t:s0,c1",x', ",") == ['context="u:r:t:s0,c1"', "x"]
+    assert split_unescaped("\\", ":") == ["\\"]
+    assert parse(r"lowerdir=/a\:b:/c").lower == ("/a:b", "/c")
+    assert parse('lowerdir=/a,context="s:o:c:s0,c1"').overlay == (("context", "s:o:c:s0,c1"),)
+    assert extents("", "uidmapping") == ()
