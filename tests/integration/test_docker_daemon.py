@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +179,58 @@ def test_what_a_daemon_has_no_place_for(cli: Callable[..., Any], docker_engine: 
     assert "--platform" in said
     cli("remap", f"oci:{tmp_path}/in:multi", "docker-daemon:multi:3", "--uid-map", "0:1000:10", code=2)
     assert images(docker_engine) == before
+
+
+class _Failing(http.server.BaseHTTPRequestHandler):
+    """A daemon with the faults that a real one cannot be made to have: it denies, breaks off, fails inside."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("/images/")[2] or self.path
+        if path.endswith("/version"):
+            self._say({"ApiVersion": "1.41", "MinAPIVersion": "1.24"})
+        elif path.startswith("denied"):
+            self._say({"message": "authorization denied by plugin"}, 403)
+        elif path.startswith("broken") and path.endswith("/json"):
+            self._say({"Id": "sha256:" + "0" * 64, "RepoTags": ["broken:1"]})
+        elif path.startswith("broken"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(bytes(5000))
+            self.close_connection = True
+        else:
+            self._say({"message": "no space for a lock file"}, 500)
+
+    def do_POST(self) -> None:
+        self.rfile.read(3000)  # of much more
+        self._say({"message": "disk on fire"}, 500)
+        self.close_connection = True
+
+    def _say(self, document: object, status: int = 200) -> None:
+        body = dump(document)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "a unix socket"
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_daemon_that_denies_breaks_off_or_fails(cli: Callable[..., Any], image: Path, tmp_path: Path) -> None:
+    with socketserver.ThreadingUnixStreamServer(f"{tmp_path}/d.sock", _Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"unix://{tmp_path}/d.sock"
+        assert "denied by plugin" in cli("inspect", "docker-daemon:denied:1", host=host, code=4)
+        assert "broke" in cli("copy", "docker-daemon:broken:1", tmp_path / "out.tar", host=host, code=1)
+        assert "no space for a lock" in cli("inspect", "docker-daemon:failing:1", host=host, code=1)
+        said = cli("copy", image, "docker-daemon:any:1", host=host, code=1)
+        assert "docker-daemon:any:1" in said and len(said.splitlines()) == 1
+        assert not (tmp_path / "out.tar").exists()
+        server.shutdown()
