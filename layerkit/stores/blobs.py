@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded
 from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor
+from layerkit.stores.oci_sink import naming
 
 if TYPE_CHECKING:
     from layerkit.ports import BlobReader
@@ -110,8 +111,10 @@ def spool(
             total += len(piece)
             if total > most:
                 raise LimitExceeded("layer_tar_bytes", total, most, what)
-            file.write(piece)
-        file.flush()
+            with naming(tmp or tempfile.gettempdir()):
+                file.write(piece)
+        with naming(tmp or tempfile.gettempdir()):
+            file.flush()
         file.seek(0)
     except BaseException:
         file.close()
