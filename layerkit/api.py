@@ -122,11 +122,19 @@ def open_store(path: Path | None = None) -> contextlib.AbstractContextManager[Lo
 
 
 def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
-    """Return the mounts made over ``store``: target, image, manifest digest, map."""
+    """Return the mounts made over ``store``: target, image, manifest digest, map, and layers that got lost.
+
+    ``lost`` names the layer folders of another runtime that it removed under the mount, one in a line: files of
+    theirs that nobody has open cannot be opened any more.
+    """
     from layerkit.hosts import mount as mounter
 
     return [
-        {"target": record.target, **{k: record.label.get(k, "") for k in ("image", "manifest", "map")}}
+        {
+            "target": record.target,
+            **{k: record.label.get(k, "") for k in ("image", "manifest", "map")},
+            "lost": "\n".join(p for p in record.label.get("folders", "").split("\n") if p and not os.path.isdir(p)),
+        }
         for record in mounter.active(mounter.default_run(store or default_store()))
     ]
 

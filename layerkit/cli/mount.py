@@ -156,6 +156,11 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
         emit_json("mounts", {"mounts": rows})
         return
     table("", ["TARGET", "IMAGE", "MAP"], [(r["target"], r["image"], r["map"] or "none") for r in rows])
+    for row in rows:
+        if row["lost"]:
+            note(
+                f"warning: {row['target']}: its runtime removed layers under it, unmount it: {row['lost'].split()}"
+            )
 
 
 def register(app: typer.Typer) -> None:

@@ -32,7 +32,7 @@ from layerkit.hosts.mountspec import (
     checked,
 )
 from layerkit.hosts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
-from layerkit.kernel import mounts, userns
+from layerkit.kernel import mounts, old_overlay, userns
 from layerkit.kernel import syscalls as sc
 from layerkit.metaonly import Namespace
 
@@ -199,7 +199,17 @@ def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int
             stack.enter_context(mounts.closing(meta))
             _idmap(meta, namespace, plain)
         with _upper(spec, meta) as (upper, work):
-            overlay = _overlay(spec, folder, record, meta, data, upper, work)
+            try:
+                overlay = _overlay(spec, folder, record, meta, data, upper, work)
+            except UnsupportedHost:
+                if not spec.classic or spec.idmap is not None or spec.options:
+                    raise
+                # Normal layers can be mounted in the old way too, from Linux 4.19 on.
+                old_overlay.mount_overlay(
+                    spec.target, [meta, *data], upper=upper, work=work, source=record.source,
+                    read_only=record.read_only, nodev=spec.nodev,
+                )  # fmt: skip
+                return
             stack.enter_context(mounts.closing(overlay))
             attributes = (sc.MOUNT_ATTR_NODEV if spec.nodev else 0) | (
                 sc.MOUNT_ATTR_RDONLY if record.read_only else 0

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.errors import LayerkitError, UsageError
-from layerkit.kernel import mounts, tiny_erofs, userns
+from layerkit.errors import LayerkitError, UnsupportedHost, UsageError
+from layerkit.kernel import mounts, old_overlay, tiny_erofs, userns
 from layerkit.kernel import syscalls as sc
 
 _SHIFT = 100_000
@@ -322,7 +322,18 @@ def _classic(place: Path, stack: ExitStack) -> bool:
     os.truncate(meta / _DATA_NAME, len(tiny_erofs.CONTENT))
     os.setxattr(meta / _DATA_NAME, "trusted.overlay.metacopy", b"")
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
-    return _content(_enter(stack, mounts.overlay(layers, metacopy=True)), _DATA_NAME) == tiny_erofs.CONTENT
+    try:
+        merged = mounts.overlay(layers, metacopy=True)
+    except UnsupportedHost:
+        # A kernel that has no detached overlays: it shows in the mount table for this moment.
+        at = place / "at"
+        at.mkdir()
+        old_overlay.mount_overlay(at, layers)
+        try:
+            return (at / _DATA_NAME).read_bytes() == tiny_erofs.CONTENT
+        finally:
+            mounts.detach(at, lazy=True)
+    return _content(_enter(stack, merged), _DATA_NAME) == tiny_erofs.CONTENT
 
 
 def _shifted(place: Path, stack: ExitStack, layer: int, name: str, owner: int) -> bool:

@@ -18,7 +18,7 @@ from support import need_root, need_tool
 from treecompare import Shown, differences, snapshot
 
 import layerkit
-from layerkit.errors import InvalidImage, NotFound, UsageError
+from layerkit.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
 from layerkit.hosts import adopt
 from layerkit.hosts import mount as mounter
 from layerkit.hosts.adopt_index import LayerFolder, Marks
@@ -352,6 +352,7 @@ def test_classic_metadata_holds_only_what_differs(tmp_path: Path) -> None:
     os.chown(layer / "a/x", 7, 7)
     mapping = layerkit.mapping(["0:0:7", "7:70000:1", "8:8:1000"])
     unpacked = find_unpacked(f"folders:{layer}")
+    assert mapping is not None
     with LocalStore.open(tmp_path / "store") as held:
         report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, stacking="classic", limits=DEFAULT)
     upper = tmp_path / "out/upper"
@@ -365,10 +366,10 @@ def test_a_ready_upper_is_mounted_with_the_printed_line(
     podman_store: tuple[Path, Path], judged_app: dict[bytes, Shown], store: Path, tmp_path: Path, stacking: str
 ) -> None:
     unpacked = find_unpacked(f"containers-storage:[overlay@{podman_store[0]}]app")
+    mapping = layerkit.mapping(MAP)
+    assert mapping is not None
     with LocalStore.open(store) as held:
-        report = adopt.write_upper(
-            unpacked, tmp_path / "out", layerkit.mapping(MAP), held, stacking=stacking, limits=DEFAULT
-        )
+        report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, stacking=stacking, limits=DEFAULT)
     (tmp_path / "m").mkdir()
     run("sh", "-c", report.mount_line.replace("TARGET", str(tmp_path / "m")))
     try:
@@ -514,3 +515,72 @@ def test_dockers_overlay2(tmp_path: Path, store: Path) -> None:
     with adopted(found, store, tmp_path / "m"):
         assert (tmp_path / "m/replaced/by/file").read_text() == "top file"
     assert find_unpacked(f"docker-storage:[{tmp_path / 'docker'}]{image[:12]}").folders == found.folders
+
+
+def _no_new_mount_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the process see a kernel of before 5.2: what it has is called for real, what it lacks is ENOSYS."""
+    import errno
+
+    from layerkit.kernel import syscalls
+
+    def absent(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for name in ("fsopen", "open_tree", "move_mount", "mount_setattr"):
+        monkeypatch.setattr(syscalls, name, absent)
+
+
+def test_a_kernel_without_the_new_mount_api_gets_the_classic_stacking(
+    podman_store: tuple[Path, Path],
+    judged_app: dict[bytes, Shown],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unpacked = find_unpacked(f"containers-storage:[overlay@{podman_store[0]}]app")
+    with monkeypatch.context() as old:
+        _no_new_mount_api(old)
+        with adopted(unpacked, store, tmp_path / "m", upper=tmp_path / "up") as report:
+            assert (report.stacking, report.how) == ("classic", "a META of its own, directory")
+            assert differences(snapshot(tmp_path / "m"), judged_app) == []
+            (tmp_path / "m/new").touch()
+        assert (tmp_path / "up/new").exists()
+        assert mounter.active(mounter.default_run(store)) == []
+        with pytest.raises(UnsupportedHost, match="the stacking data-only"):
+            with adopted(unpacked, store, tmp_path / "m", "data-only"):
+                pass
+
+
+def test_layers_beyond_a_page_of_paths_are_mounted_by_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()
+    long = tmp_path / ("x" * 200)
+    folders = []
+    for i in range(60):
+        folder = long / f"l{i}"
+        folder.mkdir(parents=True)
+        (folder / f"f{i}").write_text(str(i))
+        folders.append(LayerFolder(folder))
+    with monkeypatch.context() as old:
+        _no_new_mount_api(old)
+        with adopted(Unpacked("many", "folders", tuple(folders)), tmp_path / "store", tmp_path / "m"):
+            assert [(tmp_path / f"m/f{i}").read_text() for i in range(60)] == [str(i) for i in range(60)]
+
+
+def test_layers_removed_under_a_mount_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need_root()
+    from layerkit.cli import main as cli
+
+    folders = _odd(tmp_path / "layers")
+    store = tmp_path / "store"
+    with adopted(Unpacked("odd", "folders", folders), store, tmp_path / "m"):
+        assert [row["lost"] for row in layerkit.api.mounts(store=store)] == [""]
+        shutil.rmtree(folders[0].path)
+        assert [row["lost"] for row in layerkit.api.mounts(store=store)] == [str(folders[0].path)]
+        cli.app(["mounts", "--store", str(store)], standalone_mode=False)
+        assert "removed layers under it" in capsys.readouterr().err
+        # An error, never zeros.
+        with pytest.raises(FileNotFoundError):
+            (tmp_path / "m/kept").read_bytes()
+        assert (tmp_path / "m/opaque/new").read_text() == "new"
