@@ -46,7 +46,8 @@ class Plan:
         words = {LINK: "made", MAKE: "made", WHITEOUT: "whiteouts", TIMES: "times"}
         named = {"opaque": "opaque", "redirect": "redirects"}
         return Counter(
-            words.get(s["do"]) or ("dropped" if s["new"] is None else named[s["name"].rpartition(".")[2]])
+            words.get(s["do"])
+            or ("dropped" if s["new"] is None else named.get(s["name"].rpartition(".")[2], "marks"))
             for s in self.steps
         )
 
@@ -89,7 +90,22 @@ class _Planner:
             path, below = pending.pop()
             pending += self._folder(path, below)
         times = [self._times(path) for path in sorted(self._touched)]
-        return Plan(self._upper, [*self._made, *self._redirects, *self._opaque, *self._whiteouts, *times])
+        return Plan(
+            self._upper, [*self._made, *self._marks(), *self._redirects, *self._opaque, *self._whiteouts, *times]
+        )
+
+    def _marks(self) -> list[Step]:
+        """Mark the folders that got stubs: stat shows their data's inode number, and so must readdir."""
+        parents = {step["path"].rpartition("/")[0] for step in self._made if not stat.S_ISDIR(step.get("mode", 0))}
+        made = {step["path"] for step in self._made}
+        marks = []
+        for parent in sorted(parents):
+            if parent in made:
+                name = text(self._lowers.namespace.prefix + b"impure")
+                marks.append({"do": SET, "path": parent, "name": name, "old": None, "new": "y"})
+            elif self._lowers.xattr(self._full(raw(parent)), b"impure") != b"y":
+                marks.append(self._set(raw(parent), self._full(raw(parent)), b"impure", b"y"))
+        return marks
 
     def _folder(self, path: bytes, below: list[Found]) -> Iterator[tuple[bytes, list[Found]]]:
         """Plan one folder of the upper; yield its subfolders with what lies below them."""
@@ -101,7 +117,7 @@ class _Planner:
             place = self._full(child)
             shown = os.lstat(place)
             if self._lowers.is_whiteout(place, shown, full):
-                if path or not self._keep:
+                if path or not self._keep or not self._lowers.lookup(below, name):
                     self._whiteouts.append(_whiteout(child, place, shown))
                     self._touched.add(path)
             elif stat.S_ISDIR(shown.st_mode):
