@@ -13,6 +13,7 @@ from typing import Any
 import oci_schemas
 import pytest
 from image_kit import CONFIG, INDEX, MANIFEST, Layout, attach, below, digest, dump, special, tar
+from registry_server import docker_registry
 from support import need_tool
 
 
@@ -175,6 +176,27 @@ def test_what_speaks_for_a_digest_goes_only_with_that_digest(cli: Callable[..., 
     assert report["left"] == []
     assert {*report["attached"], made["attestation"]} >= {*of_image, made["signature of the index"]}
     oci_schemas.check(tmp_path / "all")
+
+
+def test_what_is_attached_goes_through_a_registry(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """A real registry without the referrers API: cosign's names, the fallback tag, the index, and back."""
+    source, made = signed(tmp_path / "in")
+    with docker_registry(tmp_path / "registry") as registry:
+        ref = registry.ref("team/app:v1")
+        there = cli("copy", f"oci:{source}:app", ref, "--all-platforms", "--tls-verify=false")
+        back = cli("copy", ref, f"oci:{tmp_path}/back:v1", "--all-platforms", "--tls-verify=false")
+        for report in (there, back):
+            assert report["manifest"] == made["index"]
+            assert {made[name] for name in ("signature", "signature of the index", "sbom")} <= set(
+                report["attached"]
+            )
+        one = cli("copy", ref, f"oci:{tmp_path}/one:v1", "--platform", "linux/amd64", "--tls-verify=false")
+        assert set(one["attached"]) == {made[name] for name in ("signature", "attestation", "sbom")}
+        assert one["left"] == [made["signature of the index"]]
+    oci_schemas.check(tmp_path / "back")
+    names = {m.get("annotations", {}).get("org.opencontainers.image.ref.name") for m in
+             json.loads((tmp_path / "back/index.json").read_text())["manifests"]}  # fmt: skip
+    assert {made["image"].replace(":", "-") + ".sig", made["index"].replace(":", "-") + ".sig"} <= names
 
 
 @pytest.mark.parametrize(
