@@ -43,8 +43,8 @@ class Containerd:
         if target is None:
             raise NotFound(f"{full}: the image has no target in {meta.where}")
         entry = Descriptor(
-            target.value(b"mediatype").decode(),
-            Digest.parse(target.value(b"digest").decode()),
+            target.value(b"mediatype").decode("utf-8", "replace"),
+            Digest.parse(target.value(b"digest").decode("utf-8", "replace")),
             _zigzag(_varint(target.value(b"size"))),
         )
         image = oci_images.select(self._fetch, [entry], full, f"containerd's {full}", None, limits=DEFAULT)

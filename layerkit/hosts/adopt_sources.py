@@ -13,9 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from layerkit.errors import InvalidImage, NotFound, UsageError
+import msgspec
+
+from layerkit.errors import InvalidImage, NotFound, UsageError, show_path
 from layerkit.formats import strict_json
 from layerkit.hosts.adopt_index import LayerFolder, Marks
 from layerkit.kernel import userns
@@ -23,7 +25,9 @@ from layerkit.kernel import userns
 SCHEMES = ("containers-storage", "containerd", "docker-storage", "folders")
 _BRACKET = re.compile(r"\[([^\]]*)\](.*)", re.DOTALL)
 _HEX = re.compile(r"[0-9a-f]{12,64}")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LAYERS_AT_MOST = 500
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +105,51 @@ def _containers_root(where: str) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "containers/storage"
 
 
-def _json(path: Path, what: str) -> Any:
+class _Layer(msgspec.Struct):
+    """A layer in ``overlay-layers/layers.json``."""
+
+    id: str
+    parent: str = ""
+    diff_digest: str = msgspec.field(default="", name="diff-digest")
+    compressed_digest: str = msgspec.field(default="", name="compressed-diff-digest")
+
+
+class StoredImage(msgspec.Struct):
+    """An image in ``overlay-images/images.json``."""
+
+    id: str
+    layer: str
+    names: list[str] = []
+    digest: str = ""
+
+
+class _Repositories(msgspec.Struct):
+    """dockerd's ``repositories.json``."""
+
+    names: dict[str, dict[str, str]] = msgspec.field(name="Repositories")
+
+
+class _Rootfs(msgspec.Struct):
+    diff_ids: list[str] = []
+
+
+class _Config(msgspec.Struct):
+    rootfs: _Rootfs
+
+
+def _json(path: Path, what: str, shape: type[_T]) -> _T:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise NotFound(f"{path}: not there; {what}") from None
-    return strict_json.loads(data, str(path))
+    except OSError as error:
+        raise NotFound(f"{path}: {error.strerror}; {what}") from None
+    try:
+        return msgspec.convert(strict_json.loads(data, str(path)), shape)
+    except msgspec.ValidationError as error:
+        raise InvalidImage(
+            f"{path}: {error}; the runtime's file is damaged, or of a version that is not known"
+        ) from None
 
 
 class ContainersStorage:
@@ -119,17 +162,16 @@ class ContainersStorage:
             NotFound: there is none.
         """
         self.root = root
-        self._layers = {
-            str(layer["id"]): layer
-            for layer in _json(
-                root / "overlay-layers/layers.json", "podman keeps images there once it has pulled one"
-            )
-        }
+        path = root / "overlay-layers/layers.json"
+        layers = _json(path, "podman keeps images there once it has pulled one", list[_Layer])
+        self._layers = {layer.id: layer for layer in layers}
+        odd = next((layer for layer in self._layers if not _ID.fullmatch(layer)), None)
+        if odd is not None:
+            raise InvalidImage(f"{path}: {show_path(odd)!r} is no id of a layer")
 
-    def images(self) -> list[dict[str, Any]]:
+    def images(self) -> list[StoredImage]:
         """Return the records of the store's images."""
-        found: list[dict[str, Any]] = _json(self.root / "overlay-images/images.json", "no image was ever pulled")
-        return found
+        return _json(self.root / "overlay-images/images.json", "no image was ever pulled", list[StoredImage])
 
     def image(self, name: str) -> Unpacked:
         """Return the image called ``name``: a name, a name without its registry, or (part of) an id.
@@ -138,14 +180,14 @@ class ContainersStorage:
             NotFound: no image, or several.
         """
         image = self._find(name)
-        chain = self.chain(str(image["layer"]))
+        chain = self.chain(image.layer)
         return Unpacked(
-            name=next(iter(image.get("names") or ()), str(image["id"])[:12]),
+            name=next(iter(image.names), image.id[:12]),
             runtime="containers-storage",
             folders=tuple(self.folder(layer) for layer in chain),
-            digest=str(image.get("digest") or f"sha256:{image['id']}"),
-            diff_ids=tuple(str(self._layers[layer].get("diff-digest") or "") for layer in chain),
-            blobs=tuple(str(self._layers[layer].get("compressed-diff-digest") or "") for layer in chain),
+            digest=image.digest or f"sha256:{image.id}",
+            diff_ids=tuple(self._layers[layer].diff_digest for layer in chain),
+            blobs=tuple(self._layers[layer].compressed_digest for layer in chain),
         )
 
     def folder(self, layer: str) -> LayerFolder:
@@ -176,20 +218,20 @@ class ContainersStorage:
                     f"{self.root}: layer {at[:12]} is missing or its own parent; run `podman system check`"
                 )
             found.append(at)
-            at = str(self._layers[at].get("parent") or "")
+            at = self._layers[at].parent
         return found[::-1]
 
-    def _find(self, name: str) -> dict[str, Any]:
+    def _find(self, name: str) -> StoredImage:
         images = self.images()
         for matches in (
-            [i for i in images if name in (i.get("names") or ())],
-            [i for i in images if _HEX.fullmatch(name) and str(i["id"]).startswith(name)],
-            [i for i in images if any(_short_match(name, full) for full in i.get("names") or ())],
+            [i for i in images if name in i.names],
+            [i for i in images if _HEX.fullmatch(name) and i.id.startswith(name)],
+            [i for i in images if any(_short_match(name, full) for full in i.names)],
         ):
             if len(matches) == 1:
                 return matches[0]
             if matches:
-                names = ", ".join(sorted(n for i in matches for n in i.get("names") or ())[:5])
+                names = ", ".join(sorted(n for i in matches for n in i.names)[:5])
                 raise NotFound(f"{name}: {len(matches)} images of {self.root} are called so ({names}); say which")
         raise NotFound(f"{name}: no such image in {self.root}; `podman images` lists them")
 
@@ -213,17 +255,20 @@ class DockerStorage:
             NotFound: no such image.
         """
         base = self.root / "image/overlay2"
-        table = _json(base / "repositories.json", "dockerd with the overlay2 driver keeps its images there")
+        what = "dockerd with the overlay2 driver keeps its images there"
+        table = _json(base / "repositories.json", what, _Repositories)
         wanted = name if ":" in name.rpartition("/")[2] else name + ":latest"
-        ids = {image for tags in table["Repositories"].values() for tag, image in tags.items() if tag == wanted}
+        ids = {image for tags in table.names.values() for tag, image in tags.items() if tag == wanted}
         if not ids and _HEX.fullmatch(name):
             folder = base / "imagedb/content/sha256"
             ids = {f"sha256:{entry}" for entry in os.listdir(folder) if entry.startswith(name)}
         if len(ids) != 1:
             raise NotFound(f"{name}: no such image in {self.root}; `docker images` lists them")
         digest = ids.pop()
-        config = _json(base / "imagedb/content/sha256" / _hex(digest), "an image of dockerd")
-        diff_ids = tuple(str(x) for x in config["rootfs"].get("diff_ids") or ())
+        config = _json(base / "imagedb/content/sha256" / _hex(digest), "an image of dockerd", _Config)
+        diff_ids = tuple(config.rootfs.diff_ids)
+        for diff_id in diff_ids:
+            _hex(diff_id)
         folders = tuple(self._folder(base / "layerdb/sha256" / _hex(chain)) for chain in chain_ids(diff_ids))
         return Unpacked(wanted, "docker-storage", folders, digest, diff_ids, ("",) * len(diff_ids))
 
