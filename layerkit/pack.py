@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.formats import oci
 from layerkit.formats.compress import Compression
-from layerkit.formats.compressor import compress, compressor
+from layerkit.formats.compressor import ZSTD_LEVEL, all_cores, compress, compressor
 from layerkit.formats.image_rewrite import NewLayer, rewrite
-from layerkit.formats.layer_writer import Content, layer_tar
+from layerkit.formats.layer_writer import Content, Part, layer_parts, layer_tar
+from layerkit.formats.zstd_chunked import CHUNK_BYTES, ZstdChunked
 from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -93,11 +94,13 @@ class Packing:
         compression: of the blobs.
         level: as :func:`~layerkit.formats.compressor.compress` takes it; None is its default.
         jobs: threads that compress; None is one for each core. The bytes do not depend on it.
+        chunked: with zstd: a frame for each file and a table of contents, see :mod:`layerkit.formats.zstd_chunked`.
     """
 
     compression: Compression = Compression.GZIP
     level: int | None = None
     jobs: int | None = None
+    chunked: bool = False
 
     @property
     def media_type(self) -> str:
@@ -112,6 +115,8 @@ class Packing:
     @property
     def compressor(self) -> str:
         """Return the name, version and settings of the compressor, "" for none."""
+        if self.chunked:
+            return f"{compressor(self.compression, self.level)} chunked {CHUNK_BYTES}"
         return compressor(self.compression, self.level)
 
 
@@ -162,8 +167,27 @@ def write_layer(
                 progress(label, done, 0)
             yield piece
 
+    annotations = {COMPRESSOR_KEY: packing.compressor} if packing.compressor else {}
+
+    def packed() -> Iterator[bytes]:
+        if not packing.chunked:
+            yield from compress(hashed(), packing.compression, packing.level, jobs=packing.jobs)
+            return
+        writer = ZstdChunked(index, packing.level or ZSTD_LEVEL, jobs=packing.jobs or all_cores())
+        yield from writer.blob(seen(layer_parts(index, content)))
+        annotations.update(writer.annotations)
+
+    def seen(parts: Iterator[Part]) -> Iterator[Part]:
+        nonlocal done
+        for part in parts:
+            tar_hash.update(part.data)
+            done += len(part.data)
+            if progress is not None and part.is_content:
+                progress(label, done, 0)
+            yield part
+
     with tempfile.TemporaryFile(dir=tmp, prefix="layerkit-") as spool:
-        for out in compress(hashed(), packing.compression, packing.level, jobs=packing.jobs):
+        for out in packed():
             blob_hash.update(out)
             size += spool.write(out)
         spool.flush()
@@ -171,7 +195,7 @@ def write_layer(
             media_type or packing.media_type,
             Digest("sha256", blob_hash.hexdigest()),
             size,
-            annotations={COMPRESSOR_KEY: packing.compressor} if packing.compressor else {},
+            annotations=annotations,
         )
         diff_id = Digest("sha256", tar_hash.hexdigest())
         if check is not None:

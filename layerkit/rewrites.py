@@ -49,7 +49,7 @@ def packing(compression: str = "gzip", level: int | None = None, jobs: int | Non
     """Return how new layers are compressed.
 
     Args:
-        compression: ``gzip``, ``zstd`` or ``none``.
+        compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
         level: gzip 1 to 9, zstd 1 to 22; None is the default.
         jobs: threads that compress; None is one for each core.
 
@@ -60,14 +60,17 @@ def packing(compression: str = "gzip", level: int | None = None, jobs: int | Non
     from layerkit.formats.compressor import LEVELS
     from layerkit.pack import Packing
 
-    kinds = {"gzip": Compression.GZIP, "zstd": Compression.ZSTD, "none": Compression.NONE}
+    kinds = {
+        "gzip": Compression.GZIP, "zstd": Compression.ZSTD, "zstd:chunked": Compression.ZSTD,
+        "none": Compression.NONE,
+    }  # fmt: skip
     if compression not in kinds:
-        raise UsageError(f"--compression {compression!r}: want gzip, zstd or none")
+        raise UsageError(f"--compression {compression!r}: want gzip, zstd, zstd:chunked or none")
     allowed = LEVELS[kinds[compression]]
     if level is not None and level not in allowed:
         want = f"want {allowed[0]} to {allowed[-1]}" if allowed else "it has no levels"
         raise UsageError(f"--compression-level {level} for {compression}: {want}")
-    return Packing(kinds[compression], level, jobs)
+    return Packing(kinds[compression], level, jobs, chunked=compression == "zstd:chunked")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,10 @@ Dst = Annotated[
     ),
 ]
 CompressionOption = Annotated[
-    str, typer.Option("--compression", metavar="gzip|zstd|none", help="Compression of layers that are written.")
+    str,
+    typer.Option(
+        "--compression", metavar="gzip|zstd|zstd:chunked|none", help="Compression of layers that are written."
+    ),
 ]
 Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
 Threads = Annotated[

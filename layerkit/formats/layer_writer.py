@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,15 @@ def layer_tar(index: Index, content: Content) -> Iterator[bytes | bytearray | me
         LossyResult: an xattr or a whiteout that a tar cannot hold.
         InvalidImage: hard links in a circle, or ``content`` that is not as long as the index says.
     """
-    return _gathered(_pieces(index, content))
+    return _gathered(part.data for part in layer_parts(index, content))
+
+
+class Part(NamedTuple):
+    """A piece of a tar: what ``row`` stores, or else headers and padding; at the end of the tar row is -1."""
+
+    row: int
+    is_content: bool
+    data: bytes | bytearray | memoryview
 
 
 def order(index: Index) -> list[int]:
@@ -94,7 +103,8 @@ def stored_bytes(index: Index, row: int) -> int:
     return int(index.size[row]) if hole_map < 0 else index.sparse_maps.stored_bytes(hole_map)
 
 
-def _pieces(index: Index, content: Content) -> Iterator[bytes | bytearray | memoryview]:
+def layer_parts(index: Index, content: Content) -> Iterator[Part]:
+    """Yield the tar of :func:`layer_tar` with what each piece is; the files' pieces are not joined."""
     rows = order(index)
     records: dict[int, bytes] = {}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -109,18 +119,19 @@ def _pieces(index: Index, content: Content) -> Iterator[bytes | bytearray | memo
         done = 0
         for row, header, hole_map, size in zip(batch, headers, maps, stored, strict=True):
             end = done + len(header) + len(hole_map)
-            yield sealed[done:end]
+            yield Part(row, False, sealed[done:end])
             done = end
             if size:
-                yield from _checked(content(row), size, index, row)
-                yield padding(size)
-    yield tar_writer.END
+                for piece in _checked(content(row), size, index, row):
+                    yield Part(row, True, piece)
+                yield Part(row, False, padding(size))
+    yield Part(-1, False, tar_writer.END)
 
 
 def _header(index: Index, row: int, size: int, sparse: bool, cache: dict[int, bytes]) -> bytes:
     kind, path = Kind(int(index.kind[row])), index.path[row]
     if kind >= Kind.WHITEOUT:
-        return blank_header(_marker(path, kind), Kind.REG, perm=0)
+        return blank_header(marker(path, kind), Kind.REG, perm=0)
     xattr = int(index.xattr[row])
     records = cache.get(xattr)
     if records is None:
@@ -136,7 +147,12 @@ def _header(index: Index, row: int, size: int, sparse: bool, cache: dict[int, by
     )  # fmt: skip
 
 
-def _marker(path: bytes, kind: Kind) -> bytes:
+def marker(path: bytes, kind: Kind) -> bytes:
+    """Return the name of the file that is a whiteout of ``path``, or the marker of an opaque folder.
+
+    Raises:
+        LossyResult: a name too long for it.
+    """
     if kind is Kind.OPAQUE:
         return path + b"/" + OPAQUE_NAME if path else OPAQUE_NAME
     parent, slash, name = path.rpartition(b"/")
@@ -191,4 +207,4 @@ def _gathered(pieces: Iterable[bytes | bytearray | memoryview]) -> Iterator[byte
         yield held
 
 
-__all__ = ["BLOCK", "Content", "layer_tar", "order", "stored_bytes"]
+__all__ = ["BLOCK", "Content", "Part", "layer_parts", "layer_tar", "marker", "order", "stored_bytes"]
