@@ -15,11 +15,17 @@ from layerkit.kernel import mounts, userns
 def unpacked(image: str, work: Path, extents: tuple[tuple[int, int, int], ...]) -> Iterator[Path]:
     """Give umoci's tree of ``image`` (``LAYOUT:TAG``) through an idmapped mount; ``work`` takes some folders."""
     subprocess.run(["umoci", "unpack", "--image", image, str(work / "bundle")], check=True, capture_output=True)
-    shown = work / "shown"
+    with mapped(work / "bundle/rootfs", work / "shown", extents) as shown:
+        yield shown
+
+
+@contextmanager
+def mapped(folder: Path, shown: Path, extents: tuple[tuple[int, int, int], ...]) -> Iterator[Path]:
+    """Give ``folder`` with its owners mapped by the kernel, at the new folder ``shown``."""
     shown.mkdir()
     namespace = userns.userns_fd(extents, extents)
     try:
-        tree = mounts.clone(work / "bundle/rootfs")
+        tree = mounts.clone(folder)
         try:
             mounts.idmap(tree, namespace)
             mounts.attach(tree, shown)

@@ -18,12 +18,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import image_kit
+import judge
 import pytest
+import runnable
+import treecompare
 from engines import Engine, containerd, short_folder
-from snapshot_client import Process, snapshotter, unmount
+from snapshot_client import Process, mounted, snapshotter, unmount
 from support import mounts_below, need_root, need_tool
 
 from layerkit.hosts.containerd_conf import proxy_plugin
@@ -348,3 +352,39 @@ def test_views_and_diffs(added: Host, tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(diff)) as archive:
         assert "made" in archive.getnames() and "data" not in archive.getnames()
     host.kill("changed")
+
+
+@pytest.mark.parametrize("way", ["import", "add"])
+def test_judged_by_the_kernel(host: Host, tiny: ModuleType, tmp_path: Path, way: str) -> None:
+    """Every entry of an image with all kinds of them, under a map, against a tree that the kernel maps.
+
+    That tree is umoci's, or what containerd unpacked: it lets files inherit default ACLs where umoci does not.
+    """
+    need_tool("umoci", "skopeo")
+    layout = runnable.build(tiny, tmp_path / "layout")
+    plain, extents = tmp_path / "plain", ((0, 100_000, 65_536),)  # umoci wants a simple tag
+    subprocess.run(["skopeo", "copy", "-q", f"oci:{layout}:{runnable.NAME}", f"oci:{plain}:x"], check=True)
+    if way == "import":
+        archive = tmp_path / "image.tar"
+        subprocess.run(["skopeo", "copy", "-q", f"oci:{plain}:x", f"oci-archive:{archive}:x"], check=True)
+        host.engine("image", "import", "--snapshotter", "layerkit", "--base-name", "judged", archive)
+    else:
+        layerkit(host, "containerd", "add", f"oci:{plain}:x", "--name", "judged:x")
+    client = host.process.client
+    top = [info for info in client.walk() if info.kind == 3][-1].name
+    labels = {f"containerd.io/snapshot/{side}mapping": MAP for side in ("uid", "gid")}
+    if way == "import":
+        with mounted(client.view("plain", top), tmp_path / "m") as root:
+            subprocess.run(["cp", "-a", root, tmp_path / "copy"], check=True)
+        client.remove("plain")
+        judged = judge.mapped(tmp_path / "copy", tmp_path / "shown", extents)
+    else:
+        judged = judge.unpacked(f"{plain}:x", tmp_path, extents)
+    with judged as shown:
+        wanted = treecompare.snapshot(shown)
+    with mounted(client.view("judged", top, labels), tmp_path / "m") as root:
+        found = treecompare.snapshot(root)
+    client.remove("judged")
+    host.empty()
+    # The root is in no layer: each makes it with the time of the run.
+    assert treecompare.differences(found, wanted, skip=frozenset({b"."})) == []
