@@ -23,8 +23,9 @@ from layerkit.errors import UsageError
 from layerkit.opened import Mounted, OpenImage, Settings, default_store, store_at, umount
 
 if TYPE_CHECKING:
+    from layerkit.hosts.adopt import AdoptReport
     from layerkit.idmap import Mapping
-    from layerkit.ports import ImageSource
+    from layerkit.ports import ImageSource, Progress
     from layerkit.stores.local import LocalStore
 
 
@@ -121,6 +122,52 @@ def open_store(path: Path | None = None) -> contextlib.AbstractContextManager[Lo
     return store_at(path or default_store(), bounds.from_environment(), create=False)
 
 
+def mount_unpacked(
+    ref: str,
+    target: str | Path,
+    mapping: Mapping | None = None,
+    *,
+    stacking: str = "auto",
+    rendering: str = "auto",
+    own_meta: bool = False,
+    upper: Path | None = None,
+    work: Path | None = None,
+    reread: bool = False,
+    store: Path | None = None,
+    progress: Progress | None = None,
+) -> AdoptReport:
+    """Mount layers as a runtime has unpacked them under ``mapping`` at ``target``; :func:`umount` ends it.
+
+    Args:
+        ref: ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
+            ``folders:TOP:...:BOTTOM``.
+        target: an existing folder.
+        mapping: the id map; None keeps the owners.
+        stacking: ``auto``, ``data-only`` or ``classic``.
+        rendering: ``auto``, ``erofs`` or ``directory``.
+        own_meta: write META for this map even where an idmapped mount of the shared one would do.
+        upper: makes the mount writable.
+        work: overlayfs's own folder beside ``upper``.
+        reread: accept folders that changed since they were read.
+        store: the local store; None is :func:`default_store`.
+        progress: told of entries.
+
+    Raises:
+        NotFound: no such image, or a layer of it is gone.
+        StoreError: a layer's folder changed since it was read.
+        UnsupportedHost: this host or user cannot mount it so.
+    """
+    from layerkit.hosts import adopt
+    from layerkit.hosts.adopt_sources import find_unpacked
+
+    limits = bounds.from_environment()
+    with store_at(store or default_store(), limits) as held:
+        return adopt.mount_unpacked(
+            find_unpacked(ref), Path(target), mapping, held, stacking=stacking, rendering=rendering,
+            own_meta=own_meta, upper=upper, work=work, reread=reread, limits=limits, progress=progress,
+        )  # fmt: skip
+
+
 def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
     """Return the mounts made over ``store``: target, image, manifest digest, map, and layers that got lost.
 
@@ -166,6 +213,6 @@ def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict
 
 
 __all__ = [
-    "Mounted", "OpenImage", "Settings", "collect_garbage", "default_store", "mapping", "mounts", "open_image",
-    "open_store", "umount",
+    "Mounted", "OpenImage", "Settings", "collect_garbage", "default_store", "mapping", "mount_unpacked", "mounts",
+    "open_image", "open_store", "umount",
 ]  # fmt: skip

@@ -49,16 +49,12 @@ def mount_unpacked(
     quiet: bool,
 ) -> None:
     """Mount unpacked layers and say so."""
-    from layerkit.hosts import adopt
-    from layerkit.hosts.adopt_sources import find_unpacked
-    from layerkit.limits import from_environment
-    from layerkit.opened import store_at
+    from layerkit import api
 
-    limits = from_environment()
-    with store_at(store, limits) as held, progress(quiet) as step:
-        report = adopt.mount_unpacked(
-            find_unpacked(ref), target, mapping, held, stacking=stacking, rendering=rendering, own_meta=own_meta,
-            upper=upper, work=work, reread=reread, limits=limits, progress=step,
+    with progress(quiet) as step:
+        report = api.mount_unpacked(
+            ref, target, mapping, stacking=stacking, rendering=rendering, own_meta=own_meta,
+            upper=upper, work=work, reread=reread, store=store, progress=step,
         )  # fmt: skip
     _tell(
         report,
