@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerkit.errors import UnsupportedHost, UsageError
+from layerkit.errors import InvalidImage, UnsupportedHost, UsageError
 from layerkit.formats import secretbox
 from layerkit.formats.intoto import Verifier
 from layerkit.formats.strict_json import load_object
@@ -129,7 +129,7 @@ def _cosign(data: bytes, password: bytes, path: Path) -> bytes:
         return secretbox.open_box(
             base64.b64decode(document["ciphertext"]), base64.b64decode(cipher["nonce"]), secret
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, InvalidImage) as error:
         raise ValueError(str(error)) from None
 
 

@@ -17,10 +17,8 @@ from layerkit.errors import RegistryError
 from layerkit.formats.strict_json import JsonObject
 from layerkit.stores.registry.credentials import Credentials
 
-_CHALLENGE = re.compile(
-    r'([A-Za-z0-9!#$%&\'*+.^_`|~-]+)\s+((?:[A-Za-z0-9_-]+\s*=\s*(?:"[^"]*"|[^\s,"]+)\s*,?\s*)+)'
-)
-_PARAMETER = re.compile(r'([A-Za-z0-9_-]+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))')
+_WORD = re.compile(r'"([^"]*)"|([^\s,"=]+)|([=,])')
+_HEADER_CHARS = 8192
 _DEFAULT_LIFE_SECONDS = 60
 _LONGEST_LIFE_SECONDS = 3600
 _LEEWAY_SECONDS = 10
@@ -38,15 +36,25 @@ class Challenge:
 
 def parse_challenges(values: list[str]) -> list[Challenge]:
     """Return the challenges in the values of ``WWW-Authenticate`` headers; what is malformed is left out."""
-    found = []
+    found: list[Challenge] = []
     for value in values:
-        text = value[:8192]
-        if text.strip().lower() == "basic":
-            found.append(Challenge("basic", {}))
-            continue
-        for match in _CHALLENGE.finditer(text):
-            parameters = {m[1].lower(): m[2] if m[2] is not None else m[3] for m in _PARAMETER.finditer(match[2])}
-            found.append(Challenge(match[1].lower(), parameters))
+        words = [m.groups() for m in _WORD.finditer(value[:_HEADER_CHARS])]
+        parameters: dict[str, str] = {}
+        at = 0
+        while at < len(words):
+            _, word, _ = words[at]
+            follows = words[at + 1][2] if at + 1 < len(words) else ""
+            if word is None:
+                at += 1
+            elif follows == "=" and at + 2 < len(words):
+                quoted, plain, _ = words[at + 2]
+                if found:
+                    parameters[word.lower()] = quoted if quoted is not None else plain or ""
+                at += 3
+            else:
+                parameters = {}
+                found.append(Challenge(word.lower(), parameters))
+                at += 1
     return found
 
 
