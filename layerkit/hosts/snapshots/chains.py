@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.errors import NotFound, SnapshotError
+from layerkit.errors import NotFound, SnapshotError, StoreError
 from layerkit.limits import Limits
 from layerkit.model.digest import Digest
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta
     from layerkit.idmap import Mapping
     from layerkit.stores.local import LocalStore
+
+_log = logging.getLogger("layerkit.snapshotter")
 
 
 def chain_ids(diff_ids: Sequence[Digest]) -> list[str]:
@@ -81,13 +84,18 @@ class StoreChains:
             return self._store
 
     def find(self, chain_id: str) -> Chain | None:
-        """Return the chain if every layer of it lies whole in the store."""
+        """Return the chain if every layer of it lies whole in the store.
+
+        A store that cannot be read has none: containerd then downloads and unpacks, as without it.
+        """
         with self._lock:
-            self._refresh()
-            chain = self._chains.get(chain_id)
-            if chain is None or self._backend(chain.diff_ids) is None:
+            try:
+                self._refresh()
+                chain = self._chains.get(chain_id)
+                return None if chain is None or self._backend(chain.diff_ids) is None else chain
+            except (StoreError, OSError) as error:
+                _log.warning("%s: not asked for layers: %s", self._root, error)
                 return None
-            return chain
 
     def _refresh(self) -> None:
         seen = tuple(_stamp(self._root / name) for name in ("catalog.db", "catalog.db-wal"))
