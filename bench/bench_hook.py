@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests/integration")]
+sys.path.insert(0, str(HERE.parent / "tests"))
 
 EVENTS, SENDERS, BATCH, IMAGES = 8000, 8, 100, 40
 
@@ -97,9 +97,9 @@ def plain_sqlite(path: Path) -> float:
 
 def images(work: Path) -> tuple[float, float]:
     """Return the seconds of one image: its first map, and its second."""
+    from hook_images import push, settled
     from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process, wait_for
     from registry_server import docker_registry
-    from test_hook_registry import push, settled
 
     work.mkdir()
     times = []

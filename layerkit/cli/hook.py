@@ -54,7 +54,7 @@ LogLevel = Annotated[
 ]
 
 
-def _config(
+def settings_of(
     file: Path | None, registries: list[str] | None, uid_map: list[str] | None, gid_map: list[str] | None,
     state: Path | None, store: Path | None, **more: object,
 ) -> Config:  # fmt: skip
@@ -108,7 +108,8 @@ def _service_logs(config: Config, level: str) -> None:
     note(f"token: {path}")
 
 
-def _need_extra() -> None:
+def need_extra() -> None:
+    """Raise unless the packages of the extra ``hook`` are installed."""
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
@@ -142,8 +143,8 @@ def serve(
 
     `layerkit hook serve --config /etc/layerkit/hook.toml`
     """
-    _need_extra()
-    chosen = _config(
+    need_extra()
+    chosen = settings_of(
         config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
         engine=engine, tls_verify=tls_verify,
     )  # fmt: skip
@@ -186,8 +187,8 @@ def proxy(
 
     `layerkit hook proxy main --config /etc/layerkit/hook.toml --hold 5 --no-workers`
     """
-    _need_extra()
-    chosen = _config(
+    need_extra()
+    chosen = settings_of(
         config, None if config else [upstream], uid_map, gid_map, state, store, listen=listen, workers=workers,
         engine=engine, tls_verify=tls_verify, hold_seconds=hold,
     )  # fmt: skip
@@ -225,20 +226,20 @@ def run(
 ) -> None:
     """Remap images in their registry once, and end: for cron and CI. Exit code 5 if part of them failed.
 
-    What is there already costs a few small requests. With the state of an interrupted run, it goes on where that stopped.
+    What is there already costs a few small requests. With the state of an interrupted run it goes on from there.
 
     Examples:
     `layerkit hook run docker://registry.example/app:v1 --uid-map 0:100000:65536`
 
     `layerkit hook run docker://registry.example/app --all-tags --config hook.toml --json`
     """
-    _need_extra()
+    need_extra()
     from layerkit.services.hook import logs, once
     from layerkit.services.hook.status import job_view
 
     named = once.parse_refs(refs)
     hosts = None if config else sorted({ref.host for ref in named})
-    chosen = _config(
+    chosen = settings_of(
         config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
     )
     logs.set_up("error")

@@ -21,6 +21,7 @@ from layerkit import __version__
 from layerkit.cli import (
     adopt,
     analyze,
+    batch,
     bundle,
     cache,
     containerd,
@@ -98,6 +99,7 @@ for module in (
     pull,
     store,
     hook,
+    batch,
     doctor,
     setup,
     snapshotter,

@@ -10,11 +10,18 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from layerkit.errors import UnsupportedHost, UsageError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_CONNECT_SECONDS = 15
 
 ENGINES = "processes, threads or dask://HOST:PORT"
 
@@ -40,24 +47,46 @@ def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | N
         )
     scheme, _, address = engine.partition("://")
     if scheme not in ("dask", "dask+tls") or not address or (scheme == "dask+tls") != (tls is not None):
-        raise UsageError(f"engine {engine!r}: want {ENGINES}, and certificates with dask+tls:// only")
-    try:
-        from distributed import Client
-        from distributed.security import Security
-    except ImportError:
-        raise UnsupportedHost("dask", "pip install 'layerkit[fleet]'") from None
-    security = None
-    if tls is not None:
-        ca, cert, key = map(str, tls)
-        security = Security(tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
-    try:
-        client = Client(
-            f"{'tls' if tls else 'tcp'}://{address}", security=security, timeout="15s", set_as_default=False
-        )
-    except OSError as error:
-        raise UnsupportedHost(f"a dask scheduler at {address}", f"it does not answer: {error}") from error
-    executor: Executor = client.get_executor(pure=False, retries=2)
-    return executor
+        raise UsageError(f"engine {engine!r}: want {ENGINES}; dask+tls:// with certificates, and only with them")
+    return _Cluster(address, tls)
+
+
+class _Cluster(Executor):
+    """A dask cluster as an executor whose end is that of its connection too."""
+
+    def __init__(self, address: str, tls: tuple[Path, Path, Path] | None) -> None:
+        try:
+            from distributed import Client
+            from distributed.security import Security
+        except ImportError:
+            raise UnsupportedHost("dask", "pip install 'layerkit[fleet]'") from None
+        security = None
+        if tls is not None:
+            ca, cert, key = map(str, tls)
+            make: Any = Security
+            security = make(tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
+        try:
+            connect: Any = Client
+            self._client = connect(
+                f"{'tls' if tls else 'tcp'}://{address}",
+                security=security,
+                timeout=_CONNECT_SECONDS,
+                set_as_default=False,
+            )  # fmt: skip
+        except OSError as error:
+            raise UnsupportedHost(f"a dask scheduler at {address}", f"it does not answer: {error}") from error
+        # pure=False: the same task submitted again is meant to run again.
+        self._inner = self._client.get_executor(pure=False, retries=2)
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Run a call on one of the workers."""
+        future: Future[_T] = self._inner.submit(fn, *args, **kwargs)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End; what runs on workers is waited for, or let go of."""
+        self._inner.shutdown(wait=wait and not cancel_futures)
+        self._client.close(timeout=5)
 
 
 def _begin_worker() -> None:

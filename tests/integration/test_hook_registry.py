@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,95 +17,12 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
+from hook_images import REMAP, Pushed, artifacts, ask, image, map_of, push, run, settled, states
 from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, free_port, hook_process, wait_for
-from image_kit import CONFIG, INDEX, LAYER, MANIFEST, descriptor, digest, dump, tar
+from image_kit import INDEX, MANIFEST, digest, dump
 from registry_server import Registry, docker_registry
 
 IMAGES = 30
-REMAP = "application/vnd.layerkit.remap.v1"
-
-
-@dataclass
-class Pushed:
-    name: str
-    digest: str
-    layers: list[str]
-
-
-def image(number: int) -> tuple[bytes, dict[str, bytes], list[str]]:
-    """A manifest, its blobs by digest, and the digests of its layers: one of all, one of five, one of its own."""
-    layers = [
-        tar(("etc/base", b"base" * 2000), ("bin/sh", b"\x7fELF" * 500)),
-        tar((f"opt/group{number % 5}", b"group" * 1000)),
-        tar((f"srv/own{number}", b"%d" % number * 300), ("etc/base", b"changed" * number)),
-    ]
-    packed = [gzip.compress(layer, mtime=0) for layer in layers]
-    config = dump(
-        {
-            "architecture": "amd64",
-            "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": [digest(x) for x in layers]},
-        }
-    )
-    manifest = dump({
-        "schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(config, CONFIG),
-        "layers": [descriptor(blob, LAYER + "+gzip") for blob in packed],
-    })  # fmt: skip
-    return manifest, {digest(blob): blob for blob in (config, *packed)}, [digest(blob) for blob in packed]
-
-
-def ask(
-    host: str, path: str, method: str = "GET", body: bytes | None = None, **headers: str
-) -> tuple[int, bytes, str]:
-    url = path if path.startswith("http") else f"http://{host}/v2/{path}"
-    request = urllib.request.Request(url, body, {k.replace("_", "-"): v for k, v in headers.items()}, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read(), answer.headers.get("Location", "")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(), ""
-
-
-def push(host: str, number: int) -> Pushed:
-    """Push an image by plain HTTP, as the specification says it; no code of ours."""
-    manifest, blobs, layers = image(number)
-    name = f"team{number % 3}/app{number}"
-    for at, blob in blobs.items():
-        if ask(host, f"{name}/blobs/{at}", "HEAD")[0] == 404:
-            place = ask(host, f"{name}/blobs/uploads/", "POST", b"")[2]
-            mark = "&" if "?" in place else "?"
-            status, said, _ = ask(
-                host, f"{place}{mark}digest={at}", "PUT", blob, Content_Type="application/octet-stream"
-            )
-            assert status == 201, said
-    status, said, _ = ask(host, f"{name}/manifests/v1", "PUT", manifest, Content_Type=MANIFEST)
-    assert status == 201, said
-    return Pushed(name, digest(manifest), layers)
-
-
-def artifacts(host: str, pushed: Pushed) -> list[dict[str, object]]:
-    """What the registry lists for an image: whole, of the right subject, its blobs there and right."""
-    status, data, _ = ask(host, f"{pushed.name}/manifests/{pushed.digest.replace(':', '-')}", Accept=INDEX)
-    if status == 404:
-        return []
-    found = []
-    for entry in json.loads(data)["manifests"]:
-        status, manifest, _ = ask(host, f"{pushed.name}/manifests/{entry['digest']}", Accept=MANIFEST)
-        assert status == 200 and digest(manifest) == entry["digest"], "an artifact is listed and not there"
-        document = json.loads(manifest)
-        assert document["artifactType"] == REMAP
-        assert document["subject"]["digest"] == pushed.digest
-        for blob in (document["config"], *document["layers"]):
-            status, content, _ = ask(host, f"{pushed.name}/blobs/{blob['digest']}")
-            assert status == 200 and digest(content) == blob["digest"], "half an artifact is visible"
-        found.append(document)
-    return found
-
-
-def map_of(document: dict[str, object]) -> str:
-    annotations = document["annotations"]
-    assert isinstance(annotations, dict)
-    return str(annotations["io.layerkit.remap.map"])
 
 
 @dataclass
@@ -173,16 +86,6 @@ notifications:
         yield Site(registry, wire, tmp_path, port)
 
 
-def states(url: str) -> dict[str, int]:
-    found: dict[str, int] = json.loads(call(f"{url}/v1/status", headers=BEARER)[2])["states"]
-    return found
-
-
-def settled(url: str, done: int) -> bool:
-    found = states(url)
-    return not found.get("waiting") and not found.get("running") and found.get("done", 0) >= done
-
-
 def test_thirty_images_that_share_layers(site: Site, tmp_path: Path) -> None:
     """Each distinct layer is read once; a second map reads none; nothing loops; the originals stay."""
     with hook_process(site.config(MAP_A), log=tmp_path / "log") as (_, url):
@@ -237,14 +140,6 @@ def test_what_is_published_is_what_a_remap_gives(site: Site, tmp_path: Path) -> 
         "--store", str(tmp_path / "other"))  # fmt: skip
     blob = layers[0]["digest"].partition(":")[2]
     assert (tmp_path / "mapped/blobs/sha256" / blob).exists()
-
-
-def run(code: int, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *words], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 FAULTS = [
@@ -320,7 +215,7 @@ def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site
 def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     images = [push(site.registry.host, number) for number in range(3)]
     host = site.wire.host
-    common = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
+    common = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s"), "--engine", "threads"]
     refs = [f"docker://{host}/{each.name}:v1" for each in images]
     done = json.loads(run(0, "hook", "run", *refs[:2], *common, "--json").stdout)
     assert [job["state"] for job in done["jobs"]] == ["done", "done"] and done["failed"] == []
@@ -349,6 +244,19 @@ def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     run(2, "hook", "run", "oci:x", *common)
     run(2, "hook", "run", refs[0])
     run(2, "hook", "retry", "--state", str(tmp_path / "s-hook"))
+
+
+def test_indexes_are_published_where_that_is_wanted(site: Site, tmp_path: Path) -> None:
+    """Once for an image, whatever maps; and a remap from them elsewhere reads no layer."""
+    config = site.config(MAP_A, MAP_B, more="publish_indexes = true")
+    with hook_process(config, log=tmp_path / "log") as (_, url):
+        pushed = push(site.registry.host, 3)
+        wait_for(lambda: settled(url, 2))
+    listed = json.loads(
+        ask(site.registry.host, f"{pushed.name}/manifests/{pushed.digest.replace(':', '-')}", Accept=INDEX)[1]
+    )
+    kinds = sorted(entry["artifactType"] for entry in listed["manifests"])
+    assert kinds == ["application/vnd.layerkit.index.v1", REMAP, REMAP]
 
 
 @pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])

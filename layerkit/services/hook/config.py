@@ -120,6 +120,8 @@ class Config:
         platforms: ``os/arch[/variant]`` of an index that are remapped; empty takes all of linux.
         workers: jobs at the same time.
         engine: ``processes``, ``threads`` or ``dask://HOST:PORT``.
+        engine_tls: CA, certificate and key for ``dask+tls://HOST:PORT``.
+        publish_indexes: also attach the indexes of its layers to each image.
         drain_seconds: what a stopping service waits for running jobs.
         keep_days: how long a finished job is known.
         hold_seconds: how long the proxy holds a manifest.
@@ -138,6 +140,8 @@ class Config:
     platforms: tuple[str, ...] = ()
     workers: int = 2
     engine: str = "processes"
+    engine_tls: tuple[Path, Path, Path] | None = None
+    publish_indexes: bool = False
     drain_seconds: float = 30.0
     keep_days: float = 90.0
     hold_seconds: float = 20.0
@@ -206,6 +210,8 @@ def parse(values: Mapping[str, object], where: str, base: Path) -> Config:
         platforms=top.texts("platforms"),
         workers=top.number("workers", 2, least=1, most=256),
         engine=top.get("engine", str, "processes"),
+        engine_tls=_engine_tls(top.table(top.get("engine_tls", dict, {}), "[engine_tls]")),
+        publish_indexes=top.get("publish_indexes", bool, False),
         drain_seconds=top.seconds("drain_seconds", 30.0),
         keep_days=top.seconds("keep_days", 90.0),
         hold_seconds=top.seconds("hold_seconds", 20.0),
@@ -270,6 +276,16 @@ def _tls(table: _Table) -> Tls | None:
     if certificate is None or key is None:
         raise UsageError(f"{table.where}: certificate and key belong together")
     return Tls(certificate, key, client_ca)
+
+
+def _engine_tls(table: _Table) -> tuple[Path, Path, Path] | None:
+    if not table.left:
+        return None
+    ca, certificate, key = (table.path(name) for name in ("ca", "certificate", "key"))
+    table.done()
+    if ca is None or certificate is None or key is None:
+        raise UsageError(f"{table.where}: ca, certificate and key belong together")
+    return ca, certificate, key
 
 
 def _bounds(table: _Table) -> Bounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,27 @@ def parse_refs(texts: Sequence[str]) -> list[RegistryRef]:
     return [RegistryRef.parse(text.removeprefix(_PREFIX)) for text in texts]
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of ``I/N``.
+
+    Raises:
+        UsageError: not 0 <= I < N.
+    """
+    part, slash, parts = text.partition("/")
+    digits = all(each.isascii() and each.isdigit() and len(each) < 7 for each in (part, parts))
+    if not slash or not digits or not 0 <= int(part) < int(parts):
+        raise UsageError(f"--shard {text!r}: want I/N with I from 0 to N-1, for example 0/4")
+    return int(part), int(parts)
+
+
+def shard_of(ref: RegistryRef, parts: int) -> int:
+    """Return which of ``parts`` shards an image belongs to; images of one repository are together.
+
+    They are likely to share layers, which one machine then reads once.
+    """
+    return int.from_bytes(hashlib.sha256(ref.name.encode()).digest()[:8], "big") % parts
+
+
 def run(config: Config, refs: Sequence[RegistryRef], *, all_tags: bool = False, again: bool = False) -> Pass:
     """Remap every one of ``refs`` for the configured maps; return what came of it.
 
@@ -63,6 +85,8 @@ def run(config: Config, refs: Sequence[RegistryRef], *, all_tags: bool = False, 
         UsageError: a registry or repository that is not configured.
         RegistryError: a registry does not answer at all.
     """
+    if not refs:
+        return Pass([], [])
     # For one pass, somebody waits for the end: what failed is tried again sooner, and given up sooner.
     policy = replace(config.policy, attempts=min(4, config.policy.attempts), first_seconds=0.5, recheck_seconds=0.0)
     with _state(config) as folder, contextlib.closing(Queue(folder, policy)) as queue:
@@ -136,4 +160,4 @@ def _words(row: JobRow) -> str:
     return f"{', '.join(t.repository for t in row.targets)}@{row.digest[:19]}: {row.why or row.state}"
 
 
-__all__ = ["Pass", "parse_refs", "run"]
+__all__ = ["Pass", "parse_refs", "parse_shard", "run", "shard_of"]

@@ -35,7 +35,7 @@ def resolve_at(registry: Registry, repository: str, tag: str) -> Digest:
 
 def make_worker(config: Config, queue: Queue, metrics: Metrics) -> QueueWorker:
     """Return a worker that does the jobs of ``queue`` with the configured engine."""
-    executor: Callable[[], Executor] = partial(open_executor, config.engine, config.workers)
+    executor: Callable[[], Executor] = partial(open_executor, config.engine, config.workers, tls=config.engine_tls)
     return QueueWorker(config, queue, executor, execute, metrics)
 
 

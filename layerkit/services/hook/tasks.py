@@ -65,6 +65,7 @@ class Task:
         store: folder of the local store of whoever does it; indexes are kept there.
         platforms: of an index, those to remap; empty takes all of linux.
         again: make it anew even where the registry has it.
+        indexes: also publish the indexes of the layers, where there are none.
     """
 
     digest: Digest
@@ -75,6 +76,7 @@ class Task:
     store: Path
     platforms: tuple[str, ...] = ()
     again: bool = False
+    indexes: bool = False
 
 
 def execute(task: Task) -> Outcome:
@@ -140,7 +142,10 @@ def _remap(
             namespace=Namespace(task.namespace), strict=False,
         ) as result:  # fmt: skip
             for at, sink in enumerate(sinks):
-                _publish(result, sink, [each.repository for each in sinks[:at] if each.host == sink.host])
+                near = [each.repository for each in sinks[:at] if each.host == sink.host]
+                _publish(result, sink, near)
+                if task.indexes:
+                    _publish_indexes(image, indexes, sink, near, limits)
             return {
                 "artifact": str(result.descriptor.digest),
                 "meta_bytes": result.blob.size,
@@ -161,6 +166,22 @@ def _publish(result: Made, sink: Repository, near: Sequence[str]) -> None:
     if sink.blob_size(result.blob.digest) is None:
         sink.put_blob(result.blob, _Chunks(result), mount_from=near)
     sink.put_manifest(result.manifest, result.descriptor.media_type)
+
+
+def _publish_indexes(
+    image: Image, indexes: Sequence[Index], sink: Repository, near: Sequence[str], limits: Limits
+) -> None:
+    """Attach the indexes of an image's layers to it, so that others need not read them either."""
+    from layerkit.formats.index_artifact import ARTIFACT_TYPE
+    from layerkit.published import publish_indexes
+    from layerkit.stores.registry.names import RegistryRef
+    from layerkit.stores.registry.sink import RegistrySink
+
+    if sink.referrers(image.descriptor.digest, ARTIFACT_TYPE):
+        return
+    ref = RegistryRef(sink.host, sink.repository, digest=image.descriptor.digest)
+    out = RegistrySink(sink, ref, mount_from=near, limits=limits)
+    publish_indexes(image, indexes, out, name=str(ref), layers_read=0)
 
 
 class _Chunks:

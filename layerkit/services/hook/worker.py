@@ -164,7 +164,7 @@ class QueueWorker:
         options: Mapping[str, str] = json.loads(claim.key.options)
         return Task(
             claim.key.digest, claim.key.mapping, options["rendering"], options["namespace"], tuple(targets),
-            self._config.store, self._config.platforms, claim.anew,
+            self._config.store, self._config.platforms, claim.anew, self._config.publish_indexes,
         )  # fmt: skip
 
     def _collect(self, seconds: float) -> None:

@@ -1,0 +1,98 @@
+"""``layerkit batch``: many images of registries, split between machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import hook
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, note
+from layerkit.errors import PartialFailure, UsageError
+
+
+def batch(
+    refs: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF…]", help="`docker://HOST/NAME[:TAG|@DIGEST]`.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="One reference a line; `-` is standard input.")
+    ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            envvar="LAYERKIT_SHARD",
+            help="Only part I of N, counted from 0; in a Kubernetes Indexed Job I is JOB_COMPLETION_INDEX.",
+        ),
+    ] = "0/1",
+    config: hook.ConfigFile = None,
+    uid_map: o.UidMap = None,
+    gid_map: o.GidMap = None,
+    tls_verify: hook.TlsVerify = None,
+    all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")
+    ] = False,
+    state: hook.State = None,
+    store: o.StoreDir = None,
+    workers: hook.Workers = None,
+    engine: hook.Engine = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Remap many images in their registries; the same list with other shards does the rest of it.
+
+    Which shard an image belongs to is decided by its name alone, so every machine can be given the whole list, and
+    nobody needs to talk to anybody. Exit code 5 if part of the shard failed; what is done is not done again.
+
+    Examples:
+    `layerkit batch --from images.txt --uid-map 0:100000:65536 --workers 8`
+
+    `layerkit batch --from images.txt --config hook.toml --shard $JOB_COMPLETION_INDEX/16 --json`
+
+    `layerkit batch --from images.txt --config hook.toml --engine dask://scheduler:8786`
+    """
+    hook.need_extra()
+    from layerkit.services.hook import logs, once
+    from layerkit.services.hook.status import job_view
+
+    listed = [*(refs or []), *_lines(source)]
+    if not listed:
+        raise UsageError("nothing to do: name images, or give --from FILE")
+    part, parts = once.parse_shard(shard)
+    every = once.parse_refs(listed)
+    named = [ref for ref in every if once.shard_of(ref, parts) == part]
+    hosts = None if config else sorted({ref.host for ref in every})
+    chosen = hook.settings_of(
+        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
+    )
+    logs.set_up("error")
+    done = once.run(chosen, named, all_tags=all_tags, again=again)
+    if json:
+        body = {"shard": part, "shards": parts, "images": len(named), "failed": done.failed}
+        emit_json("batch", {**body, "jobs": [job_view(row) for row in done.rows]})
+    if done.failed:
+        count = len(done.rows) + len(done.missing)
+        raise PartialFailure(f"{len(done.failed)} of {count} failed: " + "; ".join(done.failed[:5]))
+    note(f"shard {part} of {parts}: {len(named)} images, {len(done.rows)} remaps done", quiet=quiet or json)
+
+
+def _lines(source: str | None) -> list[str]:
+    if source is None:
+        return []
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source}: {error}") from None
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands to ``app``."""
+    app.command("batch", rich_help_panel="Services")(batch)

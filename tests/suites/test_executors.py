@@ -1,0 +1,244 @@
+"""One suite for every engine: threads, processes, and a dask cluster of two workers, one of which is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fault_proxy import Fault, fault_proxy
+from hook_images import Pushed, artifacts, push, run
+from hook_support import MAP_A, settings, wait_for
+from registry_server import docker_registry
+
+from layerkit.errors import UnsupportedHost, UsageError
+from layerkit.model.digest import Digest
+from layerkit.services import executors
+from layerkit.services.executors import open_executor
+from layerkit.services.hook.intake import keys
+from layerkit.services.hook.jobs import Target, Wish
+from layerkit.services.hook.metrics import Metrics
+from layerkit.services.hook.once import parse_shard
+from layerkit.services.hook.queue import Queue
+from layerkit.services.hook.server import make_worker
+from layerkit.services.hook.tasks import Access, Task, execute
+
+MAP = "uid=0:100000:65536;gid=0:100000:65536"
+
+
+class Cluster:
+    """A scheduler and two workers, processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._log = (folder / "dask.log").open("ab")
+        self._scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        found: list[str] = []
+
+        def listening() -> bool:
+            found[:] = re.findall(r"Scheduler at:\s+tcp://(\S+)", (folder / "dask.log").read_text())
+            return bool(found)
+
+        wait_for(listening)
+        self.address = found[0]
+        self.workers = [self._worker(n) for n in range(2)]
+        wait_for(lambda: (folder / "dask.log").read_text().count("Registered to") >= 2)
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *words], cwd=self._folder, stdout=self._log, stderr=self._log,
+            env={**os.environ, "DASK_DISTRIBUTED__WORKER__USE_FILE_LOCKING": "False"},
+        )  # fmt: skip
+
+    def _worker(self, number: int) -> subprocess.Popen[bytes]:
+        return self._start(
+            "worker", f"tcp://{self.address}", "--nthreads", "1", "--no-nanny", "--no-dashboard",
+            "--name", str(number), "--local-directory", str(self._folder / f"w{number}"),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for process in (*self.workers, self._scheduler):
+            process.kill()
+            process.wait()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with closing(Cluster(tmp_path_factory.mktemp("dask"))) as found:
+        yield found
+
+
+@pytest.fixture(params=["threads", "processes", "dask"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param != "dask":
+        return str(request.param)
+    found: Cluster = request.getfixturevalue("cluster")
+    return f"dask://{found.address}"
+
+
+@contextlib.contextmanager
+def opened(engine: str) -> Iterator[Executor]:
+    executor = open_executor(engine, 2)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def tasks(host: str, images: list[Pushed], store: Path) -> list[Task]:
+    access = Access(host, tls_verify=False)
+    return [Task(Digest.parse(i.digest), MAP, "erofs", "trusted", ((access, i.name),), store) for i in images]
+
+
+def test_every_engine_does_the_same(engine: str, tmp_path: Path) -> None:
+    """Images that share layers: the same outcomes, one artifact each, each layer read once among all workers."""
+    with docker_registry(tmp_path / "r") as registry, fault_proxy(registry.host) as wire:
+        images = [push(registry.host, number) for number in range(6)]
+        with opened(engine) as executor:
+            futures = [executor.submit(execute, task) for task in tasks(wire.host, images, tmp_path / "store")]
+            outcomes = [future.result(120) for future in futures]
+            again = executor.submit(execute, tasks(wire.host, images[:1], tmp_path / "store")[0]).result(60)
+        assert [outcome.state for outcome in outcomes] == ["done"] * 6, outcomes
+        assert again.report["existing"] is True
+        layers = {layer for each in images for layer in each.layers}
+        assert sum(int(str(outcome.report["layers_read"])) for outcome in outcomes) == len(layers)
+        reads = [path.rpartition("/blobs/")[2] for method, path, passed in wire.seen if method == "GET" and passed]
+        assert sorted(at for at in reads if at in layers) == sorted(layers)
+        for each in images:
+            assert len(artifacts(registry.host, each)) == 1
+
+
+def test_every_engine_tells_failures_as_values(engine: str, tmp_path: Path) -> None:
+    """An error of ours, and one of the network, come back as outcomes and leave the workers alive."""
+    with docker_registry(tmp_path / "r") as registry, opened(engine) as executor:
+        image = push(registry.host, 1)
+        task = tasks(registry.host, [image], tmp_path / "store")[0]
+        unmapped = executor.submit(execute, replace(task, mapping="uid=5:5:1;gid=5:5:1")).result(60)
+        assert unmapped.state == "failed" and unmapped.permanent and "outside the map" in unmapped.why
+        gone = executor.submit(execute, replace(task, digest=Digest.of(b"absent"))).result(60)
+        assert gone.state == "gone"
+        away = executor.submit(execute, replace(task, targets=((Access("127.0.0.1:1", False), "a"),))).result(60)
+        assert away.state == "failed" and not away.permanent
+        assert executor.submit(execute, task).result(60).state == "done"
+
+
+@pytest.mark.parametrize("kind", ["processes", "dask"])
+def test_a_worker_that_is_killed_costs_nothing_but_time(kind: str, tmp_path: Path) -> None:
+    """The queue on top of each engine: a worker dies in the middle of a job, and every image is done once."""
+    with contextlib.ExitStack() as stack:
+        registry = stack.enter_context(docker_registry(tmp_path / "r"))
+        wire = stack.enter_context(fault_proxy(registry.host))
+        own = stack.enter_context(closing(Cluster(tmp_path))) if kind == "dask" else None
+        images = [push(registry.host, number) for number in range(5)]
+        config = settings(tmp_path / "hook", wire.host, maps=(MAP_A,), workers=2, retry={"first_seconds": 0.2},
+                          engine=f"dask://{own.address}" if own else "processes")  # fmt: skip
+        queue = stack.enter_context(closing(Queue(config.state, config.policy)))
+        metrics = Metrics(queue.stats)
+        worker = make_worker(config, queue, metrics)
+        wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=500, times=4))
+        target = [Target("main", each.name) for each in images]
+        queue.add([Wish(key, t) for each, t in zip(images, target, strict=True)
+                   for key in keys(config, Digest.parse(each.digest))])  # fmt: skip
+        worker.start()
+        stack.callback(worker.stop)
+        wait_for(lambda: any("/blobs/sha256" in path for _, path, _ in list(wire.seen)) or wire.hits)
+        victim = own.workers[0].pid if own else next(iter(worker._executor._processes))  # type: ignore[union-attr]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: queue.stats().depth == 0, 120)
+        assert queue.stats().states == {"done": len(images)}
+        for each in images:
+            assert len(artifacts(registry.host, each)) == 1
+
+
+def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
+    with docker_registry(tmp_path / "r") as registry:
+        images = [push(registry.host, number) for number in range(6)]
+        listed = tmp_path / "images.txt"
+        refs = [f"docker://{registry.host}/{each.name}:v1" for each in images]
+        listed.write_text("# images\n\n" + "\n".join(refs) + "  # the last\n")
+        seen = []
+        for shard in range(3):
+            words = ("--from", str(listed), "--shard", f"{shard}/3", "--no-tls-verify", "--uid-map", MAP_A)
+            words += ("--engine", "threads")
+            done = json.loads(run(0, "batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
+            assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
+            seen += [job["targets"][0]["repository"] for job in done["jobs"]]
+        assert sorted(seen) == sorted(each.name for each in images)
+        assert [len(artifacts(registry.host, each)) for each in images] == [1] * 6
+        listed.write_text(refs[0] + f"\ndocker://{registry.host}/absent:v1\n")
+        words = ("--from", str(listed), "--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
+                 "--engine", "threads")  # fmt: skip
+        assert "absent:v1: not in the registry" in run(5, "batch", *words).stderr
+        run(2, "batch", *words, "--shard", "3/3")
+    assert parse_shard("3/4") == (3, 4)
+    for wrong in ("3/3", "x", "-1/2", "1", "1/0", "1/2/3", "٣/٤"):
+        with pytest.raises(UsageError):
+            parse_shard(wrong)
+
+
+def test_batch_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    with docker_registry(tmp_path / "r") as registry:
+        image = push(registry.host, 2)
+        words = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
+        run(
+            0, "batch", f"docker://{registry.host}/{image.name}:v1", *words, "--engine", f"dask://{cluster.address}"
+        )
+        assert len(artifacts(registry.host, image)) == 1
+
+
+def test_engines_that_are_none() -> None:
+    for wrong in ("magic", "dask://", "dask+tls://127.0.0.1:1", "http://x"):
+        with pytest.raises(UsageError):
+            open_executor(wrong, 1)
+    with pytest.raises(UsageError):
+        open_executor("dask://127.0.0.1:1", 1, tls=(Path("a"), Path("b"), Path("c")))
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """A parent that is killed leaves no worker, although these ignore the signals of its terminal."""
+    program = (
+        "import os, sys, time\n"
+        "from layerkit.services.executors import open_executor\n"
+        "if __name__ == '__main__':\n"
+        "    executor = open_executor('processes', 2)\n"
+        "    executor.submit(os.getpid).result()\n"
+        "    print(list(executor._processes), flush=True)\n"
+        "    executor.submit(time.sleep, 60)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "p.py").write_text(program)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "p.py")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = {int(pid) for pid in re.findall(r"\d+", parent.stdout.readline())}
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(_runs(pid) for pid in pids), 20)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_scheduler_that_is_away_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_CONNECT_SECONDS", 1)
+    with pytest.raises(UnsupportedHost, match="does not answer"):
+        open_executor("dask://127.0.0.1:1", 1)
