@@ -36,6 +36,9 @@ CHUNK_BYTES = 1 << 22
 
 CHECKSUM_KEY = "io.github.containers.zstd-chunked.manifest-checksum"
 POSITION_KEY = "io.github.containers.zstd-chunked.manifest-position"
+# Not also by the names of before 2023 (without "github"): the readers that know those, such as podman 4.3, look for
+# the owners and times under keys that nobody writes, and give all files to root.
+
 FOOTER_BYTES = 64
 FOOTER_MAGIC = b"GNUlInUx"
 
