@@ -73,6 +73,8 @@ def mount(
         raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if adopt.is_unpacked(ref):
+        if strict or platform is not None:
+            raise UsageError(f"{ref}: --strict and --platform mean nothing for layers that are unpacked already")
         if for_podman:
             raise UsageError("--for-podman: podman has these layers itself; give it the map, or name an image file")
         adopt.mount_unpacked(

@@ -112,6 +112,7 @@ class _Layer(msgspec.Struct):
     parent: str = ""
     diff_digest: str = msgspec.field(default="", name="diff-digest")
     compressed_digest: str = msgspec.field(default="", name="compressed-diff-digest")
+    flags: dict[str, object] = {}
 
 
 class StoredImage(msgspec.Struct):
@@ -208,6 +209,7 @@ class ContainersStorage:
         """Return the ids of ``layer`` and all beneath it, bottom first.
 
         Raises:
+            NotFound: one is not unpacked to the end.
             InvalidImage: a parent that is not there, or leads round in a circle.
         """
         found: list[str] = []
@@ -216,6 +218,10 @@ class ContainersStorage:
             if at not in self._layers or at in found or len(found) > _LAYERS_AT_MOST:
                 raise InvalidImage(
                     f"{self.root}: layer {at[:12]} is missing or its own parent; run `podman system check`"
+                )
+            if self._layers[at].flags.get("incomplete"):
+                raise NotFound(
+                    f"{self.root}: layer {at[:12]} is being unpacked, or was left so; pull the image again"
                 )
             found.append(at)
             at = self._layers[at].parent

@@ -61,6 +61,18 @@ def resident_of(fd: int, size: int) -> int:
     return sum(_resident(fd, at, min(_SPAN_BYTES, size - at)) for at in range(0, size, _SPAN_BYTES))
 
 
+def cached_of(fd: int, size: int) -> int:
+    """Return :func:`resident_of` of a plain file: by cachestat(2) where the kernel has it, which is cheaper.
+
+    Raises:
+        OSError: as :func:`resident_of`.
+    """
+    try:
+        return min(sc.cachestat(fd)[0] * mmap.PAGESIZE, size)
+    except OSError:
+        return resident_of(fd, size)
+
+
 def drop(path: Path | str) -> None:
     """Ask the kernel to forget a file's clean pages; what is mapped or dirty stays.
 

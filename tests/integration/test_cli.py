@@ -19,7 +19,7 @@ from support import need_root, need_tool
 MAP = "0:100000:65536"
 ALL_COMMANDS = (
     "remap", "unpack", "pack", "inspect", "analyze", "optimize", "flatten", "copy", "verify",
-    "mount", "umount", "mounts", "doctor", "store",
+    "mount", "umount", "mounts", "doctor", "store", "adopt", "which", "copyups", "cache",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -584,3 +585,60 @@ def test_layers_removed_under_a_mount_are_told(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(FileNotFoundError):
             (tmp_path / "m/kept").read_bytes()
         assert (tmp_path / "m/opaque/new").read_text() == "new"
+
+
+def layerkit_command(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    need_root()
+    folders = _odd(tmp_path / "layers")
+    ref = "folders:" + ":".join(str(folder.path) for folder in reversed(folders))
+    store, target = ("--store", tmp_path / "store"), tmp_path / "m"
+    target.mkdir()
+    try:
+        mounted = json.loads(layerkit_command("mount", ref, target, "--uid-map", MAP[0], "--json", *store).stdout)
+        assert (mounted["schema"], mounted["read_folders"]) == ("layerkit.mount.v1", 3)
+        assert (target / "again").stat().st_uid == 100000
+    finally:
+        layerkit_command("umount", target, *store)
+    text = layerkit_command(
+        "mount", ref, target, "--uid-map", "0:200000:65536", "--stacking", "classic", *store
+    ).stdout
+    layerkit_command("umount", target, *store)
+    assert "3 folders, none read again (classic)" in text
+    out = layerkit_command(
+        "adopt", ref, tmp_path / "out", "--uid-map", MAP[0], "--stacking", "classic", *store
+    ).stdout
+    assert sorted(os.listdir(tmp_path / "out")) == ["upper", "work"]
+    assert "mount -t overlay" in out
+    assert "exists" in layerkit_command(
+        "adopt", ref, tmp_path / "out", "--uid-map", MAP[0], *store, code=2
+    ).stderr or (os.listdir(tmp_path / "out"))
+    assert "write nothing" in layerkit_command("adopt", ref, tmp_path / "new", *store, code=2).stderr
+    assert not (tmp_path / "new").exists()
+    bad = layerkit_command("mount", ref, target, "--stacking", "sideways", *store, code=2).stderr
+    assert "want auto, data-only or classic" in bad
+    assert (
+        "--platform" in layerkit_command("mount", ref, target, "--platform", "linux/arm64", *store, code=2).stderr
+    )
+    assert "unpacked" in layerkit_command("mount", "oci:x", target, "--reread", *store, code=2).stderr
+    gone = layerkit_command("mount", f"folders:{tmp_path / 'gone'}", target, *store, code=1).stderr
+    assert "is not there (any more)" in gone
+    assert "outside the map" in layerkit_command("mount", ref, target, "--uid-map", "0:5:1", *store, code=3).stderr
+
+
+def test_a_layer_that_is_being_unpacked_is_refused(tmp_path: Path) -> None:
+    for name, value in (
+        ("overlay-layers/layers.json", [{"id": "one", "flags": {"incomplete": True}}]),
+        ("overlay-images/images.json", [{"id": "a" * 64, "layer": "one", "names": ["localhost/app:latest"]}]),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(NotFound, match="is being unpacked"):
+        find_unpacked(f"containers-storage:[overlay@{tmp_path}]app")
