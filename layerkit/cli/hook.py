@@ -32,7 +32,9 @@ RegistryHost = Annotated[
 ]
 State = Annotated[
     Path | None,
-    typer.Option("--state", metavar="DIR", help="Folder of the queue [default: hook/ beside the local store]."),
+    typer.Option(
+        "--state", metavar="DIR", help="Folder of the queue [default: the local store's name with -hook]."
+    ),
 ]
 Listen = Annotated[str | None, typer.Option("--listen", metavar="ADDRESS:PORT", help="[default: 127.0.0.1:8765]")]
 TokenFile = Annotated[

@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -228,16 +228,23 @@ class Queue:
 
     # -- work
 
-    def claim(self, count: int) -> list[Claim]:
-        """Take up to ``count`` jobs for work: the urgent ones, then those that are due for longest."""
+    def claim(self, count: int, busy: Collection[str] = ()) -> list[Claim]:
+        """Take up to ``count`` jobs for work: the urgent ones, then those that are due for longest.
+
+        Args:
+            count: how many at most.
+            busy: registries that are asked enough already; their jobs wait.
+        """
         if count < 1:
             return []
         owner, now, claims = self._hold(), self._clock(), []
         with self._write() as db:
+            marks = ",".join("?" * len(busy))
             rows = db.execute(
                 "SELECT id, digest, mapping, options, version, attempts, anew FROM jobs WHERE state = 'waiting'"
-                " AND not_before <= ? ORDER BY urgent DESC, not_before LIMIT ?",
-                (now, count),
+                " AND not_before <= ? AND NOT EXISTS (SELECT 1 FROM targets WHERE job = jobs.id AND todo"
+                f" AND registry IN ({marks})) ORDER BY urgent DESC, not_before LIMIT ?",
+                (now, *busy, count),
             ).fetchall()
             for job, digest, mapping, options, version, attempts, anew in rows:
                 token = secrets.token_hex(8)

@@ -125,15 +125,12 @@ class QueueWorker:
         room = self._config.workers - len(self._running)
         if room <= 0:
             return 0
-        claims = self._queue.claim(room)
-        busy = Counter(t.registry for claim, _ in self._running.values() for t in claim.targets[:1])
+        asked = Counter(name for claim, _ in self._running.values() for name in {t.registry for t in claim.targets})
+        left = {name: each.concurrency - asked[name] for name, each in self._config.registries.items()}
+        full = [name for name, places in left.items() if places <= 0]
+        # One at a time where more could be too many for a registry.
+        claims = self._queue.claim(room if min(left.values()) >= room else 1, full)
         for at, claim in enumerate(claims):
-            name = claim.targets[0].registry if claim.targets else ""
-            registry = self._config.registries.get(name)
-            if registry is not None and busy[name] >= registry.concurrency:
-                self._queue.release([claim])
-                continue
-            busy[name] += 1
             task = self._task(claim)
             if isinstance(task, Outcome):
                 self._finish(claim, task, time.monotonic())
