@@ -369,6 +369,18 @@ def test_a_hundred_layers(kit: Callable[..., Path], open_path: Path) -> None:
         bundling.remove(open_path / "b")
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_hosts_network(kit: Callable[..., Path], open_path: Path, runtime: str) -> None:
+    need_tool(runtime)
+    image = kit({"Cmd": ["/bin/sh", "-c", "ls /sys/class/net; cat /proc/net/dev"]})
+    make(open_path / "store", image, open_path / "b", MAPS[0], network="host")
+    try:
+        names = runtimes.run(runtime, open_path, open_path / "b").split()
+        assert set(os.listdir("/sys/class/net")) <= set(names)
+    finally:
+        bundling.remove(open_path / "b")
+
+
 def test_the_hosts_accounts_are_never_read(kit: Callable[..., Path], open_path: Path) -> None:
     """Links that point out of the image are resolved inside it; what is no file is refused."""
     climbing = "/../../../../../../etc/lk-accounts"
