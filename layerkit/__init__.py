@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         open_store,
         umount,
     )
+    from layerkit.bundling import bundle
     from layerkit.errors import Cancelled, LayerkitError
     from layerkit.plans import Plan, optimize
     from layerkit.rewrites import copy, flatten, remap
@@ -36,6 +37,7 @@ __all__ = [
     "OpenImage",
     "Plan",
     "Settings",
+    "bundle",
     "collect_garbage",
     "copy",
     "default_store",
@@ -54,6 +56,7 @@ _ELSEWHERE = {
     "Cancelled": "layerkit.errors",
     "LayerkitError": "layerkit.errors",
     "Plan": "layerkit.plans",
+    "bundle": "layerkit.bundling",
     "copy": "layerkit.rewrites",
     "flatten": "layerkit.rewrites",
     "optimize": "layerkit.plans",

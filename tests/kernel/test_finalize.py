@@ -19,6 +19,7 @@ from fuse_counter import counting_mount
 from support import need_root
 from treecompare import Shown, differences, snapshot
 
+import layerkit
 from layerkit.errors import LossyResult, NotFound, StoreError, UsageError
 from layerkit.hosts import finalize as fz
 from layerkit.hosts.finalize_view import Lowers
@@ -156,6 +157,26 @@ def test_writable_over_data_only_layers(case: Case) -> None:
         os.chown(case.target / "app/lib/big", 9, 9)
         assert (case.target / "app/lib/big").read_bytes() == (case.lower2 / "app/lib/big").read_bytes()
     assert (case.work / "up2/app/lib/big").stat().st_blocks * 512 <= 4096  # xattrs, no data
+
+
+def test_the_upper_of_a_writable_mount_of_ours(tiny_image: Path, tmp_path: Path) -> None:
+    """Over META::DATA: what was chowned, and what was not, points straight at the data; META is needed no more."""
+    settings = layerkit.Settings(store=tmp_path / "store", data="objects")
+    (tmp_path / "m").mkdir()
+    with layerkit.open_image(str(tiny_image), settings=settings) as image:
+        mapping = layerkit.mapping(["0:100000:65536"])
+        upper = tmp_path / "upper"
+        with image.mount(tmp_path / "m", mapping, upper=upper, rendering="directory", own_meta=True):
+            subprocess.run(["sh", "-ec", "chown -R 4242 usr; echo new > made"], cwd=tmp_path / "m", check=True)
+            before = snapshot(tmp_path / "m")
+    (meta,) = (tmp_path / "store/meta").glob("*/root")
+    objects = tmp_path / "store/objects"
+    report = fz.finalize(upper, f"{meta}::{objects}", keep_root_whiteouts=False)
+    assert report.made > 10
+    assert report.redirects > 0
+    with overlay(tmp_path / "m", lowerdir=f"{upper}::{objects}", ro=""):
+        assert differences(snapshot(tmp_path / "m"), before) == []
+    assert fz.finalize(upper, f"{meta}::{objects}", keep_root_whiteouts=False, check=True).final
 
 
 def test_whiteouts_in_the_root(case: Case) -> None:
