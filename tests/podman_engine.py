@@ -41,7 +41,7 @@ def need_podman() -> None:
 
 
 @contextlib.contextmanager
-def rootless_podman(*, mount_program: bool = True, uid: int = UID) -> Iterator[Engine]:
+def rootless_podman(*, mount_program: bool = True, uid: int = UID, home: Path | None = None) -> Iterator[Engine]:
     """Give a rootless podman with a store, a home and a run folder of its own.
 
     ``engine.folder`` has ``home`` (with ``s``, podman's storage), ``calls`` (a line for each call of the mount
@@ -50,7 +50,7 @@ def rootless_podman(*, mount_program: bool = True, uid: int = UID) -> Iterator[E
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(short_folder())
         folder.chmod(0o755)
-        home, run = folder / "home", folder / "x"
+        home, run = home or folder / "home", folder / "x"
         (home / ".config/containers").mkdir(parents=True)
         run.mkdir(mode=0o700)
         (home / ".config/containers/containers.conf").write_text(_CONTAINERS_CONF)
@@ -60,7 +60,7 @@ def rootless_podman(*, mount_program: bool = True, uid: int = UID) -> Iterator[E
         (home / ".config/containers/storage.conf").write_text(storage)
         write_program(folder)
         subprocess.run(["chown", "-R", f"{uid}:{uid}", home, run], check=True)
-        readable = ":".join(map(str, (sys.base_prefix, sys.prefix, TESTS.parent, folder)))
+        readable = ":".join(map(str, (sys.base_prefix, sys.prefix, TESTS.parent, folder, home)))
         holder = subprocess.Popen(
             ["unshare", "-m", sys.executable, TESTS / "podman_user.py", folder, str(uid), NAME, readable],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

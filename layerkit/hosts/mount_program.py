@@ -17,7 +17,7 @@ import gc
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ from layerkit.errors import InvalidImage, LayerkitError, StoreError, UnmappedId,
 from layerkit.formats import acl_caps
 from layerkit.formats.fuse_tree import FuseTree
 from layerkit.hosts import storage_layers as sl
+from layerkit.hosts import storage_marks
 from layerkit.hosts.mount_options import Options
 from layerkit.hosts.mount_program_server import Keeper
 from layerkit.kernel import fuse, mounts, userns
@@ -162,21 +163,25 @@ class _Mount:
     def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
         """Return how the layers of the image are stacked; ``under`` says that something lies over them."""
 
-        def folders() -> list[int]:
-            return [stack.enter_context(mounts.closing(mounts.open_folder(layer.path))) for layer in layers]
+        def opened(paths: Iterable[Path]) -> list[int]:
+            return [stack.enter_context(mounts.closing(mounts.open_folder(path))) for path in paths]
 
+        data = [layer.path for layer in layers]
         rendering, why = self.options.rendering, ""
         if rendering != "directory":
             file = stack.enter_context(self._built(layers).open("rb"))
             tree = _tree(file)
             # overlayfs wants two layers at least; META and data are two.
             enough = bool(self.upper) or under or len(layers) > 1
-            if rendering == "auto" and not self.maps.canonical and tree.facts.more.get("plain") and enough:
-                return _Stacked("overlay", folders(), [])
+            if rendering == "auto" and not self.maps.canonical and enough:
+                paths, below = [layer.path for layer in layers], tree.facts.more["marks_below"]
+                if below is not None:
+                    paths = storage_marks.stack(Path(file.name).parent / "root", layers, below)
+                return _Stacked("overlay", opened(paths), [])
             try:
                 keeper = stack.enter_context(Keeper(self._answers(tree)))
                 meta = stack.enter_context(mounts.closing(keeper.mount()))
-                return _Stacked("fuse", [meta], folders(), self._root_of(tree), keeper.pid)
+                return _Stacked("fuse", [meta], opened(data), self._root_of(tree), keeper.pid)
             except OSError as error:
                 if rendering == "fuse" or error.filename != fuse.DEVICE:
                     raise
@@ -189,7 +194,7 @@ class _Mount:
         meta = stack.enter_context(mounts.closing(mounts.open_folder(place)))
         seen = os.fstat(meta)
         root = _Root(seen.st_uid, seen.st_gid, seen.st_mode & 0o7777)
-        return _Stacked("directory", [meta], folders(), root, note=why)
+        return _Stacked("directory", [meta], opened(data), root, note=why)
 
     def _built(self, layers: Sequence[sl.StorageLayer]) -> Path:
         path = sl.tree_path(self.store, sl.tree_key(layers, self.namespace))

@@ -40,6 +40,7 @@ class Keeper:
         Raises:
             OSError: no FUSE for this user.
         """
+        self._mount = -1
         self._device = fuse.open_device()
         ready, self._go = os.pipe()
         self.pid = os.fork()
@@ -52,18 +53,24 @@ class Keeper:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._let_go()
+        if self._mount >= 0:
+            os.close(self._mount)
+            self._mount = -1
+
+    def _let_go(self) -> None:
         for fd in (self._device, self._go):
             if fd >= 0:
                 os.close(fd)
         self._device = self._go = -1
 
     def mount(self) -> int:
-        """Return a detached mount of the tree, served from now on; it is gone when nothing uses it."""
-        fd = fuse.mount(self._device)
+        """Return the tree's root, served from now on, in a mount that ends with this block unless it is used."""
+        self._mount = fuse.mount(self._device)
         os.write(self._go, b"m")
         # The kernel sees a server that died by the last descriptor of the device: none may stay here.
-        self.__exit__()
-        return fd
+        self._let_go()
+        return fuse.open_tree_root(self._mount)
 
 
 def _keep(device: int, ready: int, answers: fuse.Answers, data: int) -> None:

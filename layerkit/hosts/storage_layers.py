@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from layerkit.stores.metas import MetaEntry
 
 TREE_FILE = "tree.fuse"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER = "layerkit"
 """Of an upper: its private xattr ``overlay.layerkit`` holds the map that its owners on disk were made under."""
 
@@ -174,6 +174,7 @@ def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str)
     from layerkit import limits as bounds
     from layerkit.emit.fuse import write_tree
     from layerkit.hosts.adopt_meta import Stacking, metadata_over_folders
+    from layerkit.hosts.storage_marks import marks_in, write_marks
     from layerkit.merge import merge
     from layerkit.metaonly import Namespace
     from layerkit.stores.local import LocalStore
@@ -189,8 +190,13 @@ def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str)
         meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
         paths = [os.fspath(layer.path) for layer in layers]
         with store.begin_meta(key) as writer:
+            marks = list(map(marks_in, layers, reversed(indexes)))
+            below: tuple[int, ...] | None = None
+            if any(removed or opaque for removed, opaque in marks):
+                writer.root.mkdir()
+                below = write_marks(writer.root, marks, tree, namespace)
             with (writer.path / TREE_FILE).open("xb") as file:
-                write_tree(meta, file, {"plain": not any(map(_has_aufs_marks, layers, reversed(indexes)))})
+                write_tree(meta, file, {"marks_below": below})
             info: dict[str, Any] = {
                 "tree": f"sha256:{key}", "map": "", "rendering": "fuse", "namespace": namespace,
                 "names": len(tree), "folders": paths, "identities": [layer.identity for layer in layers],
@@ -214,23 +220,6 @@ def read_indexes(
     image = adopt_layers(store, folders, limits=limits)
     indexes = [store.load_index(diff_id) for diff_id in image.diff_ids]
     return [str(diff_id) for diff_id in image.diff_ids], [index for index in indexes if index is not None]
-
-
-def _has_aufs_marks(layer: StorageLayer, index: Index) -> bool:
-    """Return whether deletions are in it that the kernel does not understand."""
-    import numpy as np
-
-    from layerkit.model.entry import Kind
-
-    for kind in (Kind.WHITEOUT, Kind.OPAQUE):
-        for path in index.path.take(np.flatnonzero(index.kind == kind)).tolist():
-            folder, _, name = path.rpartition(b"/")
-            mark = (
-                os.path.join(path, b".wh..wh..opq") if kind is Kind.OPAQUE else os.path.join(folder, b".wh." + name)
-            )
-            if os.path.lexists(os.path.join(os.fsencode(layer.path), mark)):
-                return True
-    return False
 
 
 def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:

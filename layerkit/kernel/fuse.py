@@ -27,6 +27,10 @@ _MAJOR, _MINOR, _OLDEST_MINOR = 7, 40, 31
 _FOREVER_SECONDS = 1 << 31
 _BLOCK = 4096
 _OPEN_FILES = 16
+_ROOT_NODE, _FIRST_NODE = 1, 2
+TREE_NAME = b"m"
+"""The tree's root is one folder down. The kernel makes the root of a mount before INIT tells it that there are
+ACLs, and then asks for those of the root at every path that anybody walks."""
 METACOPY_VALUE = b"\0\4\0\0"
 """``metaonly.METACOPY_VALUE``; that module is of those that would cost time to import."""
 
@@ -82,8 +86,7 @@ class Answers:
         prefix = tree.facts.namespace.encode() + b".overlay."
         self._redirect_name, self._metacopy_name = prefix + b"redirect", prefix + b"metacopy"
         self._data, self._open = data, dict[int, int]()
-        # The root is made before the kernel knows that there are ACLs, and it then asks for those of the root at
-        # every path that is walked: so it is told only where there are any.
+        # For a tree without ACLs nobody need ask for them.
         acls = any(name in ACL_NAMES for pairs in self._sets for name in pairs)
         self._wanted = _WANTED if acls else _WANTED & ~_POSIX_ACL
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
@@ -104,9 +107,21 @@ class Answers:
             # To ENOSYS (of OPEN, OPENDIR, ACCESS) the kernel answers by never asking again.
             raise OSError(errno.EROFS if opcode in _CHANGES else errno.ENOSYS, "")
         try:
-            return call(node - 1, body)
+            if node == _ROOT_NODE and opcode != INIT:
+                return self._of_root(opcode, body)
+            return call(node - _FIRST_NODE, body)
         except (IndexError, struct.error, KeyError) as error:
             raise OSError(errno.EIO, f"damaged tree: {error!r}") from error
+
+    def _of_root(self, opcode: int, body: bytes) -> bytes:
+        """Answer for the folder above the tree, which holds it under the name :data:`TREE_NAME`."""
+        if opcode == GETATTR:
+            return _ATTR_HEAD.pack(_FOREVER_SECONDS, 0, 0) + self._attributes(-1, self._tree.inode(0))
+        if opcode == LOOKUP and body == TREE_NAME + b"\0":
+            return self._entry(0)
+        if opcode == STATFS:
+            return self._statfs(0, body)
+        raise OSError(errno.ENODATA if opcode == GETXATTR else errno.ENOENT, "")
 
     def _init(self, row: int, body: bytes) -> bytes:
         major, minor, readahead, flags = struct.unpack_from("<IIII", body)
@@ -124,12 +139,12 @@ class Answers:
         if stat.S_ISDIR(mode):
             size = _BLOCK
         return _ATTR.pack(
-            row + 1, size, (size + 511) // 512, seconds, seconds, seconds, fraction, fraction, fraction, mode,
-            inode.nlink, self._uids[inode.uid], self._gids[inode.gid], inode.rdev, _BLOCK, 0,
+            row + _FIRST_NODE, size, (size + 511) // 512, seconds, seconds, seconds, fraction, fraction, fraction,
+            mode, inode.nlink, self._uids[inode.uid], self._gids[inode.gid], inode.rdev, _BLOCK, 0,
         )  # fmt: skip
 
     def _entry(self, row: int) -> bytes:
-        head = _ENTRY.pack(row + 1, 0, _FOREVER_SECONDS, _FOREVER_SECONDS, 0, 0)
+        head = _ENTRY.pack(row + _FIRST_NODE, 0, _FOREVER_SECONDS, _FOREVER_SECONDS, 0, 0)
         return head + self._attributes(row, self._tree.inode(row))
 
     def _lookup(self, row: int, body: bytes) -> bytes:
@@ -227,7 +242,7 @@ class Answers:
             else:
                 name, inode, _ = tree.name(directory.begin + place - 2)
             kind = tree.inode(inode).mode >> 12
-            item = _DIRENT.pack(inode + 1, place + 1, len(name), kind) + name
+            item = _DIRENT.pack(inode + _FIRST_NODE, place + 1, len(name), kind) + name
             item += bytes(-len(item) % 8)
             if plus:
                 # An entry with node 0 counts as no lookup, as it must not for these two.
@@ -302,7 +317,7 @@ def resend(device: int) -> bool:
 
 
 def mount(device: int) -> int:
-    """Return a detached, read-only mount whose requests come out of ``device``.
+    """Return a detached, read-only mount whose requests come out of ``device``; the tree is at ``TREE_NAME`` in it.
 
     Raises:
         UnsupportedHost: no FUSE, or none for this user.
@@ -319,3 +334,8 @@ def mount(device: int) -> int:
         context.flag("allow_other")
         context.flag("ro")
         return context.mount(LAYER_ATTRIBUTES)
+
+
+def open_tree_root(mount_fd: int) -> int:
+    """Return a descriptor of the tree's root in a mount of :func:`mount` that is served."""
+    return os.open(TREE_NAME, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)

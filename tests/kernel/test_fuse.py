@@ -205,8 +205,8 @@ def _answers(tmp_path: Path, kind: type[fuse.Answers] = fuse.Answers) -> fuse.An
 def test_a_stub_without_an_overlay_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     target = tmp_path / "m"
     target.mkdir()
-    with Keeper(_answers(tmp_path)) as keeper, mounts.closing(keeper.mount()) as fd:
-        mounts.attach(fd, target)
+    with Keeper(_answers(tmp_path)) as keeper:
+        attach(keeper, target)
     try:
         assert (target / "stub").stat().st_size == 5000
         assert (target / "none").read_bytes() == b""
@@ -218,6 +218,11 @@ def test_a_stub_without_an_overlay_is_an_error_and_never_zeros(tmp_path: Path) -
     finally:
         subprocess.run(["umount", target], check=True)
     _gone(keeper.pid)
+
+
+def attach(keeper: Keeper, target: Path) -> None:
+    with mounts.closing(keeper.mount()) as root, mounts.closing(mounts.clone(root)) as fd:
+        mounts.attach(fd, target)
 
 
 def _gone(pid: int) -> None:
@@ -244,8 +249,8 @@ def test_what_a_killed_worker_had_taken_is_answered_by_the_next(tmp_path: Path) 
     target, note = tmp_path / "m", tmp_path / "note"
     target.mkdir()
     _Stuck.note = note
-    with Keeper(_answers(tmp_path, _Stuck)) as keeper, mounts.closing(keeper.mount()) as fd:
-        mounts.attach(fd, target)
+    with Keeper(_answers(tmp_path, _Stuck)) as keeper:
+        attach(keeper, target)
     sizes: list[int] = []
     asker = threading.Thread(target=lambda: sizes.append((target / "slow").stat().st_size), daemon=True)
     try:
