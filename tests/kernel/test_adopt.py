@@ -617,9 +617,8 @@ def test_the_commands(tmp_path: Path) -> None:
     ).stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["upper", "work"]
     assert "mount -t overlay" in out
-    assert "exists" in layerkit_command(
-        "adopt", ref, tmp_path / "out", "--uid-map", MAP[0], *store, code=2
-    ).stderr or (os.listdir(tmp_path / "out"))
+    again = layerkit_command("adopt", ref, tmp_path / "out", "--uid-map", MAP[0], *store, code=2).stderr
+    assert "the folder is not empty" in again
     assert "write nothing" in layerkit_command("adopt", ref, tmp_path / "new", *store, code=2).stderr
     assert not (tmp_path / "new").exists()
     bad = layerkit_command("mount", ref, target, "--stacking", "sideways", *store, code=2).stderr
@@ -642,3 +641,40 @@ def test_a_layer_that_is_being_unpacked_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(NotFound, match="is being unpacked"):
         find_unpacked(f"containers-storage:[overlay@{tmp_path}]app")
+
+
+def test_a_store_with_a_mount_program_shows_what_one_without_shows(
+    podman_store: tuple[Path, Path], tiny_image: Path, store: Path, tmp_path: Path
+) -> None:
+    """containers/storage itself writes .wh. files there, and says so in .has-mount-program."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    root, runroot = tmp_path / "root", Path(tempfile.mkdtemp(prefix="lk-adopt-"))
+    place = f"[overlay@{root}+{runroot}:overlay.mount_program={program}]"
+    try:
+        run(
+            "skopeo",
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            f"oci:{tiny_image}:latest",
+            f"containers-storage:{place}tiny",
+        )
+        unpacked = find_unpacked(f"containers-storage:[overlay@{root}]tiny")
+        assert [folder.marks for folder in unpacked.folders] == [Marks.AUFS] * len(unpacked.folders)
+        assert any(
+            name.startswith(".wh.") for f in unpacked.folders for _, _, names in os.walk(f.path) for name in names
+        )
+        native = find_unpacked(f"containers-storage:[overlay@{podman_store[0]}]tiny")
+        with judged(native.folders, tmp_path / "judge") as shown:
+            want = snapshot(shown)
+        with adopted(unpacked, store, tmp_path / "m"):
+            left = differences(snapshot(tmp_path / "m"), want)
+        # Folders that no layer sets a time for have that of the unpacking.
+        assert [line for line in left if " mtime_ns: " not in line] == []
+        folders = {path for path, one in want.items() if stat.S_ISDIR(one.mode)}
+        assert {line.partition(" mtime_ns")[0] for line in left} <= {repr(path) for path in folders}
+    finally:
+        subprocess.run(["umount", "--lazy", root / "overlay"], capture_output=True)
+        shutil.rmtree(runroot, ignore_errors=True)
