@@ -11,6 +11,7 @@ it (buildkit's attestations).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
 from layerkit.model.reports import Report
-from layerkit.pack import blob_chunks, copy_image
+from layerkit.pack import copy_image, put_blobs
 from layerkit.ports import ImageSink, ImageSource, Progress
 
 
@@ -135,14 +136,19 @@ class _Copy:
         self.indexes: list[Digest] = []
         self.attached: list[Digest] = []
         self.blobs = self.bytes = 0
+        self.parallel = getattr(sink, "parallel", 1)
+        self._lock = threading.Lock()
         self.has_blob = sink.has_blob
         self.put_manifest = sink.put_manifest
         self.commit, self.abort = sink.commit, sink.abort
 
     def put_blob(self, descriptor: Descriptor, chunks: object) -> None:
         self._sink.put_blob(descriptor, chunks)  # type: ignore[arg-type]
-        self.blobs += 1
-        self.bytes += descriptor.size
+        if descriptor.digest in getattr(self._sink, "mounted", ()):
+            return  # no byte of it was read or sent
+        with self._lock:
+            self.blobs += 1
+            self.bytes += descriptor.size
 
     def all_platforms(self, source: LayoutLike, dst_name: str) -> tuple[str, Descriptor]:
         """Copy what the reference names whole; return its name and descriptor."""
@@ -176,13 +182,15 @@ class _Copy:
             manifest = oci.parse_manifest(data, what, media_type=entry.media_type, limits=self._limits)
             if manifest.config.media_type in (oci.CONFIG, oci.DOCKER_CONFIG):
                 self.images.append(entry.digest)
+        blobs = []
         for part in oci.references(data, entry.media_type, what, limits=self._limits):
             if is_index and part.media_type in oci.INDEX_TYPES | oci.MANIFEST_TYPES:
                 below = self._below(source, part, depth + 1)
                 if not self._sink.has_blob(part.digest):
                     self.put_blob(part, [below])
-            elif not self._sink.has_blob(part.digest):
-                self.put_blob(part, blob_chunks(source, part, self._progress))
+            else:
+                blobs.append(part)
+        put_blobs(source, self, blobs, self._progress)
         return data
 
     def attached_to(self, source: LayoutLike) -> None:

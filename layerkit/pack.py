@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from layerkit.errors import Cancelled
 from layerkit.formats import oci
 from layerkit.formats.compress import Compression
 from layerkit.formats.compressor import ZSTD_LEVEL, all_cores, compress, compressor
@@ -48,12 +51,49 @@ def copy_image(
     Raises:
         InvalidImage: a blob is missing or not what its descriptor promises.
     """
-    for layer in image.layers:
-        if not sink.has_blob(layer.descriptor.digest):
-            sink.put_blob(layer.descriptor, blob_chunks(source, layer.descriptor, progress))
+    put_blobs(source, sink, [layer.descriptor for layer in image.layers], progress)
     if not sink.has_blob(image.config_descriptor.digest):
         sink.put_blob(image.config_descriptor, [image.config])
     sink.put_manifest(image.descriptor, image.manifest, name)
+
+
+def put_blobs(
+    source: ImageSource, sink: ImageSink, blobs: Sequence[Descriptor], progress: Progress | None = None
+) -> None:
+    """Copy those of ``blobs`` that ``sink`` has not, several at once where it says that it takes them so.
+
+    Raises:
+        InvalidImage: a blob is missing or not what its descriptor promises; the others are given up.
+    """
+    missing = [blob for blob in {blob.digest: blob for blob in blobs}.values() if not sink.has_blob(blob.digest)]
+    workers = min(getattr(sink, "parallel", 1), len(missing))
+    if workers <= 1:
+        for blob in missing:
+            sink.put_blob(blob, blob_chunks(source, blob, progress))
+        return
+    stop = threading.Event()
+
+    def step(what: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise Cancelled("another blob could not be copied")
+        if progress is not None:
+            progress(what, done, total)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="layerkit-copy") as pool:
+        futures = [pool.submit(sink.put_blob, blob, blob_chunks(source, blob, step)) for blob in missing]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if any(future.done() and future.exception() for future in futures) or not all(
+                f.done() for f in futures
+            ):
+                stop.set()
+            for future in futures:
+                future.cancel()
+        errors = [error for f in futures if f.done() and not f.cancelled() and (error := f.exception()) is not None]
+        # The others end with Cancelled because of the first.
+        for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
+            raise error
 
 
 class Chunks:
@@ -258,6 +298,6 @@ def put_image(
 
 
 __all__ = [
-    "COMPRESSOR_KEY", "Chunks", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_image", "rewrite_image",
-    "write_layer",
+    "COMPRESSOR_KEY", "Chunks", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_blobs",
+    "put_image", "rewrite_image", "write_layer",
 ]  # fmt: skip

@@ -296,7 +296,14 @@ def attach_sink(
         # Where the image is already, its tag stays as it is.
         tag, digest = (parsed.name, parsed.digest) if dst is not None else ("", image.descriptor.digest)
         sink = registries.open_sink(
-            parsed.path, tag, digest, options=settings.registry, near=source, limits=limits, mount_from=mount_from
+            parsed.path,
+            tag,
+            digest,
+            options=settings.registry,
+            near=source,
+            limits=limits,
+            mount_from=mount_from,
+            attach_only=dst is None,
         )
         return sink, parsed.name
     return reference.open_sink(parsed, limits=limits), parsed.name

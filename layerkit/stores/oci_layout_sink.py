@@ -33,7 +33,13 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class LayoutSink:
-    """An :class:`~layerkit.ports.ImageSink` for a layout folder; aborts at the end of a ``with`` block."""
+    """An :class:`~layerkit.ports.ImageSink` for a layout folder; aborts at the end of a ``with`` block.
+
+    Attributes:
+        parallel: how many blobs may be put at once.
+    """
+
+    parallel = 4
 
     def __init__(self, path: str, *, limits: Limits = DEFAULT) -> None:
         """Prepare to write into the folder ``path``, which is made where it is absent.

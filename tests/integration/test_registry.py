@@ -113,6 +113,17 @@ def test_manifests_stay_byte_for_byte(
     assert manifest_of(registry.ref("same/c:v1")) == raw
 
 
+def test_an_image_without_a_name_gets_the_tag(registry: Registry, cli: Cli, tmp_path: Path) -> None:
+    from image_kit import Layout, tar
+
+    layout = Layout()
+    layout.list(layout.image(tar(("a", b"a"))))
+    layout.folder(tmp_path / "in")
+    for target in ("nameless/a", "nameless/b:v1"):
+        cli.run("copy", f"oci:{tmp_path}/in", registry.ref(target))
+        skopeo("inspect", "--tls-verify=false", registry.ref(target))
+
+
 def test_podman_pulls_before_and_after(
     registry: Registry, cli: Cli, tiny_archive: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

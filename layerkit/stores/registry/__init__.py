@@ -44,6 +44,7 @@ def open_sink(
     options: RegistryOptions | None = None,
     near: ImageSource | None = None,
     mount_from: Sequence[str] = (),
+    attach_only: bool = False,
     limits: Limits = DEFAULT,
 ) -> RegistrySink:
     """Return where the image ``path`` (``[HOST/]NAME``) goes, with a client of its own.
@@ -55,6 +56,7 @@ def open_sink(
         options: None takes those of the environment.
         near: where blobs will come from; if it is this registry, they are mounted and not sent.
         mount_from: further repositories of this registry that may have blobs.
+        attach_only: the image is there, and all that is put is attached to it.
         limits: bounds.
 
     Raises:
@@ -70,7 +72,9 @@ def open_sink(
     neighbours = list(mount_from)
     if isinstance(near, RegistrySource) and near.ref.host == ref.host:
         neighbours.append(near.ref.repository)
-    return RegistrySink(client.repository(ref), ref, mount_from=neighbours, limits=limits, owned=client)
+    return RegistrySink(
+        client.repository(ref), ref, mount_from=neighbours, attach_only=attach_only, limits=limits, owned=client
+    )
 
 
 __all__ = ["open_sink", "open_source"]

@@ -27,7 +27,11 @@ class RegistrySink:
 
     Attributes:
         repository: where it all goes.
+        parallel: how many blobs may be put at once.
+        mounted: blobs that the registry took from another repository of its own.
     """
+
+    parallel = 4
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class RegistrySink:
         ref: RegistryRef,
         *,
         mount_from: Sequence[str] = (),
+        attach_only: bool = False,
         limits: Limits = DEFAULT,
         owned: RegistryClient | None = None,
     ) -> None:
@@ -44,6 +49,7 @@ class RegistrySink:
             repository: of ``ref``.
             ref: with a digest, the image must have it, and gets no tag.
             mount_from: repositories of the same registry that may have the blobs.
+            attach_only: the image is there; all that is put is attached to it and gets no tag.
             limits: bounds on manifests.
             owned: closed with this.
         """
@@ -51,8 +57,10 @@ class RegistrySink:
         self._limits, self._owned = limits, owned
         self._tag = "" if ref.digest is not None and not ref.tag else ref.tag or "latest"
         self._there: set[Digest] = set()
+        self.mounted: set[Digest] = set()
         self._staged: dict[Digest, tuple[Descriptor, bytes]] = {}
         self._tags: dict[str, Digest] = {}
+        self._named = attach_only
         self._open = True
 
     def has_blob(self, digest: Digest) -> bool:
@@ -69,15 +77,17 @@ class RegistrySink:
         if descriptor.media_type in _MANIFESTS:
             self._stage(descriptor, b"".join(bytes(piece) for piece in chunks))
             return
-        self.repository.put_blob(descriptor, chunks, mount_from=self._mount_from)
+        if self.repository.put_blob(descriptor, chunks, mount_from=self._mount_from):
+            self.mounted.add(descriptor.digest)
         self._there.add(descriptor.digest)
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
         """Keep a manifest for the commit; see :class:`~layerkit.ports.ImageSink`.
 
         The reference says which tag the image gets, whatever its ``name`` was where it comes from; only names
-        that attach something by a digest are tags as they are. The fallback tag of referrers is not taken
-        over: the registry, or the client, keeps that list.
+        that attach something by a digest are tags as they are. Without a name, the first is the image, and what
+        follows is attached to it. The fallback tag of referrers is not taken over: the registry, or the client,
+        keeps that list.
         """
         attached = _ATTACHED.fullmatch(name)
         if attached is not None and not attached[1]:
@@ -85,7 +95,8 @@ class RegistrySink:
         self._stage(descriptor, data)
         if attached is not None:
             self._tags[name] = descriptor.digest
-        elif name:
+        elif name or not self._named:
+            self._named = True
             if self._ref.digest is not None and descriptor.digest != self._ref.digest:
                 raise UsageError(
                     f"docker://{self._ref}: the image to write has the digest {descriptor.digest}; name it by a tag"
