@@ -106,9 +106,9 @@ def _deflated(room: memoryview, start: int, end: int, level: int, *, last: bool)
 
 
 def _stream(level: int, window: memoryview) -> Any:
-    known = {"zdict": window} if window else {}
+    known: dict[str, Any] = {"zdict": window} if window else {}
     if level <= _ISAL_LEVELS:
-        return isal_zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, **cast("dict[str, Any]", known))
+        return isal_zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, **known)
     from zlib_ng import zlib_ng
 
     return zlib_ng.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, _MEMORY_LEVEL, **known)
