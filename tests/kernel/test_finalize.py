@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fuse_counter import counting_mount
+from overlays import overlay, wait_gone
 from support import need_root
 from treecompare import Shown, differences, snapshot
 
@@ -32,18 +33,6 @@ COUNT = 20_000
 @pytest.fixture
 def as_root() -> None:
     need_root()
-
-
-@contextmanager
-def overlay(target: Path, **options: str) -> Iterator[Path]:
-    """Mount an overlay by mount(8); ``lowerdir`` and the rest as the kernel has them."""
-    target.mkdir(exist_ok=True)
-    text = ",".join(f"{key}={value}" if value else key for key, value in options.items())
-    subprocess.run(["mount", "-t", "overlay", "-o", text, "overlay", target], check=True, capture_output=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", target], check=True)
 
 
 class Case:
@@ -169,6 +158,7 @@ def test_the_upper_of_a_writable_mount_of_ours(tiny_image: Path, tmp_path: Path)
         with image.mount(tmp_path / "m", mapping, upper=upper, rendering="directory", own_meta=True):
             subprocess.run(["sh", "-ec", "chown -R 4242 usr; echo new > made"], cwd=tmp_path / "m", check=True)
             before = snapshot(tmp_path / "m")
+    wait_gone(tmp_path / "m")
     (meta,) = (tmp_path / "store/meta").glob("*/root")
     objects = tmp_path / "store/objects"
     report = fz.finalize(upper, f"{meta}::{objects}", keep_root_whiteouts=False)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from overlays import overlay
 from support import need_root
 from treecompare import Shown, differences, snapshot
 
@@ -27,17 +28,6 @@ ORIGIN, IMPURE = "trusted.overlay.origin", "trusted.overlay.impure"
 @pytest.fixture(autouse=True)
 def as_root() -> None:
     need_root()
-
-
-@contextmanager
-def overlay(target: Path, **options: object) -> Iterator[Path]:
-    target.mkdir(exist_ok=True)
-    text = ",".join(f"{key}={value}" if value != "" else key for key, value in options.items())
-    subprocess.run(["mount", "-t", "overlay", "-o", text, "overlay", target], check=True, capture_output=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", target], check=True)
 
 
 class Layers:
