@@ -94,7 +94,7 @@ def examine(store: Path, *, upper: Path | None = None) -> Report:
         idmapped_why=_idmapped_why(features, idmapped),
         copy_up_clone=clone,
         copy_up_why=clone_why,
-        runtimes=examine_runtimes(),
+        runtimes=examine_runtimes(store),
     )
 
 

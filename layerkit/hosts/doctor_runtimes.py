@@ -56,15 +56,15 @@ class Runtime:
         return asdict(self)
 
 
-def examine_runtimes() -> tuple[Runtime, ...]:
-    """Return what is best for each runtime that this host has or could have."""
+def examine_runtimes(store: Path) -> tuple[Runtime, ...]:
+    """Return what is best for each runtime that this host has or could have; ``store`` is for bundles."""
     places = _Places()
     return (
         _podman_rootful(places),
         _podman_rootless(places),
         _containerd(places),
         _docker(places),
-        *(_bundle(places, name) for name in ("runc", "crun")),
+        *(_bundle(places, name, store) for name in ("runc", "crun")),
     )
 
 
@@ -185,9 +185,7 @@ def _docker(places: _Places) -> Runtime:
     return _runtime(places, "docker", version, Path("/var/lib/docker"), judge)
 
 
-def _bundle(places: _Places, name: str) -> Runtime:
-    from layerkit.opened import default_store
-
+def _bundle(places: _Places, name: str, store: Path) -> Runtime:
     def judge(features: Features) -> tuple[str, str, str]:
         if features.privileged and features.store_idmap:
             return (
@@ -207,7 +205,7 @@ def _bundle(places: _Places, name: str) -> Runtime:
             "layerkit bundle IMAGE DIR --uid-map C:H:N",
         )
 
-    return _runtime(places, f"{name}, bundles", version_of(name), default_store(), judge)
+    return _runtime(places, f"{name}, bundles", version_of(name), store, judge)
 
 
 def _if_mountable(mountable: bool, why: str, how: str) -> tuple[str, str, str]:

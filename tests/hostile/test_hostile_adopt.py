@@ -167,10 +167,23 @@ def test_dockers_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         return f"docker-storage:[{tmp_path}]app"
 
     table = {"Repositories": {"app": {"app:latest": f"sha256:{image}"}}}
-    for config in ({}, [], {"rootfs": 7}, {"rootfs": {"diff_ids": ["../../x"]}}, {"rootfs": {"diff_ids": 7}}):
+    configs: list[object] = [
+        {},
+        [],
+        {"rootfs": 7},
+        {"rootfs": {"diff_ids": ["../../x"]}},
+        {"rootfs": {"diff_ids": 7}},
+    ]
+    for config in configs:
         with pytest.raises(InvalidImage):
             find_unpacked(asked(config, table))
-    for odd in ({}, [], {"Repositories": 7}, {"Repositories": {"app": {"app:latest": "sha256:../../x"}}}):
+    tables: list[object] = [
+        {},
+        [],
+        {"Repositories": 7},
+        {"Repositories": {"app": {"app:latest": "sha256:../../x"}}},
+    ]
+    for odd in tables:
         with pytest.raises(LayerkitError):
             find_unpacked(asked({"rootfs": {"diff_ids": []}}, odd))
     diff_id = "sha256:" + "c" * 64
