@@ -259,6 +259,28 @@ def test_indexes_are_published_where_that_is_wanted(site: Site, tmp_path: Path) 
     assert kinds == ["application/vnd.layerkit.index.v1", REMAP, REMAP]
 
 
+def test_statements_are_signed_and_a_node_can_ask_for_them(site: Site, tmp_path: Path) -> None:
+    from support import need_tool
+
+    need_tool("openssl")
+    key, public = tmp_path / "sign.key", tmp_path / "sign.pub"
+    curve = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run(["openssl", "genpkey", *curve, "-out", key], check=True, capture_output=True)
+    subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    with hook_process(site.config(MAP_A, more=f'sign_key = "{key}"'), log=tmp_path / "log") as (_, url):
+        pushed = push(site.registry.host, 3)
+        wait_for(lambda: settled(url, 1))
+        jobs = json.loads(call(f"{url}/v1/jobs?state=done", headers=BEARER)[2])["jobs"]
+    ref = site.registry.ref(f"{pushed.name}:v1")
+    words = [ref, "--uid-map", MAP_A, "--tls-verify=false", "--store", str(tmp_path / "node"), "--json"]
+    pulled = json.loads(run(0, "pull", *words, "--key", str(public)).stdout)
+    assert pulled["published"] == jobs[0]["report"]["artifact"]
+    assert pulled["signed"] is True and pulled["refused"] == []
+    assert "agrees with the image" in run(0, "verify", ref, "--tls-verify=false").stdout
+    broken = site.config(MAP_A, more=f'sign_key = "{tmp_path / "absent"}"')
+    assert "absent" in run(2, "hook", "serve", "--config", str(broken)).stderr
+
+
 @pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])
 def test_both_signals_drain(site: Site, tmp_path: Path, each: signal.Signals) -> None:
     """A job that runs when the signal comes is finished, the exit code is 0, and its workers are gone."""

@@ -122,6 +122,8 @@ class Config:
         engine: ``processes``, ``threads`` or ``dask://HOST:PORT``.
         engine_tls: CA, certificate and key for ``dask+tls://HOST:PORT``.
         publish_indexes: also attach the indexes of its layers to each image.
+        statements: also attach a statement (in-toto) to each artifact, of what it was made from.
+        sign_key: private key to sign these statements with; implies ``statements``.
         drain_seconds: what a stopping service waits for running jobs.
         keep_days: how long a finished job is known.
         hold_seconds: how long the proxy holds a manifest.
@@ -142,6 +144,8 @@ class Config:
     engine: str = "processes"
     engine_tls: tuple[Path, Path, Path] | None = None
     publish_indexes: bool = False
+    statements: bool = False
+    sign_key: Path | None = None
     drain_seconds: float = 30.0
     keep_days: float = 90.0
     hold_seconds: float = 20.0
@@ -212,6 +216,8 @@ def parse(values: Mapping[str, object], where: str, base: Path) -> Config:
         engine=top.get("engine", str, "processes"),
         engine_tls=_engine_tls(top.table(top.get("engine_tls", dict, {}), "[engine_tls]")),
         publish_indexes=top.get("publish_indexes", bool, False),
+        statements=top.get("statements", bool, False),
+        sign_key=top.path("sign_key"),
         drain_seconds=top.seconds("drain_seconds", 30.0),
         keep_days=top.seconds("keep_days", 90.0),
         hold_seconds=top.seconds("hold_seconds", 20.0),

@@ -22,7 +22,7 @@ from layerkit.services.hook.http import Service, make_app
 from layerkit.services.hook.intake import Intake
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import execute, resolve
+from layerkit.services.hook.tasks import execute, resolve, signer_of
 from layerkit.services.hook.worker import QueueWorker, access_to
 
 _log = logging.getLogger("layerkit.hook")
@@ -34,7 +34,13 @@ def resolve_at(registry: Registry, repository: str, tag: str) -> Digest:
 
 
 def make_worker(config: Config, queue: Queue, metrics: Metrics) -> QueueWorker:
-    """Return a worker that does the jobs of ``queue`` with the configured engine."""
+    """Return a worker that does the jobs of ``queue`` with the configured engine.
+
+    Raises:
+        UsageError: the key for statements cannot be used.
+    """
+    if config.sign_key is not None:
+        signer_of(config.sign_key)  # a wrong key is found out now, and not by every job
     executor: Callable[[], Executor] = partial(open_executor, config.engine, config.workers, tls=config.engine_tls)
     return QueueWorker(config, queue, executor, execute, metrics)
 

@@ -31,6 +31,7 @@ from layerkit.services.hook.jobs import Outcome
 
 if TYPE_CHECKING:
     from layerkit.attach import Made
+    from layerkit.formats.intoto import Attestation, Signer
     from layerkit.model.index import Index
     from layerkit.stores.local import LocalStore
     from layerkit.stores.registry.client import RegistryClient, Repository
@@ -66,6 +67,8 @@ class Task:
         platforms: of an index, those to remap; empty takes all of linux.
         again: make it anew even where the registry has it.
         indexes: also publish the indexes of the layers, where there are none.
+        statement: also attach a statement to the artifact.
+        sign_key: signs that statement; None leaves it unsigned.
     """
 
     digest: Digest
@@ -77,6 +80,8 @@ class Task:
     platforms: tuple[str, ...] = ()
     again: bool = False
     indexes: bool = False
+    statement: bool = False
+    sign_key: Path | None = None
 
 
 def execute(task: Task) -> Outcome:
@@ -143,9 +148,9 @@ def _remap(
         ) as result:  # fmt: skip
             for at, sink in enumerate(sinks):
                 near = [each.repository for each in sinks[:at] if each.host == sink.host]
-                _publish(result, sink, near)
+                _publish(result, sink, near, _statement(task, image, result, sink) if task.statement else None)
                 if task.indexes:
-                    _publish_indexes(image, indexes, sink, near, limits)
+                    _publish_indexes(image, indexes, sink, near)
             return {
                 "artifact": str(result.descriptor.digest),
                 "meta_bytes": result.blob.size,
@@ -159,29 +164,57 @@ def _remap(
             }
 
 
-def _publish(result: Made, sink: Repository, near: Sequence[str]) -> None:
+def _publish(result: Made, sink: Repository, near: Sequence[str], said: Attestation | None) -> None:
     """Bring an artifact into a repository: blobs first, the manifest last, so that what is visible is whole."""
     if sink.blob_size(oci.EMPTY_DESCRIPTOR.digest) is None:
         sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON], mount_from=near)
     if sink.blob_size(result.blob.digest) is None:
         sink.put_blob(result.blob, _Chunks(result), mount_from=near)
+    # A statement may come before what it is about (distribution-spec, "Pushing Manifests with Subject"): then
+    # nobody sees the artifact without it.
+    if said is not None and not sink.referrers(result.descriptor.digest, said.descriptor.artifact_type):
+        sink.put_blob(said.blob, [said.data])
+        sink.put_manifest(said.manifest, said.descriptor.media_type)
     sink.put_manifest(result.manifest, result.descriptor.media_type)
 
 
-def _publish_indexes(
-    image: Image, indexes: Sequence[Index], sink: Repository, near: Sequence[str], limits: Limits
-) -> None:
-    """Attach the indexes of an image's layers to it, so that others need not read them either."""
-    from layerkit.formats.index_artifact import ARTIFACT_TYPE
-    from layerkit.published import publish_indexes
-    from layerkit.stores.registry.names import RegistryRef
-    from layerkit.stores.registry.sink import RegistrySink
+def _statement(task: Task, image: Image, result: Made, sink: Repository) -> Attestation:
+    from importlib.metadata import version
 
-    if sink.referrers(image.descriptor.digest, ARTIFACT_TYPE):
+    from layerkit.formats import intoto
+
+    found = artifact.parse(result.manifest, f"artifact {result.descriptor.digest}")
+    where = f"docker://{sink.name}@{image.descriptor.digest}"
+    payload = intoto.statement(image, where, result.descriptor, found, version("layerkit"))
+    return intoto.attestation(payload, result.descriptor, signer_of(task.sign_key) if task.sign_key else None)
+
+
+@cache
+def signer_of(key: Path) -> Signer:
+    """Return what signs with the private key in the file ``key``; read once in each process.
+
+    Raises:
+        UsageError: no key that can be used.
+    """
+    from layerkit.stores.keys import FileSigner
+
+    return FileSigner(key)
+
+
+def _publish_indexes(image: Image, indexes: Sequence[Index], sink: Repository, near: Sequence[str]) -> None:
+    """Attach the indexes of an image's layers to it, so that others need not read them either."""
+    from layerkit.formats import index_artifact
+
+    if sink.referrers(image.descriptor.digest, index_artifact.ARTIFACT_TYPE):
         return
-    ref = RegistryRef(sink.host, sink.repository, digest=image.descriptor.digest)
-    out = RegistrySink(sink, ref, mount_from=near, limits=limits)
-    publish_indexes(image, indexes, out, name=str(ref), layers_read=0)
+    blobs = []
+    for place, index in enumerate(indexes):
+        blob, data = index_artifact.encode(index, indexes[:place])
+        blobs.append(blob)
+        if sink.blob_size(blob.digest) is None:
+            sink.put_blob(blob, [data], mount_from=near)
+    manifest, descriptor = index_artifact.build(image, blobs)
+    sink.put_manifest(manifest, descriptor.media_type)
 
 
 class _Chunks:
@@ -338,4 +371,7 @@ def _cost(task: Task, limits: Limits, before: dict[str, int]) -> dict[str, objec
     return {name: value - before[name] for name, value in _traffic(task, limits).items()}
 
 
-__all__ = ["Access", "Task", "all_tags", "execute", "has_artifact", "no_image", "resolve", "upstream", "wanted"]
+__all__ = [
+    "Access", "Task", "all_tags", "execute", "has_artifact", "no_image", "resolve", "signer_of", "upstream",
+    "wanted",
+]  # fmt: skip

@@ -162,6 +162,7 @@ class QueueWorker:
         return Task(
             claim.key.digest, claim.key.mapping, options["rendering"], options["namespace"], tuple(targets),
             self._config.store, self._config.platforms, claim.anew, self._config.publish_indexes,
+            self._config.statements or self._config.sign_key is not None, self._config.sign_key,
         )  # fmt: skip
 
     def _collect(self, seconds: float) -> None:
