@@ -469,6 +469,67 @@ def test_no_secret_in_errors_or_logs(
     assert "layerkit.registry" in caplog.text
 
 
+def test_no_token_in_errors_or_logs(
+    fake: Fake, make: Callable[..., RegistryClient], caplog: pytest.LogCaptureFixture
+) -> None:
+    token = "sentinel-token-77c1"
+
+    def echo(handler: Handler) -> bool:
+        given = handler.headers.get("Authorization", "")
+        if handler.path.startswith("/token"):
+            handler.reply(200, json.dumps({"token": token}).encode(), Content_Type="application/json")
+        elif token in given:
+            handler.error(403, "DENIED", f"the token {token} is {given}")
+        else:
+            realm = f'Bearer realm="http://{fake.host}/token",service="{PASSWORD}"'
+            handler.error(401, "UNAUTHORIZED", WWW_Authenticate=realm)
+        return True
+
+    fake.before = echo
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(RegistryError, match="denies") as caught:
+        make(fake.host).repository(f"{fake.host}/team/app").manifest("v1")
+    for text in (str(caught.value), caplog.text):
+        assert token not in text and PASSWORD not in text
+    assert fake.count("GET", "/token") == 1
+
+
+def test_a_registry_that_asks_to_wait_for_hours(fake: Fake, tmp_path: Path) -> None:
+    waits: list[float] = []
+    (tmp_path / "auth.json").write_text("{}")
+    options = RegistryOptions(authfile=tmp_path / "auth.json", tls_verify=False, retry=Retry(3, 0.5, 7.0))
+    with fault_proxy(fake.host) as proxy, RegistryClient(options, sleep=waits.append) as client:
+        proxy.add(
+            Fault("POST", status=429, headers={"Retry-After": "100000"}),
+            Fault("POST", status=503, headers={"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"}),
+        )
+        client.repository(f"{proxy.host}/team/app").put_blob(descriptor(b"x"), [b"x"])
+    assert waits == [7.0, 7.0]
+
+
+def test_a_certificate_that_is_not_trusted_is_not_asked_twice(tmp_path: Path) -> None:
+    import ssl
+    from http.server import ThreadingHTTPServer
+
+    from registry_server import certificate
+
+    cert, key = certificate(tmp_path, "localhost")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"fake": Fake()}))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    waits: list[float] = []
+    try:
+        with RegistryClient(RegistryOptions(), sleep=waits.append) as client:
+            with pytest.raises(RegistryError, match="--tls-verify=false") as caught:
+                client.repository(f"localhost:{server.server_address[1]}/a/b").manifest("v1")
+        assert not waits and not caught.value.temporary
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_control_characters_of_a_registry_do_not_reach_the_terminal(fake: Fake, repo: Repository) -> None:
     def shout(handler: Handler) -> bool:
         handler.error(403, "DENIED", "\x1b[31mred\x07\n" + "x" * 5000)
