@@ -15,15 +15,38 @@ BEGIN = "# BEGIN layerkit setup containerd: take out with --undo"
 END = "# END layerkit setup containerd"
 
 
-def proxy_plugin(name: str, address: Path) -> str:
-    """Return the table of config.toml that lets containerd (1.6 and later) use the snapshotter as ``name``."""
+_TRANSFER = "io.containerd.transfer.v1.local"
+_CONFIG_OF_2 = 3
+"""Version of config.toml from containerd 2.0 on; it reads older ones too."""
+
+
+def proxy_plugin(name: str, address: Path, *, unpack: bool = False) -> str:
+    """Return the tables of config.toml that let containerd (1.6 and later) use the snapshotter as ``name``.
+
+    Args:
+        name: what containerd is to call it.
+        address: its socket.
+        unpack: let the daemon itself unpack with it, as "ctr images pull" and "import" of 2.x ask it to. The list
+            stands for the default one, so overlayfs is in it too; and the differ is named, since 2.1 may else take
+            the one for EROFS, which unpacks for no other snapshotter.
+    """
+    more = "".join(
+        f"""
+[[plugins.{json.dumps(_TRANSFER)}.unpack_config]]
+  platform = "linux"
+  snapshotter = {json.dumps(each)}
+  differ = "walking"
+"""
+        for each in ("overlayfs", name)
+        if unpack
+    )
     return f"""{BEGIN}
 [proxy_plugins.{json.dumps(name)}]
   type = "snapshot"
   address = {json.dumps(str(address))}
   # From 1.7 on: without it containerd chowns a copy of the image for each id map. 1.6 does not read it.
   capabilities = ["remap-ids"]
-{END}
+{more}{END}
 """
 
 
@@ -77,8 +100,15 @@ def add(path: Path, name: str, address: Path) -> Change:
     disabled = settings.get("disabled_plugins", [])
     if isinstance(disabled, list) and any("grpc.v1.cri" in str(each) for each in disabled):
         notes.append(f"{path}: the CRI plugin is switched off there, so Kubernetes cannot use this containerd")
+    of_2 = settings.get("version") == _CONFIG_OF_2
+    unpack = of_2 and "unpack_config" not in settings.get("plugins", {}).get(_TRANSFER, {})
+    if not unpack:
+        notes.append(
+            f'containerd 2.x: "ctr images pull --snapshotter {name}" also needs an unpack_config of the plugin '
+            f"{_TRANSFER} in {path}, see docs/containerd.md"
+        )
     text = old if old.strip() else "version = 2\n"
-    new = text.rstrip("\n") + "\n\n" + proxy_plugin(name, address)
+    new = text.rstrip("\n") + "\n\n" + proxy_plugin(name, address, unpack=unpack)
     _parse(new, path)
     return Change(path, new, tuple(notes))
 

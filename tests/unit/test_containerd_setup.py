@@ -60,6 +60,16 @@ def test_a_new_file_goes_with_undo(flags: list[object], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_containerd_2_unpacks_in_its_daemon(flags: list[object], tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("version = 3\n")
+    run(*flags)
+    [plugin] = tomllib.loads(config.read_text())["plugins"].values()
+    assert [each["snapshotter"] for each in plugin["unpack_config"]] == ["overlayfs", "layerkit"]
+    run(*flags, "--undo")
+    assert config.read_text() == "version = 3\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words", "said"),
     [
