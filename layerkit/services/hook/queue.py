@@ -9,22 +9,20 @@ changes nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import random
 import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from layerkit.errors import NotFound, StoreError
 from layerkit.model.digest import Digest
+from layerkit.services.hook.holders import Holders
 from layerkit.services.hook.jobs import ENDS, Claim, Key, Outcome, Policy, Target, Wish, after_wish
+from layerkit.services.hook.rows import Added, JobRow, Stats
 
 SCHEMA_VERSION = 1
 _BUSY_SECONDS = 60.0
@@ -48,48 +46,6 @@ CREATE TABLE targets (
     tag TEXT NOT NULL, todo INTEGER NOT NULL, PRIMARY KEY (job, registry, repository)
 ) WITHOUT ROWID;
 """
-
-
-class Added(NamedTuple):
-    """What became of a wish: the job's name and state, and whether it was unknown before."""
-
-    job: str
-    state: str
-    new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """A job for people: times are seconds since 1970, None where that has not happened."""
-
-    job: str
-    digest: str
-    mapping: str
-    options: str
-    state: str
-    attempts: int
-    losses: int
-    not_before: float
-    created: float
-    started: float | None
-    finished: float | None
-    why: str
-    report: dict[str, object]
-    targets: tuple[Target, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """The queue as a whole: jobs by state, the age of the oldest that waits (seconds), sums over all ends."""
-
-    states: dict[str, int]
-    oldest_seconds: float
-    totals: dict[str, int]
-
-    @property
-    def depth(self) -> int:
-        """Return how many jobs are waiting or running."""
-        return self.states.get("waiting", 0) + self.states.get("running", 0)
 
 
 class Queue:
@@ -117,9 +73,8 @@ class Queue:
         self.policy = policy or Policy()
         self._folder, self._clock, self._chance = folder, clock, chance
         self._guard = threading.RLock()
-        self._owner, self._owner_fd = "", -1
         with _disk(folder):
-            (folder / "owners").mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._holders = Holders(folder / "owners")
             self._db = sqlite3.connect(
                 folder / "queue.sqlite", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -141,10 +96,7 @@ class Queue:
         """Close the database, and end the leases of this process: another takes its jobs over at once."""
         with self._guard:
             self._db.close()
-            if self._owner_fd >= 0:
-                os.close(self._owner_fd)
-                (self._folder / "owners" / self._owner).unlink(missing_ok=True)
-                self._owner_fd = -1
+            self._holders.close()
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -237,8 +189,9 @@ class Queue:
         """
         if count < 1:
             return []
-        owner, now, claims = self._hold(), self._clock(), []
+        now, claims = self._clock(), []
         with self._write() as db:
+            owner = self._holders.me()
             marks = ",".join("?" * len(busy))
             rows = db.execute(
                 "SELECT id, digest, mapping, options, version, attempts, anew FROM jobs WHERE state = 'waiting'"
@@ -364,10 +317,11 @@ class Queue:
         that kills its worker each time is dead after ``policy.losses``.
         """
         now, freed = self._clock(), 0
-        for path in (self._folder / "owners").iterdir():
-            self._alive(path.name)  # clears away what the dead left
+        with self._guard, _disk(self._folder):
+            self._holders.sweep()
         rows = self._rows("SELECT id, owner, token, lease_until, losses FROM jobs WHERE state = 'running'")
-        alive = {owner: self._alive(str(owner)) for owner in {row[1] for row in rows}}
+        with self._guard, _disk(self._folder):
+            alive = {owner: self._holders.alive(str(owner)) for owner in {row[1] for row in rows}}
         lost = [row for row in rows if not alive[row[1]] or float(str(row[3])) < now]
         if not lost:
             return 0
@@ -389,37 +343,6 @@ class Queue:
                 f"the process that worked on it ended {losses} times", job,
             ),
         )  # fmt: skip
-
-    def _hold(self) -> str:
-        """Return this process's name as a holder; a lock that the kernel frees with the process stands for it."""
-        with self._guard, _disk(self._folder):
-            if self._owner_fd < 0:
-                self._owner = f"{os.getpid()}-{secrets.token_hex(8)}"
-                path = self._folder / "owners" / self._owner
-                # Locked before it has its name: whoever sees it unlocked may take its owner for dead.
-                fresh = self._folder / f"new-{self._owner}"
-                fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                fresh.rename(path)
-                self._owner_fd = fd
-            return self._owner
-
-    def _alive(self, owner: str) -> bool:
-        if owner == self._owner and self._owner_fd >= 0:
-            return True
-        path = self._folder / "owners" / owner
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        path.unlink(missing_ok=True)
-        return False
 
     # -- what there is
 
