@@ -97,6 +97,7 @@ def bundle(
     """
     from layerkit.kernel import userns
 
+    rootless = rootless or (remove and _is_rootless(Path(ref)))
     if rootless:
         from layerkit.hosts.rootless import enter
 
@@ -144,9 +145,19 @@ def bundle(
             ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
             ("process", f"{' '.join(result.args)} as {result.user}"),
             ("run it", f"runc run -b {result.folder} {name}"),
-            ("remove it", f"layerkit bundle {'--rootless ' if rootless else ''}--remove {result.folder}"),
+            ("remove it", f"layerkit bundle --remove {result.folder}"),
         ]
     )
+
+
+def _is_rootless(folder: Path) -> bool:
+    """Return whether a bundle holds files of subordinate ids; without what starts threads."""
+    import json
+
+    try:
+        return bool(json.loads((folder / "layerkit.json").read_bytes())["rootless"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _words(entrypoint: str | None) -> tuple[str, ...] | None:

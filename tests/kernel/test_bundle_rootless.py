@@ -96,7 +96,7 @@ def test_runc_runs_it_with_nothing_around(real: Path) -> None:
     # Metadata with many owners can be deleted by root of the user namespace only.
     gc = f"unshare --user --map-root-user --map-auto {sys.executable} -m layerkit.cli.main store gc"
     as_user(home, f"layerkit store rm real:latest; {gc}; runc --root run/runc run -b web w3")
-    as_user(home, f"layerkit bundle --rootless --remove web; layerkit bundle --rootless --remove other; {gc}")
+    as_user(home, f"layerkit bundle --rootless --remove web; layerkit bundle --remove other; {gc}")
     assert sorted(p.name for p in home.iterdir() if p.is_dir()) == [".local", "app", "run"]
     left = home / ".local/share/layerkit"
     assert not list((left / "meta").iterdir()) and not list((left / "objects").rglob("??????????*"))
