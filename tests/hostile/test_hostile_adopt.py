@@ -6,16 +6,19 @@ import json
 import os
 import random
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import need_root
 
-from layerkit.errors import InvalidImage, LayerkitError, NotFound
+from layerkit.errors import InvalidImage, LayerkitError, LossyResult, NotFound
 from layerkit.formats.bolt import Bolt, Bucket, _fnv1a, read_bolt
-from layerkit.hosts.adopt_index import index_layer_folder
+from layerkit.hosts.adopt_index import Marks, index_layer_folder
 from layerkit.hosts.adopt_sources import find_unpacked
 from layerkit.limits import Limits
+from layerkit.model.entry import Kind
 
 PAGE = 4096
 
@@ -224,3 +227,32 @@ def test_odd_names_links_and_depth(tmp_path: Path) -> None:
     assert set(names) <= set(paths)
     assert b"/".join([b"d"] * 300) in paths
     assert not any(path.startswith(b"out/") for path in paths)
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh..."])
+def test_deletions_of_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InvalidImage, match="a deletion of nothing"):
+        index_layer_folder(tmp_path, marks=Marks.AUFS)
+
+
+def test_a_name_that_is_deleted_twice_is_deleted_once(tmp_path: Path) -> None:
+    need_root()
+    os.mknod(tmp_path / "gone", 0o020000, 0)
+    (tmp_path / ".wh.gone").touch()
+    (tmp_path / ".wh.other").touch()
+    entries = list(index_layer_folder(tmp_path, marks=Marks.AUFS).index.entries())
+    assert [(e.path, e.kind) for e in entries] == [
+        (b"", Kind.DIR), (b"gone", Kind.WHITEOUT), (b"other", Kind.WHITEOUT),
+    ]  # fmt: skip
+
+
+def test_a_filesystem_in_a_layer_is_not_gone_into(tmp_path: Path) -> None:
+    need_root()
+    (tmp_path / "proc").mkdir()
+    subprocess.run(["mount", "-t", "proc", "proc", tmp_path / "proc"], check=True)
+    try:
+        with pytest.raises(LossyResult, match="proc: another filesystem"):
+            index_layer_folder(tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path / "proc"], check=True)

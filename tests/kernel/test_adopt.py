@@ -542,7 +542,8 @@ def test_a_kernel_without_the_new_mount_api_gets_the_classic_stacking(
     with monkeypatch.context() as old:
         _no_new_mount_api(old)
         with adopted(unpacked, store, tmp_path / "m", upper=tmp_path / "up") as report:
-            assert (report.stacking, report.how) == ("classic", "a META of its own, directory")
+            assert report.stacking == "classic"
+            assert report.how.startswith("a META of its own, directory")
             assert differences(snapshot(tmp_path / "m"), judged_app) == []
             (tmp_path / "m/new").touch()
         assert (tmp_path / "up/new").exists()
