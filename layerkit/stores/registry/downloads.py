@@ -42,22 +42,26 @@ class RemoteBlob:
         transport.traffic.add(blobs_read=1)
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill ``buffer`` from its start; return the bytes written, 0 at the end."""
-        if not len(buffer):
-            return 0
-        while not self._rest:
-            if self._at >= self._descriptor.size:
-                self._finish()
-                return 0
-            piece = self._next()
-            if len(piece) > self._descriptor.size - self._at:
-                raise self._too_long()
-            self._at += len(piece)
-            self._rest = memoryview(piece)
-        n = min(len(self._rest), len(buffer))
-        buffer[:n] = self._rest[:n]
-        self._rest = self._rest[n:]
-        return n
+        """Fill ``buffer`` WHOLLY, unless the blob ends; return the bytes written, 0 at the end.
+
+        Pieces come as small as the connection gives them; one write for each would cost more than the copy.
+        """
+        done, most = 0, len(buffer)
+        while done < most:
+            if not self._rest:
+                if self._at >= self._descriptor.size:
+                    self._finish()
+                    break
+                piece = self._next()
+                if len(piece) > self._descriptor.size - self._at:
+                    raise self._too_long()
+                self._at += len(piece)
+                self._rest = memoryview(piece)
+            n = min(len(self._rest), most - done)
+            buffer[done : done + n] = self._rest[:n]
+            self._rest = self._rest[n:]
+            done += n
+        return done
 
     def _next(self) -> bytes:
         """Return the next bytes, from another connection where this one fails."""
