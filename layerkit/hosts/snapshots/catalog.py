@@ -1,8 +1,8 @@
 """The snapshotter's database: which snapshots there are, and what its short mount points stand for.
 
 SQLite in WAL mode. A row counts once its transaction is committed; folders that no row knows are what a killed
-process left, and ``Snapshotter.cleanup`` removes them. Ids are never used twice, so a folder can never be taken
-for that of another snapshot.
+process left, and ``Snapshotter.cleanup`` removes them. The id of a row is never used for another, so a folder can
+never be taken for that of another snapshot.
 """
 
 from __future__ import annotations

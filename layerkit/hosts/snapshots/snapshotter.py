@@ -347,6 +347,8 @@ class Snapshotter:
                     os.chown(files, *_mapped_root(stack.map))
             if with_work:
                 (new / WORK).mkdir(mode=0o711)
+            # A transaction that a full disk undid leaves its folder, and gives its number back.
+            remove(self._layers.folder(identity))
             new.rename(self._layers.folder(identity))
         except BaseException:
             remove(new)
