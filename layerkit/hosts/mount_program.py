@@ -104,17 +104,13 @@ class _Mount:
         if self.options.upper and (not self.upper or self._shows_snapshot()):
             lower.insert(0, self.options.upper)
             self.upper = ""
-        layers = sl.storage_layers(lower, self.namespace)
+        layers = sl.storage_layers(lower, self.namespace, top_may_change=not self.upper)
         if self.upper and not self.maps.canonical and self._is_mounted():
             # podman asks again for what it has mounted already, to look at it.
             with mounts.closing(mounts.clone(self.target)) as fd:
                 mounts.attach(fd, self.target)
             return Mounted("bind")
         views = tuple(layer for layer in layers if not layer.fixed)
-        if views != layers[: len(views)]:
-            raise StoreError(
-                f"{views[-1].path}: a container's folder below a layer of an image: no mount that podman makes"
-            )
         with contextlib.ExitStack() as stack:
             over = [self._view(layer, stack) for layer in views]
             stacked = self._base(layers[len(views) :], bool(over), stack)
@@ -227,6 +223,9 @@ class _Mount:
                     stack.enter_context(mounts.closing(mounts.open_folder(path)))
                     for path in (self.upper, self.options.work)
                 )
+            # What the kernel would note in the upper's root (uuid) would make a layer look changed: podman mounts
+            # layers of images writable too, to compare them.
+            extra = (*self.options.overlay, ("uuid", "off")) if self.upper else self.options.overlay
             attributes = 0
             for word in self.options.attributes:
                 attributes |= _ATTRIBUTES.get(word, 0)
@@ -235,7 +234,7 @@ class _Mount:
             try:
                 fd = mounts.overlay(
                     lower, data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
-                    options=self.options.overlay, attributes=attributes,
+                    options=extra, attributes=attributes,
                 )  # fmt: skip
             except OSError as error:
                 raise _refused(error, bool(data), self.privileged) from error

@@ -53,22 +53,24 @@ class StorageLayer:
     fixed: bool = True
 
 
-def storage_layers(folders: Sequence[str], namespace: str) -> tuple[StorageLayer, ...]:
+def storage_layers(folders: Sequence[str], namespace: str, *, top_may_change: bool) -> tuple[StorageLayer, ...]:
     """Return the layers in ``folders``, top first.
 
     Args:
         folders: as in ``lowerdir``; links, and paths through the idmapped mounts that a rootful podman makes
             (``CONTAINER/mapped/N/LAYER/diff``), are followed to the folder itself: a map is applied once.
         namespace: ``trusted`` or ``user``.
+        top_may_change: the first may be a container's writable folder. All others have a layer on them, and what
+            has one never changes again.
 
     Raises:
         NotFound: one is not there.
         UnsupportedHost: an idmapped mount whose source cannot be found.
     """
-    return tuple(_layer(folder, namespace) for folder in folders)
+    return tuple(_layer(folder, namespace, top_may_change and not place) for place, folder in enumerate(folders))
 
 
-def _layer(folder: str, namespace: str) -> StorageLayer:
+def _layer(folder: str, namespace: str, may_change: bool) -> StorageLayer:
     path = os.path.realpath(folder)
     try:
         seen = os.stat(path)
@@ -79,10 +81,10 @@ def _layer(folder: str, namespace: str) -> StorageLayer:
         ) from None
     if _MAPPED.fullmatch(path):
         path = _unmapped(path, seen)
-    shifted = marker(path, namespace)
+    shifted = marker(path, namespace) if may_change else ""
     above, name = os.path.split(path)
     # A folder that was mounted writable has overlayfs's own folder in the one beside it.
-    fixed = not shifted and not (name == "diff" and os.path.isdir(f"{above}/work/work"))
+    fixed = not may_change or not (shifted or (name == "diff" and os.path.isdir(f"{above}/work/work")))
     identity = f"{path}\0{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
     return StorageLayer(Path(path), identity, shifted, fixed)
 
@@ -217,7 +219,8 @@ def read_indexes(
     from layerkit.hosts.adopt_meta import adopt_layers
 
     folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
-    image = adopt_layers(store, folders, limits=limits)
+    # podman itself may touch a layer (to compare it, it mounts it writable): then it is read again.
+    image = adopt_layers(store, folders, limits=limits, reread=True)
     indexes = [store.load_index(diff_id) for diff_id in image.diff_ids]
     return [str(diff_id) for diff_id in image.diff_ids], [index for index in indexes if index is not None]
 

@@ -190,6 +190,15 @@ def test_commit_diff_and_export_show_the_images_owners(
         "stat -c %u:%g /data/made; cat /data/dir/x",
     )
     assert shown.split() == ["5:7", "x"]
+    # An export has the owners of podman's namespace, as that of podman alone has.
+    shift = {"none": 0, "keep-id": 1, "auto": 1}[kind]
+    out = engine.folder / "home/export.tar"
+    out.unlink(missing_ok=True)
+    engine("export", "-o", out, "c")
+    with tarfile.open(out) as archive:
+        found = {member.name: (member.uid, member.gid) for member in archive}
+    assert (found["data/made"], found["data/two"]) == ((5 + shift, 7 + shift),) * 2
+    assert "gone/new" not in found
     if running:
         assert engine("exec", "c", "cat", "/data/dir/x") == "x\n"
     engine("rmi", "--force", "made")

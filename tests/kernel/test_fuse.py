@@ -193,6 +193,39 @@ def test_names_that_are_not_there_never_reach_the_layers(tmp_path: Path) -> None
             assert server.requests["LOOKUP"] > 0
 
 
+def test_a_hundred_layers_and_twenty_maps_at_once(tmp_path: Path) -> None:
+    layers = [tmp_path / f"l{number:03}" for number in range(100)]
+    for number, layer in enumerate(layers):
+        (layer / "d").mkdir(parents=True)
+        (layer / f"d/own-{number}").write_bytes(b"%d" % number)
+        (layer / "shared").write_bytes(b"from %d" % number)
+    lower = ":".join(map(str, layers))
+    targets = [tmp_path / f"m{number:02}" for number in range(20)]
+    run_program(tmp_path / "store", f"lowerdir={lower},{map_words(((0, 5000, 10),))}", targets[0])
+    started = []
+    for number, target in enumerate(targets[1:], 1):
+        target.mkdir()
+        words = f"lowerdir={lower},{map_words(((0, 10000 * (number + 1), 10),))}"
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "layerkit.cli.mount_program_main", "-o", words, str(target)],
+                env={**os.environ, "LAYERKIT_STORE": str(tmp_path / "store")},
+            )
+        )
+    assert [process.wait(60) for process in started] == [0] * 19
+    try:
+        for number, target in enumerate(targets):
+            assert (target / "shared").stat().st_uid == (10000 * (number + 1) if number else 5000)
+            assert (target / "shared").read_bytes() == b"from 0"
+            assert len(os.listdir(target / "d")) == 100
+            assert (target / "d/own-99").read_bytes() == b"99"
+        # One tree for all of them.
+        assert len(list((tmp_path / "store/meta").iterdir())) == 1
+    finally:
+        for target in targets:
+            subprocess.run(["umount", "--lazy", target], check=False)
+
+
 def _answers(tmp_path: Path, kind: type[fuse.Answers] = fuse.Answers) -> fuse.Answers:
     tree = tree_of([folder(b""), file(b"stub", b"x" * 5000), file(b"none"), file(b"slow", b"s")])
     path = tmp_path / "tree"
