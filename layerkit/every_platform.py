@@ -19,6 +19,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.reports import Report
 
 if TYPE_CHECKING:
+    from layerkit.idmap import Mapping
     from layerkit.model.image import Image
     from layerkit.ports import ImageSink, Progress
     from layerkit.rewrites import Work
@@ -84,6 +85,29 @@ def flatten(
     chosen = settings or api.Settings()
     work = rewrites.flattening(
         src, from_layer=from_layer, to_layer=to_layer, keep_base=keep_base, settings=chosen,
+        pack=rewrites.packing(compression, level, jobs), created=created, progress=progress,
+    )  # fmt: skip
+    return _every(src, dst, work, chosen)
+
+
+def remap(
+    src: str,
+    dst: str,
+    mapping: Mapping,
+    *,
+    form: str = "portable",
+    stock_media_type: bool = False,
+    settings: api.Settings | None = None,
+    compression: str = "gzip",
+    level: int | None = None,
+    jobs: int | None = None,
+    created: str | None = None,
+    progress: Progress | None = None,
+) -> PlatformsReport:
+    """Do to the images of all platforms what :func:`layerkit.rewrites.remap` does; ``images`` are the reports."""
+    chosen = settings or api.Settings()
+    work = rewrites.remapping(
+        mapping, form=form, stock_media_type=stock_media_type, settings=chosen,
         pack=rewrites.packing(compression, level, jobs), created=created, progress=progress,
     )  # fmt: skip
     return _every(src, dst, work, chosen)
@@ -189,4 +213,4 @@ class _Parts:
         """Do nothing: the whole is aborted with the error."""
 
 
-__all__ = ["PlatformsReport", "flatten", "optimize"]
+__all__ = ["PlatformsReport", "flatten", "optimize", "remap"]

@@ -217,29 +217,50 @@ def remap(
         UnmappedId: an owner outside the map.
         UsageError: no such form.
     """
-    from layerkit import portable as work
+    chosen = settings or api.Settings()
+    work = remapping(
+        mapping, form=form, stock_media_type=stock_media_type, settings=chosen,
+        pack=packing(compression, level, jobs), created=created, progress=progress,
+    )  # fmt: skip
+    with api.open_image(src, platform=platform, settings=chosen) as opened:
+        return work(opened.source, opened.image, *sink_to(dst, chosen, opened.source))
+
+
+def remapping(
+    mapping: Mapping,
+    *,
+    form: str,
+    stock_media_type: bool,
+    settings: api.Settings,
+    pack: Packing,
+    created: str | None,
+    progress: Progress | None,
+) -> Work[RemapReport]:
+    """Return what :func:`remap` does to one image."""
+    from layerkit import portable as use_case
     from layerkit.flattening import creation_time
 
     if form not in ("portable", "layer"):
         raise UsageError(f"--form {form!r}: want artifact, layer or portable")
     if stock_media_type and form != "layer":
         raise UsageError("--stock-media-type means something only with --form layer")
-    chosen = settings or api.Settings()
-    limits = chosen.limits or bounds.from_environment()
-    pack, time = packing(compression, level, jobs), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
-    with api.open_image(src, platform=platform, settings=chosen) as opened, kept(chosen.store_path) as (load, tar):
-        image = opened.image
-        open_sink, name = sink_to(dst, chosen, opened.source)
-        sink = open_sink()
-        if form == "portable":
-            return work.portable(
-                opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
-                strict=chosen.strict, created=time, load=load, open_tar=tar, progress=progress,
+    limits = settings.limits or bounds.from_environment()
+    time = creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
+
+    def work(source: ImageSource, image: Image, open_sink: OpenSink, name: str) -> RemapReport:
+        with kept(settings.store_path) as (load, tar):
+            if form == "portable":
+                return use_case.portable(
+                    source, image, open_sink(), mapping, dst_name=name or image.name, limits=limits, packing=pack,
+                    strict=settings.strict, created=time, load=load, open_tar=tar, progress=progress,
+                )  # fmt: skip
+            return use_case.append_meta(
+                source, image, open_sink(), mapping, dst_name=name or image.name, limits=limits, packing=pack,
+                stock_media_type=stock_media_type, strict=settings.strict, created=time, load=load,
+                progress=progress,
             )  # fmt: skip
-        return work.append_meta(
-            opened.source, image, sink, mapping, dst_name=name or image.name, limits=limits, packing=pack,
-            stock_media_type=stock_media_type, strict=chosen.strict, created=time, load=load, progress=progress,
-        )  # fmt: skip
+
+    return work
 
 
 def copy(
@@ -305,4 +326,15 @@ def base_count(image: Image, keep_base: str | int, settings: api.Settings) -> in
         return use_case.base_layers(image, base.image, text)
 
 
-__all__ = ["Work", "base_count", "copy", "flatten", "flattening", "kept", "packing", "remap", "sink_to"]
+__all__ = [
+    "Work",
+    "base_count",
+    "copy",
+    "flatten",
+    "flattening",
+    "kept",
+    "packing",
+    "remap",
+    "remapping",
+    "sink_to",
+]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import CompressionOption, Created, Level
+from layerkit.cli.flatten import AllPlatforms, CompressionOption, Created, Level
 from layerkit.cli.render import emit_json, fields, human, note, progress
 from layerkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from layerkit.idmap import Mapping
     from layerkit.model.reports import RemapReport
 
 
@@ -83,6 +84,7 @@ def remap(
     created: Created = None,
     data: o.Data = "auto",
     platform: o.PlatformOption = None,
+    all_platforms: AllPlatforms = False,
     store: o.StoreDir = None,
     jobs: Annotated[
         int | None,
@@ -125,6 +127,8 @@ def remap(
         raise UsageError(f"--form {form} writes an image: give DST and a map")
     if stock_media_type and form != "layer":
         raise UsageError("--stock-media-type means something only with --form layer")
+    if all_platforms and (form == "artifact" or dry_run):
+        raise UsageError("--all-platforms goes with --form portable or layer; else choose with --platform")
     if (statement or sign_key) and (dst is None or form != "artifact"):
         raise UsageError(
             "--statement and --sign-key are about what is attached to an image: give DST, --form artifact"
@@ -133,6 +137,12 @@ def remap(
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
         from layerkit import rewrites
 
+        if all_platforms:
+            _remap_all(
+                src, dst, mapping, platform, json=json, quiet=quiet, form=form, stock_media_type=stock_media_type,
+                settings=settings, compression=compression, level=level, jobs=jobs, created=created,
+            )  # fmt: skip
+            return
         with progress(quiet) as step:
             result = rewrites.remap(
                 src, dst, mapping, form=form, stock_media_type=stock_media_type, platform=platform,
@@ -156,6 +166,24 @@ def remap(
                     progress=step,
                 )  # fmt: skip
     _show(result, dst, json, quiet)
+
+
+def _remap_all(
+    src: str, dst: str, mapping: Mapping, platform: str | None, *, json: bool, quiet: bool, **how: Any
+) -> None:
+    from layerkit import every_platform
+    from layerkit.cli.flatten import no_choice
+
+    no_choice(platform)
+    with progress(quiet) as step:
+        whole = every_platform.remap(src, dst, mapping, progress=step, **how)
+    for warning in dict.fromkeys(warning for one in whole.images for warning in one.warnings):
+        note(f"warning: {warning}", quiet=quiet)
+    if json:
+        emit_json("remap-platforms", whole.to_dict())
+    elif dst.rpartition(":")[2] != "-":  # standard output holds the archive
+        fields([("index", f"{whole.name}  {whole.manifest}"), ("map", whole.images[0].map_text), ("written", dst)])
+        fields([(name, one.manifest) for name, one in zip(whole.platforms, whole.images, strict=True)])
 
 
 def _show(result: RemapReport, dst: str | None, json: bool, quiet: bool) -> None:

@@ -76,6 +76,23 @@ def test_all_platforms_become_one_index(command: str, multi: Path, tmp_path: Pat
     assert again["manifest"] == report["manifest"]
 
 
+def test_all_platforms_under_one_map(multi: Path, tmp_path: Path) -> None:
+    need_tool("skopeo")
+    out = tmp_path / "out"
+    words = (multi, f"oci:{out}:mapped", "--all-platforms", "--form", "portable", "--uid-map", "0:100000:65536")
+    report = json.loads(run("remap", *words, "--json").stdout)
+    assert report["schema"] == "layerkit.remap-platforms.v1"
+    assert report["platforms"] == ["linux/amd64", "linux/arm64", "linux/arm/v7"]
+    for name in report["platforms"]:
+        with open_image(f"oci:{out}:mapped", platform=name) as image, open_image(str(multi), platform=name) as old:
+            assert (image.tree().uid == old.tree().uid + 100_000).all()
+    raw = subprocess.run(
+        ["skopeo", "inspect", "--raw", f"oci:{out}:mapped"], capture_output=True, text=True, check=True
+    )
+    assert len(json.loads(raw.stdout)["manifests"]) == 3
+    assert "all-platforms" in run("remap", multi, f"oci:{out}:x", *words[2:3], *words[5:], code=2).stderr
+
+
 def test_what_has_one_platform_or_room_for_one_is_refused(multi: Path, tiny_image: Path, tmp_path: Path) -> None:
     done = run("optimize", multi, f"docker-archive:{tmp_path / 'o.tar'}:x", "--all-platforms", code=2)
     assert "room for one platform" in done.stderr
