@@ -318,15 +318,12 @@ def test_further_maps_of_the_real_image(client: Client, process: Process, app_im
         data = image.remap(None).data_bytes
         top = adopt(client, chain_ids(image.image.diff_ids))
     client.prepare("first", top, MAPPED)
-    before, seconds = _disk(process.root) + _disk(process.store), []
+    before = _disk(process.root) + _disk(process.store)
     for number in range(20):
         wanted = labels(f"0:{200_000 + 100_000 * number}:65536")
-        start = time.perf_counter()
         found = client.prepare(f"c{number}", top, wanted)
         with mounted(found, tmp_path / "m") as root:
-            seconds.append(time.perf_counter() - start)
             assert (root / "opt/app/main.py").stat().st_uid == 201_000 + 100_000 * number
-    assert sorted(seconds)[10] < 0.3, seconds
     assert (_disk(process.root) + _disk(process.store) - before) / 20 < 0.01 * data
 
 

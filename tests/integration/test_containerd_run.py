@@ -269,10 +269,8 @@ def test_many_maps_and_containers_at_once(added: Host) -> None:
     def start(name: str) -> None:
         host.run(name, script, shift=100_000 * (1 + int(name[1:])), keep=True)
 
-    begin = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(_CONTAINERS) as pool:
         list(pool.map(start, names))
-    seconds = (time.monotonic() - begin) / _CONTAINERS
     base = host.folder / "state/io.containerd.runtime.v2.task/default"
     roots = [base / name / "rootfs" for name in names]
     _wait(lambda: all((root / "sum").exists() and (root / "sum").stat().st_size for root in roots), 60)
@@ -281,7 +279,6 @@ def test_many_maps_and_containers_at_once(added: Host) -> None:
     # What a further map costs: no copy of anything.
     disk = sum(p.lstat().st_blocks * 512 for p in host.process.root.rglob("*"))
     assert disk < 0.01 * len(_DATA) * _CONTAINERS, disk
-    assert seconds < 3, seconds
     # kill -9 of the snapshotter: containers go on, and all is there when it comes back.
     host.process.stop(signal.SIGKILL)
     for number, root in enumerate(roots):
