@@ -82,11 +82,25 @@ def _layer(folder: str, namespace: str, may_change: bool) -> StorageLayer:
     if _MAPPED.fullmatch(path):
         path = _unmapped(path, seen)
     shifted = marker(path, namespace) if may_change else ""
-    above, name = os.path.split(path)
-    # A folder that was mounted writable has overlayfs's own folder in the one beside it.
-    fixed = not may_change or not (shifted or (name == "diff" and os.path.isdir(f"{above}/work/work")))
+    fixed = not may_change or not (shifted or _is_writable(path))
     identity = f"{path}\0{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
     return StorageLayer(Path(path), identity, shifted, fixed)
+
+
+def _is_writable(path: str) -> bool:
+    """Return whether a folder that was never mounted under a map is a container's, not a layer of an image.
+
+    podman mounts layers of images writable as well, to compare them, so that says little: its own list of
+    containers does. Without that list a folder counts that overlayfs has had its own folder beside.
+    """
+    above, name = os.path.split(path)
+    home, layer = os.path.split(above)
+    if name != "diff" or not os.path.isdir(f"{above}/work/work"):
+        return False
+    lists = [Path(f"{home}-containers/{kind}.json") for kind in ("containers", "volatile-containers")]
+    if not any(file.exists() for file in lists):
+        return True
+    return any(layer.encode() in file.read_bytes() for file in lists if file.exists())
 
 
 def marker(path: str, namespace: str) -> str:
