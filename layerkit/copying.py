@@ -24,8 +24,8 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
 from layerkit.model.reports import Report
-from layerkit.pack import copy_image, put_blobs
 from layerkit.ports import ImageSink, ImageSource, Progress
+from layerkit.transfer import copy_image, put_blobs
 
 
 @runtime_checkable

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from layerkit.model.descriptor import Descriptor, Platform
-from layerkit.model.digest import Digest
-from layerkit.model.image import Image
-from layerkit.model.index import Index
+if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
+    from layerkit.model.descriptor import Descriptor, Platform
+    from layerkit.model.digest import Digest
+    from layerkit.model.image import Image
+    from layerkit.model.index import Index
 
 Progress = Callable[[str, int, int], None]
 """Called as (what, bytes done, bytes in all or 0); may raise ``Cancelled`` to stop the work."""
