@@ -9,8 +9,8 @@ As root on Debian or Ubuntu, with mmdebstrap. What happens:
 3. the wheel of this checkout and its dependencies (``constraints.txt``, wheels only) are installed into it, for the
    image's Python, and compiled;
 4. ``layerkit pack`` makes that the second layer;
-5. ``layerkit optimize --keep-base`` writes the result, so that a new version of layerkit is a new second layer only;
-   with ``--flat`` ``layerkit flatten`` makes one layer of both.
+5. ``layerkit optimize --keep-base`` writes the result, so that a new version of layerkit is one new layer and
+   no more; with ``--flat`` ``layerkit flatten`` makes one layer of both.
 
 Every time stamp is clamped to ``SOURCE_DATE_EPOCH`` (2025-01-01 without it): the same checkout, constraints and
 Debian packages give the same digest. Debian's packages follow the archive, so a security update changes layer 1.
@@ -19,6 +19,7 @@ Debian packages give the same digest. Debian's packages follow the archive, so a
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -41,6 +42,7 @@ FOLDERS = ("var/lib/layerkit", "var/lib/layerkit-hook")
 """The store and the queue: where volumes belong, since all else may be read-only."""
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
 
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PACKAGES = "python3,ca-certificates"
 WITHOUT = ("man", "locale", "doc", "info", "lintian")
 
@@ -170,7 +172,7 @@ def install(root: Path, work: Path, epoch: int) -> str:
     _tidy(target)
     _run(
         "chroot", root, "/usr/bin/python3", "-m", "compileall", "-q", "-j", "1", "--invalidation-mode",
-        "unchecked-hash", "/" + str(target.relative_to(root)), env=environment | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        "unchecked-hash", "/" + str(target.relative_to(root)), env=environment | {"PATH": PATH},
     )  # fmt: skip
     launcher = root / "usr/local/bin/layerkit"
     launcher.write_text(LAUNCHER)
@@ -232,8 +234,6 @@ def build(dest: Path, *, flat: bool = False, cache: Path = CACHE) -> dict[str, A
         sample._clamp(root)
         # The version is known only when the wheel is there; config and layers are one image's, so ask before.
         version = _version()
-        import datetime
-
         created = datetime.datetime.fromtimestamp(epoch, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         scratch(work / "scratch", config_of(version, sample._sources()[0]), created)
         words: list[str | Path] = ["pack", root, f"{layout}:base", "--base", f"oci:{work}/scratch:scratch"]
@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="keeps the base [build/image]")
     args = parser.parse_args()
     report = build(args.dest, flat=args.flat, cache=args.cache)
-    print(json.dumps({"file": str(args.dest), **report}, indent=2))
+    sys.stdout.write(json.dumps({"file": str(args.dest), **report}, indent=2) + "\n")
     return 0
 
 
