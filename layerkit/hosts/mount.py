@@ -15,8 +15,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -32,6 +32,7 @@ from layerkit.hosts.mountspec import (
     checked,
 )
 from layerkit.hosts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
+from layerkit.hosts.upper import like_root
 from layerkit.kernel import mounts, old_overlay, userns
 from layerkit.kernel import syscalls as sc
 from layerkit.metaonly import Namespace
@@ -336,21 +337,13 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
 
 def _make_upper(path: Path, meta: int, namespace: Namespace) -> None:
     """Make an upper whose root looks like META's: the mount's root is shown from the upper alone."""
-    like = f"/proc/self/fd/{meta}"
-    shown = os.fstat(meta)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}-", dir=path.parent))
+    temporary = path.with_name(f".{path.name[:64]}-{uuid.uuid4().hex[:12]}")
     try:
-        os.chown(temporary, shown.st_uid, shown.st_gid)
-        temporary.chmod(shown.st_mode & 0o7777)
-        escaped = os.fsdecode(namespace.prefix + b"overlay.")
-        for name in os.listxattr(like):
-            own = name.startswith(os.fsdecode(namespace.prefix)) and not name.startswith(escaped)
-            if not own and name != "security.selinux":
-                os.setxattr(temporary, name, os.getxattr(like, name))
-        os.utime(temporary, ns=(shown.st_atime_ns, shown.st_mtime_ns))
+        like_root(temporary, meta, namespace)
         temporary.rename(path)
     except BaseException:
-        temporary.rmdir()
+        with suppress(FileNotFoundError):
+            temporary.rmdir()
         raise
 
 
