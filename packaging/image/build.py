@@ -53,9 +53,12 @@ run()
 """
 
 
-def _run(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def _run(
+    *words: str | Path, env: dict[str, str] | None = None, stdout: int | None = None
+) -> subprocess.CompletedProcess[str]:
     # What commands say is not the result of this one, which alone goes to standard output.
-    return subprocess.run([*map(str, words)], check=True, text=True, **({"stdout": sys.stderr} | options))
+    out = sys.stderr.fileno() if stdout is None else stdout
+    return subprocess.run([*map(str, words)], check=True, text=True, env=env, stdout=out)
 
 
 def _sample() -> Any:
