@@ -412,6 +412,49 @@ def test_the_hook_does_its_work_with_what_the_unit_leaves_it(tmp_path: Path) -> 
     assert used - allowed - {"capset", "prctl"} == set()
 
 
+def test_the_snapshotter_serves_containerd_with_what_the_unit_leaves_it(tmp_path: Path) -> None:
+    """Our test of two maps by containerd, the snapshotter with the unit's capabilities and system calls."""
+    need_root()
+    need_tool("systemd-analyze", "strace", "setpriv", "containerd", "ctr", "runc")
+    (line,) = _lines("layerkit-snapshotter.service", "CapabilityBoundingSet")
+    kept = ",".join(word.lower().replace("cap_", "+") for word in line.split())
+    real, calls = shutil.which("setpriv"), tmp_path / "calls"
+    # The tests start daemons by setpriv: one before it in PATH sees which of them is the snapshotter.
+    wrapper = tmp_path / "bin/setpriv"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"""#!/bin/sh
+case "$*" in
+*snapshotter*--address*)
+    exec strace -D -f --summary-only -U name,calls -o {calls} \\
+        {real} --bounding-set=-all,{kept} --no-new-privs "$@" ;;
+*) exec {real} "$@" ;;
+esac
+""")
+    wrapper.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    tests = Path(__file__).with_name("test_containerd_run.py")
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={tmp_path}/pytest",
+        "-k",
+        "two_maps and added",
+        str(tests),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], capture_output=True, text=True, timeout=300, check=False,
+        cwd=PACKAGING.parent, env=environment | {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:]
+    wait_for(calls.exists)
+    wait_for(lambda: "total" in calls.read_text())
+    rows = [line.split() for line in calls.read_text().splitlines()]
+    used = {row[0] for row in rows if len(row) == 2 and row[1].isdigit()} - {"total"}
+    assert {"openat", "fsopen"} <= used
+    assert used - _allowed(_lines("layerkit-snapshotter.service", "SystemCallFilter")) == set()
+
+
 # --- the image -----------------------------------------------------------------------------------------------
 
 
