@@ -42,11 +42,12 @@ TokenFile = Annotated[
     typer.Option("--token-file", metavar="FILE", help="The token clients must show; without it one is made."),
 ]
 TlsVerify = Annotated[
-    bool | None,
+    str | None,
     typer.Option(
-        "--tls-verify/--no-tls-verify", help="With --registry: whether certificates are checked, HTTP refused."
+        "--tls-verify", metavar="true|false",
+        help="With --registry: false takes any certificate, and plain HTTP if it speaks nothing else.",
     ),
-]
+]  # fmt: skip
 Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Images at the same time.")]
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="ENGINE", help="processes, threads or dask://HOST:PORT.")
@@ -64,6 +65,7 @@ def settings_of(
     from dataclasses import replace
 
     from layerkit.services.hook import config as settings
+    from layerkit.stores.registry.options import truth
 
     if file is not None:
         if registries or uid_map or gid_map:
@@ -80,7 +82,7 @@ def settings_of(
             raise UsageError("give --config FILE, or --registry HOST and --uid-map C:H:N")
         root = o.store_dir(store)
         verify = more.get("tls_verify")
-        known = {"tls_verify": verify} if verify is not None else {}
+        known = {"tls_verify": truth(str(verify), "--tls-verify")} if verify is not None else {}
         values: dict[str, object] = {
             "registry": [{"host": host, "name": host.replace(":", "-").lower(), **known} for host in registries],
             "map": [{"uid_map": uid_map, **({"gid_map": gid_map} if gid_map else {})}],

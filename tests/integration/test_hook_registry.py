@@ -215,7 +215,7 @@ def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site
 def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     images = [push(site.registry.host, number) for number in range(3)]
     host = site.wire.host
-    common = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s"), "--engine", "threads"]
+    common = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"), "--engine", "threads"]
     refs = [f"docker://{host}/{each.name}:v1" for each in images]
     done = json.loads(run(0, "hook", "run", *refs[:2], *common, "--json").stdout)
     assert [job["state"] for job in done["jobs"]] == ["done", "done"] and done["failed"] == []
@@ -229,7 +229,7 @@ def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     assert all(job["report"]["existing"] for job in again["jobs"])
     assert not [seen for seen in site.wire.seen if seen[0] not in ("GET", "HEAD") or "/blobs/" in seen[1]]
     unmapped = run(
-        5, "hook", "run", refs[0], "--no-tls-verify", "--uid-map", "5:5:1", "--store", str(tmp_path / "s")
+        5, "hook", "run", refs[0], "--tls-verify=false", "--uid-map", "5:5:1", "--store", str(tmp_path / "s")
     )
     assert "outside the map" in unmapped.stderr
     tags = json.loads(
@@ -315,5 +315,5 @@ def test_an_index_is_done_for_each_platform(site: Site, tmp_path: Path) -> None:
         (parent,) = [job for job in jobs if job["digest"] == digest(index)]
         assert parent["state"] == "done" and parent["report"]["children"] == [one.digest]
     ref = f"docker://{site.wire.host}/{name}:multi"
-    run(0, "hook", "run", ref, "--no-tls-verify", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
+    run(0, "hook", "run", ref, "--tls-verify=false", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
     assert len(artifacts(site.registry.host, one)) == 2

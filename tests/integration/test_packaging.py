@@ -398,7 +398,7 @@ def test_the_hook_does_its_work_with_what_the_unit_leaves_it(tmp_path: Path) -> 
                 *("strace", "-f", "--summary-only", "-U", "name,calls", "-o", str(tmp_path / "calls")),
                 *("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"),
                 *(sys.executable, "-c", inside, *LAYERKIT, "hook", "run", f"{registry.ref(pushed.name)}:v1"),
-                *("--no-tls-verify", "--uid-map", "0:100000:65536", "--workers", "1"),
+                *("--tls-verify=false", "--uid-map", "0:100000:65536", "--workers", "1"),
                 *("--store", str(tmp_path / "store"), "--state", str(tmp_path / "state")),
             ],
             capture_output=True, text=True, timeout=300, check=False,

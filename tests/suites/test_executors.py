@@ -170,7 +170,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         listed.write_text("# images\n\n" + "\n".join(refs) + "  # the last\n")
         seen = []
         for shard in range(3):
-            words = ("--from", str(listed), "--shard", f"{shard}/3", "--no-tls-verify", "--uid-map", MAP_A)
+            words = ("--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A)
             words += ("--engine", "threads")
             done = json.loads(run(0, "batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
             assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
@@ -178,7 +178,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         assert sorted(seen) == sorted(each.name for each in images)
         assert [len(artifacts(registry.host, each)) for each in images] == [1] * 6
         listed.write_text(refs[0] + f"\ndocker://{registry.host}/absent:v1\n")
-        words = ("--from", str(listed), "--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
+        words = ("--from", str(listed), "--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
                  "--engine", "threads")  # fmt: skip
         assert "absent:v1: not in the registry" in run(5, "batch", *words).stderr
         run(2, "batch", *words, "--shard", "3/3")
@@ -191,7 +191,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
 def test_batch_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     with docker_registry(tmp_path / "r") as registry:
         image = push(registry.host, 2)
-        words = ["--no-tls-verify", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
+        words = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
         run(
             0, "batch", f"docker://{registry.host}/{image.name}:v1", *words, "--engine", f"dask://{cluster.address}"
         )

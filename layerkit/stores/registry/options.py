@@ -87,12 +87,19 @@ def flag(name: str) -> bool | None:
     Raises:
         UsageError: neither yes nor no.
     """
-    text = os.environ.get(name, "").lower()
-    if not text:
-        return None
-    if text not in _TRUE | _FALSE:
-        raise UsageError(f"{name}={text!r}: want true or false")
-    return text in _TRUE
+    text = os.environ.get(name, "")
+    return truth(text, name) if text else None
 
 
-__all__ = ["RegistryOptions", "Retry", "flag", "from_environment"]
+def truth(text: str, what: str) -> bool:
+    """Return what ``text``, the value of ``what``, says.
+
+    Raises:
+        UsageError: neither yes nor no.
+    """
+    if text.lower() not in _TRUE | _FALSE:
+        raise UsageError(f"{what}={text!r}: want true or false")
+    return text.lower() in _TRUE
+
+
+__all__ = ["RegistryOptions", "Retry", "flag", "from_environment", "truth"]
