@@ -50,26 +50,34 @@ class Spool:
         return self._folder.name if self._folder is not None else ""
 
     def _make(self) -> None:
-        self._pid = os.getpid()
+        self._pid, self._owner = os.getpid(), -1
         name = f"{self._pid}-{uuid.uuid4().hex[:12]}"
-        with file_lock(self._layout.locks / BIRTHS):
-            self._owner = open_lock(self._layout.tmp / (name + _OWNER))
-            # Only ever waits for somebody who looks whether the owner lives, and they hold `births`.
-            try_lock(self._owner)
-            folder = self._layout.tmp / name
-            folder.mkdir(mode=0o700)
-        self._folder = folder
+        # Known before it is there: an interrupt may come between any two of these lines.
+        self._folder = self._layout.tmp / name
+        try:
+            with file_lock(self._layout.locks / BIRTHS):
+                self._owner = open_lock(self._layout.tmp / (name + _OWNER))
+                # Only ever waits for somebody who looks whether the owner lives, and they hold `births`.
+                try_lock(self._owner)
+                self._folder.mkdir(mode=0o700)
+        except BaseException:
+            self._discard()
+            raise
 
     def close(self) -> None:
         """Remove the folder with all in it, then its owner file."""
         with self._guard:
-            if self._folder is None:
-                return
-            if self._pid == os.getpid():
-                remove(self._folder)
-                self._folder.with_name(self._folder.name + _OWNER).unlink(missing_ok=True)
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._folder is None:
+            return
+        if self._pid == os.getpid():
+            remove(self._folder)
+            self._folder.with_name(self._folder.name + _OWNER).unlink(missing_ok=True)
+        if self._owner >= 0:
             os.close(self._owner)
-            self._folder, self._owner = None, -1
+        self._folder, self._owner = None, -1
 
 
 def dead(layout: Layout) -> list[Path]:

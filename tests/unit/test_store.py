@@ -14,6 +14,7 @@ from layerkit import metaonly
 from layerkit.errors import DigestMismatch, NotFound, StoreError, UsageError
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
+from layerkit.stores import spool
 from layerkit.stores.fsck import Severity
 from layerkit.stores.local import LocalStore, chain_key, meta_key
 from layerkit.stores.source import StoreSource
@@ -187,6 +188,30 @@ def test_abort_and_close_leave_nothing(tmp_path: Path) -> None:
     store.close()
     assert store._locks.holds == 0
     assert state(store) == set()
+
+
+@pytest.mark.parametrize("step", ["open_lock", "try_lock", "mkdir"])
+def test_an_interrupt_while_the_temporary_folder_is_made(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the step is done and its result not noted yet."""
+    place = (Path, "mkdir") if step == "mkdir" else (spool, step)
+    real = getattr(*place)
+
+    def interrupted(*arguments: object, **more: object) -> object:
+        real(*arguments, **more)
+        raise KeyboardInterrupt
+
+    store = LocalStore.open(tmp_path / "store")
+    monkeypatch.setattr(*place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.begin_layer("tar")
+    monkeypatch.undo()
+    assert list((tmp_path / "store/tmp").iterdir()) == []
+    with store.begin_layer("tar"):
+        pass  # and it can go on
+    store.close()
+    assert list((tmp_path / "store/tmp").iterdir()) == []
 
 
 def test_a_layer_comes_twice_and_the_first_stands(store: LocalStore) -> None:
