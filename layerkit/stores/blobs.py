@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded
 from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor
-from layerkit.stores.oci_sink import naming
+from layerkit.stores.durable import naming
 
 if TYPE_CHECKING:
     from layerkit.ports import BlobReader

@@ -161,6 +161,17 @@ def disk_errors(doing: str, folder: Path) -> Iterator[None]:
         raise StoreError(f"{folder}/catalog.db: {doing}: {text}") from error
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an OSError that names no file (a full disk, from write) the name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
 def _explain(doing: str, folder: Path, number: int, text: str) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT):
         try:

@@ -21,7 +21,8 @@ from layerkit.limits import Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.stores.blobs import verified
-from layerkit.stores.oci_sink import Listing, naming
+from layerkit.stores.durable import naming
+from layerkit.stores.oci_sink import Listing
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK

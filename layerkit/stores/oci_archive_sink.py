@@ -19,8 +19,8 @@ from layerkit.errors import NotFound, UsageError
 from layerkit.formats import oci
 from layerkit.limits import DEFAULT, Limits
 from layerkit.stores.blobs import unlinked_file
+from layerkit.stores.durable import naming
 from layerkit.stores.image_tar import ImageTar
-from layerkit.stores.oci_sink import naming
 
 
 class ArchiveSink(ImageTar):

@@ -25,8 +25,9 @@ from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.stores.blobs import FileRange, read_all, verified
+from layerkit.stores.durable import naming
 from layerkit.stores.oci_layout import open_inside
-from layerkit.stores.oci_sink import Listing, naming
+from layerkit.stores.oci_sink import Listing
 
 _STAGING = ".layerkit-staging-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from layerkit.errors import InvalidImage
 from layerkit.formats import oci
@@ -62,15 +60,4 @@ class Listing:
         return oci.index_json(entries, document)
 
 
-@contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an OSError that names no file (a full disk, from write) the name ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
-        raise
-
-
-__all__ = ["Listing", "naming"]
+__all__ = ["Listing"]
