@@ -42,7 +42,7 @@ def optimize(
         stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
         platform: ``os/arch[/variant]``; None takes this host's.
         settings: store and limits.
-        compression: of new layers: ``gzip``, ``zstd`` or ``none``.
+        compression: of new layers: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
         level: of the compression.
         jobs: threads that compress; None is one for each core. The result does not depend on it.
         created: time of a changed result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from layerkit.api import OpenImage
     from layerkit.model.index import Index
     from layerkit.ports import ImageSink, Progress
-    from layerkit.shrink import OptimizeReport
+    from layerkit.shrink import OptimizeReport, Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Plan:
     image: OpenImage
     report: OptimizeReport
     _indexes: Sequence[Index] = field(repr=False)
-    _keep_base: int = field(repr=False)
+    _planned: Planned = field(repr=False)
     _metadata_only: bool = field(repr=False)
 
     @property
@@ -70,7 +70,7 @@ class Plan:
             dst: a reference, or a sink of your own, which is committed (aborted on an error).
             name: of the image there; "" is what ``dst`` says, else the image's own.
             stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
-            compression: of new layers: ``gzip``, ``zstd`` or ``none``.
+            compression: of new layers: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
             level: of the compression.
             jobs: threads that compress; None is one for each core. The result does not depend on it.
             created: time of a changed result, RFC 3339 or seconds since 1970; None takes
@@ -98,8 +98,9 @@ class Plan:
         with rewrites.kept(settings.store_path) as (_, open_tar):
             return shrink.optimize(
                 self.image.source, self.image.image, self._indexes, open_sink,
-                dst_name=name or self.image.image.name, limits=self.image.limits, keep_base=self._keep_base,
-                metadata_only=self._metadata_only, stock_media_type=stock_media_type, packing=packing, created=time,
+                dst_name=name or self.image.image.name, limits=self.image.limits, planned=self._planned,
+                keep_base=self.report.kept_base, metadata_only=self._metadata_only,
+                stock_media_type=stock_media_type, packing=packing, created=time,
                 open_tar=open_tar, progress=progress,
             )  # fmt: skip
 
@@ -127,11 +128,12 @@ def optimize(
 
     base = 0 if keep_base is None else rewrites.base_count(image.image, keep_base, image.settings)
     indexes = image.indexes(progress=progress)
+    planned = shrink.make_plan(indexes, keep_base=base, metadata_only=metadata_only, limits=image.limits)
     report = shrink.optimize(
         image.source, image.image, indexes, None, dst_name=image.image.name, limits=image.limits,
-        keep_base=base, metadata_only=metadata_only,
+        planned=planned, keep_base=base, metadata_only=metadata_only,
     )  # fmt: skip
-    return Plan(image, report, indexes, base, metadata_only)
+    return Plan(image, report, indexes, planned, metadata_only)
 
 
 __all__ = ["Plan", "optimize"]

@@ -125,7 +125,7 @@ def flatten(
         keep_base: reference of an image whose layers stay as they are (or their number).
         platform: ``os/arch[/variant]``; None takes this host's.
         settings: store and limits.
-        compression: of the new layer: ``gzip``, ``zstd`` or ``none``.
+        compression: of the new layer: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
         level: of the compression.
         jobs: threads that compress; None is one for each core. The result does not depend on it.
         created: time of the result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, and

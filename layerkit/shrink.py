@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from layerkit.contents import Contents, OpenTar
 from layerkit.copying import left_behind
@@ -85,6 +86,25 @@ class OptimizeReport(Report):
     warnings: tuple[str, ...] = ()
 
 
+class Planned(NamedTuple):
+    """A plan, and the file bytes that could go besides if the base were touched."""
+
+    plan: Plan
+    base_cost_bytes: int
+
+
+def make_plan(indexes: Sequence[Index], *, keep_base: int, metadata_only: bool, limits: Limits) -> Planned:
+    """Return what :func:`optimize` would do to layers with these indexes; see there for the arguments.
+
+    Raises:
+        UsageError: fewer layers than ``keep_base``.
+    """
+    planner = plan_stubs if metadata_only else plan
+    made = planner(indexes, keep_base, limits=limits)
+    cost = made.bytes_after - planner(indexes, limits=limits).bytes_after if keep_base else 0
+    return Planned(made, cost)
+
+
 def optimize(
     source: ImageSource,
     image: Image,
@@ -96,6 +116,7 @@ def optimize(
     keep_base: int = 0,
     metadata_only: bool = False,
     stock_media_type: bool = False,
+    planned: Planned | None = None,
     packing: Packing | None = None,
     created: str | None = None,
     open_tar: OpenTar = lambda _: None,
@@ -117,6 +138,7 @@ def optimize(
         keep_base: layers from the bottom that must not be touched.
         metadata_only: make stubs of doubled files, for hosts with ``metacopy=on``, and touch nothing else.
         stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
+        planned: what :func:`make_plan` returned for the same indexes and arguments; None plans here.
         packing: compression of new layers.
         created: RFC 3339 time of a changed image; None keeps that of the image.
         open_tar: gives kept tars.
@@ -128,9 +150,8 @@ def optimize(
         InvalidImage: a layer is malformed, or the result has another root filesystem (nothing is written then).
         LossyResult: something that a layer cannot hold.
     """
-    start, packing, planner = time.monotonic(), packing or Packing(), plan_stubs if metadata_only else plan
-    made = planner(indexes, keep_base, limits=limits)
-    cost = made.bytes_after - planner(indexes, limits=limits).bytes_after if keep_base else 0
+    start, packing = time.monotonic(), packing or Packing()
+    made, cost = planned or make_plan(indexes, keep_base=keep_base, metadata_only=metadata_only, limits=limits)
     warnings = (STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS) if metadata_only and made.changes else ()
 
     def report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from layerkit.errors import PartialFailure, UnsupportedHost, UsageError
 
 if TYPE_CHECKING:
     from layerkit.services.hook.config import Config
-    from layerkit.services.hook.queue import JobRow
+    from layerkit.services.hook.queue import JobRow, Queue
 
 group = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
@@ -307,9 +308,7 @@ def retry(
     note(f"{count} jobs wait to run again")
 
 
-def _queue(config: Path | None, state: Path | None, store: Path | None):  # type: ignore[no-untyped-def]
-    from contextlib import closing
-
+def _queue(config: Path | None, state: Path | None, store: Path | None) -> closing[Queue]:
     from layerkit.services.hook.config import load
     from layerkit.services.hook.queue import Queue
 

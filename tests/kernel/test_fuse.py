@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fuse_counter import counting_mount
-from support import mounts_below, need_root
+from support import missing, mounts_below, need_root
 from treecompare import differences, snapshot
 
 from layerkit.emit.fuse import write_tree
@@ -36,7 +36,7 @@ CAPABILITY = struct.pack("<5I", 0x0200_0001, 1 << 10, 0, 0, 0)
 def _root() -> None:
     need_root()
     if not Path(fuse.DEVICE).exists():
-        pytest.skip("needs /dev/fuse")
+        missing("needs /dev/fuse")
 
 
 def make_layer(root: Path) -> None:
