@@ -101,7 +101,7 @@ def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
 
     Args:
         target: the mount point.
-        run: the run folder that it was mounted with.
+        run: the run folder that it was mounted with, or that of another store beside it.
         lazy: hide the mount now and free it when its last user is gone.
 
     Raises:
@@ -109,7 +109,7 @@ def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
         LayerkitError: the mount is in use; the message names by whom.
     """
     path = os.path.realpath(target)
-    folder = RunFolder(run)
+    folder = _folder_of(path, run)
     with folder.locked():
         here = [m for m in mounts.mount_table() if m.point == path]
         top = here[-1] if here else None
@@ -124,6 +124,19 @@ def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
             what = f"a mount of {top.fstype} that layerkit did not make" if top else "nothing is mounted there"
             raise NotFound(f"{target}: {what}; layerkit unmounts its own mounts only")
         folder.release_unused()
+
+
+def _folder_of(path: str, run: Path) -> RunFolder:
+    """Return the run folder where the mount at ``path`` is recorded: its shared layers are among those there."""
+    here = [m for m in mounts.mount_table() if m.point == path]
+    source = here[-1].source if here else ""
+    if source.startswith(SOURCE_PREFIX) and run.parent.is_dir():
+        name = f"{source.removeprefix(SOURCE_PREFIX)}.json"
+        for each in (run, *run.parent.iterdir()):
+            folder = RunFolder(each)
+            if (folder.records / name).exists():
+                return folder
+    return RunFolder(run)
 
 
 def active(run: Path) -> list[Record]:

@@ -309,6 +309,14 @@ def test_umount_clears_a_mount_cut_short(lab: Lab) -> None:
         mounter.umount(lab.target(), run=lab.run)
 
 
+def test_umount_under_another_store_releases_the_layers_of_its_own(lab: Lab) -> None:
+    """Whoever forgets the store's name when unmounting must not leave its data mounted for ever."""
+    mounter.mount(lab.spec, run=lab.run)
+    mounter.umount(lab.spec.target, run=lab.root / "runs-of-another-store")
+    assert lab.ours() == []
+    assert mounter.active(lab.run) == []
+
+
 def test_clear_stale_leaves_living_mounts_and_forgets_dead_namespaces(lab: Lab) -> None:
     mounter.mount(lab.spec, run=lab.run)
     dead = lab.run / "mnt-1"
