@@ -1,15 +1,17 @@
 """Use case: a layer blob, read once, to its index; and, if asked, its raw tar to a sink.
 
-One pass does it all, spread over three threads so that two processors are busy: a reader (fetch, hash the
-blob, decompress), a hasher (diff_id, and the copy of the tar), and the caller's own thread (headers, and
-the sha256 of each file). They share a ring of buffers; memory does not depend on the layer's size.
+One pass does it all, spread over three threads so that two processors are busy: a reader (fetch and
+decompress), a hasher (the digests of blob and tar, and the copy of the tar), and the caller's own thread
+(headers, and the sha256 of each file). They share a ring of buffers; memory does not depend on the layer's
+size. To decompress takes the longest, so the reader does nothing else, and may begin with the next layer
+while the others are still at the end of this one (:class:`LayerReading`).
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,7 @@ def index_layer(
         InvalidImage: malformed, unsafe (:class:`UnsafeEntry`) or beyond ``limits`` (:class:`LimitExceeded`).
         LossyResult: an ACL that cannot be expressed.
     """
-    return _Pipeline(reader, descriptor, diff_id, limits, data, progress).run()
+    return LayerReading(reader, descriptor, diff_id, limits=limits, data=data, progress=progress).finish()
 
 
 class VerifiedBlob:
@@ -66,6 +68,7 @@ class VerifiedBlob:
     def __init__(self, reader: BlobReader, descriptor: Descriptor, limits: Limits) -> None:
         self._reader, self._descriptor = reader, descriptor
         self._hash: _Hash = descriptor.digest.hasher()
+        self._hand_over: Callable[[bytes], None] | None = None
         self.count = 0
         limits.check("layer_blob_bytes", descriptor.size, f"layer {descriptor.digest}: bytes of the blob")
 
@@ -75,16 +78,31 @@ class VerifiedBlob:
         self.count += n
         if self.count > self._descriptor.size:
             raise self._wrong_size(f"at least {self.count}")
-        self._hash.update(buffer[:n])
+        if self._hand_over is None:
+            self._hash.update(buffer[:n])
+        elif n:
+            self._hand_over(bytes(buffer[:n]))
         return n
 
-    def finish(self) -> None:
-        """Read what is left and verify size and digest."""
+    def hash_elsewhere(self, hand_over: Callable[[bytes], None] | None) -> None:
+        """Give copies of what is read to ``hand_over`` from now on, for :meth:`hash`; None: hash here again."""
+        self._hand_over = hand_over
+
+    def hash(self, piece: bytes) -> None:
+        """Hash the next piece that was handed over, in any one thread."""
+        self._hash.update(piece)
+
+    def read_rest(self) -> None:
+        """Read what is left and verify the size."""
         rest = memoryview(bytearray(1 << 16))
         while self.readinto(rest):
             pass
         if self.count != self._descriptor.size:
             raise self._wrong_size(str(self.count))
+
+    def finish(self) -> None:
+        """Read what is left and verify size and digest."""
+        self.read_rest()
         want = self._descriptor.digest
         if self._hash.hexdigest() != want.hex:
             raise DigestMismatch(f"layer {want}", f"{want.algorithm}:{self._hash.hexdigest()}", str(want))
@@ -93,18 +111,25 @@ class VerifiedBlob:
         return DigestMismatch(f"layer {self._descriptor.digest}", f"{got} bytes", f"{self._descriptor.size} bytes")
 
 
-class _Pipeline:
-    """One run. A slot goes reader -> (hasher and caller) -> reader; tokens in queues say whose it is."""
+class LayerReading:
+    """One layer being read. A slot goes reader -> (hasher and caller) -> reader; tokens in queues say whose it is.
+
+    Attributes:
+        read: set when the blob was read and decompressed to its end, or never will be. The reader's thread has
+            nothing to do from then on, and another reading may well start.
+    """
 
     def __init__(
         self,
         reader: BlobReader,
         descriptor: Descriptor,
         diff_id: Digest | None,
-        limits: Limits,
-        data: DataSink | None,
-        progress: Progress | None,
+        *,
+        limits: Limits = DEFAULT,
+        data: DataSink | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        """Prepare; the arguments are those of :func:`index_layer`."""
         self._descriptor, self._diff_id, self._limits = descriptor, diff_id, limits
         self._data, self._progress = data, progress
         self._label = f"layer {descriptor.digest}"
@@ -113,34 +138,53 @@ class _Pipeline:
         self._same_bytes = False  # blob and tar are the same bytes: one hash is enough
         self._ring: list[mmap.mmap] = []  # whole pages, as direct writes want them
         self._stopped = threading.Event()
+        self._started: list[threading.Thread] = []
+        self.read = threading.Event()
         self._read_error: BaseException | None = None
         self._hash_error: BaseException | None = None
-        # Lengths of filled slots, in ring order, and tokens for slots that each consumer is done with.
-        self._to_hash: SimpleQueue[int] = SimpleQueue()
+        # Lengths of filled slots, in ring order, and tokens for slots that each consumer is done with; for the
+        # hasher also pieces of the blob. Slots bound them too: the reader makes no piece while it waits for one.
+        self._to_hash: SimpleQueue[int | bytes] = SimpleQueue()
         self._to_walk: SimpleQueue[int] = SimpleQueue()
         self._hashed: SimpleQueue[int] = SimpleQueue()
         self._walked: SimpleQueue[int] = SimpleQueue()
 
-    def run(self) -> Index:
+    def start(self) -> None:
+        """Begin to read, in two threads, until the ring is full. End it with :meth:`finish` or :meth:`abort`."""
+        for name, target in (("read", self._read), ("hash", self._hash)):
+            thread = threading.Thread(target=target, name=f"layerkit-{name}", daemon=True)
+            thread.start()
+            self._started.append(thread)
+
+    def abort(self) -> None:
+        """Make both threads end soon, and wait for them; harmless at any time."""
+        self._stopped.set()
+        self._walked.put(_STOP)  # a token each, in case they wait for one
+        self._hashed.put(_STOP)
+        self._join()
+
+    def _join(self) -> None:
+        for thread in self._started:
+            thread.join()
+        self.read.set()
+        self._ring.clear()
+
+    def finish(self) -> Index:
+        """Walk over the tar, in this thread, while the others read; return the index, all digests verified."""
         tar = TarReader(str(self._descriptor.digest), self._limits)
-        threads = [
-            threading.Thread(target=target, name=f"layerkit-{name}", daemon=True)
-            for name, target in (("read", self._read), ("hash", self._hash))
-        ]
-        started = []
         error: BaseException | None = None
         try:
-            for thread in threads:
-                thread.start()
-                started.append(thread)
+            if not self._started:
+                self.start()
             tar.read(self._chunks())
+            self._join()
         except BaseException as e:
             error = e
-            self._stop()
-        finally:
-            for thread in started:
-                thread.join()
+            self.abort()
+        # What is read from here on comes after all that was handed over.
+        self._blob.hash_elsewhere(None)
         self._raise_first(error)
+        self._blob.finish()
         return tar.index(self._verified_diff_id())
 
     def _raise_first(self, error: BaseException | None) -> None:
@@ -171,9 +215,10 @@ class _Pipeline:
     def _read(self) -> None:
         try:
             source = Decompressor(self._blob, limits=self._limits, where=self._label)
-            self._same_bytes = (
-                source.compression is Compression.NONE and self._tar_hash.name == self._descriptor.digest.algorithm
-            )
+            if source.compression is not Compression.NONE:
+                self._blob.hash_elsewhere(self._to_hash.put)
+            else:
+                self._same_bytes = self._tar_hash.name == self._descriptor.digest.algorithm
             slot = 0
             while not self._stopped.is_set():
                 if slot < SLOTS:
@@ -185,7 +230,7 @@ class _Pipeline:
                     break
                 n = source.readinto(memoryview(self._ring[slot % SLOTS]))
                 if not n:
-                    self._blob.finish()
+                    self._blob.read_rest()
                     break
                 self._to_hash.put(n)
                 self._to_walk.put(n)
@@ -195,15 +240,19 @@ class _Pipeline:
         finally:
             self._to_hash.put(_STOP)
             self._to_walk.put(_STOP)
+            self.read.set()
 
     # --- the hasher's thread -----------------------------------------------------------------------------
 
     def _hash(self) -> None:
         slot = 0
-        while (n := self._to_hash.get()) != _STOP:
+        while (item := self._to_hash.get()) != _STOP:
+            if isinstance(item, bytes):
+                self._blob.hash(item)
+                continue
             if self._hash_error is None and not self._stopped.is_set():
                 try:
-                    view = memoryview(self._ring[slot % SLOTS])[:n]
+                    view = memoryview(self._ring[slot % SLOTS])[:item]
                     if not self._same_bytes:
                         self._tar_hash.update(view)
                     if self._data is not None:
@@ -211,7 +260,7 @@ class _Pipeline:
                 except BaseException as e:
                     self._hash_error = e
             slot += 1
-            self._hashed.put(n)
+            self._hashed.put(item)
 
     # --- the caller's thread -----------------------------------------------------------------------------
 
@@ -227,12 +276,6 @@ class _Pipeline:
             self._walked.put(n)
         if self._read_error is not None or self._hash_error is not None:
             raise _Interrupted
-
-    def _stop(self) -> None:
-        """Make both threads end soon: the flag, and a token each in case they wait for one."""
-        self._stopped.set()
-        self._walked.put(_STOP)
-        self._hashed.put(_STOP)
 
 
 class _Interrupted(Cancelled):

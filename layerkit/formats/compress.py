@@ -83,7 +83,9 @@ class Decompressor:
         self._scanner: FrameScanner | None = None
         self._stream: Source
         if self.compression is Compression.GZIP:
-            self._stream = igzip.GzipFile(fileobj=self._raw, mode="rb")  # type: ignore[no-untyped-call]
+            file = igzip.GzipFile(fileobj=self._raw, mode="rb")  # type: ignore[no-untyped-call]
+            # Its own readinto makes a bytes object and copies it; the buffered reader inside fills the buffer.
+            self._gzip, self._stream = file, getattr(file, "_buffer", file)
         elif self.compression is Compression.ZSTD:
             self._scanner = self._raw.scanner = FrameScanner(where)
             # The reader accepts a stream that ends inside a frame; the scanner does not.
