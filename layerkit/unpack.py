@@ -9,6 +9,7 @@ while the others are still at the end of this one (:class:`LayerReading`).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Iterator
@@ -222,7 +223,7 @@ class LayerReading:
             slot = 0
             while not self._stopped.is_set():
                 if slot < SLOTS:
-                    self._ring.append(mmap.mmap(-1, SLOT_BYTES))
+                    self._ring.append(_slot())
                 else:
                     self._hashed.get()
                     self._walked.get()
@@ -276,6 +277,14 @@ class LayerReading:
             self._walked.put(n)
         if self._read_error is not None or self._hash_error is not None:
             raise _Interrupted
+
+
+def _slot() -> mmap.mmap:
+    """Return memory of a slot: in one large page where it can be had, which is cheaper to get and to write from."""
+    slot = mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        slot.madvise(mmap.MADV_HUGEPAGE)
+    return slot
 
 
 class _Interrupted(Cancelled):
