@@ -178,10 +178,9 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
             if name.startswith(namespace.prefix):
                 name = _escaped_name(name, namespace.prefix)
         elif name == acl_caps.CAPABILITY_NAME:
-            # Revisions 1 and 2 mean "root of the filesystem's owner", which 3 spells as rootid 0 and the
-            # kernel shows as 2 again. Patching a map into a rendered META needs the room from the start.
+            # Patching a map into a rendered META needs the room from the start.
             try:
-                value = acl_caps.encode_capability(acl_caps.decode_capability(value)._replace(revision=3))
+                value = acl_caps.capability_with_rootid(value)
             except InvalidImage as error:
                 raise ValueError(f"has {error}, which no kernel stores") from None
         out.append((name, value))

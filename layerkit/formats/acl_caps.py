@@ -148,6 +148,15 @@ def map_capability(value: bytes, mapper: IdMapper) -> bytes:
     return encode_capability(capability._replace(revision=3 if rootid else 2, rootid=rootid))
 
 
+def capability_with_rootid(value: bytes) -> bytes:
+    """Return a capability's value in revision 3, the form that has room for any rootid.
+
+    Revisions 1 and 2 mean "root of the filesystem's owner", which 3 spells as rootid 0; the kernel shows that
+    as revision 2 again.
+    """
+    return encode_capability(decode_capability(value)._replace(revision=3))
+
+
 def map_value(name: bytes, value: bytes, mapper: IdMapper) -> bytes:
     """Return the value of the xattr ``name`` with every id in it mapped; other xattrs stay as they are.
 

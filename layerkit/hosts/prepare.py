@@ -98,8 +98,8 @@ class Preparation:
             UnmappedId: the first owner that it does not cover.
         """
         facts = self.facts()
-        for ids, id_map in ((facts.uids, mapping.uid), (facts.gids, mapping.gid)):
-            if not id_map.lookup(np.array(ids, np.uint32))[1].all():
+        for kind, ids in (("uid", facts.uids), ("gid", facts.gids)):
+            if not mapping.lookup(kind, np.array(ids, np.uint32))[1].all():
                 check_map(self.tree(), mapping)
 
     def meta(
@@ -114,9 +114,12 @@ class Preparation:
 
         Raises:
             UnmappedId: the map does not cover an owner.
+            UnsafeEntry: the image brings overlay xattrs, and the preparation is ``strict``.
             LossyResult: the rendering cannot express an entry.
         """
         facts = self.facts()
+        if self._strict:
+            self.metadata_layer(None, namespace)  # a kept one may have been made without it
         text = mapping.canonical() if mapping is not None else ""
         key = self._key(Digest.parse(facts.tree), text, rendering, namespace)
         with self._store.meta_lock(key):
@@ -130,14 +133,12 @@ class Preparation:
                 "namespace": namespace.value,
                 "names": facts.names,
             }
-            base = None
             if mapping is not None and rendering is Rendering.EROFS and self.patches:
-                base = self.meta(None, rendering, namespace)
-            layer = self.metadata_layer(mapping, namespace)
-            return self._write(key, layer, rendering, base, info, progress)
+                self.check(mapping)
+                return self._patch(key, self.meta(None, rendering, namespace), mapping, info)
+            return self._write(key, self.metadata_layer(mapping, namespace), rendering, info, progress)
 
     def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
-        # A strict META of a tree without overlay xattrs is the same META; one of another tree is an error.
         return meta_key(tree, mapping, rendering.value, namespace.value, FORMAT_VERSION)
 
     def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
@@ -147,29 +148,36 @@ class Preparation:
             tree = apply_map(tree, mapping)
         return metadata_layer(tree, namespace, strict=self._strict)
 
+    def _patch(self, key: str, base: MetaEntry, mapping: Mapping, info: dict[str, object]) -> MetaEntry:
+        from layerkit.emit.erofs_patch import patch_meta
+        from layerkit.formats.erofs.patch import Fixups
+
+        with self._store.begin_meta(key) as writer:
+            fixups = Fixups.decode(base.fixups_file.read_bytes())
+            with base.image_file.open("rb") as old, writer.image_file.open("x+b") as new:
+                patch_meta(old.fileno(), new.fileno(), fixups, mapping)
+            return writer.commit(info)
+
     def _write(
         self,
         key: str,
         layer: MetadataLayer,
         rendering: Rendering,
-        base: MetaEntry | None,
         info: dict[str, object],
         progress: Progress | None,
     ) -> MetaEntry:
-        from layerkit.emit import directory, erofs
-
         with self._store.begin_meta(key) as writer:
             if rendering is Rendering.DIRECTORY:
+                from layerkit.emit.directory import write_directory
+
                 writer.root.mkdir()
-                directory.write_directory(layer, writer.root, progress=progress)
-            elif base is None:
-                with writer.image_file.open("xb") as file:
-                    fixups = erofs.build_meta(layer, file)
-                writer.fixups_file.write_bytes(fixups.encode())
+                write_directory(layer, writer.root, progress=progress)
             else:
-                fixups = erofs.Fixups.decode(base.fixups_file.read_bytes())
-                with base.image_file.open("rb") as old, writer.image_file.open("xb") as new:
-                    erofs.patch_meta(old.fileno(), new.fileno(), fixups, layer.tree)
+                from layerkit.emit.erofs import build_meta
+
+                with writer.image_file.open("xb") as file:
+                    fixups = build_meta(layer, file)
+                writer.fixups_file.write_bytes(fixups.encode())
             return writer.commit(info)
 
 

@@ -96,25 +96,20 @@ class _Unmapped(Exception):
 
 
 def _owners(tree: Tree, mapping: Mapping, kind: str) -> Ids | _Unmapped:
-    ids, id_map = (tree.uid, mapping.uid) if kind == "uid" else (tree.gid, mapping.gid)
-    mapped, inside = id_map.lookup(ids)
+    ids = tree.uid if kind == "uid" else tree.gid
+    mapped, inside = mapping.lookup(kind, ids)
     if not inside.all():
-        if mapping.overflow is None:
-            inode = int(np.argmin(inside))
-            return _Unmapped(kind, int(ids[inode]), id_map.canonical(), inode)
-        mapped[~inside] = mapping.overflow
+        inode = int(np.argmin(inside))
+        return _Unmapped(kind, int(ids[inode]), mapping.of(kind).canonical(), inode)
     return mapped
 
 
 def _mapped_sets(tree: Tree, mapping: Mapping) -> tuple[XattrSet, ...] | _Unmapped:
     def one(kind: str, value: int) -> int:
-        id_map = mapping.gid if kind.startswith("gid") else mapping.uid
-        mapped, inside = id_map.lookup(np.array([value], np.uint32))
-        if inside[0]:
-            return int(mapped[0])
-        if mapping.overflow is None:
-            raise _Unmapped(kind, value, id_map.canonical())
-        return mapping.overflow
+        mapped, inside = mapping.lookup(kind, np.array([value], np.uint32))
+        if not inside[0]:
+            raise _Unmapped(kind, value, mapping.of(kind).canonical())
+        return int(mapped[0])
 
     sets, failures = [], list[_Unmapped]()
     for row, pairs in enumerate(tree.xattr_sets):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from layerkit.errors import UsageError
-from layerkit.idmap.extents import MAX_ID, IdMap, is_number
+from layerkit.idmap.extents import MAX_ID, IdMap, Ids, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,23 @@ class Mapping:
         if mapping.canonical() != text:
             raise UsageError(f"map {text!r}: not in its canonical form, which is {mapping.canonical()!r}")
         return mapping
+
+    def of(self, kind: str) -> IdMap:
+        """Return the map of ids of ``kind``: that of groups if it begins with ``gid``."""
+        return self.gid if kind.startswith("gid") else self.uid
+
+    def lookup(self, kind: str, ids: Ids) -> tuple[Ids, NDArray[np.bool_]]:
+        """Return for each id its host id and whether there is one; an overflow id stands in where none is.
+
+        Args:
+            kind: ``uid`` or ``gid``, whatever follows.
+            ids: uint32 of any shape, container ids.
+        """
+        mapped, inside = self.of(kind).lookup(ids)
+        if self.overflow is not None:
+            mapped[~inside] = self.overflow
+            inside[...] = True
+        return mapped, inside
 
     def flags(self) -> str:
         """Return the command-line flags that ask for this mapping."""

@@ -100,7 +100,11 @@ def test_a_planted_stub_is_refused_when_strict_and_harmless_otherwise(tmp_path: 
     assert done.returncode == 3
     assert "trusted.overlay" in done.stderr
     assert_nothing_left(tmp_path)
-    assert run(tmp_path, "remap", image, "--uid-map", "0:100000:65536").returncode == 0
+    for form in ((), ("--own-meta",)):
+        words = ("remap", image, "--uid-map", "0:100000:65536", *form)
+        assert run(tmp_path, *words).returncode == 0
+        done = run(tmp_path, *words, "--strict")
+        assert done.returncode == 3, "the metadata that the run before kept is refused as well"
 
 
 @pytest.mark.parametrize("form", ["gzip", "zstd"])

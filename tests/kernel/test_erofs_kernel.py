@@ -32,6 +32,8 @@ from erofs_trees import (
 from support import need_root, need_tool
 
 from layerkit.emit import erofs
+from layerkit.emit.erofs_patch import patch_meta
+from layerkit.idmap import IdMap, Mapping
 from layerkit.kernel import mounts
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.tree import Node, Tree
@@ -189,9 +191,9 @@ def test_a_patched_meta_shows_the_mapped_tree_with_the_same_inode_numbers(tmp_pa
     specs[b"empty"].uid = specs[b"empty"].gid = 65534
     tree = make_tree(specs)
     fixups = build(tree, tmp_path / "meta")
-    other = mapped(tree)
+    other, shift = mapped(tree), IdMap.of([(0, 100_000, 1 << 31)])
     with (tmp_path / "meta").open("rb") as old, (tmp_path / "patched").open("xb") as new:
-        erofs.patch_meta(old.fileno(), new.fileno(), fixups, metadata_layer(other).tree)
+        patch_meta(old.fileno(), new.fileno(), fixups, Mapping(shift, shift))
     with mounted(mounts.erofs(tmp_path / "meta")) as root:
         before = compare(root, tree)
     with mounted(mounts.erofs(tmp_path / "patched")) as root:

@@ -32,9 +32,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerkit.emit import erofs
-from layerkit.errors import InvalidImage, LayerkitError, LossyResult, UsageError
+from layerkit.emit.erofs_patch import patch_meta
+from layerkit.errors import InvalidImage, LayerkitError, LossyResult
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs import reader
+from layerkit.idmap import MAX_ID, IdMap, Mapping
 from layerkit.limits import Limits
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.digest import Digest
@@ -49,10 +51,16 @@ def build(tree: Tree, namespace: Namespace = Namespace.TRUSTED) -> tuple[bytes, 
     return file.getvalue(), fixups
 
 
-def patch(image: bytes, fixups: erofs.Fixups, tree: Tree, folder: Path) -> bytes:
+SHIFT = Mapping(IdMap.of([(0, 100_000, 1 << 31)]), IdMap.of([(0, 100_000, 1 << 31)]))
+"""What ``mapped`` does."""
+SQUASH = Mapping(IdMap.of([(MAX_ID, 7, 1)]), IdMap.of([(MAX_ID, 7, 1)]), overflow=7)
+"""What ``squashed`` does."""
+
+
+def patch(image: bytes, fixups: erofs.Fixups, mapping: Mapping, folder: Path) -> bytes:
     (folder / "old").write_bytes(image)
     with (folder / "old").open("rb") as old, (folder / "new").open("wb+") as new:
-        erofs.patch_meta(old.fileno(), new.fileno(), fixups, metadata_layer(tree).tree)
+        patch_meta(old.fileno(), new.fileno(), fixups, mapping)
     return (folder / "new").read_bytes()
 
 
@@ -172,13 +180,11 @@ def test_a_patched_image_is_the_image_of_the_mapped_tree(
     tree = tree.with_owners(tree.uid // 4, tree.gid // 4, tree.xattr_sets)
     image, fixups = build(tree)
     fixups = erofs.Fixups.decode(fixups.encode())
-    for change in (mapped, squashed):
-        other = change(tree)
-        built, other_fixups = build(other)
-        assert patch(image, fixups, other, folder) == built
+    for change, mapping in ((mapped, SHIFT), (squashed, SQUASH)):
+        built, other_fixups = build(change(tree))
+        assert patch(image, fixups, mapping, folder) == built
         assert other_fixups.encode() == fixups.encode()
-        # And back again, from the mapped image.
-        assert patch(built, fixups, tree, folder) == image
+    assert patch(image, fixups, Mapping.identity(), folder) == image
 
 
 def test_the_same_tree_gives_the_same_bytes_and_another_one_another_uuid() -> None:
@@ -195,7 +201,7 @@ def test_a_large_tree_reads_back_and_stays_small(tmp_path: Path) -> None:
     image, fixups = build(tree)
     assert_reads_back(tree, image)
     assert len(image) <= 230 * len(tree)
-    assert patch(image, fixups, mapped(tree), tmp_path) == build(mapped(tree))[0]
+    assert patch(image, fixups, SHIFT, tmp_path) == build(mapped(tree))[0]
 
 
 @pytest.mark.parametrize("per_dir", [1, 100, 130, 200, 19_998])
@@ -258,19 +264,13 @@ def test_device_numbers_round_trip(major: int, minor: int) -> None:
 # --- patching what does not fit
 
 
-def test_patching_with_another_tree_is_refused(tmp_path: Path) -> None:
-    image, fixups = build(make_tree({b"a": regular(b"a", xattrs=((CAPABILITY, capability(0)),))}))
-    with pytest.raises(UsageError, match="another tree"):
-        patch(image, fixups, make_tree({b"a": regular(b"a"), b"b": regular(b"b")}), tmp_path)
-    with pytest.raises(UsageError, match="another tree"):
-        patch(image, fixups, make_tree({b"a": regular(b"a", xattrs=((b"user.x", b""),))}), tmp_path)
+def test_patching_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    image, fixups = build(make_tree({b"a": regular(b"a", xattrs=((CAPABILITY, capability(5)),))}))
     with pytest.raises(InvalidImage, match="its fixups are for"):
-        patch(
-            image + bytes(4096),
-            fixups,
-            make_tree({b"a": regular(b"a", xattrs=((CAPABILITY, capability(9)),))}),
-            tmp_path,
-        )
+        patch(image + bytes(4096), fixups, SHIFT, tmp_path)
+    for uids in ((1, 100_000, 10), (0, 100_000, 5)):  # without the owner, without the capability's root
+        with pytest.raises(InvalidImage, match="build it again"):
+            patch(image, fixups, Mapping(IdMap.of([uids]), SHIFT.gid), tmp_path)
 
 
 def test_damaged_fixups_are_refused() -> None:

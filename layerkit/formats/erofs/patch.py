@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage, UsageError
+from layerkit.errors import InvalidImage
+from layerkit.formats import acl_caps
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs.xattrs import ID_NAMES
-from layerkit.model.tree import Tree
+
+IdLookup = Callable[[str, NDArray[np.uint32]], tuple[NDArray[np.uint32], NDArray[np.bool_]]]
+"""Called as (kind, container ids), kind beginning with ``uid`` or ``gid``; returns (host ids, which there are)."""
 
 _MAGIC = b"LKEROFIX"
 _VERSION = 1
@@ -32,7 +36,7 @@ class XattrFixup(NamedTuple):
     Attributes:
         offset: place of the value in the image, in bytes.
         length: of the value; no map changes it.
-        set: row of ``Tree.xattr_sets`` that the value belongs to.
+        set: row of ``Tree.xattr_sets`` that the value belongs to; a value is its set's alone.
         which: its name, as a place in ``ID_NAMES``.
     """
 
@@ -102,46 +106,47 @@ class Fixups:
 
 
 class Patch:
-    """The owners of one tree, ready to be put into the bytes of an image, window by window."""
+    """An id map, ready to be put into the bytes of an image with container ids, window by window."""
 
-    def __init__(self, fixups: Fixups, tree: Tree) -> None:
-        """Take the owners of ``tree``: the tree of the image after an id map.
-
-        Raises:
-            UsageError: the tree is another one than the image's.
-        """
-        if tree.inodes != len(fixups.rows) or len(tree.xattr_sets) != fixups.sets:
-            raise UsageError(
-                f"the image has {len(fixups.rows)} inodes and {fixups.sets} xattr sets, the tree has "
-                f"{tree.inodes} and {len(tree.xattr_sets)}: it is another tree"
-            )
+    def __init__(self, fixups: Fixups, lookup: IdLookup) -> None:
+        """Take where the ids are, and what becomes of them."""
         self._words = fixups.nids.astype(np.int64)
         self._words *= f.SLOT_BYTES // 8
         self._words += (fixups.meta_bytes + f.OWNER_OFFSET) // 8
-        owners = np.empty((tree.inodes, 2), "<u4")
-        owners[:, 0] = tree.uid
-        owners[:, 1] = tree.gid
-        self._owners = owners.view("<u8").ravel()[fixups.rows]
-        self.values = [(fix.offset, _value(tree, fix)) for fix in fixups.xattrs]
-        """(offset in the image, bytes) of every xattr value with ids; they may span windows."""
+        self._lookup = lookup
 
     def apply(self, window: NDArray[np.uint64], start: int) -> None:
-        """Write the owners of the inodes that lie in ``window``.
+        """Map the owners of the inodes that lie in ``window``.
 
         Args:
             window: uint64, little-endian words of the image, changed in place.
             start: place of its first word in the image, in words.
+
+        Raises:
+            InvalidImage: an owner without a host id.
         """
         a, b = np.searchsorted(self._words, (start, start + len(window))).tolist()
-        window[self._words[a:b] - start] = self._owners[a:b]
+        places = self._words[a:b] - start
+        owners = window[places].view("<u4").reshape(-1, 2)
+        for column, kind in enumerate(("uid", "gid")):
+            owners[:, column] = self._ids(kind, owners[:, column])
+        window[places] = owners.view("<u8").ravel()
 
+    def value(self, fix: XattrFixup, value: bytes) -> bytes:
+        """Return the xattr value that ``fix`` is of, and that was ``value``, with its ids mapped.
 
-def _value(tree: Tree, fix: XattrFixup) -> bytes:
-    name = ID_NAMES[fix.which]
-    for own_name, value in tree.xattr_sets[fix.set]:
-        if own_name == name and len(value) == fix.length:
-            return value
-    raise UsageError(
-        f"xattr set {fix.set} of the tree has no {name.decode()} of {fix.length} bytes, the image has: "
-        "it is another tree, or not passed through metadata_layer"
-    )
+        Raises:
+            InvalidImage: an id without a host id, or no such value.
+        """
+        name = ID_NAMES[fix.which]
+        mapped = acl_caps.map_value(name, value, lambda kind, one: int(self._ids(kind, np.array([one], "<u4"))[0]))
+        return acl_caps.capability_with_rootid(mapped) if name == acl_caps.CAPABILITY_NAME else mapped
+
+    def _ids(self, kind: str, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        mapped, inside = self._lookup(kind, ids)
+        if not inside.all():
+            # Whoever patches has checked the map against the tree, where the paths are.
+            raise InvalidImage(
+                f"the image has the {kind} {ids[~inside][0]}, which its tree has not: build it again"
+            )
+        return mapped
