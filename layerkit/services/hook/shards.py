@@ -42,6 +42,8 @@ _BEAT_KEY = "io.layerkit.wanted.beat"
 _PLAN_BYTES = 256 << 20
 _ASKED_AT_ONCE = 16
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_PATIENCE = 30
+"""So many times ``wait_seconds`` a shard may show life and get nothing done; one that hangs holds up nobody."""
 
 _log = logging.getLogger("layerkit.hook.shards")
 
@@ -112,7 +114,8 @@ class Meeting:
         self._alive = set(range(shard.parts))
         self._heard = {shard.part}
         self._sign = dict.fromkeys(range(shard.parts), self._start)
-        self._said = oci.EMPTY_DESCRIPTOR
+        self._progress = dict(self._sign)
+        self._said, self._shown = oci.EMPTY_DESCRIPTOR, False
         self._beats: dict[int, float] = {}
         self._moved: set[Digest] = set()
         self._waiting: dict[int, deque[Digest]] = {}
@@ -124,7 +127,6 @@ class Meeting:
         Raises:
             RegistryError: the registry does not take it.
         """
-        self._put(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
         self._show()
         over = threading.Event()
 
@@ -164,6 +166,9 @@ class Meeting:
             self._shared.repository.put_blob(blob, [data])
 
     def _show(self) -> None:
+        if not self._shown:
+            self._put(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
+            self._shown = True
         manifest = oci.manifest_json(
             oci.EMPTY_DESCRIPTOR,
             [self._said],
@@ -225,7 +230,7 @@ class Meeting:
             wants = self._plan(part)
             if wants is not None:
                 self._heard.add(part)
-                self._sign[part] = self._clock()
+                self._sign[part] = self._progress[part] = self._clock()
                 for diff_id, want in wants.items():
                     self._wanted.setdefault(diff_id, want)
                 new = True
@@ -282,7 +287,7 @@ class Meeting:
                 diff_id = waiting.popleft()
                 if self._shared.has(diff_id):
                     self._needed.discard(diff_id)
-                    self._sign[part] = self._clock()
+                    self._sign[part] = self._progress[part] = self._clock()
                     some = True
                 else:
                     waiting.append(diff_id)
@@ -296,7 +301,8 @@ class Meeting:
             silent = now - self._sign[part] > self._shard.wait_seconds
             if not silent or (part in self._heard and not waiting):
                 continue
-            seen = self._seen(part)
+            hangs = now - self._progress[part] > _PATIENCE * self._shard.wait_seconds
+            seen = None if hangs else self._seen(part)
             if seen is not None and seen[0] > self._beats.get(part, self._start - self._shard.wait_seconds):
                 # It reads a large layer, or looks through many images.
                 self._beats[part], self._sign[part] = seen[0], now
@@ -309,6 +315,7 @@ class Meeting:
             self._moved |= set(waiting)
         if changed:
             self._sign = dict.fromkeys(self._sign, now)
+            self._progress = dict(self._sign)
         return changed
 
 
