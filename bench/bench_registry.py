@@ -58,8 +58,18 @@ def rows(work: Path) -> list[dict[str, Any]]:
             lambda: shutil.rmtree(work / "out", ignore_errors=True),
         )
         out = [
-            row(f"push to a registry: {LAYERS} layers, {size:,.0f} MB", push, "skopeo copy", ">= 1"),
-            row(f"pull from it into a layout: {size:,.0f} MB", pull, "skopeo copy", ">= 1"),
+            row(
+                f"push to a registry: {LAYERS} layers, {size:,.0f} MB, {size / push[0]:,.0f} MB/s",
+                push,
+                "skopeo copy",
+                ">= 1",
+            ),
+            row(
+                f"pull from it into a layout: {size:,.0f} MB, {size / pull[0]:,.0f} MB/s",
+                pull,
+                "skopeo copy",
+                ">= 1",
+            ),
         ]
         app = next(iter(sorted((SAMPLES / "out").glob("app-*.tar"))), None)
         if app is not None:
