@@ -57,7 +57,7 @@ class LayerTask:
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """What :func:`fetch` gives: the index as the bytes of its file, where it came from, and for whom."""
+    """What :func:`fetch` gives: where an index came from, for whom, and its bytes if it is not published."""
 
     data: bytes
     origin: str
@@ -85,7 +85,10 @@ def fetch(task: LayerTask) -> Got | None:
     try:
         with _opened(task.store, limits) as store:
             index, origin = _local(task, store, limits)
-            return Got(b"".join(index_file.encode(index)), origin, task.asker)
+            shared = task.shared_indexes(limits)
+            # What is in the registry is smaller there than on the way through the cluster.
+            published = shared is not None and shared.has(task.diff_id)
+            return Got(b"" if published else b"".join(index_file.encode(index)), origin, task.asker)
     except LayerkitError:
         return None
 
@@ -120,13 +123,11 @@ def _known(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, s
 
     if (kept := store.load_index(task.diff_id)) is not None:
         return kept, "store"
-    shared = task.shared_indexes(limits)
-    if shared is None:
-        return None
     claims = UnprovenIndexes(task.store, limits=limits)
     if (copied := claims.load(task.diff_id)) is not None:
         return copied, "shared"
-    if (found := shared.load(task.diff_id)) is None:
+    shared = task.shared_indexes(limits)
+    if shared is None or (found := shared.load(task.diff_id)) is None:
         return None
     claims.save(found)
     return found, "shared"
@@ -141,10 +142,13 @@ def _from_cluster(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[I
         return None
     # Of several who asked for the same, it was read for the one whose task was taken.
     origin = "layer" if got.origin == "layer" and got.asker == asked.asker else "shared"
-    index = store.load_index(task.diff_id)
-    if index is None:
-        index = _from_worker(got, task, limits)
-    return None if index is None else (index, origin)
+    if got.data:
+        index = store.load_index(task.diff_id)
+        if index is None:
+            index = _from_worker(got, task, limits)
+        return None if index is None else (index, origin)
+    found = _known(task, store, limits)
+    return None if found is None else (found[0], origin)
 
 
 def _local(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, str]:
