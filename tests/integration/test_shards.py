@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
-from hook_images import Pushed, artifacts, ask, map_of, push
+from hook_images import Pushed, artifacts, ask, map_of, push, run
 from hook_support import MAP_A, MAP_B, call, event, hook, settings, wait_for
 from image_kit import MANIFEST, digest
 from registry_server import Registry, docker_registry
@@ -96,8 +96,11 @@ def test_three_shards_read_each_layer_once(site: Site) -> None:
         (document,) = artifacts(site.registry.host, each)
         assert map_of(document) == "uid=0:100000:65536;gid=0:100000:65536"
         assert digest(ask(site.registry.host, f"{each.name}/manifests/v1", Accept=MANIFEST)[1]) == each.digest
-    # What a shard did not read it took from where the others put it.
+    # What a shard did not read it took from where the others put it, and keeps apart from what it knows.
     assert figure(done, "layers_shared") > 0
+    for part in range(PARTS):
+        assert (site.folder / f"s{part}/unproven-indexes").is_dir()
+        run(0, "store", "verify", "--store", str(site.folder / f"s{part}"))
 
     # New machines, another map: nothing of the stores is left, and no layer is read.
     site.wire.seen.clear()
@@ -200,3 +203,22 @@ def test_two_hooks_with_stores_of_their_own_share(site: Site, tmp_path: Path) ->
             wait_for(lambda queue=queue: queue.stats().depth == 0, 120)  # type: ignore[misc]
             assert queue.stats().states == {"done": FEW}
         assert site.reads() == (Counter(dict.fromkeys(site.layers, 1)) if not number else Counter())
+
+
+def test_an_interrupt_ends_a_shard_that_reads_or_waits(site: Site) -> None:
+    """Ctrl-C while a layer comes slowly: at once, with 130, and no worker is left."""
+    site.wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=2, times=None))
+    shard = site.start(0, "--wait", "600")
+    wait_for(lambda: site.wire.hits)
+    shard.send_signal(signal.SIGINT)
+    shard.communicate(timeout=60)
+    assert shard.returncode == 130
+    left = subprocess.run(["pgrep", "-f", str(site.folder)], capture_output=True, text=True)
+    assert site.wire.hits and not [pid for pid in left.stdout.split() if _runs_layerkit(pid)]
+
+
+def _runs_layerkit(pid: str) -> bool:
+    try:
+        return b"layerkit.cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

@@ -19,7 +19,7 @@ from layerkit.services.hook.jobs import Wish
 from layerkit.services.hook.layers import LayerTask, publish, shared_at
 from layerkit.services.hook.shards import Meeting, Shard, Want
 from layerkit.services.hook.tasks import Task, has_artifact, no_image, wanted
-from layerkit.services.hook.worker import access_to, task_of
+from layerkit.services.hook.worker import access_to, end, task_of
 from layerkit.stores.registry.names import RegistryRef
 
 _log = logging.getLogger("layerkit.hook.fleet")
@@ -70,8 +70,11 @@ def _index_in(config: Config, registry: Registry, shard: Shard, wishes: Sequence
         with meeting.present():
             meeting.say(_survey(config, executor, wishes))
             meeting.meet(submit)
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    except BaseException:
+        # An interrupt must not wait for layers that are being read.
+        end(executor, at_once=True)
+        raise
+    end(executor, at_once=False)
 
 
 def _survey(config: Config, executor: Executor, wishes: Sequence[Wish]) -> dict[Digest, Want]:

@@ -240,11 +240,12 @@ class QueueWorker:
         finally:
             executor, self._executor = self._executor, None
             if executor is not None:
-                _end(executor, at_once=bool(self._running))
+                end(executor, at_once=bool(self._running))
             self._running.clear()
 
 
-def _end(executor: Executor, *, at_once: bool) -> None:
+def end(executor: Executor, *, at_once: bool) -> None:
+    """End ``executor`` when what runs on it is done, or ``at_once``."""
     processes = list((getattr(executor, "_processes", None) or {}).values())
     executor.shutdown(wait=not at_once, cancel_futures=True)
     if at_once:
@@ -253,4 +254,4 @@ def _end(executor: Executor, *, at_once: bool) -> None:
             process.kill()
 
 
-__all__ = ["Execute", "QueueWorker", "access_to", "task_of"]
+__all__ = ["Execute", "QueueWorker", "access_to", "end", "task_of"]
