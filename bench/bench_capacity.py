@@ -33,7 +33,7 @@ PAGE = HERE.parent / "docs/capacity.md"
 BEGIN, END = "<!-- BEGIN measured: python bench/bench_capacity.py --write -->", "<!-- END measured -->"
 
 SMALL, BUILDS = 40, 8
-MAP_A, MAP_B = "0:100000:65536", "0:300000:65536"
+MAP_A, MAP_B, MAP_C, MAP_D = (f"0:{first}:65536" for first in (100_000, 300_000, 500_000, 700_000))
 MIX = (("build", 0.9), ("whole", 0.1))
 """Of every ten images of a registry nine are builds of what is known, one brings layers of its own."""
 
@@ -90,6 +90,10 @@ def measure(work: Path) -> dict[str, Cost]:
         builds = [_push_build(registry.host, n) for n in range(BUILDS)]
         costs["build, first map"] = bench.passed(builds, MAP_A)
         costs["build, second map"] = bench.passed(builds, MAP_B)
+        # One shard reads the layers, another one with a store of its own comes after it.
+        for kind, names in (("small", small), ("whole", ["real/app:v0"])):
+            bench.passed(names, MAP_C, store="one", shared=True)
+            costs[f"{kind}, shared layers"] = bench.passed(names, MAP_D, store="other", shared=True)
     return costs
 
 
@@ -100,12 +104,15 @@ class _Bench:
         # Their start: a pass over nothing but one image that is done.
         self.start = 0.0
 
-    def passed(self, names: list[str], uid_map: str) -> Cost:
+    def passed(self, names: list[str], uid_map: str, *, store: str = "store", shared: bool = False) -> Cost:
         """Run batch over ``names`` and return the mean cost of one."""
+        indexes_in = "layerkit/indexes" if shared else ""
         config = self.work / "hook.toml"
         config.write_text(
-            f'state = "state"\nstore = "store"\nworkers = 2\npublish_indexes = true\n[[registry]]\nname = "main"\n'
-            f'host = "{self.wire.host}"\ntls_verify = false\n[[map]]\nuid_map = ["{uid_map}"]\n'
+            f'state = "state"\nstore = "{store}"\nworkers = 2\npublish_indexes = true\n'
+            f'[[registry]]\nname = "main"\n'
+            f'host = "{self.wire.host}"\ntls_verify = false\nindex_repository = "{indexes_in}"\n'
+            f'[[map]]\nuid_map = ["{uid_map}"]\n'
         )
         images = self.work / "images.txt"
 

@@ -19,6 +19,7 @@ import random
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -105,6 +106,15 @@ class FaultProxy:
     def note(self, method: str, path: str, passed: int) -> None:
         with self._lock:
             self.seen.append((method, path, passed))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that hang up: they are killed on purpose."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -220,8 +230,7 @@ def fault_proxy(upstream: str, *, seed: int = 0) -> Iterator[FaultProxy]:
     """Run a proxy in front of the HTTP server at ``upstream`` (``HOST:PORT``)."""
     proxy = FaultProxy(upstream, seed)
     handler = type("ProxyHandler", (_Handler,), {"proxy": proxy})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     proxy.host = f"localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -30,6 +30,24 @@ def batch(
             help="Only part I of N, counted from 0; in a Kubernetes Indexed Job I is JOB_COMPLETION_INDEX.",
         ),
     ] = "0/1",
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            min=0.1,
+            help="How long another shard may show no sign of life before this one does without it.",
+        ),
+    ] = 60.0,
+    index_repository: Annotated[
+        str | None,
+        typer.Option(
+            "--index-repository",
+            metavar="NAME",
+            help="Where shards find each other's indexes of layers, in the same registry; empty for nowhere "
+            "[default: layerkit/indexes with several shards or dask].",
+        ),
+    ] = None,
     config: hook.ConfigFile = None,
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
@@ -48,7 +66,8 @@ def batch(
     """Remap many images in their registries; the same list with other shards does the rest of it.
 
     Which shard an image belongs to is decided by its name alone, so every machine can be given the whole list, and
-    nobody needs to talk to anybody. Exit code 5 if part of the shard failed; what is done is not done again.
+    nobody needs to talk to anybody. Each layer is read by one shard, and its index published for the others, which
+    wait for it up to `--wait`. Exit code 5 if part of the shard failed; what is done is not done again.
 
     Examples:
     `layerkit batch --from images.txt --uid-map 0:100000:65536 --workers 8`
@@ -66,20 +85,21 @@ def batch(
         raise UsageError("nothing to do: name images, or give --from FILE")
     part, parts = once.parse_shard(shard)
     every = once.parse_refs(listed)
-    named = [ref for ref in every if once.shard_of(ref, parts) == part]
     hosts = None if config else sorted({ref.host for ref in every})
     chosen = hook.settings_of(
-        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
-    )
+        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify,
+        index_repository=index_repository,
+    )  # fmt: skip
     logs.set_up("error")
-    done = once.run(chosen, named, all_tags=all_tags, again=again)
+    done = once.run(chosen, every, all_tags=all_tags, again=again, part=part, parts=parts, wait_seconds=wait)
+    count = sum(once.shard_of(ref, parts) == part for ref in every)
     if json:
-        body = {"shard": part, "shards": parts, "images": len(named), "failed": done.failed}
+        body = {"shard": part, "shards": parts, "images": count, "failed": done.failed}
         emit_json("batch", {**body, "jobs": [job_view(row) for row in done.rows]})
     if done.failed:
-        count = len(done.rows) + len(done.missing)
-        raise PartialFailure(f"{len(done.failed)} of {count} failed: " + "; ".join(done.failed[:5]))
-    note(f"shard {part} of {parts}: {len(named)} images, {len(done.rows)} remaps done", quiet=quiet or json)
+        jobs = len(done.rows) + len(done.missing)
+        raise PartialFailure(f"{len(done.failed)} of {jobs} failed: " + "; ".join(done.failed[:5]))
+    note(f"shard {part} of {parts}: {count} images, {len(done.rows)} remaps done", quiet=quiet or json)
 
 
 def _lines(source: str | None) -> list[str]:

@@ -98,6 +98,8 @@ def settings_of(
     for name in ("token_file", "workers", "engine", "hold_seconds"):
         if more.get(name) is not None:
             config = replace(config, **{name: more[name]})  # type: ignore[arg-type]
+    if isinstance(repository := more.get("index_repository"), str):
+        config = settings.with_index_repository(config, repository)
     settings.check_engine(config.engine, "--engine")
     return config
 

@@ -29,6 +29,8 @@ from layerkit.model.image import Image
 from layerkit.model.index import Index
 
 ARTIFACT_TYPE = "application/vnd.layerkit.index.v1"
+SHARED_TYPE = "application/vnd.layerkit.shared-index.v1"
+"""Of a manifest with the index of one layer and no subject, found by the layer's ``diff_id``."""
 BLOB_TYPE = "application/vnd.layerkit.layer-index.v1+zstd"
 
 _PREFIX = "io.layerkit.index."
@@ -57,18 +59,22 @@ class IndexArtifact:
     blobs: dict[Digest, Descriptor]
 
 
-def encode(index: Index, below: Sequence[Index] = ()) -> tuple[Descriptor, bytes]:
+def encode(index: Index, below: Sequence[Index] = (), *, vouched: bool = False) -> tuple[Descriptor, bytes]:
     """Return the blob of a layer's index, and its descriptor.
 
     Args:
         index: of the layer.
         below: those of the layers below it in the image, bottom first.
+        vouched: unproven ones may go out as well: they came from others of the same fleet, which have read the
+            layers, and the blob is the one that these would have made.
 
     Raises:
-        ValueError: an index is unproven; what is published must have been read from the layer.
+        ValueError: an index is unproven and not ``vouched`` for; what is published must have been read from the
+            layer.
     """
-    if any(map(is_unproven, (index, *below))):
+    if not vouched and any(map(is_unproven, (index, *below))):
         raise ValueError("an unproven index is not to be published")
+    index = _unmarked(index)
     plain = b"".join(index_file.encode(index))
     data = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
     annotations = {DIFF_ID_KEY: str(index.diff_id), SIZE_KEY: str(len(plain))}
@@ -143,11 +149,14 @@ def decode(
 
 def mark_unproven(index: Index, origin: str) -> Index:
     """Return ``index`` with the warning that nothing has proven it; ``origin`` says where it came from."""
-    kept = tuple(text for text in index.warnings if not text.startswith(UNPROVEN))
     text = (
         f"{UNPROVEN}layer {str(index.diff_id)[:19]} is known from {origin} only; reading the layer would prove it"
     )
-    return replace(index, warnings=(text, *kept))
+    return replace(index, warnings=(text, *_unmarked(index).warnings))
+
+
+def _unmarked(index: Index) -> Index:
+    return replace(index, warnings=tuple(text for text in index.warnings if not text.startswith(UNPROVEN)))
 
 
 def is_unproven(index: Index) -> bool:
@@ -171,6 +180,39 @@ def build(image: Image, blobs: Sequence[Descriptor]) -> tuple[bytes, Descriptor]
     return data, Descriptor(oci.MANIFEST, Digest.of(data), len(data), artifact_type=ARTIFACT_TYPE)
 
 
+def shared_tag(diff_id: Digest) -> str:
+    """Return the tag under which the index of the layer ``diff_id`` stands in a repository of indexes."""
+    return f"{diff_id.algorithm[:32]}-{diff_id.hex[:64]}.index-{index_file.VERSION}"
+
+
+def build_shared(blob: Descriptor) -> tuple[bytes, Descriptor]:
+    """Return the manifest that holds ``blob`` (of :func:`encode`, without layers below) and has no subject.
+
+    The same blob gives the same bytes. It also needs the blob :data:`oci.EMPTY_JSON`.
+    """
+    data = oci.manifest_json(
+        oci.EMPTY_DESCRIPTOR, [blob], artifact_type=SHARED_TYPE, annotations={VERSION_KEY: str(index_file.VERSION)}
+    )
+    return data, Descriptor(oci.MANIFEST, Digest.of(data), len(data), artifact_type=SHARED_TYPE)
+
+
+def parse_shared(data: bytes, diff_id: Digest, what: str, *, limits: Limits = DEFAULT) -> Descriptor:
+    """Return the blob with the index of the layer ``diff_id`` from its manifest ``data``.
+
+    Raises:
+        InvalidImage: no such manifest, one of another version, or one of another layer.
+    """
+    manifest = oci.parse_manifest(data, what, limits=limits)
+    if manifest.artifact_type != SHARED_TYPE or manifest.annotations.get(VERSION_KEY) != str(index_file.VERSION):
+        raise InvalidImage(f"{what}: want artifactType {SHARED_TYPE} and version {index_file.VERSION}")
+    if len(manifest.layers) != 1 or manifest.layers[0].media_type != BLOB_TYPE:
+        raise InvalidImage(f"{what}: want one blob of type {BLOB_TYPE}")
+    blob = manifest.layers[0]
+    if blob.annotations.get(DIFF_ID_KEY) != str(diff_id) or BELOW_KEY in blob.annotations:
+        raise InvalidImage(f"{what}: not the index of layer {diff_id} alone")
+    return blob
+
+
 def parse(data: bytes, what: str, *, limits: Limits = DEFAULT) -> IndexArtifact | None:
     """Return the index artifact whose manifest is ``data``, None for one of another version.
 
@@ -191,6 +233,6 @@ def parse(data: bytes, what: str, *, limits: Limits = DEFAULT) -> IndexArtifact 
 
 
 __all__ = [
-    "ARTIFACT_TYPE", "BLOB_TYPE", "IndexArtifact", "build", "decode", "encode", "is_unproven", "mark_unproven",
-    "needs", "parse",
+    "ARTIFACT_TYPE", "BLOB_TYPE", "SHARED_TYPE", "IndexArtifact", "build", "build_shared", "decode", "encode",
+    "is_unproven", "mark_unproven", "needs", "parse", "parse_shared", "shared_tag",
 ]  # fmt: skip

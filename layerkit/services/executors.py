@@ -6,9 +6,11 @@ have to do so again, as a worker can die at any moment.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,7 +21,9 @@ from typing import Any, ParamSpec, TypeVar
 from layerkit.errors import UnsupportedHost, UsageError
 
 _P = ParamSpec("_P")
+_A = TypeVar("_A")
 _T = TypeVar("_T")
+_log = logging.getLogger("layerkit.executors")
 
 _CONNECT_SECONDS = 15
 
@@ -89,6 +93,38 @@ class _Cluster(Executor):
         self._client.close(timeout=5)
 
 
+def run_once(key: str, function: Callable[[_A], _T], argument: _A) -> _T | None:
+    """Run a call once for all workers of the cluster that this runs on, however many ask; return what it gave.
+
+    Which of the askers' arguments is used is the scheduler's choice. A worker that dies meanwhile costs time only.
+
+    Args:
+        key: what makes calls the same.
+        function: of a module; what it raises is lost.
+        argument: of the call.
+
+    Returns:
+        None where this is no worker of a cluster, or it came to nothing.
+    """
+    # Nothing of dask is loaded in a process that is not one of its workers.
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker, worker_client
+
+    try:
+        get_worker()
+    except ValueError:
+        return None
+    try:
+        # Whoever waits gives its place back meanwhile, so the call finds one.
+        with worker_client() as client:
+            result: _T = client.submit(function, argument, key=key, retries=2).result()
+            return result
+    except Exception as error:
+        _log.warning("a call for the whole cluster failed", extra={"error": f"{type(error).__name__}: {error}"})
+        return None
+
+
 def _begin_worker() -> None:
     """Run at the start of a worker process: it ends when its parent does, however that ends."""
     # The parent decides when to stop; a terminal and systemd signal the whole group.
@@ -104,4 +140,4 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-__all__ = ["ENGINES", "open_executor"]
+__all__ = ["ENGINES", "open_executor", "run_once"]

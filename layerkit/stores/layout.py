@@ -14,6 +14,7 @@
       objects/:x/NAME  files by content, 0444; names from ``metaonly.data_path``
       meta/KEY/        META: ``info.json`` and ``meta.erofs`` + ``fixups``, or ``root/``
       pins/ID.json     what bundles go on using, see ``pins``; made with the first one
+      unproven-indexes/  a hook's copies of shared indexes: no part of the store's contents, see ``unproven``
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _FILES = (
     "catalog.db-shm",
     "catalog.db-journal",
 )
-KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES, "pins"))
+KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES, "pins", "unproven-indexes"))
 """Every name that may stand in the root of a store (``lost+found`` aside, where it is a filesystem's root)."""
 
 

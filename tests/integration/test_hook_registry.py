@@ -34,7 +34,7 @@ class Site:
     folder: Path
     port: int
 
-    def config(self, *maps: str, more: str = "") -> Path:
+    def config(self, *maps: str, more: str = "", indexes_in: str = "") -> Path:
         (self.folder / "token").write_text(TOKEN)
         (self.folder / "token").chmod(0o600)
         text = f"""
@@ -48,6 +48,7 @@ drain_seconds = 5
 name = "main"
 host = "{self.wire.host}"
 tls_verify = false
+index_repository = "{indexes_in}"
 [retry]
 first_seconds = 0.3
 most_seconds = 2
@@ -160,7 +161,8 @@ FAULTS = [
 def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site, tmp_path: Path) -> None:
     """kill -9 again and again, 5xx, resets, slow, cut and changed bodies: in the end one whole artifact each."""
     count = 12 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
-    config, log = site.config(MAP_A, more="workers = 3"), tmp_path / "log"
+    config = site.config(MAP_A, more="workers = 3", indexes_in="layerkit/indexes")
+    log = tmp_path / "log"
     images: list[Pushed] = []
     problems: list[str] = []
     over = threading.Event()

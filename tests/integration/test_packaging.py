@@ -181,7 +181,7 @@ def test_the_shards_of_the_indexed_job_do_all_images(tmp_path: Path) -> None:
         config = _settings(tmp_path, "layerkit-hook", registry.host)
         images = tmp_path / "images.txt"
         images.write_text("# all\n" + "".join(f"{registry.ref(each.name)}:v1\n" for each in pushed))
-        counts = []
+        pods = []
         for index in range(2):
             words = [
                 word.replace("$(JOB_COMPLETION_INDEX)/16", f"{index}/2")
@@ -189,9 +189,16 @@ def test_the_shards_of_the_indexed_job_do_all_images(tmp_path: Path) -> None:
                 .replace("/etc/layerkit/hook.toml", str(config))
                 for word in _container("layerkit-batch")["args"]
             ]
-            done = subprocess.run([*LAYERKIT, *words], capture_output=True, text=True, timeout=120, check=False)
-            assert done.returncode == 0, done.stderr
-            report = json.loads(done.stdout)
+            # Together, as the Job starts its pods, each with a disk of its own.
+            words += ["--store", str(tmp_path / f"store{index}"), "--state", str(tmp_path / f"state{index}")]
+            pods.append(
+                subprocess.Popen([*LAYERKIT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        counts = []
+        for index, pod in enumerate(pods):
+            out, err = pod.communicate(timeout=180)
+            assert pod.returncode == 0, err
+            report = json.loads(out)
             assert (report["shard"], report["shards"], report["failed"]) == (index, 2, [])
             counts.append(report["images"])
         assert sum(counts) == len(pushed)

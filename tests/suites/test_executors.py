@@ -26,15 +26,17 @@ from layerkit.errors import UnsupportedHost, UsageError
 from layerkit.model.digest import Digest
 from layerkit.services import executors
 from layerkit.services.executors import open_executor
+from layerkit.services.hook.access import Access
 from layerkit.services.hook.intake import keys
 from layerkit.services.hook.jobs import Target, Wish
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.once import parse_shard
 from layerkit.services.hook.queue import Queue
 from layerkit.services.hook.server import make_worker
-from layerkit.services.hook.tasks import Access, Task, execute
+from layerkit.services.hook.tasks import Task, execute
 
 MAP = "uid=0:100000:65536;gid=0:100000:65536"
+INDEXES = "layerkit/indexes"
 
 
 class Cluster:
@@ -55,16 +57,19 @@ class Cluster:
         self.workers = [self._worker(n) for n in range(2)]
         wait_for(lambda: (folder / "dask.log").read_text().count("Registered to") >= 2)
 
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, *words: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "dask", *words], cwd=self._folder, stdout=self._log, stderr=self._log,
+            [sys.executable, "-m", "dask", *words], cwd=cwd or self._folder, stdout=self._log, stderr=self._log,
             env={**os.environ, "DASK_DISTRIBUTED__WORKER__USE_FILE_LOCKING": "False"},
         )  # fmt: skip
 
     def _worker(self, number: int) -> subprocess.Popen[bytes]:
+        folder = self._folder / f"w{number}"
+        folder.mkdir()
+        # In a folder of its own, where a relative path means a store of its own.
         return self._start(
             "worker", f"tcp://{self.address}", "--nthreads", "1", "--no-nanny", "--no-dashboard",
-            "--name", str(number), "--local-directory", str(self._folder / f"w{number}"),
+            "--name", str(number), "--local-directory", str(folder), cwd=folder,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -162,6 +167,49 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(kind: str, tmp_path: Pat
             assert len(artifacts(registry.host, each)) == 1
 
 
+@pytest.mark.parametrize(("killed", "shared"), [(False, INDEXES), (True, INDEXES), (False, "")])
+def test_workers_without_a_common_store_read_each_layer_once(tmp_path: Path, killed: bool, shared: str) -> None:
+    """One task of the cluster for each layer, whoever asks; what it gives is in the registry for all others."""
+    with contextlib.ExitStack() as stack:
+        registry = stack.enter_context(docker_registry(tmp_path / "r"))
+        wire = stack.enter_context(fault_proxy(registry.host))
+        own = stack.enter_context(closing(Cluster(tmp_path)))
+        images = [push(registry.host, number) for number in range(6)]
+        layers = {layer for each in images for layer in each.layers}
+        wanted = [replace(t, shared=shared) for t in tasks(wire.host, images, Path("store"))]
+        # So slow that both workers want the common layer while one of them reads it.
+        wire.add(Fault("GET", f"/blobs/{images[0].layers[0]}", bytes_per_second=60, times=1))
+        with opened(f"dask://{own.address}") as executor:
+            futures = [executor.submit(execute, task) for task in wanted]
+            if killed:
+                wait_for(lambda: any("/blobs/sha256" in path for _, path, _ in list(wire.seen)) or wire.hits)
+                os.kill(own.workers[0].pid, signal.SIGKILL)
+            outcomes = [future.result(120) for future in futures]
+        assert [outcome.state for outcome in outcomes] == ["done"] * 6, outcomes
+        reads = [path.rpartition("/blobs/")[2] for method, path, passed in wire.seen if method == "GET" and passed]
+        again = sorted(at for at in reads if at in layers)
+        assert set(again) == layers
+        if not shared:
+            # The one that both wanted at once went from one to the other; nothing is kept for those who come later.
+            assert again.count(images[0].layers[0]) == 1
+        elif not killed:
+            assert again == sorted(layers)
+            assert sum(int(str(outcome.report["layers_read"])) for outcome in outcomes) == len(layers)
+            stores = [tmp_path / f"w{number}/store" for number in range(2)]
+            assert all(store.is_dir() for store in stores), "one worker has done it all"
+        for each in images:
+            assert len(artifacts(registry.host, each)) == 1
+        if not shared:
+            return
+        # Whoever comes later reads nothing, whatever store it has.
+        wire.seen.clear()
+        with opened("threads") as executor:
+            later = [replace(t, store=tmp_path / "later", mapping=MAP.replace("100000", "300000")) for t in wanted]
+            outcomes = [future.result(120) for future in [executor.submit(execute, task) for task in later]]
+        assert [outcome.report["layers_read"] for outcome in outcomes] == [0] * 6
+        assert not [path for method, path, _ in wire.seen if method == "GET" and path.rpartition("/")[2] in layers]
+
+
 def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
     with docker_registry(tmp_path / "r") as registry:
         images = [push(registry.host, number) for number in range(6)]
@@ -171,7 +219,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         seen = []
         for shard in range(3):
             words = ("--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A)
-            words += ("--engine", "threads")
+            words += ("--engine", "threads", "--wait", "0.5")  # one after the other: there is nobody to wait for
             done = json.loads(run(0, "batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
             assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
             seen += [job["targets"][0]["repository"] for job in done["jobs"]]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hook_support import settings
 
 from layerkit.errors import UsageError
-from layerkit.services.hook.config import Registry, load, read_token
+from layerkit.services.hook.config import INDEX_REPOSITORY, Registry, load, read_token, with_index_repository
 
 WHOLE = """
 listen = "[::1]:9000"
@@ -134,3 +136,24 @@ def test_the_token_is_made_private_or_must_be(tmp_path: Path) -> None:
         (tmp_path / "token").chmod(mode)
         with pytest.raises(UsageError, match=says):
             read_token(config)
+
+
+def test_where_indexes_are_shared(tmp_path: Path) -> None:
+    """By itself only among those who have no store in common; never served as images; a name and nothing else."""
+    plain = settings(tmp_path)
+    registry = plain.registries["main"]
+    assert plain.index_repository(registry) == ""
+    assert replace(plain, apart=True).index_repository(registry) == INDEX_REPOSITORY
+    assert settings(tmp_path, engine="dask://h:1").index_repository(registry) == INDEX_REPOSITORY
+    assert registry.serves("team/app") and not registry.serves(INDEX_REPOSITORY)
+    named = settings(tmp_path, registry={"index_repository": "infra/indexes"})
+    chosen = named.registries["main"]
+    assert named.index_repository(chosen) == "infra/indexes"
+    assert not chosen.serves("infra/indexes") and chosen.serves(INDEX_REPOSITORY)
+    off = with_index_repository(replace(plain, apart=True), "")
+    assert off.index_repository(off.registries["main"]) == ""
+    for wrong in ("UPPER", "a:b", "a@sha256:" + "0" * 64, "host:5000/a b", "../x"):
+        with pytest.raises(UsageError):
+            settings(tmp_path, registry={"index_repository": wrong})
+        with pytest.raises(UsageError):
+            with_index_repository(plain, wrong)

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -489,3 +490,60 @@ def test_bundles(tmp_path: Path) -> None:
         broken = {**document, "dsseEnvelope": {**document["dsseEnvelope"], **change}}
         with pytest.raises(InvalidImage):
             intoto.open_bundle(json.dumps(broken).encode(), verify, "x")
+
+
+def test_what_dsse_signs() -> None:
+    """The example of DSSE's protocol.md, and lengths in bytes rather than characters."""
+    want = b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    assert intoto.pre_authentication("http://example.com/HelloWorld", b"hello world") == want
+    assert intoto.pre_authentication("ü", "é".encode()) == "DSSEv1 2 ü 2 é".encode()
+
+
+@pytest.mark.parametrize("algorithm", ["EC", "ED25519"])
+def test_bundles_are_what_others_read(tmp_path: Path, algorithm: str) -> None:
+    """The envelope verifies in secure-systems-lab's library, and theirs here; the bundle is sigstore's v0.3."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+    private, public = _openssl(tmp_path, algorithm)
+    payload = b'{"_type":"https://in-toto.io/Statement/v1"}'
+    document = json.loads(intoto.bundle(payload, FileSigner(private)))
+    key = load_pem_public_key(public.read_bytes())
+    theirs = SSlibKey.from_crypto(key)  # type: ignore[arg-type]
+    envelope = document["dsseEnvelope"]
+    named = {**envelope, "signatures": [{**envelope["signatures"][0], "keyid": theirs.keyid}]}
+    assert list(Envelope.from_dict(deepcopy(named)).verify([theirs], 1)) == [theirs.keyid]
+    forged = {**named, "payload": base64.b64encode(b"{}").decode()}
+    with pytest.raises(VerificationError):
+        Envelope.from_dict(deepcopy(forged)).verify([theirs], 1)
+    # The other way round.
+    made = Envelope(payload, intoto.STATEMENT, {})
+    made.sign(CryptoSigner(load_pem_private_key(private.read_bytes(), None)))  # type: ignore[arg-type]
+    wrapped = {**document, "dsseEnvelope": made.to_dict()}
+    assert intoto.open_bundle(json.dumps(wrapped).encode(), verifier(public), "x") == payload
+    # sigstore's protobuf-specs: one signature, a key by its hint and no certificate, nothing of a log.
+    assert document["mediaType"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
+    der = subprocess.run(["openssl", "pkey", "-pubin", "-in", public, "-outform", "DER"], check=True,
+                         capture_output=True).stdout  # fmt: skip
+    hint = base64.b64encode(hashlib.sha256(der).digest()).decode()
+    assert document["verificationMaterial"] == {"publicKey": {"hint": hint}}
+    assert len(envelope["signatures"]) == 1 and envelope["payloadType"] == "application/vnd.in-toto+json"
+    assert document.keys() == {"mediaType", "verificationMaterial", "dsseEnvelope"}
+
+
+def test_attestations_are_found_as_cosign_looks_for_them(tmp_path: Path) -> None:
+    """A referrer with the bundle's media type as its artifactType and layer, and what is in it in annotations."""
+    private, _ = _openssl(tmp_path)
+    subject = Descriptor(oci.MANIFEST, Digest.of(b"s"), 1, artifact_type="application/vnd.layerkit.remap.v1")
+    said = intoto.attestation(b"{}", subject, FileSigner(private))
+    manifest = json.loads(said.manifest)
+    bundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
+    assert manifest["artifactType"] == bundle and manifest["subject"]["digest"] == str(subject.digest)
+    assert manifest["config"]["mediaType"] == "application/vnd.oci.empty.v1+json"
+    assert [each["mediaType"] for each in manifest["layers"]] == [bundle]
+    assert manifest["annotations"] == {
+        "dev.sigstore.bundle.content": "dsse-envelope",
+        "dev.sigstore.bundle.predicateType": "https://slsa.dev/provenance/v1",
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,43 @@ def test_credentials_are_looked_for_where_podman_and_docker_keep_them(
         (tmp_path / folder / name).write_text(json.dumps({"auths": {"h.example": _auth(user, "x")}}))
         found = credentials.find("h.example", "x")
         assert found is not None and found.username == user
+
+
+def test_credential_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``docker login`` leaves where a store is set: an empty entry, and the secret with a program."""
+    helper = tmp_path / "docker-credential-fake"
+    helper.write_text("""#!/bin/sh
+read host
+case "$host" in
+  h.example) echo '{"ServerURL": "h.example", "Username": "u", "Secret": "sentinel-p"}';;
+  id.example) echo '{"ServerURL": "id.example", "Username": "<token>", "Secret": "sentinel-id"}';;
+  https://index.docker.io/v1/) echo '{"ServerURL": "x", "Username": "hub", "Secret": "sentinel-h"}';;
+  broken.example) echo 'sentinel-leak'; exit 2;;
+  *) echo 'credentials not found in native keychain'; exit 1;;
+esac
+""")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({
+        "auths": {"h.example": {}, "https://index.docker.io/v1/": {}, "own.example": _auth("own", "x")},
+        "credsStore": "fake",
+    }))  # fmt: skip
+
+    def found(host: str) -> credentials.Credentials | None:
+        return credentials.find(host, "library/x", authfile=file)
+
+    assert found("h.example") == credentials.Credentials("u", "sentinel-p")
+    assert found("id.example") == credentials.Credentials(identity_token="sentinel-id")
+    assert found("docker.io") == credentials.Credentials("hub", "sentinel-h")
+    assert found("own.example") == credentials.Credentials("own", "x")
+    assert found("nothing.example") is None
+    with pytest.raises(RegistryError, match="docker-credential-fake") as caught:
+        found("broken.example")
+    assert "sentinel" not in str(caught.value)
+    # One helper for one host goes before everything else.
+    file.write_text(json.dumps({"auths": {"h.example": _auth("old", "x")}, "credHelpers": {"h.example": "fake"}}))
+    assert found("h.example") == credentials.Credentials("u", "sentinel-p")
 
 
 # Authentication

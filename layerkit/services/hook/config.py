@@ -21,17 +21,20 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from layerkit.errors import UsageError
 from layerkit.services.hook.jobs import Policy
+from layerkit.services.hook.tables import Table
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _SHORTEST_TOKEN = 16
+
+INDEX_REPOSITORY = "layerkit/indexes"
+"""Where those that share no store find each other's indexes of layers, unless another place is configured."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Registry:
         authfile: with its credentials, as ``skopeo login`` writes it.
         cert_dir: with its CA and client certificate.
         concurrency: jobs that talk to it at the same time.
+        index_repository: keeps the index of every layer for others that work on this registry; "" for none, None
+            where it is needed, see :meth:`Config.index_repository`. Whoever may write to it is believed.
     """
 
     name: str
@@ -57,14 +62,16 @@ class Registry:
     authfile: Path | None = None
     cert_dir: Path | None = None
     concurrency: int = 8
+    index_repository: str | None = None
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
         return re.compile("|".join(_pattern(each) for each in self.repositories))
 
     def serves(self, repository: str) -> bool:
-        """Return whether ``repository`` is on the list of what is served."""
-        return self._allowed.fullmatch(repository) is not None
+        """Return whether ``repository`` is on the list of what is served; the one of our indexes never is."""
+        ours = INDEX_REPOSITORY if self.index_repository is None else self.index_repository
+        return repository != ours and self._allowed.fullmatch(repository) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,7 @@ class Config:
         workers: jobs at the same time.
         engine: ``processes``, ``threads`` or ``dask://HOST:PORT``.
         engine_tls: CA, certificate and key for ``dask+tls://HOST:PORT``.
+        apart: others with stores of their own work on the same images, as the shards of a batch do.
         publish_indexes: also attach the indexes of its layers to each image.
         statements: also attach a statement (in-toto) to each artifact, of what it was made from.
         sign_key: private key to sign these statements with; implies ``statements``.
@@ -143,6 +151,7 @@ class Config:
     workers: int = 2
     engine: str = "processes"
     engine_tls: tuple[Path, Path, Path] | None = None
+    apart: bool = False
     publish_indexes: bool = False
     statements: bool = False
     sign_key: Path | None = None
@@ -152,6 +161,15 @@ class Config:
     tls: Tls | None = None
     bounds: Bounds = field(default_factory=Bounds)
     policy: Policy = field(default_factory=Policy)
+
+    def index_repository(self, registry: Registry) -> str:
+        """Return the repository of ``registry`` in which indexes of layers are shared, "" for none.
+
+        Where all who work have one store, that is where they find each other's, and nothing need be published.
+        """
+        if registry.index_repository is not None:
+            return registry.index_repository
+        return INDEX_REPOSITORY if self.apart or self.engine.startswith("dask") else ""
 
     def registry_for(self, named: str, host: str) -> Registry | None:
         """Return the registry that a request means: by the name in its path, else by the host in the event.
@@ -191,7 +209,7 @@ def parse(values: Mapping[str, object], where: str, base: Path) -> Config:
     """Return the settings that ``values`` hold; relative paths are below ``base``; as :func:`load`."""
     from layerkit.api import default_store
 
-    top = _Table(values, where, base)
+    top = Table(values, where, base)
     registries = [_registry(top.table(v, f"[[registry]] {n + 1}")) for n, v in enumerate(top.tables("registry"))]
     remaps = [_remap(top.table(v, f"[[map]] {n + 1}")) for n, v in enumerate(top.tables("map"))]
     for what, names in (("registry", [r.name for r in registries]), ("map", [m.name for m in remaps])):
@@ -236,7 +254,26 @@ def check_engine(engine: str, what: str) -> None:
         raise UsageError(f"{what} {engine!r}: want processes, threads or dask://HOST:PORT")
 
 
-def _registry(table: _Table) -> Registry:
+def with_index_repository(config: Config, repository: str) -> Config:
+    """Return ``config`` with another repository of indexes in every registry, "" for none.
+
+    Raises:
+        UsageError: no name of a repository.
+    """
+    if repository:
+        _check_repository(repository)
+    changed = {name: replace(each, index_repository=repository) for name, each in config.registries.items()}
+    return replace(config, registries=changed)
+
+
+def _check_repository(name: str) -> None:
+    from layerkit.stores.registry.names import RegistryRef
+
+    if RegistryRef.of(f"registry.invalid/{name}").repository != name:
+        raise UsageError(f"index_repository = {name!r}: want a name without host, tag and digest")
+
+
+def _registry(table: Table) -> Registry:
     from layerkit.stores.registry.names import parse_host
 
     host = parse_host(table.get("host", str), f"{table.where}, host")
@@ -249,14 +286,17 @@ def _registry(table: _Table) -> Registry:
         authfile=table.path("authfile"),
         cert_dir=table.path("cert_dir"),
         concurrency=table.number("concurrency", 8, least=1, most=1000),
+        index_repository=table.get("index_repository", str, None),
     )
     table.done()
     if not _NAME.fullmatch(registry.name):
         raise UsageError(f"{table.where}: name = {registry.name!r}: want lower-case letters, digits, '.', '_', '-'")
+    if registry.index_repository:
+        _check_repository(registry.index_repository)
     return registry
 
 
-def _remap(table: _Table) -> Remap:
+def _remap(table: Table) -> Remap:
     from layerkit.api import mapping
 
     chosen = mapping(
@@ -274,7 +314,7 @@ def _remap(table: _Table) -> Remap:
     return remap
 
 
-def _tls(table: _Table) -> Tls | None:
+def _tls(table: Table) -> Tls | None:
     if not table.left:
         return None
     certificate, key, client_ca = table.path("certificate"), table.path("key"), table.path("client_ca")
@@ -284,7 +324,7 @@ def _tls(table: _Table) -> Tls | None:
     return Tls(certificate, key, client_ca)
 
 
-def _engine_tls(table: _Table) -> tuple[Path, Path, Path] | None:
+def _engine_tls(table: Table) -> tuple[Path, Path, Path] | None:
     if not table.left:
         return None
     ca, certificate, key = (table.path(name) for name in ("ca", "certificate", "key"))
@@ -294,7 +334,7 @@ def _engine_tls(table: _Table) -> tuple[Path, Path, Path] | None:
     return ca, certificate, key
 
 
-def _bounds(table: _Table) -> Bounds:
+def _bounds(table: Table) -> Bounds:
     default = Bounds()
     bounds = Bounds(
         table.number("body_bytes", default.body_bytes, least=1024, most=1 << 30),
@@ -307,7 +347,7 @@ def _bounds(table: _Table) -> Bounds:
     return bounds
 
 
-def _policy(table: _Table) -> Policy:
+def _policy(table: Table) -> Policy:
     default = Policy()
     policy = Policy(
         table.number("attempts", default.attempts, least=1, most=1000),
@@ -353,67 +393,7 @@ def read_token(config: Config) -> tuple[str, Path]:
     return token, path
 
 
-_T = TypeVar("_T")
-_MISSING: object = object()
-
-
-class _Table:
-    """A table of the file whose every member must be known and of its type."""
-
-    def __init__(self, values: Mapping[str, object], where: str, base: Path) -> None:
-        self.left, self.where, self._base = dict(values), where, base
-
-    def get(self, name: str, kind: Callable[..., _T], default: object = _MISSING) -> _T:
-        value = self.left.pop(name, _MISSING)
-        if value is _MISSING:
-            if default is _MISSING:
-                raise UsageError(f"{self.where}: {name} is missing")
-            return default  # type: ignore[return-value]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):  # type: ignore[arg-type]
-            raise UsageError(f"{self.where}: {name} = {value!r}: want a value of another type")
-        return value  # type: ignore[return-value]
-
-    def texts(self, name: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
-        found: list[object] = self.get(name, list, list(default))
-        if not all(isinstance(each, str) for each in found):
-            raise UsageError(f"{self.where}: {name} = {found!r}: want a list of texts")
-        return tuple(str(each) for each in found)
-
-    def number(self, name: str, default: int, *, least: int, most: int) -> int:
-        value = self.get(name, int, default)
-        if not least <= value <= most:
-            raise UsageError(f"{self.where}: {name} = {value}: want {least} to {most}")
-        return value
-
-    def seconds(self, name: str, default: float) -> float:
-        value = self.left.pop(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e9:
-            raise UsageError(f"{self.where}: {name} = {value!r}: want a number above 0")
-        return float(value)
-
-    def path(self, name: str, default: Path | None = None) -> Path | None:
-        text = self.get(name, str, None)
-        return default if text is None else self._base / Path(text).expanduser()
-
-    def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        value = self.get(name, str, choices[0])
-        if value not in choices:
-            raise UsageError(f"{self.where}: {name} = {value!r}: want {' or '.join(choices)}")
-        return value
-
-    def tables(self, name: str) -> list[object]:
-        return self.get(name, list, [])
-
-    def table(self, value: object, where: str) -> _Table:
-        if not isinstance(value, dict):
-            raise UsageError(f"{self.where}, {where}: want a table")
-        return _Table(value, f"{self.where}, {where}", self._base)
-
-    def done(self) -> None:
-        if self.left:
-            raise UsageError(f"{self.where}: unknown name {min(self.left)!r}")
-
-
 __all__ = [
-    "Bounds", "Config", "Registry", "Remap", "Tls", "check_engine", "listen_address", "load", "parse", "read_token",
+    "INDEX_REPOSITORY", "Bounds", "Config", "Registry", "Remap", "Tls", "check_engine", "listen_address", "load",
+    "parse", "read_token", "with_index_repository",
 ]  # fmt: skip

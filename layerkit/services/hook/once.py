@@ -12,17 +12,20 @@ from pathlib import Path
 from layerkit.errors import NotFound, UsageError
 from layerkit.formats.artifact import FORMAT_VERSION
 from layerkit.model.digest import Digest
+from layerkit.services.hook.access import all_tags as tags_of
 from layerkit.services.hook.config import Config, Registry
+from layerkit.services.hook.fleet import index_together, run_name
 from layerkit.services.hook.intake import keys
 from layerkit.services.hook.jobs import Key, Target, Wish
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.queue import JobRow, Queue
 from layerkit.services.hook.server import make_worker, resolve_at
-from layerkit.services.hook.tasks import all_tags as tags_of
+from layerkit.services.hook.shards import Shard
 from layerkit.services.hook.worker import access_to
 from layerkit.stores.registry.names import RegistryRef
 
 _PREFIX = "docker://"
+WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,16 @@ def shard_of(ref: RegistryRef, parts: int) -> int:
     return int.from_bytes(hashlib.sha256(ref.name.encode()).digest()[:8], "big") % parts
 
 
-def run(config: Config, refs: Sequence[RegistryRef], *, all_tags: bool = False, again: bool = False) -> Pass:
+def run(
+    config: Config,
+    refs: Sequence[RegistryRef],
+    *,
+    all_tags: bool = False,
+    again: bool = False,
+    part: int = 0,
+    parts: int = 1,
+    wait_seconds: float = WAIT_SECONDS,
+) -> Pass:
     """Remap every one of ``refs`` for the configured maps; return what came of it.
 
     Args:
@@ -80,18 +92,24 @@ def run(config: Config, refs: Sequence[RegistryRef], *, all_tags: bool = False, 
         refs: what is meant; nothing else in the queue is touched.
         all_tags: all tags of the repositories of ``refs``.
         again: make what is there already anew.
+        part: which shard this is, from 0; only its images are done, see :func:`shard_of`.
+        parts: how many shards there are; several find each other's indexes of layers in the registry.
+        wait_seconds: how long another shard may show no sign of life before this one goes on without it.
 
     Raises:
         UsageError: a registry or repository that is not configured.
         RegistryError: a registry does not answer at all.
     """
-    if not refs:
+    named = [ref for ref in refs if shard_of(ref, parts) == part]
+    if parts > 1:
+        config = replace(config, apart=True)
+    elif not named:
         return Pass([], [])
     # For one pass, somebody waits for the end: what failed is tried again sooner, and given up sooner.
     policy = replace(config.policy, attempts=min(4, config.policy.attempts), first_seconds=0.5, recheck_seconds=0.0)
     with _state(config) as folder, contextlib.closing(Queue(folder, policy)) as queue:
         wishes, missing = [], []
-        for ref in refs:
+        for ref in named:
             registry = _registry(config, ref)
             for tag, digest in _meant(registry, ref, all_tags):
                 if digest is None:
@@ -99,6 +117,10 @@ def run(config: Config, refs: Sequence[RegistryRef], *, all_tags: bool = False, 
                     continue
                 target = Target(registry.name, ref.repository, tag)
                 wishes += [Wish(key, target, again=again) for key in keys(config, digest)]
+        if parts > 1:
+            everywhere = sorted({_registry(config, ref).name for ref in refs})
+            shard = Shard(run_name(config, refs, parts), part, parts, wait_seconds)
+            index_together(config, shard, wishes, everywhere)
         queue.recover()
         jobs = {added.job for added in queue.add(wishes)}
         open_jobs = set(jobs)
@@ -160,4 +182,4 @@ def _words(row: JobRow) -> str:
     return f"{', '.join(t.repository for t in row.targets)}@{row.digest[:19]}: {row.why or row.state}"
 
 
-__all__ = ["Pass", "parse_refs", "parse_shard", "run", "shard_of"]
+__all__ = ["WAIT_SECONDS", "Pass", "parse_refs", "parse_shard", "run", "shard_of"]

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from layerkit.errors import LayerkitError
 from layerkit.formats import oci
 from layerkit.model.digest import Digest
+from layerkit.services.hook.access import upstream
 from layerkit.services.hook.config import Config, Registry, read_token
 from layerkit.services.hook.guard import Token
 from layerkit.services.hook.intake import Intake, keys
@@ -29,7 +30,6 @@ from layerkit.services.hook.jobs import ENDS, Target, Wish
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.queue import Queue
 from layerkit.services.hook.server import make_worker, resolve_at, run_app
-from layerkit.services.hook.tasks import upstream
 from layerkit.services.hook.worker import QueueWorker, access_to
 
 _log = logging.getLogger("layerkit.hook.proxy")

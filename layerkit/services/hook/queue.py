@@ -8,44 +8,20 @@ changes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from layerkit.errors import NotFound, StoreError
+from layerkit.errors import NotFound
 from layerkit.model.digest import Digest
+from layerkit.services.hook.database import FIGURES, Database, on_disk
 from layerkit.services.hook.holders import Holders
 from layerkit.services.hook.jobs import ENDS, Claim, Key, Outcome, Policy, Target, Wish, after_wish
 from layerkit.services.hook.rows import Added, JobRow, Stats
-
-SCHEMA_VERSION = 1
-_BUSY_SECONDS = 60.0
-_FIGURES = ("bytes_read", "bytes_written", "bytes_mounted", "bytes_avoided", "layers_read", "layers_kept")
-_SCHEMA = f"""
-CREATE TABLE jobs (
-    id TEXT PRIMARY KEY, digest TEXT NOT NULL, mapping TEXT NOT NULL, options TEXT NOT NULL,
-    version INTEGER NOT NULL, state TEXT NOT NULL,
-    urgent INTEGER NOT NULL DEFAULT 0, anew INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
-    not_before REAL NOT NULL, owner TEXT, token TEXT, lease_until REAL,
-    created REAL NOT NULL, started REAL, finished REAL, why TEXT NOT NULL DEFAULT '',
-    report TEXT NOT NULL DEFAULT '{{}}',
-    {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in _FIGURES)}
-);
-CREATE INDEX jobs_by_state ON jobs (state, urgent DESC, not_before);
-CREATE INDEX jobs_by_digest ON jobs (digest);
-CREATE INDEX jobs_by_end ON jobs (finished);
-CREATE TABLE targets (
-    job TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, registry TEXT NOT NULL, repository TEXT NOT NULL,
-    tag TEXT NOT NULL, todo INTEGER NOT NULL, PRIMARY KEY (job, registry, repository)
-) WITHOUT ROWID;
-"""
 
 
 class Queue:
@@ -71,48 +47,19 @@ class Queue:
             StoreError: a queue of a newer version, or a disk that refuses.
         """
         self.policy = policy or Policy()
-        self._folder, self._clock, self._chance = folder, clock, chance
-        self._guard = threading.RLock()
-        with _disk(folder):
+        self._clock, self._chance = clock, chance
+        with on_disk(folder):
             self._holders = Holders(folder / "owners")
-            self._db = sqlite3.connect(
-                folder / "queue.sqlite", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._db.execute("PRAGMA journal_mode = WAL")
-            # FULL, not NORMAL: a 202 is a promise that outlasts a loss of power.
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            with self._write() as db:
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in _SCHEMA.split(";"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if version > SCHEMA_VERSION:
-            self.close()
-            raise StoreError(f"{folder}: a queue of version {version}, newer than this layerkit; use a newer one")
+        try:
+            self._data = Database(folder)
+        except BaseException:
+            self._holders.close()
+            raise
 
     def close(self) -> None:
         """Close the database, and end the leases of this process: another takes its jobs over at once."""
-        with self._guard:
-            self._db.close()
-            self._holders.close()
-
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._guard, _disk(self._folder):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _rows(self, query: str, values: Iterable[object] = ()) -> list[tuple[object, ...]]:
-        with self._guard, _disk(self._folder):
-            return self._db.execute(query, tuple(values)).fetchall()
+        self._data.close()
+        self._holders.close()
 
     # -- what is wanted
 
@@ -122,7 +69,7 @@ class Queue:
         Returns:
             For each wish, in order, what became of it. All of it is on disk.
         """
-        with self._write() as db:
+        with self._data.write() as db:
             return [self._add(db, wish) for wish in wishes]
 
     def _add(self, db: sqlite3.Connection, wish: Wish) -> Added:
@@ -163,7 +110,7 @@ class Queue:
         if jobs is not None:
             condition += f" AND id IN ({','.join('?' * len(values))})"
         now = self._clock()
-        with self._write() as db:
+        with self._data.write() as db:
             return db.execute(
                 "UPDATE jobs SET state = 'waiting', attempts = 0, losses = 0, not_before = ?, created = ?,"
                 f" finished = NULL WHERE {condition}",
@@ -172,7 +119,7 @@ class Queue:
 
     def prune(self, older_seconds: float) -> int:
         """Forget what came to its end longer ago than that, the dead excepted; return how many."""
-        with self._write() as db:
+        with self._data.write() as db:
             return db.execute(
                 "DELETE FROM jobs WHERE state IN ('done', 'skipped', 'gone') AND finished < ?",
                 (self._clock() - older_seconds,),
@@ -190,7 +137,7 @@ class Queue:
         if count < 1:
             return []
         now, claims = self._clock(), []
-        with self._write() as db:
+        with self._data.write() as db:
             owner = self._holders.me()
             marks = ",".join("?" * len(busy))
             rows = db.execute(
@@ -224,7 +171,7 @@ class Queue:
         if not held:
             return set()
         lost = set()
-        with self._write() as db:
+        with self._data.write() as db:
             for claim in held:
                 renewed = db.execute(
                     "UPDATE jobs SET lease_until = ? WHERE id = ? AND token = ? AND state = 'running'",
@@ -237,7 +184,7 @@ class Queue:
     def finish(self, claim: Claim, outcome: Outcome) -> str:
         """Store what came of ``claim``; return the job's state then, empty where the lease was lost before."""
         now = self._clock()
-        with self._write() as db:
+        with self._data.write() as db:
             row = db.execute(
                 "SELECT attempts, report FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
                 (claim.job, claim.token),
@@ -256,11 +203,11 @@ class Queue:
             state = "waiting" if more else outcome.state
             # A run that found the artifact in place has nothing to say of how it was made.
             report = {**(json.loads(row[1]) if outcome.report.get("existing") else {}), **outcome.report}
-            figures = [_number(outcome.report.get(name)) for name in _FIGURES]
+            figures = [_number(outcome.report.get(name)) for name in FIGURES]
             db.execute(
                 "UPDATE jobs SET state = ?, urgent = 0, anew = 0, attempts = 0, losses = 0, owner = NULL,"
                 " token = NULL, lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
-                + ", ".join(f"{name} = {name} + ?" for name in _FIGURES)
+                + ", ".join(f"{name} = {name} + ?" for name in FIGURES)
                 + " WHERE id = ?",
                 (state, now, now, outcome.why, json.dumps(report), *figures, claim.job),
             )
@@ -291,7 +238,7 @@ class Queue:
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Give ``claims`` back untouched, as a service does that is asked to end: no attempt is counted."""
-        with self._write() as db:
+        with self._data.write() as db:
             for claim in claims:
                 db.execute(
                     "UPDATE jobs SET state = 'waiting', owner = NULL, token = NULL, lease_until = NULL"
@@ -301,7 +248,7 @@ class Queue:
 
     def lose(self, claims: Iterable[Claim]) -> None:
         """Give ``claims`` back whose worker died: as :meth:`recover` would do later."""
-        with self._write() as db:
+        with self._data.write() as db:
             for claim in claims:
                 row = db.execute(
                     "SELECT losses FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
@@ -317,15 +264,15 @@ class Queue:
         that kills its worker each time is dead after ``policy.losses``.
         """
         now, freed = self._clock(), 0
-        with self._guard, _disk(self._folder):
+        with self._data.read():
             self._holders.sweep()
-        rows = self._rows("SELECT id, owner, token, lease_until, losses FROM jobs WHERE state = 'running'")
-        with self._guard, _disk(self._folder):
+        rows = self._data.rows("SELECT id, owner, token, lease_until, losses FROM jobs WHERE state = 'running'")
+        with self._data.read():
             alive = {owner: self._holders.alive(str(owner)) for owner in {row[1] for row in rows}}
         lost = [row for row in rows if not alive[row[1]] or float(str(row[3])) < now]
         if not lost:
             return 0
-        with self._write() as db:
+        with self._data.write() as db:
             for job, _, token, _, losses in lost:
                 still = "SELECT 1 FROM jobs WHERE id = ? AND token = ? AND state = 'running'"
                 if db.execute(still, (job, token)).fetchone():
@@ -348,13 +295,13 @@ class Queue:
 
     def stats(self) -> Stats:
         """Return counts, ages and sums."""
-        sums = ", ".join(f"total({name})" for name in _FIGURES)
-        with self._guard, _disk(self._folder):
-            states = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
-            oldest = self._db.execute("SELECT min(created) FROM jobs WHERE state = 'waiting'").fetchone()[0]
-            totals = self._db.execute(f"SELECT {sums} FROM jobs").fetchone()
+        sums = ", ".join(f"total({name})" for name in FIGURES)
+        with self._data.read() as db:
+            states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
+            oldest = db.execute("SELECT min(created) FROM jobs WHERE state = 'waiting'").fetchone()[0]
+            totals = db.execute(f"SELECT {sums} FROM jobs").fetchone()
         age = max(0.0, self._clock() - oldest) if oldest is not None else 0.0
-        return Stats(states, age, dict(zip(_FIGURES, map(int, totals), strict=True)))
+        return Stats(states, age, dict(zip(FIGURES, map(int, totals), strict=True)))
 
     def states(self, jobs: Sequence[str]) -> dict[str, str]:
         """Return the state of each of ``jobs`` that is known."""
@@ -362,9 +309,8 @@ class Queue:
         for start in range(0, len(jobs), 500):
             part = jobs[start : start + 500]
             marks = ",".join("?" * len(part))
-            found |= {
-                str(k): str(v) for k, v in self._rows(f"SELECT id, state FROM jobs WHERE id IN ({marks})", part)
-            }
+            rows = self._data.rows(f"SELECT id, state FROM jobs WHERE id IN ({marks})", part)
+            found |= {str(job): str(state) for job, state in rows}
         return found
 
     def job(self, job: str) -> JobRow:
@@ -389,9 +335,9 @@ class Queue:
             " report"
         )
         found = []
-        with self._guard, _disk(self._folder):
-            for row in self._db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall():
-                targets = self._db.execute("SELECT registry, repository, tag FROM targets WHERE job = ?", (row[0],))
+        with self._data.read() as db:
+            for row in db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall():
+                targets = db.execute("SELECT registry, repository, tag FROM targets WHERE job = ?", (row[0],))
                 *plain, report = row
                 found.append(JobRow(*plain, json.loads(report), tuple(Target(*each) for each in targets)))  # type: ignore[call-arg]
         return found
@@ -407,16 +353,6 @@ def _put_target(db: sqlite3.Connection, job: str, target: Target) -> None:
 
 def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
-        raise StoreError(
-            f"{folder}: the queue: {error}; it needs a local disk with room, not a network share"
-        ) from error
 
 
 __all__ = ["Added", "JobRow", "Queue", "Stats"]

@@ -16,13 +16,14 @@ from starlette.types import ASGIApp
 
 from layerkit.model.digest import Digest
 from layerkit.services.executors import open_executor
+from layerkit.services.hook.access import resolve
 from layerkit.services.hook.config import Config, Registry, read_token
 from layerkit.services.hook.guard import Token
 from layerkit.services.hook.http import Service, make_app
 from layerkit.services.hook.intake import Intake
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import execute, resolve, signer_of
+from layerkit.services.hook.tasks import execute, signer_of
 from layerkit.services.hook.worker import QueueWorker, access_to
 
 _log = logging.getLogger("layerkit.hook")

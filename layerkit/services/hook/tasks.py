@@ -9,8 +9,6 @@ image and map give the same bytes.
 from __future__ import annotations
 
 import contextlib
-import re
-import ssl
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,39 +16,27 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx2
-
-from layerkit.errors import LayerkitError, LossyResult, NotFound, RegistryError, UnmappedId, UnsafeEntry, UsageError
+from layerkit.errors import LayerkitError, LossyResult, NotFound, UnmappedId, UnsafeEntry, UsageError
 from layerkit.formats import artifact, oci, oci_images
 from layerkit.idmap import Mapping
 from layerkit.limits import Limits, from_environment
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.image import Image
+from layerkit.services.hook.access import Access, client_of
 from layerkit.services.hook.jobs import Outcome
+from layerkit.services.hook.layers import index_of, layer_tasks
 
 if TYPE_CHECKING:
     from layerkit.attach import Made
     from layerkit.formats.intoto import Attestation, Signer
     from layerkit.model.index import Index
-    from layerkit.stores.local import LocalStore
-    from layerkit.stores.registry.client import RegistryClient, Repository
+    from layerkit.stores.registry.client import Repository
 
 # Trying again with the same image and map gives the same answer.
 _PERMANENT = (UnmappedId, UnsafeEntry, LossyResult, UsageError)
 _LAYER_PREFIXES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
 _MAX_EXISTING = 256
-_ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a registry is reached; plain values, as it travels to workers."""
-
-    host: str
-    tls_verify: bool | None = None
-    authfile: Path | None = None
-    cert_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +55,7 @@ class Task:
         indexes: also publish the indexes of the layers, where there are none.
         statement: also attach a statement to the artifact.
         sign_key: signs that statement; None leaves it unsigned.
+        shared: repository of the first target's registry in which indexes of layers are shared, "" for none.
     """
 
     digest: Digest
@@ -82,6 +69,7 @@ class Task:
     indexes: bool = False
     statement: bool = False
     sign_key: Path | None = None
+    shared: str = ""
 
 
 def execute(task: Task) -> Outcome:
@@ -103,7 +91,7 @@ def execute(task: Task) -> Outcome:
 def _execute(task: Task) -> Outcome:
     limits = from_environment()
     access, name = task.targets[0]
-    client = _client(access, limits)
+    client = client_of(access, limits)
     before = _traffic(task, limits)
     repository = client.repository(f"{access.host}/{name}")
     entry, data = repository.manifest(task.digest)
@@ -116,7 +104,7 @@ def _execute(task: Task) -> Outcome:
     missing = [
         (each, repo)
         for each in task.targets
-        for repo in (_client(each[0], limits).repository(f"{each[0].host}/{each[1]}"),)
+        for repo in (client_of(each[0], limits).repository(f"{each[0].host}/{each[1]}"),)
         if task.again or not has_artifact(repo, task, limits)
     ]
     if not missing:
@@ -124,13 +112,11 @@ def _execute(task: Task) -> Outcome:
     image = oci_images.build_image(
         f"{access.host}/{name}@{task.digest}", data, entry, repository.fetch, str(repository), limits=limits
     )
-    report = _remap(task, image, repository, [repo for _, repo in missing], limits)
+    report = _remap(task, image, [repo for _, repo in missing], limits)
     return Outcome("done", report={**report, **_cost(task, limits, before)})
 
 
-def _remap(
-    task: Task, image: Image, source: Repository, sinks: Sequence[Repository], limits: Limits
-) -> dict[str, object]:
+def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits) -> dict[str, object]:
     from layerkit.attach import made
     from layerkit.emit.erofs import build_meta
     from layerkit.emit.tar import write_tar
@@ -138,8 +124,12 @@ def _remap(
     from layerkit.metaonly import Namespace
     from layerkit.stores.local import LocalStore
 
+    limits.check("layers_per_image", len(image.layers), image.name)
+    access, name = task.targets[0]
     with LocalStore.open(task.store, create=True, limits=limits) as store, store.hold():
-        indexes, layers = _indexes(image, source, store, limits)
+        wanted = layer_tasks(image, access, name, task.store, task.shared)
+        got = [index_of(each, store, limits) for each in wanted]
+        indexes, origins = [index for index, _ in got], [origin for _, origin in got]
         tree = merge(indexes, limits=limits)
         render = build_meta if task.rendering == "erofs" else write_tar
         with made(
@@ -150,15 +140,20 @@ def _remap(
                 near = [each.repository for each in sinks[:at] if each.host == sink.host]
                 _publish(result, sink, near, _statement(task, image, result, sink) if task.statement else None)
                 if task.indexes:
-                    _publish_indexes(image, indexes, sink, near)
+                    ours = [task.shared] if task.shared and sink.host == access.host else []
+                    _publish_indexes(image, indexes, sink, [*near, *ours])
             return {
                 "artifact": str(result.descriptor.digest),
                 "meta_bytes": result.blob.size,
                 "data_bytes": tree.data_bytes,
                 "entries": len(tree),
-                "layers": layers,
-                "layers_read": sum(not layer["kept"] for layer in layers),
-                "layers_kept": sum(bool(layer["kept"]) for layer in layers),
+                "layers": [
+                    {"digest": str(each.blob.digest), "size": each.blob.size, "kept": origin != "layer"}
+                    for each, origin in zip(wanted, origins, strict=True)
+                ],
+                "layers_read": origins.count("layer"),
+                "layers_kept": len(origins) - origins.count("layer"),
+                "layers_shared": origins.count("shared"),
                 # What a copy under other owners would have taken, once for each map.
                 "bytes_avoided": max(0, tree.data_bytes - result.blob.size),
             }
@@ -202,14 +197,17 @@ def signer_of(key: Path) -> Signer:
 
 
 def _publish_indexes(image: Image, indexes: Sequence[Index], sink: Repository, near: Sequence[str]) -> None:
-    """Attach the indexes of an image's layers to it, so that others need not read them either."""
+    """Attach the indexes of an image's layers to it, so that others need not read them either.
+
+    Those that came from others of this fleet are vouched for by the repository it keeps them in.
+    """
     from layerkit.formats import index_artifact
 
     if sink.referrers(image.descriptor.digest, index_artifact.ARTIFACT_TYPE):
         return
     blobs = []
     for place, index in enumerate(indexes):
-        blob, data = index_artifact.encode(index, indexes[:place])
+        blob, data = index_artifact.encode(index, indexes[:place], vouched=True)
         blobs.append(blob)
         if sink.blob_size(blob.digest) is None:
             sink.put_blob(blob, [data], mount_from=near)
@@ -225,34 +223,6 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[bytes]:
         return self._result.chunks()
-
-
-def _indexes(
-    image: Image, source: Repository, store: LocalStore, limits: Limits
-) -> tuple[list[Index], list[dict[str, object]]]:
-    """Return the layers' indexes, bottom first; each is read by one worker of this store only."""
-    from layerkit.unpack import index_layer
-
-    limits.check("layers_per_image", len(image.layers), image.name)
-    indexes, layers = [], []
-    for layer in image.layers:
-        index = store.load_index(layer.diff_id)
-        kept = index is not None
-        if index is None:
-            with store.layer_lock(layer.diff_id):
-                # Another worker may have read it while this one waited.
-                index = store.load_index(layer.diff_id)
-                kept = index is not None
-                if index is None:
-                    reader = source.open_blob(layer.descriptor)
-                    try:
-                        index = index_layer(reader, layer.descriptor, layer.diff_id, limits=limits)
-                    finally:
-                        reader.close()
-                    store.save_index(index)
-        indexes.append(index)
-        layers.append({"digest": str(layer.descriptor.digest), "size": layer.descriptor.size, "kept": kept})
-    return indexes, layers
 
 
 def no_image(data: bytes, entry: Descriptor, limits: Limits) -> str:
@@ -306,60 +276,8 @@ def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
     return False
 
 
-def resolve(access: Access, repository: str, tag: str) -> Digest:
-    """Return the digest that a tag means now.
-
-    Raises:
-        NotFound: no such tag.
-        RegistryError: the registry does not answer.
-    """
-    return _client(access, from_environment()).repository(f"{access.host}/{repository}").resolve(tag).digest
-
-
-def all_tags(access: Access, repository: str) -> list[str]:
-    """Return the tags of a repository, without those that only attach something to an image.
-
-    Raises:
-        NotFound: no such repository.
-        RegistryError: the registry does not answer.
-    """
-    tags = _client(access, from_environment()).repository(f"{access.host}/{repository}").tags()
-    return [tag for tag in tags if not _ATTACHED.fullmatch(tag)]
-
-
-def upstream(access: Access) -> tuple[str, ssl.SSLContext]:
-    """Return the URL of a registry, up to before ``/v2``, and how TLS to it is checked.
-
-    Raises:
-        RegistryError: it does not answer, so that nobody knows whether it speaks TLS.
-    """
-    from layerkit.stores.registry.hosts import base_url, endpoints
-
-    client = _client(access, from_environment())
-    endpoint = endpoints(access.host, "", client.options)[-1]
-    try:
-        scheme = client.transport.scheme(endpoint)
-    except httpx2.TransportError as error:
-        raise RegistryError(access.host, 0, f"the registry does not answer: {error}", temporary=True) from None
-    return base_url(endpoint, scheme).removesuffix("/v2"), endpoint.ssl_context()
-
-
-@cache
-def _client(access: Access, limits: Limits) -> RegistryClient:
-    """Return this process's client for a registry: connections and tokens are used again."""
-    from layerkit.stores.registry.client import RegistryClient
-    from layerkit.stores.registry.options import RegistryOptions, Retry
-
-    # Few attempts here: the queue tries again, later, and lets other jobs go first.
-    options = RegistryOptions(
-        authfile=access.authfile, tls_verify=access.tls_verify, cert_dir=access.cert_dir, mirrors=False,
-        retry=Retry(attempts=3, most_seconds=5.0),
-    )  # fmt: skip
-    return RegistryClient(options, limits=limits)
-
-
 def _traffic(task: Task, limits: Limits) -> dict[str, int]:
-    clients = {_client(access, limits) for access, _ in task.targets}
+    clients = {client_of(access, limits) for access, _ in task.targets}
     return {
         name: sum(getattr(client.traffic, name) for client in clients)
         for name in ("bytes_read", "bytes_written", "bytes_mounted")
@@ -372,6 +290,5 @@ def _cost(task: Task, limits: Limits, before: dict[str, int]) -> dict[str, objec
 
 
 __all__ = [
-    "Access", "Task", "all_tags", "execute", "has_artifact", "no_image", "resolve", "signer_of", "upstream",
-    "wanted",
+    "Access", "Task", "execute", "has_artifact", "no_image", "signer_of", "wanted",
 ]  # fmt: skip

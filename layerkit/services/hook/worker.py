@@ -6,20 +6,22 @@ the jobs it had are given back with one loss counted, and a new pool is made.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import replace
 
 from layerkit.errors import LayerkitError
+from layerkit.services.hook.access import Access
 from layerkit.services.hook.config import Config, Registry
-from layerkit.services.hook.jobs import Claim, Outcome
+from layerkit.services.hook.jobs import Claim, Key, Outcome, Target
 from layerkit.services.hook.metrics import Metrics
 from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import Access, Task
+from layerkit.services.hook.tasks import Task
 from layerkit.services.hook.tracing import span
 
 _log = logging.getLogger("layerkit.hook.worker")
@@ -32,6 +34,32 @@ Execute = Callable[[Task], Outcome]
 def access_to(registry: Registry) -> Access:
     """Return how workers reach ``registry``."""
     return Access(registry.host, registry.tls_verify, registry.authfile, registry.cert_dir)
+
+
+def task_of(config: Config, key: Key, wanted_in: Sequence[Target], *, anew: bool) -> Task | Outcome:
+    """Return what to do for a job, or what comes of it at once: settings may have changed since it was stored."""
+    served = [
+        (registry, target.repository)
+        for target in wanted_in
+        if (registry := config.registries.get(target.registry)) and registry.serves(target.repository)
+    ]
+    if not served:
+        return Outcome("gone", "none of its repositories is served any more")
+    options: Mapping[str, str] = json.loads(key.options)
+    return Task(
+        key.digest,
+        key.mapping,
+        options["rendering"],
+        options["namespace"],
+        tuple((access_to(registry), repository) for registry, repository in served),
+        config.store,
+        config.platforms,
+        again=anew,
+        indexes=config.publish_indexes,
+        statement=config.statements or config.sign_key is not None,
+        sign_key=config.sign_key,
+        shared=config.index_repository(served[0][0]),
+    )
 
 
 class QueueWorker:
@@ -131,7 +159,7 @@ class QueueWorker:
         # One at a time where more could be too many for a registry.
         claims = self._queue.claim(room if min(left.values()) >= room else 1, full)
         for at, claim in enumerate(claims):
-            task = self._task(claim)
+            task = task_of(self._config, claim.key, claim.targets, anew=claim.anew)
             if isinstance(task, Outcome):
                 self._finish(claim, task, time.monotonic())
                 continue
@@ -146,24 +174,6 @@ class QueueWorker:
             self._running[future] = (claim, time.monotonic())
             future.add_done_callback(lambda _: self._wake.set())
         return len(claims)
-
-    def _task(self, claim: Claim) -> Task | Outcome:
-        """Return what to do for ``claim``, or what comes of it at once: settings may have changed since."""
-        import json
-
-        targets = [
-            (access_to(registry), target.repository)
-            for target in claim.targets
-            if (registry := self._config.registries.get(target.registry)) and registry.serves(target.repository)
-        ]
-        if not targets:
-            return Outcome("gone", "none of its repositories is served any more")
-        options: Mapping[str, str] = json.loads(claim.key.options)
-        return Task(
-            claim.key.digest, claim.key.mapping, options["rendering"], options["namespace"], tuple(targets),
-            self._config.store, self._config.platforms, claim.anew, self._config.publish_indexes,
-            self._config.statements or self._config.sign_key is not None, self._config.sign_key,
-        )  # fmt: skip
 
     def _collect(self, seconds: float) -> None:
         """Wait up to ``seconds`` for something to do, then store what came of finished jobs."""
@@ -230,11 +240,12 @@ class QueueWorker:
         finally:
             executor, self._executor = self._executor, None
             if executor is not None:
-                _end(executor, at_once=bool(self._running))
+                end(executor, at_once=bool(self._running))
             self._running.clear()
 
 
-def _end(executor: Executor, *, at_once: bool) -> None:
+def end(executor: Executor, *, at_once: bool) -> None:
+    """End ``executor`` when what runs on it is done, or ``at_once``."""
     processes = list((getattr(executor, "_processes", None) or {}).values())
     executor.shutdown(wait=not at_once, cancel_futures=True)
     if at_once:
@@ -243,4 +254,4 @@ def _end(executor: Executor, *, at_once: bool) -> None:
             process.kill()
 
 
-__all__ = ["Execute", "QueueWorker", "access_to"]
+__all__ = ["Execute", "QueueWorker", "access_to", "end", "task_of"]

@@ -11,7 +11,8 @@ from layerkit.formats.strict_json import JsonObject, load_object
 from layerkit.limits import Limits
 from layerkit.stores.registry.hosts import base_url
 from layerkit.stores.registry.redirects import next_url, origin
-from layerkit.stores.registry.transport import Ask, Transport, read_body
+from layerkit.stores.registry.transport import Ask, Transport
+from layerkit.stores.registry.words import read_body
 
 _NEXT = re.compile(
     r'<([^>]*)>\s*(?:;\s*[A-Za-z]+\s*=\s*(?:"[^"]*"|[^;,"]*)\s*)*?;\s*rel\s*=\s*"?next"?', re.IGNORECASE
@@ -50,7 +51,9 @@ def pages(transport: Transport, ask: Ask, limits: Limits) -> Iterator[JsonObject
             return
         url = next_url(here, match[1], ask.endpoint.host, ask.what, 200)
         if origin(url) != origin(base_url(ask.endpoint, transport.scheme(ask.endpoint))):
-            raise RegistryError(ask.what, 200, f"its next page is on another host ({transport.show(url)}); refused")
+            raise RegistryError(
+                ask.what, 200, f"its next page is on another host ({transport.words.show(url)}); refused"
+            )
         if url in seen:
             raise RegistryError(ask.what, 200, "its pages go in a circle")
         seen.add(url)
@@ -58,4 +61,9 @@ def pages(transport: Transport, ask: Ask, limits: Limits) -> Iterator[JsonObject
     raise RegistryError(ask.what, 200, f"more than {_MAX_PAGES} pages")
 
 
-__all__ = ["NoSuchList", "pages"]
+def texts(value: object) -> Iterator[str]:
+    """Yield the texts in a list that a registry has sent, whatever else is in it."""
+    return (text for text in value if isinstance(text, str)) if isinstance(value, list) else iter(())
+
+
+__all__ = ["NoSuchList", "pages", "texts"]

@@ -20,7 +20,7 @@ from typing import cast
 
 import httpx2
 
-from layerkit.errors import InvalidImage, LayerkitError, RegistryError, show_path
+from layerkit.errors import InvalidImage, RegistryError
 from layerkit.formats.strict_json import JsonObject, load_object
 from layerkit.stores.registry import credentials
 from layerkit.stores.registry.auth import Authenticator, TokenRequest, parse_challenges
@@ -28,13 +28,10 @@ from layerkit.stores.registry.hosts import Endpoint, base_url
 from layerkit.stores.registry.names import api_host
 from layerkit.stores.registry.options import RegistryOptions
 from layerkit.stores.registry.redirects import REDIRECTS, next_url, origin
+from layerkit.stores.registry.words import Words, cause_of, read_body
 
-_TEMPORARY = frozenset((408, 429, 500, 502, 503, 504))
 _TOKEN_BYTES = 1 << 20
-_ERROR_BYTES = 64 << 10
-_ERROR_CHARS = 300
 _MAX_REDIRECTS = 6
-_SHORTEST_SECRET = 3
 
 _log = logging.getLogger("layerkit.registry")
 
@@ -101,13 +98,12 @@ class Transport:
 
     def __init__(self, options: RegistryOptions, *, sleep: Callable[[float], None] = time.sleep) -> None:
         """Nothing is connected yet. ``sleep`` waits between attempts."""
-        self.options, self.traffic = options, Traffic()
+        self.options, self.traffic, self.words = options, Traffic(), Words()
         self._sleep = sleep
         self._lock = threading.Lock()
         self._clients: dict[tuple[object, ...], httpx2.Client] = {}
         self._schemes: dict[str, str] = {}
         self._auths: dict[tuple[str, str], Authenticator] = {}
-        self._secrets: set[str] = set()
         for name in ("httpx2", "httpcore2"):
             # They log whole URLs and headers, and a redirect's URL may be signed.
             logger = logging.getLogger(name)
@@ -135,10 +131,10 @@ class Transport:
                 response = self._once(ask)
                 if response.status_code in ask.ok:
                     return response
-                error = self.error(response, ask.what)
+                error = self.words.error(response, ask.what)
                 wait = _retry_after(response)
             except httpx2.TransportError as fault:
-                error, wait = self._connection_error(fault, ask), None
+                error, wait = self.words.fault(fault, ask.what, ask.url or ask.endpoint.host), None
             if not error.temporary or attempt == attempts:
                 raise error
             _log.debug("%s %s: %s; attempt %d of %d", ask.method, ask.what, error, attempt, attempts)
@@ -171,9 +167,11 @@ class Transport:
                     headers["Authorization"] = authorization
             response = self._raw(endpoint, ask.method, url, params, headers, ask.body)
             status = response.status_code
+            if at_home:
+                self.words.warnings(response, endpoint.host)
             if status == 401 and at_home and not answered:
                 challenges = parse_challenges(response.headers.get_list("www-authenticate"))
-                message = self.error(response, ask.what)
+                message = self.words.error(response, ask.what)
                 answered, sent = True, authorization
                 authorization = auth.answer(challenges, ask.scopes, sent)
                 if not authorization:
@@ -202,12 +200,14 @@ class Transport:
                 method, url, headers=dict(headers), content=content, params=list(params) or None
             )
         except (httpx2.InvalidURL, ValueError):
-            raise RegistryError(endpoint.host, 0, f"sent an address that is no URL: {self.show(url)}") from None
+            raise RegistryError(
+                endpoint.host, 0, f"sent an address that is no URL: {self.words.show(url)}"
+            ) from None
         self.traffic.add(requests=1)
         start = time.monotonic()
         response = client.send(request, stream=True)
         seconds = time.monotonic() - start
-        _log.debug("%s %s: %d in %.3f s", method, self.show(url), response.status_code, seconds)
+        _log.debug("%s %s: %d in %.3f s", method, self.words.show(url), response.status_code, seconds)
         return response
 
     def _client(self, endpoint: Endpoint) -> httpx2.Client:
@@ -241,8 +241,8 @@ class Transport:
             self._raw(endpoint, "GET", base_url(endpoint, "https") + "/", (), headers, None).close()
         except httpx2.ConnectError as error:
             has_port = api_host(endpoint.host).rpartition(":")[2].isdigit()
-            no_tls = _cause(error, ssl.SSLError) is not None
-            if not no_tls and (has_port or _cause(error, ConnectionRefusedError) is None):
+            no_tls = cause_of(error, ssl.SSLError) is not None
+            if not no_tls and (has_port or cause_of(error, ConnectionRefusedError) is None):
                 raise
             return "http"
         return "https"
@@ -260,7 +260,7 @@ class Transport:
                     lambda: credentials.find(endpoint.host, endpoint.repository, authfile=self.options.authfile),
                     lambda request: self._ask_token(endpoint, request),
                     secure=scheme == "https",
-                    on_secret=self._keep_secret,
+                    on_secret=self.words.keep_secret,
                 )
             return found
 
@@ -284,91 +284,15 @@ class Transport:
                     try:
                         return load_object(data, what)
                     except InvalidImage as bad:
-                        raise RegistryError(what, 200, self.redact(str(bad))) from None
-                error, wait = self.error(response, what), _retry_after(response)
+                        raise RegistryError(what, 200, self.words.redact(str(bad))) from None
+                error, wait = self.words.error(response, what), _retry_after(response)
             except httpx2.TransportError as fault:
-                error, wait = self._fault(fault, what, request.url), None
+                error, wait = self.words.fault(fault, what, request.url), None
             if not error.temporary or attempt == retry.attempts:
                 raise error
             self.traffic.add(retries=1)
             self.pause(attempt, wait)
         raise AssertionError("the last attempt returns or raises")
-
-    def _keep_secret(self, text: str) -> None:
-        if len(text) >= _SHORTEST_SECRET:
-            self._secrets.add(text)
-
-    # Errors
-
-    def redact(self, text: str) -> str:
-        """Return ``text`` without any secret that this transport has used."""
-        for secret in sorted(self._secrets, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
-
-    def show(self, url: str) -> str:
-        """Return a URL for messages: without its query, which may be signed, and without secrets."""
-        bare = url.partition("?")[0].partition("#")[0]
-        scheme, slashes, rest = bare.partition("://")
-        host, slash, path = rest.partition("/")
-        return show_path(self.redact(scheme + slashes + host.rpartition("@")[2] + slash + path))[:_ERROR_CHARS]
-
-    def error(self, response: httpx2.Response, what: str) -> RegistryError:
-        """Return the error that an answer is; its body is read and it is closed."""
-        status = response.status_code
-        try:
-            said = _said(read_body(response, _ERROR_BYTES, what))
-        except (httpx2.TransportError, LayerkitError):
-            said = ""
-        said = show_path(self.redact(said))[:_ERROR_CHARS]
-        message = {
-            401: "the registry wants other credentials; log in with `skopeo login`, or give --authfile",
-            403: "the registry denies this to the credentials in use",
-            404: "the registry has no such thing",
-            413: "the registry takes no blob of this size",
-            429: "the registry is asked too often",
-        }.get(status, "the registry failed" if status >= 500 else "the registry refused")
-        return RegistryError(what, status, message + (f": {said}" if said else ""), temporary=status in _TEMPORARY)
-
-    def _connection_error(self, error: httpx2.TransportError, ask: Ask) -> RegistryError:
-        return self._fault(error, ask.what, ask.url or ask.endpoint.host)
-
-    def _fault(self, error: httpx2.TransportError, what: str, url: str) -> RegistryError:
-        """Return the error for a connection that failed; ``url`` or host is where to."""
-        where = self.show(url)
-        bad_cert = _cause(error, ssl.SSLCertVerificationError)
-        if isinstance(bad_cert, ssl.SSLCertVerificationError):
-            hint = "put its CA into certs.d (or --cert-dir), or use --tls-verify=false if you trust the network"
-            return RegistryError(what, 0, f"{where}: its certificate: {bad_cert.verify_message}; {hint}")
-        if _cause(error, ssl.SSLError) is not None and isinstance(error, httpx2.ConnectError):
-            hint = "if it serves plain HTTP, use --tls-verify=false"
-            return RegistryError(what, 0, f"{where}: no TLS connection ({_reason(error)}); {hint}")
-        if isinstance(error, httpx2.UnsupportedProtocol):
-            return RegistryError(what, 0, f"{where}: neither http nor https")
-        kinds: dict[type[httpx2.TransportError], str] = {
-            httpx2.ConnectTimeout: "no connection in time",
-            httpx2.ReadTimeout: "silent for too long",
-            httpx2.WriteTimeout: "takes no data any more",
-        }
-        reason = kinds.get(type(error)) or self.redact(_reason(error))
-        return RegistryError(what, 0, f"{where}: {reason}", temporary=True)
-
-
-def read_body(response: httpx2.Response, most: int, what: str) -> bytes:
-    """Return a whole body and close the response.
-
-    Raises:
-        RegistryError: there are more than ``most`` bytes.
-    """
-    out = bytearray()
-    try:
-        for piece in response.iter_raw(1 << 16):
-            out += piece
-            if len(out) > most:
-                raise RegistryError(what, response.status_code, f"sent more than {most} bytes")
-    finally:
-        response.close()
-    return bytes(out)
 
 
 @functools.cache
@@ -377,19 +301,6 @@ def _user_agent() -> str:
         return f"layerkit/{importlib.metadata.version('layerkit')}"
     except importlib.metadata.PackageNotFoundError:
         return "layerkit"
-
-
-def _said(data: bytes) -> str:
-    """Return the messages in an error body (distribution-spec, "Error codes")."""
-    try:
-        errors = load_object(data, "error").get("errors")
-    except LayerkitError:
-        return ""
-    found = []
-    for each in errors if isinstance(errors, list) else ():
-        if isinstance(each, dict):
-            found.append(": ".join(str(each[name]) for name in ("code", "message") if each.get(name)))
-    return "; ".join(found[:5])
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
@@ -402,18 +313,4 @@ def _retry_after(response: httpx2.Response) -> float | None:
         return None
 
 
-def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """Return the first error of ``kind`` that ``error`` was raised from."""
-    seen: BaseException | None = error
-    for _ in range(20):
-        if seen is None or isinstance(seen, kind):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    return show_path(str(error) or type(error).__name__)[:_ERROR_CHARS]
-
-
-__all__ = ["Ask", "Body", "Traffic", "Transport", "read_body"]
+__all__ = ["Ask", "Body", "Traffic", "Transport"]
