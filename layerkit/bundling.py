@@ -104,6 +104,9 @@ def bundle(
         map_text=mapping.canonical() if mapping else "", rootless=rootless,
     )  # fmt: skip
     run = mounter.default_run(store)
+    if rootless and rendering == "auto":
+        # The runtime mounts it, so that nothing of ours runs.
+        rendering = "directory"
     try:
         mounted = image.mount(
             made.rootfs, mapping, upper=made.upper, work=made.work, rendering=rendering, own_meta=own_meta,
@@ -246,7 +249,7 @@ def _root_mount(made: Bundle, record: Record) -> dict[str, object]:
     meta = layout.meta(record.label["meta"]) / "root"
     if not meta.is_dir() or record.label["backend"] != "objects":
         raise UnsupportedHost(
-            "a rootless bundle over EROFS", "leave out --data and --rendering: a user's are folders and objects"
+            "a rootless bundle over EROFS or FUSE", "leave out --data and --rendering: it takes folders and objects"
         )
     options = [
         f"lowerdir={_escaped(meta)}::{_escaped(layout.objects)}",

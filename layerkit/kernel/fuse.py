@@ -296,15 +296,13 @@ def open_device() -> int:
     return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
 
 
-def clone_device(device: int) -> int:
-    """Return another descriptor of the mount that ``device`` serves, with a queue of its own."""
-    fd = open_device()
-    try:
-        fcntl.ioctl(fd, _CLONE, struct.pack("=I", device))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def clone_device(device: int, queue: int) -> None:
+    """Make ``queue``, of :func:`open_device`, another way to the mount that ``device`` serves.
+
+    Raises:
+        OSError: the mount is gone, or is not made yet.
+    """
+    fcntl.ioctl(queue, _CLONE, struct.pack("=I", device))
 
 
 def resend(device: int) -> bool:

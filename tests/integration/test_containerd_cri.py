@@ -10,7 +10,7 @@ import engines
 import grpc
 import image_kit
 import pytest
-from engines import Engine, containerd, short_folder
+from engines import Engine, containerd, containerd_version, short_folder
 from registry_server import Registry, docker_registry, skopeo
 from snapshot_client import Process, snapshotter
 from support import need_root, need_tool
@@ -46,7 +46,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, Process]]:
     config = engines._CONTAINERD_CONF.replace('"io.containerd.grpc.v1.cri", ', "")
     monkeypatch.setattr(engines, "_CONTAINERD_CONF", config)
     with short_folder() as folder, snapshotter(folder) as process:
-        extra = proxy_plugin("layerkit", process.socket) + _CRI
+        extra = proxy_plugin("layerkit", process.socket, unpack=containerd_version() >= (2, 0)) + _CRI
         with containerd(folder, config=extra) as engine:
             yield engine, process
 

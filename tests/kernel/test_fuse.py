@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from layerkit.emit.fuse import write_tree
 from layerkit.errors import InvalidImage, UnsupportedHost
 from layerkit.formats.fuse_tree import FuseTree
 from layerkit.hosts import mount_options, mount_program
-from layerkit.hosts.mount_program_server import Keeper
+from layerkit.hosts.fuse_keeper import Keeper
 from layerkit.kernel import fuse, mounts
 from layerkit.metaonly import metadata_layer
 
@@ -269,19 +270,19 @@ def _gone(pid: int) -> None:
 class _Stuck(fuse.Answers):
     """Takes the first request for ``slow`` and answers it never."""
 
-    note = Path()
+    note = mmap.mmap(-1, 4096)
+    """Shared by all processes: who took it. Files are none in the namespace that a server lives in."""
 
     def _lookup(self, row: int, body: bytes) -> bytes:
-        if body == b"slow\0" and not self.note.exists():
-            self.note.write_text(str(os.getpid()))
+        if body == b"slow\0" and not self.note[0]:
+            struct.pack_into("=BI", self.note, 0, 1, os.getpid())
             time.sleep(600)
         return super()._lookup(row, body)
 
 
 def test_what_a_killed_worker_had_taken_is_answered_by_the_next(tmp_path: Path) -> None:
-    target, note = tmp_path / "m", tmp_path / "note"
+    target = tmp_path / "m"
     target.mkdir()
-    _Stuck.note = note
     with Keeper(_answers(tmp_path, _Stuck)) as keeper:
         attach(keeper, target)
     sizes: list[int] = []
@@ -289,10 +290,10 @@ def test_what_a_killed_worker_had_taken_is_answered_by_the_next(tmp_path: Path) 
     try:
         asker.start()
         end = time.monotonic() + 10
-        while not (note.exists() and note.read_text()):
+        while not _Stuck.note[0]:
             assert time.monotonic() < end
             time.sleep(0.02)
-        os.kill(int(note.read_text()), 9)
+        os.kill(struct.unpack_from("=BI", _Stuck.note)[1], 9)
         asker.join(10)
         assert sizes == [1]
     finally:
