@@ -178,6 +178,7 @@ def _fill(
     from layerkit.formats.image_process import ImageProcess
     from layerkit.hosts import bundle as folders
     from layerkit.hosts import bundle_fill as fill
+    from layerkit.hosts import seccomp
     from layerkit.kernel import userns
 
     assert isinstance(process, ImageProcess)
@@ -212,10 +213,12 @@ def _fill(
     inside = not userns.in_initial_userns()
     maps = _namespace_maps(mapping, rootless)
     first = [_root_mount(made, record)] if rootless else []
+    calls, said = seccomp.profile(wishes.seccomp, rc.bounding(wishes))
     config, more = rc.runtime_config(
         process, wishes, user, root="rootfs", uid_map=maps[0], gid_map=maps[1], first_mounts=first,
-        volume_mounts=volume_mounts, rootless=inside,
+        volume_mounts=volume_mounts, rootless=inside, seccomp=calls,
     )  # fmt: skip
+    more += [said] if said else []
     return config, f"{user.uid}:{user.gid}", warnings + more
 
 
