@@ -22,7 +22,8 @@ from layerkit.model.entry import XattrSet
 
 DEVICE = "/dev/fuse"
 _CLONE = 0x8004E500  # FUSE_DEV_IOC_CLONE
-_REQUEST_BYTES = 1 << 17
+_REQUEST_BYTES = 1 << 14
+"""More than any request that is answered has; for 128 KiB malloc would map pages at every read."""
 _MAJOR, _MINOR, _OLDEST_MINOR = 7, 40, 31
 _FOREVER_SECONDS = 1 << 31
 _BLOCK = 4096
