@@ -87,14 +87,14 @@ def test_it_ends_with_the_mount_and_one_file_serves_all_maps(tiny_image: Path, s
     assert sorted(metas) == ["info.json", "tree.fuse"]
     of_both = {lock: servers(lock) for lock in locks(store)}
     assert [len(pids) for pids in of_both.values()] == [3, 3]
-    second.umount()
-    # The server of the first has no copy of the second mount that would keep it.
+    first.umount()
+    # The server of the second, which came later, has no copy of the first mount that would keep it.
     (left,) = locks(store)
     for lock, pids in of_both.items():
         if lock != left:
             wait(lambda pids=pids: all(map(gone, pids)), "a server lives on without its mount")  # type: ignore[misc]
     assert not any(map(gone, of_both[left]))
-    first.umount()
+    second.umount()
     wait(lambda: all(map(gone, of_both[left])), "a server lives on without its mount")
     assert not locks(store)
     assert not mounts_below(tmp_path)
