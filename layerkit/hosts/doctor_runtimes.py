@@ -96,7 +96,7 @@ def probe_place(folder: Path) -> Path:
     """
     place = Path(os.path.realpath(folder))
     # Not Path.is_dir, which raises where a folder of root's is closed to us.
-    while not os.path.isdir(place):  # noqa: PTH112
+    while not os.path.isdir(place):
         place = place.parent
     best = place
     with suppress(OSError):
