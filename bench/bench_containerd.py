@@ -147,7 +147,8 @@ def rows(work: Path) -> list[dict[str, Any]]:
         }
     )  # fmt: skip
     (ours, disk), (stock, copied) = bench.maps("layerkit"), bench.maps("overlayfs")
-    share = disk / copied
+    # Where stock idmaps, too, its own may be nothing at all.
+    share = disk / max(copied, 1)
     found.append(
         {
             "what": f"containerd: a further id map and a container that ends, {disk / 1e6:.2f} MB on disk against "
