@@ -147,10 +147,14 @@ def rows(work: Path) -> list[dict[str, Any]]:
         }
     )  # fmt: skip
     (ours, disk), (stock, copied) = bench.maps("layerkit"), bench.maps("overlayfs")
+    # Where stock idmaps, too, its own may be nothing at all.
+    share = disk / max(copied, 1)
     found.append(
         {
-            "what": f"containerd: a further id map, {disk / 1e6:.2f} MB on disk against {copied / 1e6:.0f} MB",
-            "ours_s": ours, "peer": "ctr run --uidmap", "peer_s": stock, "ratio": stock / ours, "target": "",
+            "what": f"containerd: a further id map and a container that ends, {disk / 1e6:.2f} MB on disk against "
+            f"{copied / 1e6:.0f} MB ({share:.2%})",
+            "ours_s": ours, "peer": "ctr run --uidmap", "peer_s": stock, "ratio": stock / ours,
+            "target": "<= 0.3 s, <= 1 %",
         }
     )  # fmt: skip
     return found

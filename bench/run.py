@@ -1,5 +1,7 @@
 """Run the benchmarks and write docs/benchmarks.md: ``make bench``, or ``python bench/run.py [NAME...]``.
 
+A table goes also into each page of the documentation that has a place for it (:func:`insert`).
+
 Every ``bench_NAME.py`` beside this file has ``rows(work: Path) -> list[dict]`` with the keys ``what``,
 ``ours_s``, ``peer``, ``peer_s``, ``ratio``, ``target`` and, where it is known, ``memory`` (peak bytes). Each
 runs in a process of its own (its peak memory and imports are its own), in a folder of its own on a fresh ext4
@@ -157,6 +159,16 @@ def report(old: str, new: dict[str, str]) -> str:
     )  # fmt: skip
 
 
+def insert(text: str, new: dict[str, str]) -> str:
+    """Return a page of the documentation with the tables of ``new`` in the places that it marks for them."""
+    for name, table in new.items():
+        begin, end = f"<!-- bench: {name} -->\n", "<!-- end of bench -->"
+        before, marker, rest = text.partition(begin)
+        if marker:
+            text = f"{before}{begin}{table}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         name, scratch, out = sys.argv[2:5]
@@ -193,6 +205,10 @@ def main() -> int:
         sections[name] = section(rows, place)
         # At once: a later one that fails, or is stopped, takes nothing away.
         REPORT.write_text(report(REPORT.read_text() if REPORT.exists() else "", sections))
+        for page in REPORT.parent.glob("*.md"):
+            old = page.read_text()
+            if page != REPORT and (changed := insert(old, sections)) != old:
+                page.write_text(changed)
     console.print(f"written: {REPORT.relative_to(HERE.parent)}")
     return 1 if failed else 0
 

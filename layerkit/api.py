@@ -144,7 +144,7 @@ def mount_unpacked(
         target: an existing folder.
         mapping: the id map; None keeps the owners.
         stacking: ``auto``, ``data-only`` or ``classic``.
-        rendering: ``auto``, ``erofs`` or ``directory``.
+        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``.
         own_meta: write META for this map even where an idmapped mount of the shared one would do.
         upper: makes the mount writable.
         work: overlayfs's own folder beside ``upper``.
@@ -172,17 +172,21 @@ def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
     """Return the mounts made over ``store``: target, image, manifest digest, map, and layers that got lost.
 
     ``lost`` names the layer folders of another runtime that it removed under the mount, one in a line: files of
-    theirs that nobody has open cannot be opened any more.
+    theirs that nobody has open cannot be opened any more. ``server`` is ``killed`` where metadata is served
+    (rendering ``fuse``) and nobody does any more.
     """
     from layerkit.hosts import mount as mounter
 
+    run = mounter.default_run(store or default_store())
+    unserved = mounter.unserved(run)
     return [
         {
             "target": record.target,
             **{k: record.label.get(k, "") for k in ("image", "manifest", "map")},
             "lost": "\n".join(p for p in record.label.get("folders", "").split("\n") if p and not os.path.isdir(p)),
+            "server": "killed" if record in unserved else "",
         }
-        for record in mounter.active(mounter.default_run(store or default_store()))
+        for record in mounter.active(run)
     ]
 
 

@@ -104,6 +104,9 @@ def bundle(
         map_text=mapping.canonical() if mapping else "", rootless=rootless,
     )  # fmt: skip
     run = mounter.default_run(store)
+    if rootless and rendering == "auto":
+        # The runtime mounts it, so that nothing of ours runs.
+        rendering = "directory"
     try:
         mounted = image.mount(
             made.rootfs, mapping, upper=made.upper, work=made.work, rendering=rendering, own_meta=own_meta,
@@ -175,6 +178,7 @@ def _fill(
     from layerkit.formats.image_process import ImageProcess
     from layerkit.hosts import bundle as folders
     from layerkit.hosts import bundle_fill as fill
+    from layerkit.hosts import seccomp
     from layerkit.kernel import userns
 
     assert isinstance(process, ImageProcess)
@@ -209,10 +213,12 @@ def _fill(
     inside = not userns.in_initial_userns()
     maps = _namespace_maps(mapping, rootless)
     first = [_root_mount(made, record)] if rootless else []
+    calls, said = seccomp.profile(wishes.seccomp, rc.bounding(wishes))
     config, more = rc.runtime_config(
         process, wishes, user, root="rootfs", uid_map=maps[0], gid_map=maps[1], first_mounts=first,
-        volume_mounts=volume_mounts, rootless=inside,
+        volume_mounts=volume_mounts, rootless=inside, seccomp=calls,
     )  # fmt: skip
+    more += [said] if said else []
     return config, f"{user.uid}:{user.gid}", warnings + more
 
 
@@ -246,7 +252,7 @@ def _root_mount(made: Bundle, record: Record) -> dict[str, object]:
     meta = layout.meta(record.label["meta"]) / "root"
     if not meta.is_dir() or record.label["backend"] != "objects":
         raise UnsupportedHost(
-            "a rootless bundle over EROFS", "leave out --data and --rendering: a user's are folders and objects"
+            "a rootless bundle over EROFS or FUSE", "leave out --data and --rendering: it takes folders and objects"
         )
     options = [
         f"lowerdir={_escaped(meta)}::{_escaped(layout.objects)}",

@@ -225,7 +225,7 @@ class OpenImage:
 
         Args:
             mapping: the id map; None keeps the owners.
-            rendering: ``auto``, ``erofs`` or ``directory``.
+            rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``.
             namespace: ``auto``, ``trusted`` or ``user``.
             own_meta: write META for this map even where an idmapped mount of the shared one would do.
             progress: told about the bytes read.
@@ -264,7 +264,7 @@ class OpenImage:
             extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping else None
             mounter.mount(
                 mounter.MountSpec(
-                    meta=meta_layer(entry),
+                    meta=meta_layer(entry, mapping),
                     data=data_layers(store, ways.backend, facts),
                     namespace=ways.namespace,
                     target=path,
@@ -485,11 +485,11 @@ class OpenImage:
             )  # fmt: skip
             work = prepare.Preparation(store, self.image, limits=self._limits, strict=self._settings.strict)
             facts = work.facts()
-            if ways.idmap and mapping is not None:
+            if ways.one_meta and mapping is not None:
                 work.check(mapping)
-            entry = work.meta(None if ways.idmap else mapping, ways.rendering, ways.namespace, progress=progress)
+            entry = work.meta(None if ways.one_meta else mapping, ways.rendering, ways.namespace, progress=progress)
             store.add_image(self.image, [self.name], metas=[entry.key])
-        own = 0 if ways.idmap or mapping is None else entry.allocated_bytes
+        own = 0 if ways.one_meta or mapping is None else entry.allocated_bytes
         report = RemapReport(
             name=self.name,
             manifest=str(self.image.descriptor.digest),
@@ -504,6 +504,8 @@ class OpenImage:
             rendering=ways.rendering.value,
             how="idmapped mount of shared metadata"
             if ways.idmap
+            else "shared metadata, served under the map"
+            if ways.one_meta and mapping
             else "own metadata"
             if mapping
             else "owners as they are",

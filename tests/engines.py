@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ import pytest
 from support import mounts_below, need_root, need_tool
 
 _START_SECONDS = 60
+_CONTAINERD_BIN = os.environ.get("LAYERKIT_TEST_CONTAINERD_BIN", "")
+"""A folder with another containerd, its ctr and its shim, to use in place of the system's."""
 _STOP_SECONDS = 20
 
 _CONTAINERS_CONF = """
@@ -156,27 +159,38 @@ def _daemon(
             process.wait()
 
 
+def _containerd_program(name: str) -> str:
+    return str(Path(_CONTAINERD_BIN, name)) if _CONTAINERD_BIN else name
+
+
+def containerd_version() -> tuple[int, ...]:
+    """Return the version of the containerd that :func:`containerd` runs, such as (1, 6)."""
+    said = subprocess.run(
+        [_containerd_program("containerd"), "--version"], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"\bv?(\d+)\.(\d+)\.", said.stdout)
+    assert found, said.stdout
+    return tuple(map(int, found.groups()))
+
+
 @contextlib.contextmanager
-def containerd(
-    folder: Path | None = None, *, config: str = "", program: str = "containerd", ctr: str = "ctr"
-) -> Iterator[Engine]:
+def containerd(folder: Path | None = None, *, config: str = "") -> Iterator[Engine]:
     """Run a containerd of its own; the engine is ``ctr``.
 
     Args:
         folder: short; None makes one that goes at the end.
         config: more of config.toml, such as ``[proxy_plugins.NAME]``.
-        program: which containerd.
-        ctr: its client.
     """
     with contextlib.ExitStack() as stack:
         folder = folder or stack.enter_context(short_folder())
         address, file, log = f"{folder}/c.sock", folder / "config.toml", folder / "containerd.log"
         file.write_text(_CONTAINERD_CONF.format(folder=folder, extra=config))
-        engine = Engine(folder, (ctr, "--address", address), address=address, log=log)
+        engine = Engine(folder, (_containerd_program("ctr"), "--address", address), address=address, log=log)
         stack.callback(_end_shims, address)
-        stack.enter_context(
-            _daemon([program, "--config", str(file)], log, lambda: engine.run("version").returncode == 0)
-        )
+        # It takes its shim from the PATH.
+        env = {"PATH": f"{_CONTAINERD_BIN}:{os.environ['PATH']}"} if _CONTAINERD_BIN else {}
+        command = [_containerd_program("containerd"), "--config", str(file)]
+        stack.enter_context(_daemon(command, log, lambda: engine.run("version").returncode == 0, env))
         yield engine
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SUBIDS = 200000
@@ -38,6 +40,16 @@ def open_ways(folders: list[Path]) -> None:
                 subprocess.run(["mount", "--rbind", "--no-canonicalize", source, folder], check=True)
 
 
+def open_fuse() -> None:
+    """Lay a device that everybody may open over /dev/fuse, as it is on most machines."""
+    place = Path(tempfile.mkdtemp())
+    os.mknod(place / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
+    (place / "fuse").chmod(0o666)
+    subprocess.run(["mount", "--bind", place / "fuse", "/dev/fuse"], check=True)
+    (place / "fuse").unlink()
+    place.rmdir()
+
+
 def main(uid: int, folders: list[Path], command: list[str]) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     ready_r, ready_w = os.pipe()
@@ -48,6 +60,8 @@ def main(uid: int, folders: list[Path], command: list[str]) -> int:
             os._exit(121)
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         open_ways(folders)
+        if Path("/dev/fuse").exists():
+            open_fuse()
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)

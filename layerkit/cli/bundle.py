@@ -66,6 +66,14 @@ def bundle(
     cap_drop: Annotated[
         list[str] | None, typer.Option("--cap-drop", metavar="CAP", help="Drop one, or `all`.")
     ] = None,
+    seccomp: Annotated[
+        str,
+        typer.Option(
+            "--seccomp",
+            metavar="auto|unconfined|FILE",
+            help="Which system calls are open: auto takes the profile that podman uses on this host.",
+        ),
+    ] = "auto",
     annotation: Annotated[
         list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Add an annotation.")
     ] = None,
@@ -120,7 +128,7 @@ def bundle(
         command=tuple(command or ()), entrypoint=_words(entrypoint), env=tuple(env or ()), user=user,
         workdir=workdir, hostname=hostname or _host_name(folder), terminal=terminal, read_only=read_only,
         network=network, cap_add=tuple(cap_add or ()), cap_drop=tuple(cap_drop or ()), binds=tuple(volume or ()),
-        image_volumes=image_volume, annotations=_pairs(annotation or []),
+        image_volumes=image_volume, annotations=_pairs(annotation or []), seccomp=seccomp,
     )  # fmt: skip
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
     with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:

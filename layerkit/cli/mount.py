@@ -36,7 +36,7 @@ def mount(
         typer.Option("--work", metavar="DIR", help="overlayfs's work folder [default: beside DIR, as DIR.work]."),
     ] = None,
     rendering: Annotated[
-        str, typer.Option("--rendering", metavar="auto|erofs|directory", help="Form of the metadata.")
+        str, typer.Option("--rendering", metavar="auto|erofs|directory|fuse", help="Form of the metadata.")
     ] = "auto",
     own_meta: Annotated[
         bool,
@@ -159,6 +159,11 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
         return
     table("", ["TARGET", "IMAGE", "MAP"], [(r["target"], r["image"], r["map"] or "none") for r in rows])
     for row in rows:
+        if row["server"]:
+            note(
+                f"warning: {row['target']}: the processes that serve its metadata were killed; unmount it, and "
+                "mount it again"
+            )
         if row["lost"]:
             note(
                 f"warning: {row['target']}: its runtime removed layers under it, unmount it: {row['lost'].split()}"

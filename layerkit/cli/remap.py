@@ -37,7 +37,7 @@ def remap(
         str,
         typer.Option(
             "--rendering",
-            metavar="auto|erofs|directory|tar",
+            metavar="auto|erofs|directory|fuse|tar",
             help="Form of the metadata: tar is for artifacts only.",
         ),
     ] = "auto",

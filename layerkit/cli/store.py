@@ -36,7 +36,7 @@ def df(store: o.StoreDir = None, json: o.Json = False) -> None:
             "metadata layers",
             ["IMAGE", "MAP", "FORM", "ON DISK", "ENTRIES", "BYTES/ENTRY"],
             [
-                (", ".join(m.images) or "-", m.map or "none (shared by idmapped mounts)", m.rendering,
+                (", ".join(m.images) or "-", m.map or "none (shared by all maps)", m.rendering,
                  human(m.allocated_bytes), f"{m.entries:,}", f"{m.bytes_per_entry:.0f}")
                 for m in report.metas
             ],

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 from layerkit.errors import InvalidImage
 from layerkit.model.entry import XattrSet
 
+TREE_FILE = "tree.fuse"
+"""Its name in a META of the store."""
 MAGIC = b"lk.fuse\0"
 VERSION = 1
 NONE = 0xFFFF_FFFF

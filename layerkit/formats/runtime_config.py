@@ -28,7 +28,7 @@ DEFAULT_CAPABILITIES = (
 _MASKED = (
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
     "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/dev/block", "/sys/firmware",
-    "/sys/fs/selinux",
+    "/sys/devices/virtual/powercap", "/sys/fs/selinux",
 )  # fmt: skip
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _UNSAFE_ANNOTATIONS = (
@@ -60,6 +60,7 @@ class Wishes:
         binds: ``SOURCE:DESTINATION[:OPTIONS]`` each.
         image_volumes: ``bind`` (a folder of the bundle each), ``tmpfs`` or ``ignore``.
         annotations: added to the image's.
+        seccomp: ``auto`` (the profile of the host's container engines), ``unconfined``, or the path of a profile.
     """
 
     command: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ class Wishes:
     binds: tuple[str, ...] = ()
     image_volumes: str = "bind"
     annotations: dict[str, str] = field(default_factory=dict)
+    seccomp: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing.
@@ -181,6 +183,7 @@ def runtime_config(
     first_mounts: Sequence[JsonObject] = (),
     volume_mounts: Sequence[JsonObject] = (),
     rootless: bool = False,
+    seccomp: JsonObject | None = None,
 ) -> tuple[JsonObject, list[str]]:
     """Return config.json, and warnings about what the image asked for and does not get.
 
@@ -194,12 +197,13 @@ def runtime_config(
         first_mounts: before all others, such as one that makes the root filesystem.
         volume_mounts: of the image's volumes.
         rootless: without what an ordinary user's runtime cannot set: devices and limits of cgroups.
+        seccomp: the filter of system calls, as a runtime takes it; None for none.
 
     Raises:
         UsageError: nothing to run, or a wish that means nothing.
     """
     annotations, warnings = _annotations(process, wishes)
-    capabilities = _capabilities(wishes)
+    capabilities = bounding(wishes)
     # As the engines do: root starts with what it may have; another user gets it from a program's file
     # capabilities and setuid bits only.
     active = list(capabilities) if user.uid == 0 else []
@@ -212,6 +216,8 @@ def runtime_config(
         linux["uidMappings"] = _mappings(uid_map)
         linux["gidMappings"] = _mappings(gid_map)
     linux["namespaces"] = namespaces
+    if seccomp is not None:
+        linux["seccomp"] = seccomp
     if not rootless:
         linux["resources"] = {"devices": [{"allow": False, "access": "rwm"}]}
     shown: JsonObject = {"uid": user.uid, "gid": user.gid}
@@ -253,7 +259,13 @@ def _annotations(process: ImageProcess, wishes: Wishes) -> tuple[dict[str, str],
     return kept | wishes.annotations, warnings
 
 
-def _capabilities(wishes: Wishes) -> tuple[str, ...]:
+def bounding(wishes: Wishes) -> tuple[str, ...]:
+    """Return the capabilities that the container may have.
+
+    Raises:
+        UsageError: all of them are asked for.
+    """
+
     def full(name: str) -> str:
         upper = name.upper()
         return upper if upper in ("ALL",) or upper.startswith("CAP_") else f"CAP_{upper}"

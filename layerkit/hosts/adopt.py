@@ -114,7 +114,7 @@ def mount_unpacked(
         mapping: the id map; None keeps the owners.
         store: keeps indexes and METAs.
         stacking: ``auto``, ``data-only`` or ``classic``.
-        rendering: ``auto``, ``erofs`` or ``directory``.
+        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; the last is for the data-only stacking.
         own_meta: write META for this map even where an idmapped mount of the shared one would do.
         upper: makes the mount writable.
         work: overlayfs's own folder beside ``upper``.
@@ -131,13 +131,17 @@ def mount_unpacked(
     start = time.monotonic()
     way = choose_stacking(store.root, stacking)
     ways = choose(store.root, mapping, rendering=rendering, data="objects", own_meta=own_meta)
+    if ways.rendering is Rendering.FUSE and way is Stacking.CLASSIC:
+        raise UsageError(
+            "--rendering fuse: for --stacking data-only; the classic one holds only what a map changes"
+        )
     with store.hold():
         image = adopt_layers(store, unpacked.folders, limits=limits, reread=reread, progress=progress)
         preparation = FolderPreparation(store, image, way, limits=limits)
         if mapping is not None:
             preparation.check(mapping)
         facts = preparation.facts()
-        wanted = None if ways.idmap else mapping
+        wanted = None if ways.one_meta else mapping
         known = {entry.key for entry in store.metas()}
         entry = preparation.meta(wanted, ways.rendering, ways.namespace, progress=progress)
         data = _data_folders(image, facts.data_layers, way)
@@ -145,7 +149,7 @@ def mount_unpacked(
         extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping and ways.idmap else None
         mounter.mount(
             MountSpec(
-                meta=meta_layer(entry),
+                meta=meta_layer(entry, mapping),
                 data=tuple(map(FolderData, data)),
                 namespace=ways.namespace,
                 target=target,
@@ -190,6 +194,8 @@ def _how(mapping: Mapping | None, ways: Ways, known: bool) -> str:
         return "owners as they are"
     if ways.idmap:
         return "the kernel maps the owners of one shared META"
+    if ways.one_meta:
+        return "one shared META, served under the map"
     return f"a META of its own, {ways.rendering.value}" + (", kept from before" if known else "")
 
 

@@ -30,6 +30,11 @@ class Ways:
     namespace: Namespace
     idmap: bool
 
+    @property
+    def one_meta(self) -> bool:
+        """Return whether one META serves every map."""
+        return self.idmap or self.rendering is Rendering.FUSE
+
 
 def choose(
     store: Path,
@@ -60,16 +65,24 @@ def choose(
         raise UnsupportedHost("EROFS over layer tars (--data tar)", _hint(privileged))
     if wanted_rendering == Rendering.EROFS and not (privileged and features.erofs):
         raise UnsupportedHost("mounting EROFS (--rendering erofs)", _hint(privileged))
+    if wanted_rendering == Rendering.FUSE and not features.fuse:
+        raise UnsupportedHost(
+            "FUSE (--rendering fuse)", "load the module fuse and give this user /dev/fuse, or leave the choice out"
+        )
     form = Rendering.EROFS if erofs else Rendering.DIRECTORY
     backend = DataBackend.TAR if erofs and features.erofs_device else DataBackend.OBJECTS
     if wanted_rendering != "auto":
         form = Rendering(wanted_rendering)
+    elif not privileged and features.fuse:
+        # A folder takes an inode for each entry and map, and a second to write; a served file takes neither.
+        form = Rendering.FUSE
     if wanted_data != "auto":
         backend = DataBackend(wanted_data)
     idmapped = (
         mapping is not None
         and not own_meta
         and privileged
+        and form is not Rendering.FUSE
         and mapping.fits_kernel
         and (features.erofs_idmap if form is Rendering.EROFS else features.store_idmap)
     )

@@ -102,8 +102,10 @@ def _rendering_why(features: Features, ways: Ways) -> str:
     if ways.rendering is Rendering.EROFS:
         how = "mounted from its file" if features.erofs_file else "mounted through a loop device"
         return f"one image for all of META, {how}"
+    if ways.rendering is Rendering.FUSE:
+        return "one file for all maps, served by FUSE for as long as a mount is there; only root may mount EROFS"
     if not features.privileged:
-        return "only root of the host may mount EROFS; folders of stubs work in a user namespace"
+        return "only root of the host may mount EROFS, nor can /dev/fuse be opened; folders of stubs work here"
     return "this kernel does not mount EROFS images from the store; folders of stubs work everywhere"
 
 
@@ -123,6 +125,8 @@ def _idmapped_why(features: Features, idmapped: bool) -> str:
             "idmapped without layerkit too; what layerkit adds is no extraction, sharing between images and a "
             "flat stack. Squashing maps and published results get a META of their own"
         )
+    if not features.privileged and features.fuse:
+        return "the kernel lets only root of the host map a mount; here the server of META maps it, nothing written"
     if not features.privileged:
         return "the kernel lets only root of the host map a mount; each map gets a META of its own"
     return f"the kernel cannot map META on {features.filesystem}; each map gets a META of its own"

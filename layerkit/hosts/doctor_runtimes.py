@@ -95,7 +95,8 @@ def probe_place(folder: Path) -> Path:
     A probe makes a folder for a moment; it need not be among the runtime's own.
     """
     place = Path(os.path.realpath(folder))
-    while not place.is_dir():
+    # Not Path.is_dir, which raises where a folder of root's is closed to us.
+    while not os.path.isdir(place):
         place = place.parent
     best = place
     with suppress(OSError):

@@ -22,11 +22,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from layerkit.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
+from layerkit.hosts import fuse_server
 from layerkit.hosts.mountspec import (
     ErofsData,
     ErofsMeta,
     FolderData,
     FolderMeta,
+    FuseMeta,
+    Meta,
     MountSpec,
     check_stubs,
     checked,
@@ -42,6 +45,7 @@ __all__ = [
     "ErofsMeta",
     "FolderData",
     "FolderMeta",
+    "FuseMeta",
     "MountSpec",
     "Record",
     "active",
@@ -49,6 +53,7 @@ __all__ = [
     "default_run",
     "mount",
     "umount",
+    "unserved",
 ]
 
 
@@ -139,6 +144,12 @@ def _folder_of(path: str, run: Path) -> RunFolder:
     return RunFolder(run)
 
 
+def unserved(run: Path) -> list[Record]:
+    """Return the records of mounts whose metadata nobody serves any more: the server was killed, whole."""
+    folder = RunFolder(run)
+    return [r for r in folder.live() if (lock := folder.server(r)).exists() and not fuse_server.is_served(lock)]
+
+
 def active(run: Path) -> list[Record]:
     """Return the records of our mounts that are there, oldest first."""
     return RunFolder(run).live()
@@ -206,7 +217,11 @@ def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int
         if not data:
             # An overlay without an upper wants two layers, and an image without data has but META.
             data.append(stack.enter_context(mounts.closing(mounts.open_folder(folder.empty))))
-        meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
+        if isinstance(spec.meta, FuseMeta):
+            lock = folder.server(record)
+            meta = stack.enter_context(fuse_server.served(spec.meta.path, spec.meta.maps, lock))
+        else:
+            meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
         check_stubs(f"/proc/self/fd/{meta}", spec.namespace, _name(spec.meta))
         if namespace is not None:
             plain, meta = meta, mounts.clone(meta)
@@ -301,7 +316,7 @@ def _layer_name(layer: ErofsMeta | ErofsData) -> str:
     return ("meta-" if isinstance(layer, ErofsMeta) else "data-") + layer.key
 
 
-def _name(layer: ErofsMeta | FolderMeta) -> str:
+def _name(layer: Meta) -> str:
     return str(layer.image if isinstance(layer, ErofsMeta) else layer.path)
 
 

@@ -14,21 +14,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from layerkit.errors import InvalidImage, LayerkitError, StoreError, UnmappedId, UnsupportedHost, UsageError
-from layerkit.formats import acl_caps
+from layerkit.errors import LayerkitError, StoreError, UnsupportedHost, UsageError
 from layerkit.formats.fuse_tree import FuseTree
 from layerkit.hosts import storage_layers as sl
 from layerkit.hosts import storage_marks
+from layerkit.hosts.fuse_answers import answers, open_tree
+from layerkit.hosts.fuse_keeper import Keeper
 from layerkit.hosts.mount_options import Options
-from layerkit.hosts.mount_program_server import Keeper
 from layerkit.kernel import fuse, mounts, userns
 from layerkit.kernel import syscalls as sc
 
@@ -153,7 +151,7 @@ class _Mount:
 
         _in_child(write)
         data = stack.enter_context(mounts.closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
-        keeper = stack.enter_context(Keeper(self._answers(_tree(file), data), data))
+        keeper = stack.enter_context(Keeper(answers(open_tree(file), self.maps, data), data))
         return stack.enter_context(mounts.closing(keeper.mount()))
 
     def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
@@ -166,7 +164,7 @@ class _Mount:
         rendering, why = self.options.rendering, ""
         if rendering != "directory":
             file = stack.enter_context(self._built(layers).open("rb"))
-            tree = _tree(file)
+            tree = open_tree(file)
             # overlayfs wants two layers at least; META and data are two.
             enough = bool(self.upper) or under or len(layers) > 1
             if rendering == "auto" and not self.maps.canonical and enough:
@@ -175,7 +173,7 @@ class _Mount:
                     paths = storage_marks.stack(Path(file.name).parent / "root", layers, below)
                 return _Stacked("overlay", opened(paths), [])
             try:
-                keeper = stack.enter_context(Keeper(self._answers(tree)))
+                keeper = stack.enter_context(Keeper(answers(tree, self.maps)))
                 meta = stack.enter_context(mounts.closing(keeper.mount()))
                 return _Stacked("fuse", [meta], opened(data), self._root_of(tree), keeper.pid)
             except OSError as error:
@@ -201,18 +199,6 @@ class _Mount:
     def _root_of(self, tree: FuseTree) -> _Root:
         root = tree.inode(0)
         return _Root(self.maps.one("uid", root.uid), self.maps.one("gid", root.gid), root.mode & 0o7777)
-
-    def _answers(self, tree: FuseTree, data: int | None = None) -> fuse.Answers:
-        maps = self.maps
-        try:
-            uids, gids = maps.table(tree.facts.uids, "uid"), maps.table(tree.facts.gids, "gid")
-        except UnmappedId as error:
-            raise _with_path(error, tree) from None
-        sets = [
-            tuple((name, acl_caps.map_value(name, value, maps.one)) for name, value in pairs)
-            for pairs in tree.xattr_sets()
-        ]
-        return fuse.Answers(tree, uids, gids, sets, data)
 
     def _overlay(self, lower: list[int], data: list[int], root: _Root | None) -> None:
         with contextlib.ExitStack() as stack:
@@ -295,25 +281,9 @@ def _in_child(work: Callable[[], object]) -> None:
         raise BuildFailed(text or f"reading the layers ended with {status}; try again", status if status > 0 else 1)
 
 
-def _tree(file: BinaryIO) -> FuseTree:
-    size = os.fstat(file.fileno()).st_size
-    if size == 0:
-        raise InvalidImage(f"{file.name}: empty; remove its folder, and it is made again")
-    return FuseTree(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), str(file.name))
-
-
 def _is_empty(folder: str) -> bool:
     with os.scandir(folder) as entries:
         return next(entries, None) is None
-
-
-def _with_path(error: UnmappedId, tree: FuseTree) -> UnmappedId:
-    """Return ``error`` with the first path that has the owner."""
-    for row in range(tree.inodes):
-        inode = tree.inode(row)
-        if (inode.gid if error.kind == "gid" else inode.uid) == error.value:
-            return UnmappedId(tree.path(inode), error.kind, error.value, error.ranges)
-    return error
 
 
 def _refused(error: OSError, data_only: bool, privileged: bool) -> LayerkitError:

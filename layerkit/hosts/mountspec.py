@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerkit.errors import UnsupportedHost, UsageError
+from layerkit.hosts.mount_options import IdMaps
 from layerkit.kernel import syscalls as sc
 from layerkit.kernel import userns
 from layerkit.kernel.mounts import MAX_LAYERS, mount_id
@@ -61,6 +62,17 @@ class FolderMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class FuseMeta:
+    """A META that a server of ours answers for, under the owners of ``maps``; one file serves every map."""
+
+    path: Path
+    maps: IdMaps
+
+
+Meta = ErofsMeta | FolderMeta | FuseMeta
+
+
+@dataclass(frozen=True, slots=True)
 class MountSpec:
     """One overlay mount of a META over data.
 
@@ -81,7 +93,7 @@ class MountSpec:
         label: kept in the record for whoever lists mounts (image, map and so on).
     """
 
-    meta: ErofsMeta | FolderMeta
+    meta: Meta
     data: tuple[ErofsData | FolderData, ...]
     namespace: Namespace
     target: Path
@@ -103,9 +115,13 @@ def checked(spec: MountSpec) -> MountSpec:
         UnsupportedHost: this user or kernel cannot mount it.
     """
     target = real_folder(spec.target, "the target")
-    meta: ErofsMeta | FolderMeta
+    meta: Meta
     if isinstance(spec.meta, FolderMeta):
         meta = FolderMeta(real_folder(spec.meta.path, "META"))
+    elif isinstance(spec.meta, FuseMeta):
+        if spec.idmap is not None:
+            raise UsageError("an idmapped mount of a META that a server answers for: it maps the owners itself")
+        meta = replace(spec.meta, path=_real_file(spec.meta.path, "the META"))
     else:
         meta = replace(spec.meta, image=_real_file(spec.meta.image, "the META image"))
     data = tuple(

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta
+from layerkit.formats.fuse_tree import TREE_FILE
+from layerkit.hosts.mount_options import IdMaps
+from layerkit.hosts.mountspec import ErofsData, ErofsMeta, FolderData, FolderMeta, FuseMeta, Meta
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
@@ -35,6 +37,8 @@ class Rendering(StrEnum):
 
     EROFS = "erofs"
     DIRECTORY = "directory"
+    FUSE = "fuse"
+    """A file that a server of ours answers from: one for all maps, which it applies itself."""
 
 
 def facts_of(tree: Tree) -> TreeFacts:
@@ -112,6 +116,8 @@ class Preparation:
     ) -> MetaEntry:
         """Return META for ``mapping`` (None: owners as they are in the image), made if it is not kept.
 
+        What is served maps nothing in itself: ``mapping`` must be None for it.
+
         Raises:
             UnmappedId: the map does not cover an owner.
             UnsafeEntry: the image brings overlay xattrs, and the preparation is ``strict``.
@@ -167,7 +173,12 @@ class Preparation:
         progress: Progress | None,
     ) -> MetaEntry:
         with self._store.begin_meta(key) as writer:
-            if rendering is Rendering.DIRECTORY:
+            if rendering is Rendering.FUSE:
+                from layerkit.emit.fuse import write_tree
+
+                with (writer.path / TREE_FILE).open("xb") as file:
+                    write_tree(layer, file)
+            elif rendering is Rendering.DIRECTORY:
                 from layerkit.emit.directory import write_directory
 
                 writer.root.mkdir()
@@ -181,8 +192,13 @@ class Preparation:
             return writer.commit(info)
 
 
-def meta_layer(entry: MetaEntry) -> ErofsMeta | FolderMeta:
-    """Return a META of the store as the mounter takes it."""
+def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> Meta:
+    """Return a META of the store as the mounter takes it; ``mapping`` is for one that is served."""
+    if entry.info["rendering"] == Rendering.FUSE:
+        maps = IdMaps()
+        if mapping is not None:
+            maps = IdMaps(mapping.uid.extents, mapping.gid.extents, overflow=mapping.overflow)
+        return FuseMeta(entry.path / TREE_FILE, maps)
     if entry.info["rendering"] == Rendering.EROFS:
         return ErofsMeta(entry.key, entry.image_file)
     return FolderMeta(entry.root)

@@ -1,6 +1,7 @@
 """The run folder: who mounted what, in files that survive a kill at any moment.
 
-``RUN/mnt-<mount namespace>/`` holds ``lock``, ``records/ID.json`` and the shared layers under ``layers/``.
+``RUN/mnt-<mount namespace>/`` holds ``lock``, ``records/ID.json``, the shared layers under ``layers/``, and for a
+mount whose META is served ``records/ID.server``, whose lock the server holds.
 Records are hints, the mount table is the truth: a mount of ours shows ``layerkit:ID`` as its source, and a
 record whose mount is not in the table is stale. Each mount namespace has a folder of its own, because a
 mount made in one is not seen, and a mount point removed in one is detached, in the others.
@@ -116,6 +117,10 @@ class RunFolder:
         temporary.write_text(json.dumps(record.to_json(), sort_keys=True))
         temporary.replace(path)
 
+    def server(self, record: Record) -> Path:
+        """Return the file that the server of the mount's META locks."""
+        return self.records / f"{record.id}.server"
+
     def remove(self, record: Record) -> None:
         """Remove a record if it is there."""
         (self.records / f"{record.id}.json").unlink(missing_ok=True)
@@ -152,7 +157,7 @@ class RunFolder:
         live = self.live(table)
         alive = {record.id for record in live}
         for path in self.records.iterdir():
-            if path.name.removesuffix(".json") not in alive:
+            if path.name.removesuffix(".json").removesuffix(".server") not in alive:
                 path.unlink(missing_ok=True)
                 cleared.append(f"record {path.name}")
         used = {name for record in live for name in record.layers}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerkit.errors import NotFound, UnsupportedHost
+from layerkit.formats.fuse_tree import TREE_FILE
 from layerkit.hosts.mount_options import IdMaps
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from layerkit.stores.local import LocalStore
     from layerkit.stores.metas import MetaEntry
 
-TREE_FILE = "tree.fuse"
 FORMAT_VERSION = 2
 MARKER = "layerkit"
 """Of an upper: its private xattr ``overlay.layerkit`` holds the map that its owners on disk were made under."""

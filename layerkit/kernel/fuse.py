@@ -22,7 +22,8 @@ from layerkit.model.entry import XattrSet
 
 DEVICE = "/dev/fuse"
 _CLONE = 0x8004E500  # FUSE_DEV_IOC_CLONE
-_REQUEST_BYTES = 1 << 17
+_REQUEST_BYTES = 1 << 14
+"""More than any request that is answered has; for 128 KiB malloc would map pages at every read."""
 _MAJOR, _MINOR, _OLDEST_MINOR = 7, 40, 31
 _FOREVER_SECONDS = 1 << 31
 _BLOCK = 4096
@@ -296,15 +297,13 @@ def open_device() -> int:
     return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
 
 
-def clone_device(device: int) -> int:
-    """Return another descriptor of the mount that ``device`` serves, with a queue of its own."""
-    fd = open_device()
-    try:
-        fcntl.ioctl(fd, _CLONE, struct.pack("=I", device))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def clone_device(device: int, queue: int) -> None:
+    """Make ``queue``, of :func:`open_device`, another way to the mount that ``device`` serves.
+
+    Raises:
+        OSError: the mount is gone, or is not made yet.
+    """
+    fcntl.ioctl(queue, _CLONE, struct.pack("=I", device))
 
 
 def resend(device: int) -> bool:

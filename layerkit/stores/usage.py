@@ -35,7 +35,7 @@ class MetaRow(Report):
         key: its key.
         images: names (or digests) of the images it belongs to.
         map: canonical text of the id map, "" for owners as they are.
-        rendering: ``erofs`` or ``directory``.
+        rendering: ``erofs``, ``directory`` or ``fuse``.
         namespace: ``trusted`` or ``user``.
         entries: names in the tree.
         allocated_bytes: what it takes on disk.

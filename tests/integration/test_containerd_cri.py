@@ -10,7 +10,7 @@ import engines
 import grpc
 import image_kit
 import pytest
-from engines import Engine, containerd, short_folder
+from engines import Engine, containerd, containerd_version, short_folder
 from registry_server import Registry, docker_registry, skopeo
 from snapshot_client import Process, snapshotter
 from support import need_root, need_tool
@@ -19,7 +19,7 @@ from layerkit import api
 from layerkit.hosts.containerd_conf import proxy_plugin
 
 _CRI = """
-[plugins."io.containerd.grpc.v1.cri".containerd]
+[plugins.{table}]
   snapshotter = "layerkit"
 """
 _LAYERS = [image_kit.tar((f"file{n}", bytes([65 + n]) * (100_000 + n))) for n in range(4)]
@@ -46,7 +46,10 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, Process]]:
     config = engines._CONTAINERD_CONF.replace('"io.containerd.grpc.v1.cri", ', "")
     monkeypatch.setattr(engines, "_CONTAINERD_CONF", config)
     with short_folder() as folder, snapshotter(folder) as process:
-        extra = proxy_plugin("layerkit", process.socket) + _CRI
+        # 2.x reads the old table only where it also lists runtimes.
+        of_2 = containerd_version() >= (2, 0)
+        table = '"io.containerd.cri.v1.images"' if of_2 else '"io.containerd.grpc.v1.cri".containerd'
+        extra = proxy_plugin("layerkit", process.socket, unpack=of_2) + _CRI.format(table=table)
         with containerd(folder, config=extra) as engine:
             yield engine, process
 

@@ -26,7 +26,7 @@ import judge
 import pytest
 import runnable
 import treecompare
-from engines import Engine, containerd, short_folder
+from engines import Engine, containerd, containerd_version, short_folder
 from snapshot_client import Process, mounted, snapshotter, unmount
 from support import mounts_below, need_root, need_tool
 
@@ -36,8 +36,6 @@ NAME = "layerkit.example/ctd:1"
 MAP = "0:100000:65536"
 _NET_RAW = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 _DATA = os.urandom(24 << 20)
-_BIN = os.environ.get("LAYERKIT_TEST_CONTAINERD_BIN", "")
-"""A folder with a containerd 2.x, its ctr and shim, to use in place of the system's."""
 _CONTAINERS = int(os.environ.get("LAYERKIT_TEST_CONTAINERS", "20"))
 
 
@@ -136,9 +134,8 @@ def host() -> Iterator[Host]:
     need_tool("containerd", "ctr", "runc", "setpriv")
     with short_folder() as folder, snapshotter(folder) as process:
         folder.chmod(0o711)  # root of a container is nobody here, and has to get to its root filesystem
-        config = proxy_plugin("layerkit", process.socket, unpack=bool(_BIN))
-        programs = {name: str(Path(_BIN, name)) if _BIN else name for name in ("containerd", "ctr")}
-        with containerd(folder, config=config, program=programs["containerd"], ctr=programs["ctr"]) as engine:
+        config = proxy_plugin("layerkit", process.socket, unpack=containerd_version() >= (2, 0))
+        with containerd(folder, config=config) as engine:
             yield Host(engine, process, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ MAPS = {
     "auto": ("--userns=auto",),
     "nomap": ("--userns=nomap",),
 }
+NAME = "changed"
+"""No name of hexadecimal digits alone: to ``podman diff`` it would be the beginning of an image's id, too."""
 OWNERS = {
     "/data/owned": "640 1000:1000 2", "/data/other": "600 5:7 1", "/data/two": "4711 5:7 1",
     "/gone/new": "644 0:0 1", "/bin/busybox-suid": "4755 0:0 1", "/root/secret": "600 0:0 1",
@@ -153,10 +156,10 @@ def layer_of(engine: Engine, image: str, tmp_path: Path) -> dict[str, tarfile.Ta
 def test_commit_diff_and_export_show_the_images_owners(
     engine: Engine, kind: str, running: bool, tmp_path: Path
 ) -> None:
-    start(engine, "c", *MAPS[kind], script=CHANGE + "; cp /bin/busybox-suid /data/suid; chmod 4755 /data/suid")
+    start(engine, NAME, *MAPS[kind], script=CHANGE + "; cp /bin/busybox-suid /data/suid; chmod 4755 /data/suid")
     if not running:
-        engine("stop", "--time", "0", "c")
-    changes = set(engine("diff", "c").splitlines())
+        engine("stop", "--time", "0", NAME)
+    changes = set(engine("diff", NAME).splitlines())
     assert {
         "C /data/two",
         "A /data/made",
@@ -166,7 +169,7 @@ def test_commit_diff_and_export_show_the_images_owners(
         "C /data/other",
     } <= changes
     assert not {path for path in changes if path.startswith("A") and "/bin" in path}
-    engine("commit", "--quiet", "--pause=false", "c", "made")
+    engine("commit", "--quiet", "--pause=false", NAME, "made")
     layer = layer_of(engine, "made", tmp_path)
     owners = {name: (m.uid, m.gid) for name, m in layer.items()}
     assert owners["data/made"] == (5, 7)
@@ -194,13 +197,13 @@ def test_commit_diff_and_export_show_the_images_owners(
     shift = {"none": 0, "keep-id": 1, "auto": 1}[kind]
     out = engine.folder / "home/export.tar"
     out.unlink(missing_ok=True)
-    engine("export", "-o", out, "c")
+    engine("export", "-o", out, NAME)
     with tarfile.open(out) as archive:
         found = {member.name: (member.uid, member.gid) for member in archive}
     assert (found["data/made"], found["data/two"]) == ((5 + shift, 7 + shift),) * 2
     assert "gone/new" not in found
     if running:
-        assert engine("exec", "c", "cat", "/data/dir/x") == "x\n"
+        assert engine("exec", NAME, "cat", "/data/dir/x") == "x\n"
     engine("rmi", "--force", "made")
 
 
@@ -230,6 +233,40 @@ def test_read_only_volumes_and_pods(engine: Engine) -> None:
     assert shown == "5:7\n"
     engine("pod", "rm", "--force", "p")
     engine("volume", "rm", "vol")
+
+
+def test_twenty_containers_at_once_started_and_killed(engine: Engine) -> None:
+    """Each under a map of its own; what is left of them is nothing."""
+    before, used = folders(engine), disk(engine)
+    names = [f"many{number}" for number in range(20)]
+    script = "touch /mine; chown 5:7 /mine; md5sum < /data/big > /sum; sleep 600"
+
+    def begin(number: int) -> None:
+        words = ("--uidmap", f"0:{1000 + 2000 * number}:2000", "--user", "0", "box", "sh", "-c", script)
+        engine(*CREATE, "--name", names[number], *words)
+        engine("start", names[number])
+
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(begin, range(len(names))))
+    uppers = [upper(engine, name) for name in names]
+    end = time.monotonic() + 60
+    while not all((place / "sum").exists() and (place / "sum").stat().st_size for place in uppers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert {(place / "sum").read_text().split()[0] for place in uppers} == {"b5cfa9d6c8febd618f91ac2843d50a1c"}
+    # 0 of podman's namespace is the user, and what comes after are the subordinate ids.
+    owners = [(place / "mine").stat().st_uid for place in uppers]
+    assert owners == [SUBIDS + 1000 + 2000 * number + 5 - 1 for number in range(len(names))]
+    # A folder for each, and no layer; of the four megabytes that each has read, nothing.
+    assert len(folders(engine) - before) == len(names)
+    assert disk(engine) - used < 100_000 * len(names)
+    engine("kill", "--signal", "KILL", *names)
+    engine("rm", "--force", "--time", "0", *names)
+    assert folders(engine) == before
+    while servers():
+        assert time.monotonic() < end, "servers live on without their mounts"
+        time.sleep(0.05)
+    assert engine(*RUN, "--uidmap", "0:1000:2000", "box", "cat", "/data/two") == "two\n"
 
 
 def test_a_container_restarts_with_what_it_wrote(engine: Engine) -> None:

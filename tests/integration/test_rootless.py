@@ -25,25 +25,27 @@ EXTENTS = ((0, 1, 65535),)
 SCRIPT = """
 import pickle, sys
 from pathlib import Path
-store, image, target, out, *paths = sys.argv[1:]
+store, image, target, out, rendering, *paths = sys.argv[1:]
 sys.path[:0] = paths
 import layerkit
+from layerkit.hosts import doctor
 from treecompare import snapshot
 with layerkit.open_image(image, settings=layerkit.Settings(store=Path(store))) as opened:
-    with opened.mount(target, layerkit.mapping(["0:1:65535"])) as mounted:
+    with opened.mount(target, layerkit.mapping(["0:1:65535"]), rendering=rendering) as mounted:
         lines = [x for x in open("/proc/self/mountinfo") if " - overlay " in x and target in x]
-        seen = (snapshot(Path(target)), mounted.report.to_dict(), lines)
+        best = doctor.examine(Path(store)).rendering
+        seen = (snapshot(Path(target)), {"best": best, **mounted.report.to_dict()}, lines)
 Path(out).write_bytes(pickle.dumps(seen))
 """
 
 
-def as_user(work: Path, image: Path) -> Any:
+def as_user(work: Path, image: Path, rendering: str) -> Any:
     """Mount ``image`` as an ordinary user; return (snapshot, report, mount lines)."""
     (work / "m").mkdir()
     subprocess.run(["cp", "-r", image, work / "image"], check=True)
     subprocess.run(["chown", "-R", f"{USER}:{USER}", work], check=True)
     root = TESTS.parent
-    words = (work / "store", work / "image", work / "m", work / "seen", root, TESTS)
+    words = (work / "store", work / "image", work / "m", work / "seen", rendering, root, TESTS)
     folders = ":".join(map(str, (sys.base_prefix, sys.prefix, root, work)))
     done = subprocess.run(
         [
@@ -65,9 +67,10 @@ def as_user(work: Path, image: Path) -> Any:
     return pickle.loads((work / "seen").read_bytes())
 
 
+@pytest.mark.parametrize("rendering", ["auto", "directory", "fuse"])
 @pytest.mark.parametrize("which", ["tiny", "app"])
 def test_an_ordinary_user_sees_what_umoci_and_the_kernel_show(
-    which: str, tiny_archive: Callable[..., Path], request: pytest.FixtureRequest, tmp_path: Path
+    which: str, rendering: str, tiny_archive: Callable[..., Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     need_root()
     need_tool("umoci", "skopeo")
@@ -80,8 +83,14 @@ def test_an_ordinary_user_sees_what_umoci_and_the_kernel_show(
     with unpacked(f"{image}:latest", tmp_path, EXTENTS) as shown:
         want = snapshot(shown)
     (tmp_path / "work").mkdir()
-    seen, report, lines = as_user(tmp_path / "work", image)
-    assert (report["rendering"], report["data_backend"]) == ("directory", "objects")
+    seen, report, lines = as_user(tmp_path / "work", image, rendering)
+    assert report["data_backend"] == "objects"
+    assert report["best"] == "fuse", "the device of these tests is open to everybody"
+    assert report["rendering"] == (report["best"] if rendering == "auto" else rendering)
+    if report["rendering"] == "fuse":
+        # No file for an entry, and nothing for the map.
+        assert len(list((tmp_path / "work/store/meta").rglob("*"))) <= 3
+        assert report["meta_bytes"] == 0
     assert len(lines) == 1
     assert "userxattr" in lines[0]
     assert differences(seen, want, skip=frozenset({b"."})) == []

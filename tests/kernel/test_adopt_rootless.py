@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from in_userns import COUNT, SUBIDS
 from support import need_root
 from treecompare import differences, snapshot
@@ -22,7 +23,8 @@ TESTS = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import os, pickle, stat, sys
 from pathlib import Path
-work, *paths = map(Path, sys.argv[1:])
+rendering = sys.argv[1]
+work, *paths = map(Path, sys.argv[2:])
 sys.path[:0] = map(str, paths)
 import layerkit
 from layerkit.errors import UnsupportedHost
@@ -48,7 +50,8 @@ os.setxattr(top / "opaque/new", "user.note", b"kept")
 seen = {}
 with LocalStore.open(work / "store") as store:
     unpacked = find_unpacked(f"folders:{top}:{bottom}")
-    report = adopt.mount_unpacked(unpacked, work / "m", layerkit.mapping(["0:1:65535"]), store)
+    report = adopt.mount_unpacked(unpacked, work / "m", layerkit.mapping(["0:1:65535"]), store,
+                                  rendering=rendering)
     seen["tree"] = snapshot(work / "m")
     seen["report"] = report.to_dict()
     mounter.umount(work / "m", run=mounter.default_run(store.root))
@@ -60,14 +63,15 @@ with LocalStore.open(work / "store") as store:
 """
 
 
-def test_layers_of_an_ordinary_user(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rendering", ["auto", "directory", "fuse"])
+def test_layers_of_an_ordinary_user(rendering: str, tmp_path: Path) -> None:
     need_root()
     os.chown(tmp_path, USER, USER)
     root = TESTS.parent
     folders = ":".join(map(str, (sys.base_prefix, sys.prefix, root, tmp_path)))
     done = subprocess.run(
-        [sys.executable, TESTS / "in_userns.py", str(USER), folders, sys.executable, "-c", SCRIPT, tmp_path, root,
-         TESTS],
+        [sys.executable, TESTS / "in_userns.py", str(USER), folders, sys.executable, "-c", SCRIPT, rendering,
+         tmp_path, root, TESTS],
         env={**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from layerkit import bundling
 from layerkit.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
 from layerkit.formats.runtime_config import Wishes
 from layerkit.hosts import bundle as folders
+from layerkit.hosts import seccomp
 from layerkit.hosts.mount import default_run
 from layerkit.stores import pins
 
@@ -121,6 +122,45 @@ def test_two_containers_of_one_image_with_different_maps(store: Path, open_path:
         finally:
             bundling.remove(folder)
         assert not folder.exists()
+
+
+CALLS = """
+import ctypes, errno, json
+libc = ctypes.CDLL(None, use_errno=True)
+with open("/proc/self/status") as file:
+    mode = next(line.split()[1] for line in file if line.startswith("Seccomp:"))
+libc.fanotify_init(0x80000200, 0)
+print(json.dumps([mode, errno.errorcode[ctypes.get_errno()]]))
+"""
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_system_calls_are_those_that_the_hosts_engines_leave_open(
+    store: Path, open_path: Path, tmp_path: Path, runtime: str
+) -> None:
+    need_tool(runtime)
+    if not any(path.is_file() for path in seccomp.PROFILES):
+        missing("needs the seccomp profile of containers-common")
+    own = tmp_path / "own.json"
+    own.write_text(
+        '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["fanotify_init"], "action": "SCMP_ACT_ERRNO",'
+        ' "errno": "EXDEV"}]}'
+    )
+    for number, (wish, caps, want) in enumerate(
+        (
+            # Let through, the kernel says that it has no such flag. The rule hangs on a capability.
+            ("auto", (), ["2", "EPERM"]),
+            ("auto", ("SYS_ADMIN",), ["2", "EINVAL"]),
+            ("unconfined", (), ["0", "EINVAL"]),
+            (str(own), (), ["2", "EXDEV"]),
+        )
+    ):
+        folder = open_path / f"b{number}"
+        make(store, REF, folder, MAPS[0], "python3", "-c", CALLS, seccomp=wish, cap_add=caps)
+        try:
+            assert json.loads(runtimes.run(runtime, open_path, folder)) == want
+        finally:
+            bundling.remove(folder)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

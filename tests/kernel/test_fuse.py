@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
 import struct
 import subprocess
@@ -18,11 +20,12 @@ from fuse_counter import counting_mount
 from support import missing, mounts_below, need_root
 from treecompare import differences, snapshot
 
+from layerkit import api
 from layerkit.emit.fuse import write_tree
 from layerkit.errors import InvalidImage, UnsupportedHost
 from layerkit.formats.fuse_tree import FuseTree
 from layerkit.hosts import mount_options, mount_program
-from layerkit.hosts.mount_program_server import Keeper
+from layerkit.hosts.fuse_keeper import Keeper
 from layerkit.kernel import fuse, mounts
 from layerkit.metaonly import metadata_layer
 
@@ -269,19 +272,19 @@ def _gone(pid: int) -> None:
 class _Stuck(fuse.Answers):
     """Takes the first request for ``slow`` and answers it never."""
 
-    note = Path()
+    note = mmap.mmap(-1, 4096)
+    """Shared by all processes: who took it. Files are none in the namespace that a server lives in."""
 
     def _lookup(self, row: int, body: bytes) -> bytes:
-        if body == b"slow\0" and not self.note.exists():
-            self.note.write_text(str(os.getpid()))
+        if body == b"slow\0" and not self.note[0]:
+            struct.pack_into("=BI", self.note, 0, 1, os.getpid())
             time.sleep(600)
         return super()._lookup(row, body)
 
 
 def test_what_a_killed_worker_had_taken_is_answered_by_the_next(tmp_path: Path) -> None:
-    target, note = tmp_path / "m", tmp_path / "note"
+    target = tmp_path / "m"
     target.mkdir()
-    _Stuck.note = note
     with Keeper(_answers(tmp_path, _Stuck)) as keeper:
         attach(keeper, target)
     sizes: list[int] = []
@@ -289,10 +292,10 @@ def test_what_a_killed_worker_had_taken_is_answered_by_the_next(tmp_path: Path) 
     try:
         asker.start()
         end = time.monotonic() + 10
-        while not (note.exists() and note.read_text()):
+        while not _Stuck.note[0]:
             assert time.monotonic() < end
             time.sleep(0.02)
-        os.kill(int(note.read_text()), 9)
+        os.kill(struct.unpack_from("=BI", _Stuck.note)[1], 9)
         asker.join(10)
         assert sizes == [1]
     finally:
@@ -314,6 +317,70 @@ def test_a_death_between_the_two_mounts_leaves_nothing(tmp_path: Path) -> None:
         assert time.monotonic() < end, "the server lives on"
         time.sleep(0.02)
     assert not mounts_below(tmp_path)
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Killed while it reads layers, writes the tree, starts the server, mounts: the next finds a whole state."""
+    layer, target, store = tmp_path / "layer", tmp_path / "m", tmp_path / "store"
+    make_layer(layer)
+    target.mkdir()
+    others = set(_named(b"layerkit-fuse"))
+    command = [sys.executable, "-m", "layerkit.cli.mount_program_main", "-o", f"lowerdir={layer},{map_words()}"]
+    early = late = number = 0
+    delay = 0.05
+    while number < 40 and not (early > 5 and late > 5):
+        number += 1
+        child = subprocess.Popen(
+            [*command, str(target)], env={**os.environ, "LAYERKIT_STORE": str(store)}, start_new_session=True
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(delay)
+        child.kill()
+        child.wait()
+        if mounts_below(tmp_path):
+            late += 1
+            # Killed after all was done, or not killed at all: then it is whole.
+            assert (target / "data").stat().st_uid == 100000
+            subprocess.run(["umount", target], check=True)
+            delay *= 0.8
+        else:
+            early += 1
+            delay *= 1.15
+        if early == 3:
+            # From here on the tree is there, and the moments are those of server and mount.
+            run_program(store, f"lowerdir={layer},{map_words()}", target)
+            subprocess.run(["umount", target], check=True)
+    assert early and late
+    end = time.monotonic() + 10
+    while left := set(_named(b"layerkit-fuse")) - others:
+        assert time.monotonic() < end, f"servers without a mount: {left}"
+        time.sleep(0.05)
+    with mounted(store, f"lowerdir={layer},{map_words()}", target):
+        judge = tmp_path / "judge"
+        judge.mkdir()
+        with mounts.closing(mounts.idmapped_clone(layer, MAP, MAP)) as fd:
+            mounts.attach(fd, judge)
+        try:
+            assert differences(snapshot(target), snapshot(judge)) == []
+        finally:
+            subprocess.run(["umount", judge], check=True)
+    # Nothing of the runs that were ended stays; one that reads layers may outlive the program by a moment.
+    while True:
+        api.collect_garbage(store)
+        if not list((store / "tmp").iterdir()):
+            break
+        assert time.monotonic() < end + 10
+        time.sleep(0.1)
+    assert len(list((store / "meta").iterdir())) == 1
+
+
+def _named(name: bytes) -> Iterator[int]:
+    """Give the living processes that call themselves ``name``."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (process / "stat").read_bytes()
+            if b"(%s)" % name in state and state.rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
+                yield int(process.name)
 
 
 def test_a_kernel_that_refuses_is_told_with_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ WAYS = [
     pytest.param("objects", "directory", True, id="objects-directory-own"),
     pytest.param("tar", "directory", True, id="tar-directory-own"),
     pytest.param("objects", "directory", False, id="objects-directory-idmapped"),
+    pytest.param("tar", "fuse", False, id="tar-fuse"),
+    pytest.param("objects", "fuse", False, id="objects-fuse"),
 ]
 # umoci makes what an image leaves out with the time of the run.
 UNTOLD = frozenset({b"."})

@@ -28,9 +28,14 @@ def answer(capsys: pytest.CaptureFixture[str], store: Path, what: object) -> dic
     return found
 
 
-@pytest.mark.parametrize("data", ["tar", "objects"])
+@pytest.mark.parametrize(("data", "rendering"), [("tar", "auto"), ("objects", "auto"), ("tar", "fuse")])
 def test_there_and_back(
-    tiny_image: Path, store_dir: Path, tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+    tiny_image: Path,
+    store_dir: Path,
+    tmp_path: Path,
+    data: str,
+    rendering: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     need_root()
     settings = layerkit.Settings(store=store_dir, data=data)
@@ -39,8 +44,8 @@ def test_there_and_back(
     two.mkdir()
     with layerkit.open_image(str(tiny_image), settings=settings) as image:
         with (
-            image.mount(one, layerkit.mapping(MAPS[0]), upper=tmp_path / "up"),
-            image.mount(two, layerkit.mapping(MAPS[1])),
+            image.mount(one, layerkit.mapping(MAPS[0]), upper=tmp_path / "up", rendering=rendering),
+            image.mount(two, layerkit.mapping(MAPS[1]), rendering=rendering),
         ):
             tree = image.tree()
             nodes = [n for n in tree.nodes() if n.size and n.sha256 and n.nlink == 1 and tree.sparse[n.inode] < 0]

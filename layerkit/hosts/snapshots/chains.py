@@ -175,6 +175,7 @@ class StoreChains:
             SnapshotError: failed_precondition, the store lost a layer.
         """
         from layerkit.hosts.choose import choose
+        from layerkit.hosts.mountspec import FuseMeta
         from layerkit.hosts.prepare import Preparation, data_layers, meta_layer
         from layerkit.stores.layout import DataBackend
 
@@ -192,7 +193,9 @@ class StoreChains:
             ways = choose(self._root, mapping, data=backend, own_meta=True)
             entry = work.meta(mapping, ways.rendering, ways.namespace)
             store.add_image(stored, [self._pin_name(image)], metas=[entry.key])
-            return meta_layer(entry), data_layers(store, DataBackend(backend), work.facts())
+            meta = meta_layer(entry)
+            assert not isinstance(meta, FuseMeta), "containerd mounts files, and nothing that has to be served"
+            return meta, data_layers(store, DataBackend(backend), work.facts())
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -1,10 +1,13 @@
 """The processes behind one mount of the rendering ``fuse``: they come with it and end with it.
 
-A *keeper* starts two workers and waits. A worker that is killed is replaced, and what it had taken and not
-answered is sent again, so that a container goes on; when the mount is gone the device says so and all of them end.
-If the keeper itself is killed its workers go on without it. If all are killed, everything that is not in the
-kernel's cache answers "Transport endpoint is not connected": an error, never zeros, and never for a file that is
-open: data does not come through here. The next mount starts anew.
+A *keeper* leaves the mount namespace, starts two workers and waits. A worker that is killed is replaced, and what
+it had taken and not answered is sent again, so that a container goes on; when the mount is gone the device says so
+and all of them end. If the keeper itself is killed its workers go on without it. If all are killed, everything
+that is not in the kernel's cache answers "Transport endpoint is not connected": an error, never zeros, and never
+for a file that is open: data does not come through here. The next mount starts anew.
+
+Leaving the namespace is what lets them end with it, see ``kernel.empty_namespace``. Whoever makes a mount asks the
+tree for its root before the mount is attached anywhere; by the time of the answer the keeper is outside.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import os
 import signal
 import syslog
 import time
+from collections.abc import Sequence, Set
+from typing import NoReturn
 
-from layerkit.kernel import fuse
+from layerkit.kernel import empty_namespace, fuse
 
 _WORKERS = 2
 _RESTARTS_AT_MOST, _IN_SECONDS = 20, 60.0
@@ -46,7 +51,7 @@ class Keeper:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._go)
-            _keep(self._device, ready, answers, data)
+            keep(self._device, answers, {data}, ready)
         os.close(ready)
 
     def __enter__(self) -> Keeper:
@@ -73,33 +78,48 @@ class Keeper:
         return fuse.open_tree_root(self._mount)
 
 
-def _keep(device: int, ready: int, answers: fuse.Answers, data: int) -> None:
-    """Be the keeper; never returns."""
+def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) -> NoReturn:
+    """Be the keeper, in a process made for it; never returns.
+
+    Args:
+        device: of the mount.
+        answers: what to serve.
+        needed: descriptors to leave open; all others are closed.
+        ready: where a byte says that the mount is made; -1 where it is made already. Its end without a byte is the
+            end of whoever was to make it, and of the keeper.
+    """
     try:
         os.setsid()
         os.chdir("/")
+        # All that has a path comes before the namespace is left.
         null = os.open(os.devnull, os.O_RDWR)
         # podman reads our error output to its end before it goes on.
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sent, signal.SIG_DFL)
-        _close_others({0, 1, 2, device, ready, data})
+        _close_others({0, 1, 2, device, ready, *needed})
+        syslog.openlog("layerkit-fuse", syslog.LOG_PID | syslog.LOG_NDELAY)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
-        if os.read(ready, 1) == b"m":
-            os.close(ready)
-            _supervise(device, answers)
+        queues = [fuse.open_device() for _ in range(_WORKERS - 1)]
+        empty_namespace.enter()
+        if ready < 0 or os.read(ready, 1) == b"m":
+            if ready >= 0:
+                os.close(ready)
+            _supervise(device, queues, answers)
     except BaseException as error:
         _say(f"the server of a mount ended: {error!r}")
         os._exit(1)
     os._exit(0)
 
 
-def _supervise(device: int, answers: fuse.Answers) -> None:
+def _supervise(device: int, queues: Sequence[int], answers: fuse.Answers) -> None:
     devices = [device]
-    for _ in range(_WORKERS - 1):
+    for queue in queues:
+        # Without it there is one worker, which is enough.
         with contextlib.suppress(OSError):
-            devices.append(fuse.clone_device(device))
+            fuse.clone_device(device, queue)
+            devices.append(queue)
     workers = {_work(fd, answers): fd for fd in devices}
     restarts: list[float] = []
     while workers:
@@ -141,4 +161,4 @@ def _close_others(keep: set[int]) -> None:
 
 def _say(text: str) -> None:
     with contextlib.suppress(Exception):
-        syslog.syslog(syslog.LOG_WARNING, f"layerkit mount-program: {text}")
+        syslog.syslog(syslog.LOG_WARNING, text)
