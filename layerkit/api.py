@@ -140,7 +140,7 @@ def mount_unpacked(
 
     Args:
         ref: ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
-            ``folders:TOP:...:BOTTOM``.
+            ``folders:UPPER:...:LOWEST``.
         target: an existing folder.
         mapping: the id map; None keeps the owners.
         stacking: ``auto``, ``data-only`` or ``classic``.

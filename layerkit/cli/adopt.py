@@ -71,7 +71,7 @@ def adopt(
         typer.Argument(
             metavar="REF",
             help="Unpacked layers: `containers-storage:NAME`, `containerd:[ROOT@NAMESPACE]NAME`, "
-            "`docker-storage:NAME`, `folders:TOP:...:BOTTOM`.",
+            "`docker-storage:NAME`, `folders:UPPER:...:LOWEST`.",
         ),
     ],
     folder: Annotated[

@@ -63,7 +63,7 @@ def mount(
     `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`
 
     `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses the layers as podman unpacked them;
-    so do `containerd:NAME`, `docker-storage:NAME` and `folders:TOP:...:BOTTOM`.
+    so do `containerd:NAME`, `docker-storage:NAME` and `folders:UPPER:...:LOWEST`.
 
     `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """

@@ -201,7 +201,7 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
     try:
         file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115
     except FileNotFoundError:
-        raise NotFound(f"{path}: no such file or folder; a reference is a path or one of {_listing()}") from None
+        raise NotFound(f"{path}: no such file or folder; a reference is one of {_listing()}") from None
     except IsADirectoryError:
         raise InvalidImage(f"{path}: a folder, not an archive; try oci:{path}") from None
     except OSError as error:
