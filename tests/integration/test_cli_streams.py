@@ -17,7 +17,7 @@ Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """Return a runner of shell lines in a folder with the image ``image.tar``; ``layerkit`` is the command there."""
+    """Return a runner of shell lines in a folder with the image ``image.tar``; ``layerkit`` is our command."""
     simple("one").archive(tmp_path / "image.tar")
     # Buffered, as for everybody who does not say otherwise: then it is the exit that writes.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
