@@ -168,6 +168,8 @@ def flattening(
         if keep_base is not None:
             first = base_count(image, keep_base, settings)
         last = None if to_layer is None else use_case.place_of(image, to_layer)
+        if not image.layers:
+            raise UsageError(f"{src}: nothing to flatten: the image has no layers")
         if first == len(image.layers):
             raise UsageError(f"{src}: nothing to flatten above the base, whose {first} layers are all there are")
         with kept(settings.store_path) as (load, tar):
