@@ -81,6 +81,12 @@ class Settings:
         return self.store if self.store is not None else default_store()
 
 
+def usable_store(path: Path) -> bool:
+    """Return whether there is a store at ``path``, of this user and to be written to."""
+    # Even to read from one takes writing: locks, and the catalog's log.
+    return os.access(path / "version.json", os.R_OK | os.W_OK)
+
+
 @contextlib.contextmanager
 def store_at(path: Path, limits: Limits, *, create: bool = True) -> Iterator[LocalStore]:
     """Open the store at ``path``, made if there is none and ``create``; closed at the end of the block."""
@@ -448,9 +454,9 @@ class OpenImage:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[LocalStore | None]:
-        """Give the store if there is one; looking at an image makes none."""
+        """Give the store if there is one that can be used; looking at an image makes none, and needs none."""
         path = self._settings.store_path
-        if not (path / "version.json").exists():
+        if not usable_store(path):
             yield None
             return
         with store_at(path, self._limits, create=False) as store:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 from layerkit import api
 from layerkit import limits as bounds
 from layerkit.errors import NotFound, UsageError
+from layerkit.opened import usable_store
 
 if TYPE_CHECKING:
     from layerkit.copying import CopyReport
@@ -75,8 +76,8 @@ def packing(compression: str = "gzip", level: int | None = None, jobs: int | Non
 
 @contextlib.contextmanager
 def kept(path: Path) -> Iterator[tuple[Callable[[Digest], Index | None], Callable[[Digest], BinaryIO | None]]]:
-    """Give what loads indexes and opens tars that the store at ``path`` has; a store that is not there has none."""
-    if not (path / "version.json").exists():
+    """Give what loads indexes and opens tars that the store at ``path`` has; one that cannot be used has none."""
+    if not usable_store(path):
         yield (lambda _: None), (lambda _: None)
         return
     with api.open_store(path) as store:
