@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -48,6 +47,7 @@ from layerkit.cli import (
     verify,
     which,
 )
+from layerkit.cli.interrupts import INTERRUPTS
 from layerkit.errors import Cancelled, LayerkitError, show_lines
 
 app = typer.Typer(
@@ -117,13 +117,13 @@ registry_options.add_to_commands(app)
 def run() -> None:
     """Run the command line and exit with its code (0 done, 1 failed, 2 usage, 3 input, 4 registry, 5 batch)."""
     _open_closed_streams()
-    # Both have to leave by the same road as an error: through every `finally`.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _stop)
+    INTERRUPTS.install()
     _build_only(sys.argv[1:2])
     try:
         _run_app()
     except LayerkitError as error:
+        if isinstance(error, Cancelled):
+            INTERRUPTS.ignore()
         sys.exit(_report(error))
     except BrokenPipeError:
         # The reader of our output went away (`layerkit … | head`): not an error of ours.
@@ -189,10 +189,6 @@ def _report(error: LayerkitError) -> int:
 def _say(message: str) -> None:
     # Errors quote what images call themselves.
     print(show_lines(f"layerkit: {message}"), file=sys.stderr)
-
-
-def _stop(signum: int, frame: object) -> None:
-    raise Cancelled("interrupted; nothing half-made is left")
 
 
 if __name__ == "__main__":
