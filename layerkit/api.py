@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from layerkit import limits as bounds
 from layerkit.errors import UsageError
-from layerkit.opened import Mounted, OpenImage, Settings, default_store, store_at, umount
+from layerkit.opened import Mounted, OpenImage, umount
+from layerkit.settings import Settings, default_store, store_at
 
 if TYPE_CHECKING:
     from layerkit.hosts.adopt import AdoptReport

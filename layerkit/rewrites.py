@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 from layerkit import api
 from layerkit import limits as bounds
 from layerkit.errors import NotFound, UsageError
-from layerkit.opened import usable_store
+from layerkit.settings import usable_store
 
 if TYPE_CHECKING:
     from layerkit.copying import CopyReport
