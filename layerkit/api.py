@@ -88,7 +88,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
 
     chosen = settings or Settings()
     limits = chosen.limits or bounds.from_environment()
-    parsed = reference.parse(ref)
+    parsed = reference.with_choice(reference.parse(ref))
     with contextlib.ExitStack() as stack:
         source: ImageSource
         name = ""
@@ -114,7 +114,10 @@ def _store_name(path: str, name: str) -> str:
         return name
     # A bare tag says too little: every second archive has an image called "latest".
     file = "stdin" if path == "-" else os.path.basename(os.path.abspath(path))
-    stem = file.removesuffix(".gz").removesuffix(".tar") or "image"
+    stem = file
+    for suffix in (".gz", ".zst", ".tgz", ".tzst", ".tar"):
+        stem = stem.removesuffix(suffix)
+    stem = stem or "image"
     return f"{stem}:{name}" if name else stem
 
 
