@@ -72,11 +72,12 @@ def rm(
         list[str], typer.Argument(metavar="NAME...", help="Names or digests as `store ls` shows them.")
     ],
     store: o.StoreDir = None,
+    json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Forget images; `layerkit store gc` then frees what no other image uses.
 
-    Example: `layerkit store rm image.tar && layerkit store gc`
+    Example: `layerkit store rm image:latest && layerkit store gc`
     """
     from layerkit import api
 
@@ -84,6 +85,8 @@ def rm(
         for name in names:
             held.remove_image(name)
             note(f"removed {name}", quiet=quiet)
+    if json:
+        emit_json("store-rm", {"removed": names})
 
 
 @group.command()

@@ -72,7 +72,8 @@ def test_remap_mount_umount(cli: Callable[..., Any], tiny_image: Path, tmp_path:
         removed = json.loads(cli("store", "gc", "--json").stdout)["removed"]
         assert removed == []
     finally:
-        cli("umount", target)
+        ended = json.loads(cli("umount", target, "--json").stdout)
+    assert ended == {"schema": "layerkit.umount.v1", "target": str(target)}
     assert json.loads(cli("mounts", "--json").stdout)["mounts"] == []
 
 

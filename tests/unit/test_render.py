@@ -60,6 +60,19 @@ def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str], ref:
     assert capsys.readouterr().err == f"\nnext: layerkit mount {shown} TARGET --uid-map 0:1:2\n"
 
 
+def test_every_command_has_json_and_an_example() -> None:
+    def leaves(command: Any, name: str) -> list[tuple[str, Any]]:
+        below = getattr(command, "commands", None)
+        return [leaf for n, each in below.items() for leaf in leaves(each, n)] if below else [(name, command)]
+
+    found = leaves(typer.main.get_command(main.app), "layerkit")
+    assert len(found) > 30
+    # Those run until they are stopped, or answer with nothing but their exit code.
+    silent = {"serve", "proxy", "retry"}
+    assert [n for n, c in found if n not in silent and "--json" not in {o for p in c.params for o in p.opts}] == []
+    assert [n for n, c in found if "Example" not in (c.help or "")] == []
+
+
 def test_help_has_no_word_that_becomes_a_picture() -> None:
     # typer lets rich put emoji for :names:, and `folders:TOP:` was one.
     def texts(command: Any) -> list[str]:
