@@ -142,6 +142,7 @@ def _run_app() -> None:
     except SystemExit:
         # Python would write what is left at its exit, and could then only complain about a full disk.
         sys.stdout.flush()
+        INTERRUPTS.ignore()  # all is done and said
         raise
 
 
