@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from layerkit import limits as bounds
 from layerkit.errors import UsageError
-from layerkit.opened import Mounted, OpenImage, Settings, default_store, store_at, umount
+from layerkit.opened import Mounted, OpenImage, umount
+from layerkit.settings import Settings, default_store, store_at
 
 if TYPE_CHECKING:
     from layerkit.hosts.adopt import AdoptReport
@@ -87,7 +88,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
 
     chosen = settings or Settings()
     limits = chosen.limits or bounds.from_environment()
-    parsed = reference.parse(ref)
+    parsed = reference.with_choice(reference.parse(ref))
     with contextlib.ExitStack() as stack:
         source: ImageSource
         name = ""
@@ -113,7 +114,10 @@ def _store_name(path: str, name: str) -> str:
         return name
     # A bare tag says too little: every second archive has an image called "latest".
     file = "stdin" if path == "-" else os.path.basename(os.path.abspath(path))
-    stem = file.removesuffix(".gz").removesuffix(".tar") or "image"
+    stem = file
+    for suffix in (".gz", ".zst", ".tgz", ".tzst", ".tar"):
+        stem = stem.removesuffix(suffix)
+    stem = stem or "image"
     return f"{stem}:{name}" if name else stem
 
 
@@ -140,7 +144,7 @@ def mount_unpacked(
 
     Args:
         ref: ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
-            ``folders:TOP:...:BOTTOM``.
+            ``folders:UPPER:...:LOWEST``.
         target: an existing folder.
         mapping: the id map; None keeps the owners.
         stacking: ``auto``, ``data-only`` or ``classic``.

@@ -11,8 +11,21 @@ from typing import ClassVar
 
 def show_path(path: bytes | str) -> str:
     r"""Return ``path`` as printable text: UTF-8 where it is valid, ``\xNN`` for every other byte."""
-    text = path if isinstance(path, str) else path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = path if isinstance(path, str) else path.decode("utf-8", "surrogateescape")
+    return text if text.isprintable() else "".join(map(_show, text))
+
+
+def show_lines(text: str) -> str:
+    """Return ``text`` printable line by line: for what is made of several lines on purpose."""
+    return "\n".join(show_path(line) for line in text.split("\n"))
+
+
+def _show(char: str) -> str:
+    if char.isprintable():
+        return char
+    if "\udc80" <= char <= "\udcff":  # how PEP 383 holds a byte that is no UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
 
 
 class LayerkitError(Exception):

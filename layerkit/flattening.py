@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from layerkit.model.reports import Report
 from layerkit.model.tree import Tree
 from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
 from layerkit.ports import ImageSink, ImageSource, Progress
-from layerkit.squash import squash
+from layerkit.squash import Squashed, squash
 
 _DIGEST_PREFIX_CHARS = 6
 
@@ -114,15 +115,27 @@ def flatten(
         if not 0 <= first <= last < count:
             raise UsageError(f"layers {first + 1} to {last + 1}: the image has the layers 1 to {count}")
         places = range(first, last + 1)
-        with Contents(
-            source, image, limits=limits, load=load, open_tar=open_tar, need=places, tmp=tmp, progress=progress
-        ) as contents:
+        with contextlib.ExitStack() as stack:
+            contents = stack.enter_context(
+                Contents(
+                    source, image, limits=limits, load=load, open_tar=open_tar, need=places, tmp=tmp,
+                    progress=progress,
+                )
+            )  # fmt: skip
             indexes = contents.indexes
             below, above = indexes[:first], indexes[last + 1 :]
             base, top = merge(below, limits=limits), merge(indexes[: last + 1], limits=limits)
             made = squash(base, top, root=any(map(_has_root, indexes[: last + 1])))
             whole = top if not above else merge(indexes, limits=limits)
             want = whole.digest()
+            tars = dict.fromkeys(places, contents)
+            if lower := _layers_of_data(made, top) - tars.keys():
+                # A file of the base with one more name above it: all its names are in the new layer, and its data.
+                known = {index.diff_id: index for index in indexes}
+                base_tars = stack.enter_context(
+                    Contents(source, image, limits=limits, load=known.get, open_tar=open_tar, need=lower, tmp=tmp)
+                )
+                tars |= dict.fromkeys(lower, base_tars)
             new: list[Layer | NewLayer] = []
             got = list[Index]()
             # An image without any layer is one that many tools refuse.
@@ -130,9 +143,8 @@ def flatten(
 
                 def content(row: int) -> Iterator[memoryview]:
                     inode = int(made.inode[row])
-                    return contents.stored(
-                        int(top.layer[inode]), int(top.offset[inode]), stored_bytes(made.index, row)
-                    )
+                    layer = int(top.layer[inode])
+                    return tars[layer].stored(layer, int(top.offset[inode]), stored_bytes(made.index, row))
 
                 descriptor, diff_id = write_layer(
                     made.index, content, sink, packing=packing,
@@ -168,6 +180,12 @@ def flatten(
         seconds=time.monotonic() - start,
         warnings=left_behind(source, image, limits),
     )
+
+
+def _layers_of_data(made: Squashed, top: Tree) -> set[int]:
+    """Return the places of the layers that the content of ``made`` comes from."""
+    inodes = made.inode[made.index.offset >= 0]
+    return set(top.layer[inodes].tolist())
 
 
 def check_tree(want: Digest, got: Tree) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
 from layerkit.formats import acl_caps
+from layerkit.kept import as_kept
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
@@ -146,11 +147,12 @@ def metadata_layer(
         UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
         LossyResult: something that no mount of a metadata layer can show: a character device 0:0 (the
             kernel's whiteout), a device number beyond 12 + 20 bits, a top folder with a reserved name,
-            a ``user.`` xattr on what is neither file nor directory, an overlay xattr whose escaped name
-            is above 255 bytes or whose own name is empty.
+            a ``user.`` xattr on what is neither file nor directory, an ACL that the kernel refuses, an
+            overlay xattr whose escaped name is above 255 bytes or whose own name is empty.
         InvalidImage: two contents whose short names are equal.
     """
     _check_expressible(tree)
+    tree = as_kept(tree)
     if places is None:
         _check_top_names(tree)
         _check_names_unique(tree)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,17 +16,14 @@ from typing import TYPE_CHECKING
 
 from layerkit.errors import UsageError
 from layerkit.limits import Limits
+from layerkit.settings import Settings, default_store, store_at, usable_store
 
 if TYPE_CHECKING:
     from layerkit.analyze import AnalyzeReport
-    from layerkit.attach import Attest, Render
-    from layerkit.formats.intoto import Attestation
     from layerkit.hosts.changes import PackReport
-    from layerkit.hosts.choose import Ways
     from layerkit.hosts.extract import UnpackReport
     from layerkit.idmap import Mapping
-    from layerkit.model.descriptor import Descriptor
-    from layerkit.model.facts import TreeFacts
+    from layerkit.into_store import Brought
     from layerkit.model.image import Image
     from layerkit.model.index import Index
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
@@ -35,62 +31,8 @@ if TYPE_CHECKING:
     from layerkit.pack import Packing
     from layerkit.ports import ImageSink, ImageSource, Progress
     from layerkit.published import Found
-    from layerkit.stores.local import LocalStore, MetaEntry
-    from layerkit.stores.reference import Reference
-    from layerkit.stores.registry.options import RegistryOptions
-
-
-def default_store() -> Path:
-    """Return the store of this user: ``/var/lib/layerkit`` for root, else below ``$XDG_DATA_HOME``.
-
-    Root of a user namespace is not root here: it cannot write to /var/lib.
-    """
-    from layerkit.kernel import userns
-
-    if os.geteuid() == 0 and userns.in_initial_userns():
-        return Path("/var/lib/layerkit")
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "layerkit"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What holds for every operation on an image.
-
-    Attributes:
-        store: the local store; None is :func:`default_store`.
-        data: ``auto``, ``tar`` or ``objects``: how file data is kept.
-        jobs: layers read at the same time.
-        strict: refuse overlay xattrs that an image brings, instead of escaping them.
-        limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
-        registry: for ``docker://`` references; None takes the options of the environment.
-        published: take published indexes and tables of contents instead of layers where nothing is mounted by
-            it; None follows ``LAYERKIT_PUBLISHED``, and does so where that is not set.
-    """
-
-    store: Path | None = None
-    data: str = "auto"
-    jobs: int = 1
-    strict: bool = False
-    limits: Limits | None = None
-    registry: RegistryOptions | None = None
-    published: bool | None = None
-
-    @property
-    def store_path(self) -> Path:
-        """Return the store's folder."""
-        return self.store if self.store is not None else default_store()
-
-
-@contextlib.contextmanager
-def store_at(path: Path, limits: Limits, *, create: bool = True) -> Iterator[LocalStore]:
-    """Open the store at ``path``, made if there is none and ``create``; closed at the end of the block."""
     from layerkit.stores.local import LocalStore
-
-    store = LocalStore.open(path, create=create, limits=limits)
-    try:
-        yield store
-    finally:
-        store.close()
+    from layerkit.stores.reference import Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +145,7 @@ class OpenImage:
         Raises:
             InvalidImage: something is not what it promises to be.
         """
+        from layerkit.attaching import renderer
         from layerkit.formats.artifact import ARTIFACT_TYPE
         from layerkit.indexes import read_indexes
         from layerkit.look import verify
@@ -234,7 +177,7 @@ class OpenImage:
             UnmappedId: an owner outside the map.
         """
         with store_at(self._settings.store_path, self._limits) as store:
-            return self._prepare(store, mapping, rendering, namespace, own_meta, progress)[0]
+            return self._bring(store, mapping, rendering, namespace, own_meta, progress).report
 
     def mount(
         self,
@@ -260,7 +203,7 @@ class OpenImage:
         path = Path(target)
         # Held until the mount's record says what it uses: gc must not come in between.
         with store_at(self._settings.store_path, self._limits) as store, store.hold():
-            report, ways, facts, entry = self._prepare(store, mapping, rendering, "auto", own_meta, progress)
+            report, ways, facts, entry = self._bring(store, mapping, rendering, "auto", own_meta, progress)
             extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping else None
             mounter.mount(
                 mounter.MountSpec(
@@ -383,6 +326,7 @@ class OpenImage:
         if mapping is None:
             raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
         from layerkit.attach import attach
+        from layerkit.attaching import attester, renderer
         from layerkit.merge import merge
         from layerkit.metaonly import Namespace
         from layerkit.stores import reference
@@ -392,7 +336,9 @@ class OpenImage:
         if namespace not in ("auto", *Namespace):
             raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
         form = "erofs" if rendering == "auto" else rendering
-        attest = self._attest(sign_key) if statement or sign_key is not None else None
+        attest = None
+        if statement or sign_key is not None:
+            attest = attester(self.image, getattr(self.source, "where", self.name), sign_key, self._limits)
         found = self._find_indexes(progress)
         parsed = reference.parse(dst)
         # The image is copied as it is: only META and its manifest are made here.
@@ -405,26 +351,6 @@ class OpenImage:
             progress=progress,
         )  # fmt: skip
         return replace(report, warnings=found.warnings(report.warnings))
-
-    def _attest(self, sign_key: Path | None) -> Attest:
-        """Return what makes the statement about an artifact; a key that cannot be read is found out now."""
-        from importlib.metadata import version
-
-        from layerkit.formats import artifact, intoto
-
-        signer = None
-        if sign_key is not None:
-            from layerkit.stores.keys import FileSigner
-
-            signer = FileSigner(sign_key)
-
-        def attest(made: Descriptor, manifest: bytes) -> Attestation:
-            found = artifact.parse(manifest, f"artifact {made.digest}", limits=self._limits)
-            where = getattr(self.source, "where", self.name)
-            payload = intoto.statement(self.image, where, made, found, version("layerkit"))
-            return intoto.attestation(payload, made, signer)
-
-        return attest
 
     def _sink(self, dst: Reference) -> ImageSink:
         from layerkit.stores import reference
@@ -448,15 +374,15 @@ class OpenImage:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[LocalStore | None]:
-        """Give the store if there is one; looking at an image makes none."""
+        """Give the store if there is one that can be used; looking at an image makes none, and needs none."""
         path = self._settings.store_path
-        if not (path / "version.json").exists():
+        if not usable_store(path):
             yield None
             return
         with store_at(path, self._limits, create=False) as store:
             yield store
 
-    def _prepare(
+    def _bring(
         self,
         store: LocalStore,
         mapping: Mapping | None,
@@ -464,57 +390,15 @@ class OpenImage:
         namespace: str,
         own_meta: bool,
         progress: Progress | None,
-    ) -> tuple[RemapReport, Ways, TreeFacts, MetaEntry]:
-        from layerkit.hosts import choose, importing, prepare
-        from layerkit.model.reports import RemapReport
+    ) -> Brought:
+        from layerkit.into_store import bring
 
-        start = time.monotonic()
-        ways = choose.choose(
-            store.root,
-            mapping,
-            rendering=rendering,
-            data=self._settings.data,
-            namespace=namespace,
-            own_meta=own_meta,
-        )
-        # gc must not take layers between their import and the row that says who needs them.
-        with store.hold():
-            read = importing.import_layers(
-                self.source, self.image, store, ways.backend,
-                limits=self._limits, jobs=self._settings.jobs, progress=progress,
-            )  # fmt: skip
-            work = prepare.Preparation(store, self.image, limits=self._limits, strict=self._settings.strict)
-            facts = work.facts()
-            if ways.one_meta and mapping is not None:
-                work.check(mapping)
-            entry = work.meta(None if ways.one_meta else mapping, ways.rendering, ways.namespace, progress=progress)
-            store.add_image(self.image, [self.name], metas=[entry.key])
-        own = 0 if ways.one_meta or mapping is None else entry.allocated_bytes
-        report = RemapReport(
-            name=self.name,
-            manifest=str(self.image.descriptor.digest),
-            map_text=mapping.canonical() if mapping else "",
-            map_flags=mapping.flags() if mapping else "",
-            next_ref=f"store:{self.name}",
-            entries=facts.names,
-            layers=len(self.image.layers),
-            layers_read=read,
-            data_bytes=facts.data_bytes,
-            data_backend=ways.backend.value,
-            rendering=ways.rendering.value,
-            how="idmapped mount of shared metadata"
-            if ways.idmap
-            else "shared metadata, served under the map"
-            if ways.one_meta and mapping
-            else "own metadata"
-            if mapping
-            else "owners as they are",
-            meta_bytes=own,
-            shared_meta_bytes=entry.allocated_bytes - own,
-            seconds=time.monotonic() - start,
-            warnings=facts.warnings,
-        )
-        return report, ways, facts, entry
+        chosen = self._settings
+        return bring(
+            store, self.source, self.image, self.name, mapping, rendering=rendering, namespace=namespace,
+            own_meta=own_meta, data=chosen.data, jobs=chosen.jobs, strict=chosen.strict, limits=self._limits,
+            progress=progress,
+        )  # fmt: skip
 
 
 def umount(target: str | Path, *, store: Path | None = None) -> None:
@@ -526,14 +410,3 @@ def umount(target: str | Path, *, store: Path | None = None) -> None:
     from layerkit.hosts import mount as mounter
 
     mounter.umount(Path(target), run=mounter.default_run(store or default_store()))
-
-
-def renderer(form: str) -> Render:
-    """Return what writes META in the form ``erofs`` or ``tar``."""
-    if form == "tar":
-        from layerkit.emit.tar import write_tar
-
-        return write_tar
-    from layerkit.emit.erofs import build_meta
-
-    return build_meta

@@ -103,8 +103,10 @@ def map_layers(indexes: list[Index], mapping: Mapping, *, limits: Limits) -> tup
 
     Raises:
         UnmappedId: an id outside the map and no overflow id.
-        LossyResult: such a folder that cannot have an entry.
+        LossyResult: such a folder that cannot have an entry, or an image without layers.
     """
+    if not indexes:
+        raise LossyResult(b"", "the image has no layers, so there is nothing that could hold a mapped owner")
     want = apply_map(merge(indexes, limits=limits), mapping)
     mapped = [map_index(index, mapping) for index in indexes]
     have = merge(mapped, limits=limits)

@@ -216,9 +216,9 @@ def pull(
 
 
 def _check_published(opened: api.OpenImage, mapping: Mapping, key: Path | None) -> tuple[str, list[str], bool]:
+    from layerkit.attaching import renderer
     from layerkit.formats import artifact
     from layerkit.look import check_artifact
-    from layerkit.opened import renderer
     from layerkit.published import HasReferrers
 
     verify = None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 from layerkit import api
 from layerkit import limits as bounds
 from layerkit.errors import NotFound, UsageError
+from layerkit.settings import usable_store
 
 if TYPE_CHECKING:
     from layerkit.copying import CopyReport
@@ -75,8 +76,8 @@ def packing(compression: str = "gzip", level: int | None = None, jobs: int | Non
 
 @contextlib.contextmanager
 def kept(path: Path) -> Iterator[tuple[Callable[[Digest], Index | None], Callable[[Digest], BinaryIO | None]]]:
-    """Give what loads indexes and opens tars that the store at ``path`` has; a store that is not there has none."""
-    if not (path / "version.json").exists():
+    """Give what loads indexes and opens tars that the store at ``path`` has; one that cannot be used has none."""
+    if not usable_store(path):
         yield (lambda _: None), (lambda _: None)
         return
     with api.open_store(path) as store:
@@ -168,6 +169,8 @@ def flattening(
         if keep_base is not None:
             first = base_count(image, keep_base, settings)
         last = None if to_layer is None else use_case.place_of(image, to_layer)
+        if not image.layers:
+            raise UsageError(f"{src}: nothing to flatten: the image has no layers")
         if first == len(image.layers):
             raise UsageError(f"{src}: nothing to flatten above the base, whose {first} layers are all there are")
         with kept(settings.store_path) as (load, tar):

@@ -71,7 +71,7 @@ def adopt(
         typer.Argument(
             metavar="REF",
             help="Unpacked layers: `containers-storage:NAME`, `containerd:[ROOT@NAMESPACE]NAME`, "
-            "`docker-storage:NAME`, `folders:TOP:...:BOTTOM`.",
+            "`docker-storage:NAME`, `folders:UPPER:...:LOWEST`.",
         ),
     ],
     folder: Annotated[
@@ -99,7 +99,7 @@ def adopt(
     from layerkit.hosts import adopt as adopting
     from layerkit.hosts.adopt_sources import find_unpacked
     from layerkit.limits import from_environment
-    from layerkit.opened import store_at
+    from layerkit.settings import store_at
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if mapping is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.cli.render import emit_json, fields, human, line, note, progress, table
 from layerkit.errors import UsageError, show_path
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _show(report: AnalyzeReport, top: int) -> None:
             right=(0,),
         )
         if len(report.paths) > top:
-            print(f"and {len(report.paths) - top:,} more paths")
+            line(f"and {len(report.paths) - top:,} more paths")
 
 
 def _causes(causes: dict[str, int]) -> str:

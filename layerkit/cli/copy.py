@@ -53,8 +53,8 @@ def copy(
         [
             ("image", f"{report.name or dst}  {report.manifest}"),
             ("platforms", len(report.images)),
-            ("attached", "\n".join(report.attached) or "nothing"),
-            *([("left behind", "\n".join(report.left))] if report.left else []),
+            ("attached", report.attached or "nothing"),
+            *([("left behind", report.left)] if report.left else []),
             ("copied", f"{report.blobs} blobs, {human(report.bytes)}, in {report.seconds:.2f} s"),
         ]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, progress, table
+from layerkit.cli.render import emit_json, fields, human, line, progress, table
 
 
 def inspect(
@@ -63,7 +63,7 @@ def inspect(
     if report.xattrs:
         table("", ["XATTR", "INODES"], [(k, f"{v:,}") for k, v in report.xattrs.items()], right=(1,))
     for problem in report.problems:
-        print(f"! {problem}")
+        line(f"! {problem}")
 
 
 def register(app: typer.Typer) -> None:

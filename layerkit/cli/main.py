@@ -6,8 +6,8 @@ imports what it needs when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -47,7 +47,8 @@ from layerkit.cli import (
     verify,
     which,
 )
-from layerkit.errors import Cancelled, LayerkitError
+from layerkit.cli.interrupts import INTERRUPTS
+from layerkit.errors import Cancelled, LayerkitError, show_lines
 
 app = typer.Typer(
     name="layerkit",
@@ -115,22 +116,61 @@ registry_options.add_to_commands(app)
 
 def run() -> None:
     """Run the command line and exit with its code (0 done, 1 failed, 2 usage, 3 input, 4 registry, 5 batch)."""
-    # Both have to leave by the same road as an error: through every `finally`.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _stop)
+    _open_closed_streams()
+    INTERRUPTS.install()
     _build_only(sys.argv[1:2])
     try:
-        app(standalone_mode=True)
+        _run_app()
     except LayerkitError as error:
+        if isinstance(error, Cancelled):
+            INTERRUPTS.ignore()
         sys.exit(_report(error))
     except BrokenPipeError:
         # The reader of our output went away (`layerkit … | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except OSError as error:
+        _drop_output()
         where = f": {error.filename}" if error.filename is not None else ""
-        print(f"layerkit: {error.strerror or error}{where}", file=sys.stderr)
+        _say(f"{error.strerror or error}{where}")
         sys.exit(1)
+
+
+def _run_app() -> None:
+    try:
+        app(standalone_mode=True)
+    except SystemExit:
+        # Python would write what is left at its exit, and could then only complain about a full disk.
+        sys.stdout.flush()
+        INTERRUPTS.ignore()  # all is done and said
+        raise
+
+
+def _drop_output() -> None:
+    """Let standard output lead nowhere, so that what could not be written there is not tried again at exit."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _open_closed_streams() -> None:
+    """Give the descriptors 0 to 2 something to be, where the caller closed them (``layerkit ... >&-``).
+
+    Else the next file that is opened becomes standard output, and ``print(file=None)`` writes errors there. Input
+    and output stay of no use, as GNU programs have it: reading or writing them is an error, not silence.
+    """
+    for fd, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number, which is fd
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
 
 
 def _build_only(words: list[str]) -> None:
@@ -143,12 +183,13 @@ def _build_only(words: list[str]) -> None:
 
 
 def _report(error: LayerkitError) -> int:
-    print(f"layerkit: {error}", file=sys.stderr)
+    _say(str(error))
     return error.exit_code
 
 
-def _stop(signum: int, frame: object) -> None:
-    raise Cancelled("interrupted; nothing half-made is left")
+def _say(message: str) -> None:
+    # Errors quote what images call themselves.
+    print(show_lines(f"layerkit: {message}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def mount(
     `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`
 
     `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses the layers as podman unpacked them;
-    so do `containerd:NAME`, `docker-storage:NAME` and `folders:TOP:...:BOTTOM`.
+    so do `containerd:NAME`, `docker-storage:NAME` and `folders:UPPER:...:LOWEST`.
 
     `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """
@@ -134,6 +134,7 @@ def podman_words(target: Path, mapping: Mapping | None) -> list[str]:
 def umount(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that `layerkit mount` mounted on.")],
     store: o.StoreDir = None,
+    json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Unmount what `layerkit mount` mounted; the last user of an image's data releases it too.
@@ -144,6 +145,8 @@ def umount(
 
     api.umount(target, store=o.store_dir(store))
     note(f"unmounted {target}", quiet=quiet)
+    if json:
+        emit_json("umount", {"target": str(target)})
 
 
 def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:

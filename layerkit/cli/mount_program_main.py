@@ -55,7 +55,7 @@ def _store() -> Path:
         from layerkit.cli.options import store_dir
 
         return store_dir(None)
-    from layerkit.opened import default_store
+    from layerkit.settings import default_store
 
     return default_store()
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
 
 
 def pull(
@@ -76,7 +76,7 @@ def pull(
             ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
         ]
     )
-    note(f"\nnext: layerkit mount {made.next_ref} TARGET {made.map_flags}".rstrip(), quiet=quiet)
+    next_mount(made, quiet=quiet)
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.flatten import AllPlatforms, CompressionOption, Created, Level
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
 from layerkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _show(result: RemapReport, dst: str | None, json: bool, quiet: bool) -> None
     elif dst is not None:
         fields([("written", dst)])
     else:
-        note(f"\nnext: layerkit mount {result.next_ref} TARGET {result.map_flags}".rstrip(), quiet=quiet)
+        next_mount(result, quiet=quiet)
 
 
 def _print_plan(plan: dict[str, object], json: bool) -> None:

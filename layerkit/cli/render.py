@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from layerkit.errors import show_path
+from layerkit.errors import show_lines, show_path
 
 if TYPE_CHECKING:
+    from layerkit.model.reports import RemapReport
     from layerkit.ports import Progress
 
 
@@ -37,13 +39,39 @@ def _plain(value: object) -> object:
 def note(text: str, *, quiet: bool = False) -> None:
     """Print a line for people on standard error."""
     if not quiet:
-        print(text, file=sys.stderr)
+        print(show_lines(text), file=sys.stderr)
+
+
+def line(text: object) -> None:
+    """Print a line of the result."""
+    print(shown(text))
+
+
+def next_mount(result: RemapReport, *, quiet: bool) -> None:
+    """Tell how to mount what ``result`` is about."""
+    name = show_path(result.next_ref)
+    # A name of the image's own choice, to be pasted into a shell: one that cannot be typed gives way to the digest.
+    ref = shlex.quote(name) if name == result.next_ref else f"store:{result.manifest}"
+    note(f"\nnext: layerkit mount {ref} TARGET {result.map_flags}".rstrip(), quiet=quiet)
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as text that a terminal only prints; a tuple or list is several lines.
+
+    Everything shown passes here, since images choose their own names and platforms.
+    """
+    if isinstance(value, (list, tuple)):
+        return "\n".join(shown(each) for each in value)
+    return show_path(str(value))
 
 
 def table(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()
 ) -> None:
-    """Print a table; on a pipe as plain text as wide as it needs, so that nothing is cut."""
+    """Print a table; on a pipe as plain text as wide as it needs, so that nothing is cut.
+
+    A cell that is a tuple or list has several lines.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -55,15 +83,15 @@ def table(
         out.add_column(heading, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         # Text, not str: a name with brackets in it must not be read as markup.
-        out.add_row(*(Text(str(cell)) for cell in row))
+        out.add_row(*(Text(shown(cell)) for cell in row))
     console.print(out)
 
 
 def fields(pairs: Sequence[tuple[str, object]]) -> None:
-    """Print names and values in two aligned columns."""
+    """Print names and values in two aligned columns; a value that is a tuple or list has several lines."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        lines = str(value).splitlines() or [""]
+        lines = shown(value).split("\n")
         print(f"{name:<{width}}  {lines[0]}")
         for line in lines[1:]:
             print(f"{'':<{width}}  {line}")
@@ -76,6 +104,7 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
@@ -93,7 +122,7 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
 
         def step(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None)
+                tasks[what] = bars.add_task(escape(show_path(what)), total=total or None)
             bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
 
         yield step

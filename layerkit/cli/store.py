@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, human, note, table
+from layerkit.cli.render import emit_json, human, line, note, table
 
 group = typer.Typer(no_args_is_help=True, help="Look after the local store.", rich_markup_mode="markdown")
 
@@ -61,10 +61,7 @@ def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
     table(
         "",
         ["NAME", "MANIFEST", "PLATFORM", "LAYERS", "MAPS"],
-        [
-            ("\n".join(r.names) or "-", r.manifest, r.platform, r.layers, "\n".join(m or "none" for m in r.maps))
-            for r in rows
-        ],
+        [(r.names or "-", r.manifest, r.platform, r.layers, [m or "none" for m in r.maps]) for r in rows],
         right=(3,),
     )
 
@@ -75,11 +72,12 @@ def rm(
         list[str], typer.Argument(metavar="NAME...", help="Names or digests as `store ls` shows them.")
     ],
     store: o.StoreDir = None,
+    json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Forget images; `layerkit store gc` then frees what no other image uses.
 
-    Example: `layerkit store rm image.tar && layerkit store gc`
+    Example: `layerkit store rm image:latest && layerkit store gc`
     """
     from layerkit import api
 
@@ -87,6 +85,8 @@ def rm(
         for name in names:
             held.remove_image(name)
             note(f"removed {name}", quiet=quiet)
+    if json:
+        emit_json("store-rm", {"removed": names})
 
 
 @group.command()
@@ -111,8 +111,8 @@ def verify(
         emit_json("store-verify", {"whole": not damaged, "findings": [f.to_dict() for f in findings]})
     else:
         for finding in findings:
-            print(finding)
-        print("the store is whole" if not damaged else f"{len(damaged)} things are damaged")
+            line(finding)
+        line("the store is whole" if not damaged else f"{len(damaged)} things are damaged")
     if damaged and not repair:
         raise typer.Exit(1)
 
@@ -129,9 +129,9 @@ def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False
     if json:
         emit_json("store-gc", {"dry_run": dry_run, **report})
         return
-    for line in report["removed"]:  # type: ignore[attr-defined]
-        print(line)
-    print(f"{'would free' if dry_run else 'freed'} {human(int(str(report['freed_bytes'])))}")
+    for removed in report["removed"]:  # type: ignore[attr-defined]
+        line(removed)
+    line(f"{'would free' if dry_run else 'freed'} {human(int(str(report['freed_bytes'])))}")
 
 
 def register(app: typer.Typer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, progress
+from layerkit.cli.render import emit_json, fields, line, progress
 
 
 def verify(
@@ -38,7 +38,7 @@ def verify(
         ]
     )
     for artifact in report.artifacts:
-        print(f"artifact  {artifact} agrees with the image")
+        line(f"artifact  {artifact} agrees with the image")
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, table
+from layerkit.cli.render import emit_json, fields, human, line, table
 
 if TYPE_CHECKING:
     from layerkit.hosts.which import Place, Which
@@ -67,7 +67,7 @@ def _show(answer: Which) -> None:
     if answer.data:
         pairs.append(("bytes at", answer.data))
     if answer.sharers:
-        who = "\n".join(f"{s.target} ({s.image}, map {s.map or 'none'})" for s in answer.sharers)
+        who = [f"{s.target} ({s.image}, map {s.map or 'none'})" for s in answer.sharers]
         pairs.append(("shared with" if answer.kind == "path" else "mounted at", who))
     elif answer.kind == "path" and answer.sha256:
         pairs.append(("shared with", "no other mount"))
@@ -79,7 +79,7 @@ def _show(answer: Which) -> None:
         ]
         table("", ["IMAGE", "LAYER", "DIFF ID", "PATH", ""], rows, right=(1,))
         if len(answer.places) > _PLACES_SHOWN:
-            print(f"and {len(answer.places) - _PLACES_SHOWN} more (--json lists all)")
+            line(f"and {len(answer.places) - _PLACES_SHOWN} more (--json lists all)")
 
 
 def _layer(place: Place) -> str:

@@ -3,7 +3,7 @@ r"""Where a runtime keeps the unpacked layers of an image: read from its own fil
 * ``containers-storage:NAME``, ``containers-storage:[overlay@ROOT]NAME``: podman, buildah, CRI-O.
 * ``containerd:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``: the overlayfs snapshotter.
 * ``docker-storage:NAME``, ``docker-storage:[ROOT]NAME``: dockerd's overlay2.
-* ``folders:TOP:…:BOTTOM``: any folders, in the order of overlayfs's ``lowerdir``; ``\\:`` is a colon in a name.
+* ``folders:UPPER:…:LOWEST``: any folders, in the order of overlayfs's ``lowerdir``; ``\\:`` is a colon in a name.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def find_unpacked(text: str) -> Unpacked:
     """
     scheme, _, rest = text.partition(":")
     if scheme not in SCHEMES or not rest:
-        raise UsageError(f"{text}: want {', '.join(f'{s}:NAME' for s in SCHEMES[:3])} or folders:TOP:...:BOTTOM")
+        raise UsageError(f"{text}: want {', '.join(f'{s}:NAME' for s in SCHEMES[:3])} or folders:UPPER:...:LOWEST")
     if scheme == "folders":
         return _folders(rest)
     found = _BRACKET.fullmatch(rest)
@@ -86,7 +86,7 @@ def find_unpacked(text: str) -> Unpacked:
 def _folders(text: str) -> Unpacked:
     parts = [part.replace("\\:", ":") for part in re.split(r"(?<!\\):", text)]
     if not all(parts):
-        raise UsageError(f"folders:{text}: an empty name between colons; want folders:TOP:...:BOTTOM")
+        raise UsageError(f"folders:{text}: an empty name between colons; want folders:UPPER:...:LOWEST")
     paths = [Path(os.path.abspath(part)) for part in reversed(parts)]
     return Unpacked(text, "folders", tuple(LayerFolder(path, name=path.name) for path in paths))
 

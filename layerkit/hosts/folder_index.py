@@ -10,13 +10,11 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from layerkit.emit.folder_writer import FOLDER
 from layerkit.errors import InvalidImage, LossyResult, show_path
-from layerkit.formats import acl_caps
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.kept import as_kept
 from layerkit.limits import Limits
 from layerkit.merge import merge
 from layerkit.model.digest import Digest
@@ -29,7 +27,6 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
 _ROWS_PER_REPORT = 1024
 _SECOND = 1_000_000_000
-_ACCESS = acl_caps.ACL_NAMES[0]
 _KEPT = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 _OF_THE_HOST = (b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor", b"trusted.SGI_")
 """Labels that the host gives by its own rules, and the second names under which xfs shows ACLs."""
@@ -252,36 +249,11 @@ def as_on_disk(tree: Tree, mapping: Mapping | None) -> Tree:
     Raises:
         UnmappedId: ``mapping`` does not cover an owner.
         UsageError: ``mapping`` has no inverse.
+        LossyResult: an ACL that the kernel refuses.
     """
     there = mapping or Mapping.identity()
     tree = apply_map(tree, there)
     tree = apply_map(tree, Mapping(there.uid.inverse(), there.gid.inverse()))
-    mode, sets = tree.mode.copy(), list[XattrSet]()
-    for row, pairs in enumerate(tree.xattr_sets):
-        kept = []
-        for name, value in pairs:
-            if not _belongs_to_image(name):
-                continue
-            if name in acl_caps.ACL_NAMES:
-                entries = acl_caps.decode_acl(value)
-                if not entries:
-                    continue
-                value = acl_caps.encode_acl(
-                    e if e.tag in (acl_caps.USER, acl_caps.GROUP) else e._replace(id=acl_caps.NO_ID)
-                    for e in entries
-                )
-                if name == _ACCESS:
-                    users = tree.xattr == row
-                    mode[users] = mode[users] & ~np.uint32(0o777) | np.uint32(_permissions(entries))
-                    if len(entries) == 3:
-                        continue
-            kept.append((name, value))
-        sets.append(tuple(kept))
-    return replace(tree, mode=mode, xattr_sets=tuple(sets))
-
-
-def _permissions(entries: tuple[acl_caps.AclEntry, ...]) -> int:
-    """Return the permission bits that an access ACL stands for (acl(5), "Correspondence")."""
-    by_tag = {entry.tag: entry.perm for entry in entries}
-    group = by_tag.get(acl_caps.MASK, by_tag.get(acl_caps.GROUP_OBJ, 0))
-    return by_tag.get(acl_caps.USER_OBJ, 0) << 6 | group << 3 | by_tag.get(acl_caps.OTHER, 0)
+    tree = as_kept(tree)
+    sets = (tuple(pair for pair in pairs if _belongs_to_image(pair[0])) for pairs in tree.xattr_sets)
+    return replace(tree, xattr_sets=tuple(sets))

@@ -28,7 +28,7 @@ from layerkit.stores.layout import DataBackend
 from layerkit.stores.local import LocalStore
 from layerkit.stores.metas import MetaEntry, chain_key, meta_key
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of METAs: raised when the same tree and map would give other bytes."""
 
 

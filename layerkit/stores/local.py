@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import mmap
+import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -81,6 +83,8 @@ class LocalStore:
                         Catalog(layout).close()
                         identity = layout.write_version()
             layout.check_owner()
+            if os.statvfs(layout.root).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             return cls(layout, identity, limits)
 
     def close(self) -> None:

@@ -53,39 +53,38 @@ class LayoutSink:
         self._listing = Listing(path, limits)
         self._staged: dict[Digest, int] = {}
         self._lock = threading.Lock()
-        self._open = True
+        self._fd = self._stage = -1
         self._made = False
+        self._open = True
         for attempt in range(10):  # a writer that aborts at this moment may take the new folder away
             try:
                 self._begin()
                 return
-            except FileNotFoundError:
-                if attempt == 9:
+            except BaseException as error:
+                self._leave()
+                if attempt == 9 or not isinstance(error, FileNotFoundError):
                     raise
 
     def _begin(self) -> None:
+        # What is to be made is known before it is there: an interrupt may come between any two of these lines.
+        self._stage_name = _STAGING + secrets.token_hex(8)
+        self._made = not os.path.lexists(self._path)
         try:
             os.mkdir(self._path)
-            self._made = True
         except FileExistsError:
-            pass
+            self._made = False
         except FileNotFoundError:
             raise NotFound(f"{self._path}: the folder it is to lie in does not exist") from None
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         except NotADirectoryError:
             raise UsageError(f"{self._path}: a file; use oci-archive:{self._path} to write an archive") from None
-        try:
-            with self._locked():
-                self._check_target()
-                self._sweep()
-                self._stage_name = _STAGING + secrets.token_hex(8)
-                os.mkdir(self._stage_name, 0o700, dir_fd=self._fd)
-                self._stage = os.open(self._stage_name, _FOLDER, dir_fd=self._fd)
-                fcntl.flock(self._stage, fcntl.LOCK_EX)
-        except BaseException:
-            self._leave()
-            raise
+        with self._locked():
+            self._check_target()
+            self._sweep()
+            os.mkdir(self._stage_name, 0o700, dir_fd=self._fd)
+            self._stage = os.open(self._stage_name, _FOLDER, dir_fd=self._fd)
+            fcntl.flock(self._stage, fcntl.LOCK_EX)
 
     def _check_target(self) -> None:
         names = [name for name in os.listdir(self._fd) if not name.startswith(_STAGING)]
@@ -254,16 +253,25 @@ class LayoutSink:
         if not self._open:
             return
         self._open = False
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self._stage_name, ignore_errors=True, dir_fd=self._fd)
-        os.close(self._stage)
         self._leave()
 
     def _leave(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self._stage_name, ignore_errors=True, dir_fd=self._fd)
         if self._made:
             with contextlib.suppress(OSError):  # another writer may be in it by now
                 os.rmdir(self._path)
-        os.close(self._fd)
+        for fd in (self._stage, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._stage = -1
+        self._made = False
+
+    def __del__(self) -> None:
+        # An interrupt may come when this is made, and its user's `try` not yet entered.
+        if getattr(self, "_open", False):
+            self.abort()
 
     def __enter__(self) -> LayoutSink:
         return self

@@ -144,8 +144,7 @@ def open_source(
         return registries.open_source(ref.path, ref.name, ref.digest, options=registry, limits=limits)
     if ref.transport not in (*FILE_TRANSPORTS, "path"):
         raise _not_here(ref)
-    if ref.transport == "path":
-        ref = _with_choice(ref)
+    ref = with_choice(ref)
     if ref.transport == "oci" or (ref.transport == "path" and os.path.isdir(ref.path)):
         from layerkit.stores.oci_layout import open_layout
 
@@ -174,9 +173,9 @@ def _in_archive(file: BinaryIO, ref: Reference, limits: Limits, tmp: TmpDir) -> 
     )
 
 
-def _with_choice(ref: Reference) -> Reference:
+def with_choice(ref: Reference) -> Reference:
     """Return a bare path with the tag or digest after it taken off, where only that makes it exist."""
-    if ref.path == "-" or os.path.lexists(ref.path):
+    if ref.transport != "path" or ref.path == "-" or os.path.lexists(ref.path):
         return ref
     path, digest = _split_digest(ref.path, ref.path)
     if digest is not None:
@@ -201,7 +200,7 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
     try:
         file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115
     except FileNotFoundError:
-        raise NotFound(f"{path}: no such file or folder; a reference is a path or one of {_listing()}") from None
+        raise NotFound(f"{path}: no such file or folder; a reference is one of {_listing()}") from None
     except IsADirectoryError:
         raise InvalidImage(f"{path}: a folder, not an archive; try oci:{path}") from None
     except OSError as error:
@@ -277,4 +276,4 @@ def _not_here(ref: Reference) -> UsageError:
     return UsageError(f"{ref}: {ref.transport}: is not a file, folder, daemon or registry; use one of {_listing()}")
 
 
-__all__ = ["TRANSPORTS", "Reference", "open_sink", "open_source", "parse"]
+__all__ = ["TRANSPORTS", "Reference", "open_sink", "open_source", "parse", "with_choice"]

@@ -121,6 +121,38 @@ def test_a_bomb_ends_at_the_limit(form: str, tmp_path: Path) -> None:
     assert "LAYERKIT_LIMIT_COMPRESSION_RATIO" in done.stderr
 
 
+def test_what_an_image_calls_itself_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
+    evil = "x\x1b[31m\x07\u202e"
+    image = layout(tmp_path / "image", [member(b"a", b"x" * 3000) + END, member(b"a", b"x" * 3000, uid=1) + END])
+    index = json.loads((image / "index.json").read_text())
+    (entry,) = index["manifests"]
+    entry["annotations"] = {"org.opencontainers.image.ref.name": evil}
+    other = {
+        **entry,
+        "digest": f"sha256:{'0' * 64}",
+        "platform": {"os": evil, "architecture": evil, "variant": evil},
+    }
+
+    def write(*entries: dict[str, object]) -> None:
+        (image / "index.json").write_text(json.dumps({**index, "manifests": entries}))
+
+    write(entry)
+    source = f"oci:{image}"
+    for words in (
+        ("inspect", source), ("verify", source), ("analyze", source), ("remap", source, "--uid-map", "0:1:9"),
+        ("optimize", source, f"oci:{tmp_path / 'small'}"), ("flatten", source, f"oci:{tmp_path / 'flat'}"),
+        ("copy", source, f"oci:{tmp_path / 'same'}"), ("store", "ls"), ("store", "df"), ("store", "verify"),
+        ("inspect", f"{source}:absent"), ("inspect", "store:absent"),
+    ):  # fmt: skip
+        done = run(tmp_path, *words)
+        assert done.returncode == (1 if "absent" in words[-1] else 0), done.stderr
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable(), words
+    write({**entry, "annotations": {}}, other)
+    done = run(tmp_path, "inspect", f"oci:{image}")
+    assert r"\x1b[31m" in done.stderr
+    assert done.stderr.replace("\n", "").isprintable()
+
+
 def test_a_whiteout_device_cannot_be_hidden(tmp_path: Path) -> None:
     image = layout(tmp_path / "image", [header(b"dev/w", b"3", major=0, minor=0) + END])
     done = run(tmp_path, "remap", image, "--uid-map", "0:100000:65536")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from support import need_root, need_tool
 
 MAP = "0:100000:65536"
@@ -70,7 +72,8 @@ def test_remap_mount_umount(cli: Callable[..., Any], tiny_image: Path, tmp_path:
         removed = json.loads(cli("store", "gc", "--json").stdout)["removed"]
         assert removed == []
     finally:
-        cli("umount", target)
+        ended = json.loads(cli("umount", target, "--json").stdout)
+    assert ended == {"schema": "layerkit.umount.v1", "target": str(target)}
     assert json.loads(cli("mounts", "--json").stdout)["mounts"] == []
 
 
@@ -109,6 +112,18 @@ def test_every_kind_of_archive_is_read(
         piped = json.loads(cli("inspect", "-", "--json", stdin=f).stdout)
     assert seen["tree_digest"] == piped["tree_digest"]
     assert seen["entries"] > 20
+
+
+def test_the_name_in_the_store_is_that_of_the_file_whatever_the_reference(
+    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = tiny_archive("oci-archive", "gzip").read_bytes()
+    for name, data in (("i.tar", plain), ("i.tar.gz", gzip.compress(plain)), ("i.tgz", gzip.compress(plain)),
+                       ("i.tar.zst", zstandard.compress(plain))):  # fmt: skip
+        path = tmp_path / name
+        path.write_bytes(data)
+        for text in (f"{path}", f"{path}:latest", f"oci-archive:{path}:latest"):
+            assert json.loads(cli("inspect", text, "--json").stdout)["name"] == "i:latest", text
 
 
 def test_inspect_says_what_a_map_would_do(cli: Callable[..., Any], tiny_image: Path) -> None:
@@ -246,7 +261,10 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(app_image: Path, store_di
     while not (store_dir / "tmp").exists() or not any((store_dir / "tmp").iterdir()):
         time.sleep(0.01)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    # People press it more than once.
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_kit import Layout
 from support import need_root, need_tool
+from tar_blocks import END, folder, hardlink, member
 from treecompare import Shown, differences, snapshot
+
+import layerkit
 
 ROOT_FOLDER = frozenset([b"."])
 
@@ -115,6 +119,28 @@ def test_layers_of_the_base_stay_and_whiteouts_hold_against_them(
     assert not (tmp_path / "n.tar").exists()
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_file_of_the_base_that_gets_another_name_brings_its_data(stored: bool, tmp_path: Path) -> None:
+    need_root()
+    need_tool("umoci")
+    layout = Layout()
+    layers = (
+        folder(b".") + member(b"a", b"one" * 500) + member(b"b", b"two") + END,
+        folder(b".") + member(b"c", b"three") + END,
+        folder(b".") + hardlink(b"again", b"a") + member(b"d", b"four") + END,
+    )
+    layout.list(layout.image(*layers), "x")
+    source = f"oci:{layout.folder(tmp_path / 'in')}:x"
+    settings = layerkit.Settings(store=tmp_path / "store")
+    if stored:
+        with layerkit.open_image(source, settings=settings) as image:
+            image.remap(None)
+    layerkit.flatten(source, f"oci:{tmp_path / 'out'}:x", keep_base=1, settings=settings)
+    want = unpacked(f"{tmp_path / 'in'}:x", tmp_path / "tree")
+    assert want[b"./again"].links == (b"./a", b"./again")
+    assert differences(unpacked(f"{tmp_path / 'out'}:x", tmp_path / "flat"), want) == []
+
+
 def test_the_same_input_gives_the_same_bytes(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         cli("flatten", tiny_image, f"oci-archive:{tmp_path / name}:t")
@@ -155,8 +181,8 @@ def test_a_full_disk_or_a_damaged_layer_leaves_nothing(
     with disk.open("wb") as f:
         f.truncate(1 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk], check=True)
-    for folder in (small, temporary):
-        folder.mkdir()
+    for each in (small, temporary):
+        each.mkdir()
     image = tmp_path / "big"
     make_big(image)
     subprocess.run(["mount", "-o", "loop", disk, small], check=True)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from image_kit import MANIFEST, Layout, below, dump, simple, tar
 from support import need_root
 
 from layerkit import pack
-from layerkit.errors import DigestMismatch, InvalidImage, NotFound, UsageError
+from layerkit.errors import Cancelled, DigestMismatch, InvalidImage, NotFound, UsageError
 from layerkit.formats import artifact, oci
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
@@ -604,3 +605,36 @@ def test_parent_that_is_absent(tmp_path: Path) -> None:
         with pytest.raises(NotFound, match="does not exist"):
             open_sink(f"{form}:{tmp_path}/none/x")
     assert dump({}) == b"{}"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupt_at_any_line_while_it_begins_leaves_nothing(there: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    for wanted in range(1, 100):
+        lines = 0
+
+        def trace(frame: FrameType, event: str, arg: object, wanted: int = wanted) -> Any:
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith("oci_layout_sink.py"):
+                return None
+            lines += event == "line"
+            if lines == wanted:
+                sys.settrace(None)
+                raise Cancelled("now")
+            return trace
+
+        came = True
+        sys.settrace(trace)
+        with contextlib.suppress(Cancelled):
+            sink = LayoutSink(str(out))
+            sys.settrace(None)
+            sink.abort()
+            came = False
+        sys.settrace(None)
+        assert below(tmp_path) == (["out"] if there else []), f"after {wanted} lines"
+        if not came:
+            assert wanted > 20
+            return
+    pytest.fail("it never came to an end")

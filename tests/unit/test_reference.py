@@ -130,7 +130,7 @@ def test_open_by_digest(places: Path) -> None:
     ("text", "error", "why"),
     [
         ("oci:{}/none", NotFound, "no such folder"),
-        ("{}/none", NotFound, "no such file or folder; a reference is a path or one of oci:"),
+        ("{}/none", NotFound, "no such file or folder; a reference is one of oci:"),
         ("oci:{}/oci.tar", InvalidImage, "a file, not an OCI layout folder; try oci-archive:"),
         ("oci-archive:{}/lay", InvalidImage, "try oci:"),
         ("oci:{}/lay:two", NotFound, "no image named 'two'; there are: one"),

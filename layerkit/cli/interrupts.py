@@ -1,0 +1,58 @@
+"""SIGINT and SIGTERM: one error at the first of them, which leaves by the same road as every other."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from layerkit.errors import Cancelled
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CLEARING_SECONDS = 10.0
+"""For how long further signals count as impatience. An error in the middle of clearing up would leave the rest."""
+
+_AGAIN_SECONDS = 0.01
+
+
+class Interrupts:
+    """Turns signals into :class:`Cancelled` in the main thread."""
+
+    def __init__(self) -> None:
+        """Nothing is changed before :meth:`install`."""
+        self._until = 0.0
+
+    def install(self) -> None:
+        """Take the signals over."""
+        for each in (*_SIGNALS, signal.SIGALRM):
+            signal.signal(each, self._stop)
+        sys.unraisablehook = self._lost
+
+    def ignore(self) -> None:
+        """Let nothing more come: there is nothing left that could be stopped but the exit."""
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        # Threads that the exit cuts off complain where nobody can do anything about it.
+        sys.unraisablehook = lambda _: None
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now < self._until:
+            return
+        self._until = now + _CLEARING_SECONDS
+        raise Cancelled("interrupted; nothing half-made is left")
+
+    def _lost(self, what: sys.UnraisableHookArgs) -> None:
+        """Raise again, in a moment, what came while Python ran something whose errors go nowhere (``__del__``)."""
+        if isinstance(what.exc_value, Cancelled):
+            self._until = 0.0
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        else:
+            sys.__unraisablehook__(what)
+
+
+INTERRUPTS = Interrupts()

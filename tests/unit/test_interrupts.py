@@ -1,0 +1,58 @@
+"""Signals to the command: the first stops it, no other disturbs its clearing up, and none is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BEGIN = """
+import os, signal, time
+from layerkit.cli.interrupts import INTERRUPTS
+from layerkit.errors import Cancelled
+INTERRUPTS.install()
+def send(which):
+    os.kill(os.getpid(), which)
+"""
+
+
+def run(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_what_comes_while_it_clears_up_does_not_disturb() -> None:
+    assert run("""
+try:
+    send(signal.SIGINT)
+    time.sleep(9)
+except Cancelled:
+    for _ in range(3):
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        time.sleep(0.01)
+    print("cleared")
+    INTERRUPTS.ignore()
+send(signal.SIGINT)
+""") == "cleared\n"  # fmt: skip
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    assert run("""
+class Dies:
+    def __del__(self):
+        send(signal.SIGINT)
+        len("a moment in which the handler runs")
+try:
+    Dies()
+    time.sleep(9)
+except Cancelled:
+    print("stopped")
+""") == "stopped\n"  # fmt: skip
+
+
+def test_other_errors_of_destructors_are_shown_as_ever() -> None:
+    script = "class Dies:\n    def __del__(self):\n        raise KeyError('x')\nDies()\n"
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    assert "Exception ignored in" in done.stderr and "KeyError: 'x'" in done.stderr
