@@ -29,8 +29,10 @@ from layerkit.ports import BlobReader, DataSink, Progress
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-SLOTS = 16
+SLOTS = 8
 SLOT_BYTES = 1 << 21
+PIECES = 4
+"""Of the blob, at most 2 MiB each, that may wait to be hashed."""
 
 _STOP = -1
 _SHA256_OF_NOTHING = Digest.of(b"")
@@ -144,7 +146,8 @@ class LayerReading:
         self._read_error: BaseException | None = None
         self._hash_error: BaseException | None = None
         # Lengths of filled slots, in ring order, and tokens for slots that each consumer is done with; for the
-        # hasher also pieces of the blob. Slots bound them too: the reader makes no piece while it waits for one.
+        # hasher also pieces of the blob, of which it takes every one, whatever happens.
+        self._pieces = threading.Semaphore(PIECES)
         self._to_hash: SimpleQueue[int | bytes] = SimpleQueue()
         self._to_walk: SimpleQueue[int] = SimpleQueue()
         self._hashed: SimpleQueue[int] = SimpleQueue()
@@ -217,7 +220,7 @@ class LayerReading:
         try:
             source = Decompressor(self._blob, limits=self._limits, where=self._label)
             if source.compression is not Compression.NONE:
-                self._blob.hash_elsewhere(self._to_hash.put)
+                self._blob.hash_elsewhere(self._hand_over)
             else:
                 self._same_bytes = self._tar_hash.name == self._descriptor.digest.algorithm
             slot = 0
@@ -243,6 +246,10 @@ class LayerReading:
             self._to_walk.put(_STOP)
             self.read.set()
 
+    def _hand_over(self, piece: bytes) -> None:
+        self._pieces.acquire()
+        self._to_hash.put(piece)
+
     # --- the hasher's thread -----------------------------------------------------------------------------
 
     def _hash(self) -> None:
@@ -250,6 +257,7 @@ class LayerReading:
         while (item := self._to_hash.get()) != _STOP:
             if isinstance(item, bytes):
                 self._blob.hash(item)
+                self._pieces.release()
                 continue
             if self._hash_error is None and not self._stopped.is_set():
                 try:
