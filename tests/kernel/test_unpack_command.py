@@ -338,6 +338,7 @@ def test_rootless_in_a_user_namespace(tiny_archive, tmp_path: Path) -> None:  # 
         "import layerkit, layerkit.api, layerkit.hosts.extract, layerkit.merge, layerkit.indexes, layerkit.unpack\n"
         "import layerkit.stores.fsck, layerkit.stores.oci_archive, layerkit.stores.source\n"
         "import layerkit.stores.docker_archive, layerkit.stores.reference\n"
+        "import numpy.ma  # by np.unique\n"
         "from layerkit.errors import LossyResult",
         """
 settings = layerkit.Settings(store=Path("store"))
