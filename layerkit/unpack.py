@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SLOTS = 8
 SLOT_BYTES = 1 << 21
-PIECES = 4
+PIECES = 2
 """Of the blob, at most 2 MiB each, that may wait to be hashed."""
 
 _STOP = -1
