@@ -219,9 +219,9 @@ class LayerReading:
     def _read(self) -> None:
         try:
             source = Decompressor(self._blob, limits=self._limits, where=self._label)
-            if source.compression is not Compression.NONE:
+            if source.compression is Compression.GZIP:  # zstd has time to hash, and its pieces are large
                 self._blob.hash_elsewhere(self._hand_over)
-            else:
+            elif source.compression is Compression.NONE:
                 self._same_bytes = self._tar_hash.name == self._descriptor.digest.algorithm
             slot = 0
             while not self._stopped.is_set():

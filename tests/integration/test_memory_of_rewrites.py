@@ -1,6 +1,6 @@
 """The memory of what reads or writes whole images does not depend on how much data their layers hold.
 
-``LAYERKIT_LONG=1`` takes layers of 1 GB and of 4 GB, else of 64 and of 256 MB.
+``LAYERKIT_LONG=1`` takes layers of 1 GB and of 4 GB, else of 32 and of 128 MB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import need_root
 from layerkit.formats.compress import Compression
 from layerkit.formats.compressor import compress
 
-SMALL, LARGE = (1 << 30, 4 << 30) if os.environ.get("LAYERKIT_LONG") else (64 << 20, 256 << 20)
+SMALL, LARGE = (1 << 30, 4 << 30) if os.environ.get("LAYERKIT_LONG") else (32 << 20, 128 << 20)
 FILES = 8
 BLOCK = os.urandom(1 << 20)
 CHILD = """
