@@ -18,6 +18,9 @@ _CLEARING_SECONDS = 10.0
 
 _AGAIN_SECONDS = 0.01
 
+_STARTING = {("threading", "start"), ("concurrent.futures.thread", "submit")}
+"""Functions, by module and name, that must not be left halfway."""
+
 
 class Interrupts:
     """Turns signals into :class:`Cancelled` in the main thread."""
@@ -43,6 +46,9 @@ class Interrupts:
         now = time.monotonic()
         if now < self._until:
             return
+        if _starts_a_thread(frame):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+            return
         self._until = now + _CLEARING_SECONDS
         raise Cancelled("interrupted; nothing half-made is left")
 
@@ -53,6 +59,19 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
         else:
             sys.__unraisablehook__(what)
+
+
+def _starts_a_thread(frame: FrameType | None) -> bool:
+    """Return whether Python's own code is about to start a thread.
+
+    An error there leaves a running thread that its pool does not know, and so nobody waits for: it would go on
+    writing into a folder that is being removed.
+    """
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _STARTING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 INTERRUPTS = Interrupts()

@@ -51,6 +51,31 @@ except Cancelled:
 """) == "stopped\n"  # fmt: skip
 
 
+def test_a_pool_is_left_with_all_its_threads_ended() -> None:
+    assert run("""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+wait = threading.Event.wait
+def interrupted(event, timeout=None):
+    # What Thread.start waits for: the new thread runs, and its pool has not noted it yet.
+    if threading.current_thread() is threading.main_thread():
+        send(signal.SIGTERM)
+    return wait(event, timeout)
+left = []
+def work():
+    time.sleep(0.1)
+    left.append("working")
+threading.Event.wait = interrupted
+try:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work)
+        threading.Event.wait = wait
+        time.sleep(9)
+except Cancelled:
+    print(*left, threading.active_count())
+""") == "working 1\n"  # fmt: skip
+
+
 def test_other_errors_of_destructors_are_shown_as_ever() -> None:
     script = "class Dies:\n    def __del__(self):\n        raise KeyError('x')\nDies()\n"
     done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)
