@@ -177,7 +177,7 @@ def main() -> int:
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(known)} [default: all]")
-    parser.add_argument("--gigabytes", type=int, default=16, help="size of the (sparse) loop file")
+    parser.add_argument("--gigabytes", type=int, default=32, help="size of the (sparse) loop file")
     args = parser.parse_args()
     if unknown := set(args.names) - set(known):
         parser.error(f"no benchmark called {', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -69,7 +69,7 @@ def rootless_podman(*, mount_program: bool = True, uid: int = UID, home: Path | 
         stack.callback(_end, holder, run)
         assert holder.stdout.readline() == "ready\n"
         user = (
-            "nsenter", "-t", str(holder.pid), "-m", f"--wd={home}",
+            "nsenter", "-t", str(holder.pid), "-m", f"--wdns={home}",
             "setpriv", "--reuid", str(uid), "--regid", str(uid),
             "--clear-groups", "env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", f"HOME={home}",
             f"XDG_RUNTIME_DIR={run}", f"USER={NAME}", f"LAYERKIT_STORE={home}/layerkit", f"TMPDIR={home}",
