@@ -217,6 +217,17 @@ def test_a_tree_that_is_damaged_is_an_error_and_leaves_nothing(
     assert not locks(store)
 
 
+def test_a_server_that_hangs_is_an_error_and_leaves_nothing(
+    tiny_image: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse_server, "_PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(fuse_server, "_START_SECONDS", 0.2)
+    with pytest.raises(StoreError, match=r"did not start within 0\.2 s"):
+        mount(tiny_image, store, tmp_path / "m")
+    assert not mounts_below(tmp_path)
+    assert not locks(store)
+
+
 def test_owners_of_a_squash_and_outside_the_map(tiny_image: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with layerkit.open_image(str(tiny_image), settings=layerkit.Settings(store=store)) as opened:
