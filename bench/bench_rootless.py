@@ -21,6 +21,8 @@ _SCRIPT = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 from statistics import median
+# By its path: the working folder that comes from outside may lie below what was mounted since.
+os.chdir(os.environ["HOME"])
 layerkit = [sys.executable, "-m", "layerkit.cli.main"]
 def timed(*words):
     os.sync()
