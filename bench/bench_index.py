@@ -21,7 +21,7 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.unpack import index_layer
 
-ROUNDS = 3
+ROUNDS = 5
 LAYER_BYTES = 1 << 30
 LAYER_ENTRIES = 60_000
 LARGEST_FILE = 1 << 20  # gives some 20 KB a file, as in public images
