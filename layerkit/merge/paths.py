@@ -56,6 +56,7 @@ class Paths:
         keys: ``path_key`` of each path that some row names, as Latin-1 text: it compares like the bytes,
             and faster.
         start: int32, where the last part of each key begins.
+        length: int64, of that part.
         place: int32, the path of each key; between them lie the directories that no row names.
         added: their names, by path.
         parent: int32 per path, -1 for the root.
@@ -65,6 +66,7 @@ class Paths:
 
     keys: list[str]
     start: NDArray[np.int32]
+    length: NDArray[np.int64]
     place: NDArray[np.int32]
     added: dict[int, str]
     parent: NDArray[np.int32]
@@ -80,7 +82,10 @@ class Paths:
         listed = np.ones(len(self.parent), np.bool_)
         listed[list(self.added)] = False
         listed = listed[rows]
-        blobs, lengths, done = [], np.empty(len(rows), np.int64), 0
+        lengths = np.empty(len(rows), np.int64)
+        lengths[listed] = self.length[chosen]
+        lengths[~listed] = [len(self.added[row]) for row in rows[~listed].tolist()]
+        blobs, done = [], 0
         # In pieces, so that the names are never all there as Python objects.
         for first in range(0, len(rows), _NAMES_AT_ONCE):
             part = slice(first, first + _NAMES_AT_ONCE)
@@ -92,7 +97,6 @@ class Paths:
                 known = iter(names)
                 places = zip(rows[part].tolist(), listed[part].tolist(), strict=True)
                 names = [next(known) if is_listed else self.added[row] for row, is_listed in places]
-            lengths[part] = np.fromiter(map(len, names), np.int64, len(names))
             blobs.append("".join(names).encode("latin-1"))
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
@@ -105,9 +109,10 @@ def sort_rows(indexes: Sequence[Index], limits: Limits) -> tuple[Paths, Rows]:
     Raises:
         LimitExceeded: missing directories make more entries than ``limits`` allows, or a path too deep.
     """
-    keys, starts = [""], list[int]()
+    keys, starts, sizes = [""], list[int](), [np.zeros(1, np.int64)]
     for index in indexes:
         starts.append(len(keys))
+        sizes.append(index.path.lengths)
         # One byte for one byte, so the offsets stay right for the whole blob.
         text = bytes(index.path.blob).replace(b"/", b"\0").decode("latin-1")
         keys += [text[a:b] for a, b in pairwise(index.path.offsets.tolist())]
@@ -124,12 +129,13 @@ def sort_rows(indexes: Sequence[Index], limits: Limits) -> tuple[Paths, Rows]:
     fresh = np.ones(len(texts), np.bool_)
     fresh[1:] = np.fromiter(map(ne, islice(texts, 1, None), texts), np.bool_, len(texts) - 1)
     texts = list(compress(texts, fresh.tolist()))
-    paths = _paths(texts, limits)
+    paths = _paths(texts, np.concatenate(sizes)[order[fresh]], limits)
     path = paths.place[np.cumsum(fresh, dtype=np.int32) - np.int32(1)]
     return paths, Rows(order, path, layer[order], kind[order], layer, kind, starts)
 
 
-def _paths(keys: list[str], limits: Limits) -> Paths:
+def _paths(keys: list[str], sizes: NDArray[np.int64], limits: Limits) -> Paths:
+    """Return the paths of sorted, distinct ``keys``, whose lengths are ``sizes``."""
     count = len(keys)
     parts = np.fromiter(map(str.count, keys, repeat("\0")), np.int64, count) + 1
     parts[0] = 0
@@ -138,7 +144,6 @@ def _paths(keys: list[str], limits: Limits) -> Paths:
     depth = parts.astype(np.int16)
     parent, levels = _parents(depth)
     start = np.fromiter(map(str.rfind, keys, repeat("\0")), np.int32, count) + np.int32(1)
-    sizes = np.fromiter(map(len, keys), np.int32, count)
     # The last path one level up is the directory, unless that is missing: then it is some other path.
     right = sizes[parent] == np.maximum(start - 1, 0)
     above = map(keys.__getitem__, parent.tolist())
@@ -146,12 +151,17 @@ def _paths(keys: list[str], limits: Limits) -> Paths:
     right[0] = True
     place = np.arange(count, dtype=np.int32)
     if right.all():
-        return Paths(keys, start, place, {}, parent, depth, levels)
-    return _with_missing(keys, start, depth, np.flatnonzero(~right), limits)
+        return Paths(keys, start, sizes - start, place, {}, parent, depth, levels)
+    return _with_missing(keys, start, sizes - start, depth, np.flatnonzero(~right), limits)
 
 
 def _with_missing(
-    keys: list[str], start: NDArray[np.int32], depth: NDArray[np.int16], orphans: NDArray[np.int64], limits: Limits
+    keys: list[str],
+    start: NDArray[np.int32],
+    length: NDArray[np.int64],
+    depth: NDArray[np.int16],
+    orphans: NDArray[np.int64],
+    limits: Limits,
 ) -> Paths:
     """Return the paths with the directories that no row names, each right before the first path in it."""
     extra = np.zeros(len(keys), np.int64)
@@ -181,7 +191,7 @@ def _with_missing(
             added[first + i] = name
             full[first + i] = level + i
     parent, levels = _parents(full)
-    return Paths(keys, start, place, added, parent, full, levels)
+    return Paths(keys, start, length, place, added, parent, full, levels)
 
 
 def _parents(depth: NDArray[np.int16]) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
