@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from typing import NamedTuple
 
 from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry
 from layerkit.formats import tar_acl
@@ -20,15 +21,18 @@ SPARSE_MAP = b"GNU.sparse.map"
 _SPARSE_OFFSET, _SPARSE_LENGTH = b"GNU.sparse.offset", b"GNU.sparse.numbytes"
 _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.")
 _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
-# What most PAX headers of real layers are, nothing but times: whole seconds, or with all nine digits or one or
-# two less (writers cut zeros off). Each form stands with the one length that is right for it.
+# What most PAX headers of real layers are, nothing but times and a long name. Times are whole seconds, or with all
+# nine digits or one or two less (writers cut zeros off); each form stands with the one length that is right for it.
+# GNU tar has the name first, Go and Python have it last.
 _OTHER_TIME = (
     rb"(?:30 [ac]time=[0-9]{10}\.[0-9]{9}\n|20 [ac]time=[0-9]{10}\n|19 [ac]time=[0-9]{9}\n"
     rb"|29 [ac]time=[0-9]{10}\.[0-9]{8}\n|28 [ac]time=[0-9]{10}\.[0-9]{7}\n){0,2}"
 )
+_PATH = rb"([1-9][0-9]{1,3} path=[^\0\n]+\n)?"
 _BODIES = re.compile(
-    rb"\0(?:" + _OTHER_TIME + rb"(?:(?:30 mtime=([0-9]{10})\.([0-9]{9})|20 mtime=([0-9]{10}))\n" + _OTHER_TIME
-    + rb")?(?=\0)|([^\0]*))"
+    rb"\0(?:" + _PATH + _OTHER_TIME
+    + rb"(?:(?:30 mtime=([0-9]{10})\.([0-9]{9})|20 mtime=([0-9]{10}))\n" + _OTHER_TIME + rb")?"
+    + _PATH + rb"(?=\0)|([^\0]*))"
 )  # fmt: skip
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 _DIGITS_OF_LENGTH = 20
@@ -130,30 +134,52 @@ def time(text: bytes, where: str) -> tuple[int, int]:
     return seconds, nanoseconds
 
 
-def common_times(bodies: list[bytes]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Look through ``bodies`` for those that say nothing, or nothing but a time, in the common form.
+class Common(NamedTuple):
+    """What :func:`common` found, by place among the bodies; those at no place change nothing.
 
-    Returns:
-        The places of those with an mtime, its seconds, its nanoseconds; and the places of the other bodies,
-        which are to be parsed. Bodies at neither place change nothing.
+    Attributes:
+        timed: places of the bodies with an mtime, its ``seconds`` and its ``nanoseconds``.
+        named: places of the bodies with a path, and the ``names``.
+        others: places of the bodies that are to be parsed.
     """
+
+    timed: list[int]
+    seconds: list[int]
+    nanoseconds: list[int]
+    named: list[int]
+    names: list[bytes]
+    others: list[int]
+
+
+def common(bodies: list[bytes]) -> Common:
+    """Look through ``bodies`` for those that say nothing, or nothing but a time and a name, in the common form."""
     joined = b"\0" + b"\0".join(bodies) + b"\0"
+    found = Common([], [], [], [], [], [])
     if joined.count(b"\0") != len(bodies) + 1:
-        return [], [], [], list(range(len(bodies)))
-    places, seconds, nanoseconds, others = list[int](), list[int](), list[int](), list[int]()
+        found.others.extend(range(len(bodies)))
+        return found
+    timed, seconds, nanoseconds, named, names, others = found
     # One match for each body, from NUL to NUL; and an empty one for the NUL at the end.
-    for i, (whole, fraction, alone, other) in enumerate(_BODIES.findall(joined)):
+    for i, (first, whole, fraction, alone, last, other) in enumerate(_BODIES.findall(joined)):
+        if other:
+            others.append(i)
+            continue
+        if record := first or last:
+            digits, _, name = record.partition(b" path=")
+            if int(digits) != len(record) or (first and last):
+                others.append(i)
+                continue
+            named.append(i)
+            names.append(name[:-1])
         if whole:
-            places.append(i)
+            timed.append(i)
             seconds.append(int(whole))
             nanoseconds.append(int(fraction))
-        elif other:
-            others.append(i)
         elif alone:
-            places.append(i)
+            timed.append(i)
             seconds.append(int(alone))
             nanoseconds.append(0)
-    return places, seconds, nanoseconds, others
+    return found
 
 
 def xattrs(records: Records, layer: str, path: bytes, limits: Limits) -> XattrSet:

@@ -152,7 +152,7 @@ class Table:
             "minor": header.minor, "link": np.full(n, -1, np.int32), "xattr": np.zeros(n, np.int32),
             "offset": at + tar_header.BLOCK, "sparse": np.full(n, -1, np.int32),
         }  # fmt: skip
-        self._apply_bodies(columns, first)
+        self._apply_bodies(header, columns, first)
         self._apply_overrides(header, columns, first)
         self._apply_places(columns, first)
         size[~hashed] = 0
@@ -174,14 +174,16 @@ class Table:
 
     # --- steps of decode ---------------------------------------------------------------------------------
 
-    def _apply_bodies(self, columns: dict[str, NDArray[Any]], first: int) -> None:
-        """Take the times of a batch of PAX headers at once, and parse those that have more in them."""
+    def _apply_bodies(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
+        """Take times and names of a batch of PAX headers at once, and parse those that have more in them."""
         bodies, rows = self._bodies, self._body_rows
         self._bodies, self._body_rows = [], []
-        places, seconds, nanoseconds, others = tar_pax.common_times(bodies)
-        timed = [rows[i] - first for i in places]
-        columns["mtime"][timed], columns["mtime_ns"][timed] = seconds, nanoseconds
-        for i in others:
+        found = tar_pax.common(bodies)
+        timed = [rows[i] - first for i in found.timed]
+        columns["mtime"][timed], columns["mtime_ns"][timed] = found.seconds, found.nanoseconds
+        for i, name in zip(found.named, found.names, strict=True):
+            header.name[rows[i] - first] = name
+        for i in found.others:
             self.overrides[rows[i]] = tar_pax.parse(bodies[i], self._layer, self._limits)
 
     def _apply_overrides(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
@@ -274,7 +276,7 @@ class Table:
     def _whiteouts(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> NDArray[np.bool_]:
         kept = np.ones(len(paths), np.bool_)
         prefix = tar_names.WHITEOUT_PREFIX
-        for i, path in enumerate(paths):
+        for i, path in enumerate(paths if prefix in b"\0".join(paths) else []):
             if prefix not in path:
                 continue
             meaning = tar_names.whiteout(path, Kind(int(columns["kind"][i])), self._layer)

@@ -289,6 +289,33 @@ def test_headers_of_nothing_but_times_with_a_wrong_length(at, length):
         entries(header(b"p", b"x", len(body)) + padded(body), member())
 
 
+NAMES = [b"d/" + b"n" * 150, b"e", b"p path=q", b"30 mtime=1700000000.123456789", b"n" * 60 + b"/" + b"m" * 240]
+
+
+@pytest.mark.parametrize("order", ["pmac", "macp", "mp", "pm", "p", "apc", "mpac", "pap"])
+@pytest.mark.parametrize("name", NAMES)
+def test_headers_of_nothing_but_times_and_a_name(name, order):
+    time = b"1700000000.123456789"
+    records = {"p": (b"path", name), "m": (b"mtime", time), "a": (b"atime", time), "c": (b"ctime", time)}
+    # The last of two names counts.
+    chosen = [(b"path", b"first") if (at, order) == (0, "pap") else records[c] for at, c in enumerate(order)]
+    e = only(pax(*chosen), member())
+    assert e.path == name
+    assert (e.mtime, e.mtime_ns) == ((1700000000, 123456789) if "m" in order else (0, 0))
+
+
+@pytest.mark.parametrize("records", [(b"path=ab", b"mtime=1700000000"), (b"mtime=1700000000", b"path=ab")])
+@pytest.mark.parametrize("wrong", [-1, 1, 20, 300])
+def test_a_name_with_a_wrong_length(records, wrong):
+    lengths = {b"path=ab": 11, b"mtime=1700000000": 20}
+    body = b"".join(b"%d %s\n" % (lengths[r] + wrong * r.startswith(b"path"), r) for r in records)
+    if records[0] == b"path=ab" and wrong == 20:  # a name with a newline and all of the time in it
+        assert only(header(b"p", b"x", len(body)) + padded(body), member()).path == b"ab\n20 mtime=1700000000"
+        return
+    with pytest.raises(InvalidImage):
+        entries(header(b"p", b"x", len(body)) + padded(body), member())
+
+
 @pytest.mark.parametrize("text", [b"x", b"1.x", b"1e3", b".5", b"--1", b"+1", b"1 ", b"nan", b"9" * 20])
 def test_times_that_are_none_are_refused(text):
     with pytest.raises(InvalidImage, match="mtime"):
