@@ -29,7 +29,7 @@ from layerkit.ports import BlobReader, DataSink, Progress
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-SLOTS = 4
+SLOTS = 6
 SLOT_BYTES = 1 << 21
 PIECES = 2
 """Of the blob, at most 2 MiB each, that may wait to be hashed."""
