@@ -1,7 +1,7 @@
 """The ``layerkit`` command: groups the subcommands, turns errors into messages and exit codes.
 
-Nothing heavy is imported here: ``layerkit --help`` must answer in a tenth of a second, so each command
-imports what it needs when it runs.
+Nothing heavy is imported here: a command must begin within a tenth of a second, so each imports what it needs
+when it runs. (Help takes twice that, most of it for what draws its panels.)
 """
 
 from __future__ import annotations
