@@ -12,8 +12,11 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_all
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -35,7 +38,7 @@ def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | N
 
     Args:
         engine: ``processes``, ``threads``, or ``dask://HOST:PORT`` of a scheduler (``dask+tls://`` with ``tls``).
-        workers: how many at the same time; a cluster has its own number.
+        workers: how many calls at the same time, however many workers a cluster has.
         tls: files of CA, certificate and key for a cluster that speaks TLS.
 
     Raises:
@@ -52,13 +55,13 @@ def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | N
     scheme, _, address = engine.partition("://")
     if scheme not in ("dask", "dask+tls") or not address or (scheme == "dask+tls") != (tls is not None):
         raise UsageError(f"engine {engine!r}: want {ENGINES}; dask+tls:// with certificates, and only with them")
-    return _Cluster(address, tls)
+    return _Cluster(address, workers, tls)
 
 
 class _Cluster(Executor):
-    """A dask cluster as an executor whose end is that of its connection too."""
+    """A dask cluster as an executor that gives it so many calls at a time, and ends its connection with itself."""
 
-    def __init__(self, address: str, tls: tuple[Path, Path, Path] | None) -> None:
+    def __init__(self, address: str, most: int, tls: tuple[Path, Path, Path] | None) -> None:
         try:
             from distributed import Client
             from distributed.security import Security
@@ -81,14 +84,58 @@ class _Cluster(Executor):
             raise UnsupportedHost(f"a dask scheduler at {address}", f"it does not answer: {error}") from error
         # pure=False: the same task submitted again is meant to run again.
         self._inner = self._client.get_executor(pure=False, retries=2)
+        self._lock = threading.Lock()
+        self._places = most
+        self._held: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._open: set[Future[Any]] = set()
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """Run a call on one of the workers."""
-        future: Future[_T] = self._inner.submit(fn, *args, **kwargs)
+        """Run a call on one of the workers, once there is a place for it."""
+        future: Future[_T] = Future()
+        with self._lock:
+            self._open.add(future)
+            self._held.append((future, partial(fn, *args, **kwargs)))
+        self._go_on()
         return future
+
+    def _go_on(self) -> None:
+        """Give the cluster what there is a place for."""
+        while True:
+            with self._lock:
+                if not self._held or self._places <= 0:
+                    return
+                future, call = self._held.popleft()
+                if not future.set_running_or_notify_cancel():
+                    self._open.discard(future)
+                    continue
+                self._places -= 1
+            try:
+                self._inner.submit(call).add_done_callback(partial(self._done, future))
+            except BaseException as error:
+                self._end(future, error, None)
+
+    def _done(self, future: Future[Any], inner: Future[Any]) -> None:
+        error = CancelledError() if inner.cancelled() else inner.exception()
+        self._end(future, error, None if error else inner.result())
+        self._go_on()
+
+    def _end(self, future: Future[Any], error: BaseException | None, result: object) -> None:
+        with self._lock:
+            self._places += 1
+            self._open.discard(future)
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End; what runs on workers is waited for, or let go of."""
+        if wait and not cancel_futures:
+            wait_for_all(list(self._open))
+        with self._lock:
+            held, self._held = self._held, deque()
+        for future, _ in held:
+            future.cancel()
         self._inner.shutdown(wait=wait and not cancel_futures)
         self._client.close(timeout=5)
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import closing
@@ -60,7 +61,8 @@ class Cluster:
     def _start(self, *words: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *words], cwd=cwd or self._folder, stdout=self._log, stderr=self._log,
-            env={**os.environ, "DASK_DISTRIBUTED__WORKER__USE_FILE_LOCKING": "False"},
+            env={**os.environ, "DASK_DISTRIBUTED__WORKER__USE_FILE_LOCKING": "False",
+                 "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
 
     def _worker(self, number: int) -> subprocess.Popen[bytes]:
@@ -123,6 +125,35 @@ def test_every_engine_does_the_same(engine: str, tmp_path: Path) -> None:
         assert sorted(at for at in reads if at in layers) == sorted(layers)
         for each in images:
             assert len(artifacts(registry.host, each)) == 1
+
+
+def _stay(folder: Path) -> int:
+    """Return how many of these calls ran when this one began."""
+    mine = folder / uuid.uuid4().hex
+    mine.touch()
+    seen = len(list(folder.iterdir()))
+    time.sleep(0.05)
+    mine.unlink()
+    return seen
+
+
+def test_no_more_calls_run_at_once_than_asked_for(engine: str, tmp_path: Path) -> None:
+    """However many workers there are: a registry is not to be asked by all of a cluster."""
+    executor = open_executor(engine, 1)
+    futures = [executor.submit(_stay, tmp_path) for _ in range(6)]
+    executor.shutdown(wait=True)
+    assert [future.result(0) for future in futures] == [1] * 6
+    with opened(engine) as executor:
+        assert max(future.result(60) for future in [executor.submit(_stay, tmp_path) for _ in range(8)]) <= 2
+
+
+def test_what_has_not_begun_is_cancelled(engine: str, tmp_path: Path) -> None:
+    executor = open_executor(engine, 1)
+    futures = [executor.submit(_stay, tmp_path) for _ in range(20)]
+    futures[0].result(60)
+    executor.shutdown(wait=True, cancel_futures=True)
+    assert futures[-1].cancelled()
+    assert all(future.done() for future in futures[2:])
 
 
 def test_every_engine_tells_failures_as_values(engine: str, tmp_path: Path) -> None:
