@@ -38,12 +38,13 @@ def test_rules_are_for_a_processor_a_kernel_and_capabilities() -> None:
         rule("without", excludes={"caps": ["CAP_SYS_ADMIN"]}),
         rule("not-with", excludes={"caps": ["CAP_CHOWN"]}),
         rule("old-enough", includes={"minKernel": "4.8"}),
+        rule("just", includes={"minKernel": "6.1"}),
         rule("too-new", includes={"minKernel": "6.10"}),
         rule("before", excludes={"minKernel": "6.10"}),
         rule("no-longer", excludes={"minKernel": "6.1"}),
     )
     assert names(runtime_profile(given, AROUND, "p")) == [
-        "plain", "here", "allowed", "without", "old-enough", "before",
+        "plain", "here", "allowed", "without", "old-enough", "just", "before",
     ]  # fmt: skip
 
 
