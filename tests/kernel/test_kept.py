@@ -108,7 +108,12 @@ def nearly_valid(draw: st.DrawFn) -> list[tuple[int, int, int]]:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.one_of(st.lists(ENTRY, max_size=6), nearly_valid(), nearly_valid()), st.booleans(), st.booleans(), st.integers(0, 0o777))
+@given(
+    st.one_of(st.lists(ENTRY, max_size=6), nearly_valid(), nearly_valid()),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 0o777),
+)
 def test_the_kernel_keeps_and_refuses_the_same(
     tmp_path: Path, entries: list[tuple[int, int, int]], default: bool, is_folder: bool, perm: int
 ) -> None:

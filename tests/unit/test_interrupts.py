@@ -76,6 +76,24 @@ except Cancelled:
 """) == "working 1\n"  # fmt: skip
 
 
+def test_a_thread_that_has_just_started_is_noted_by_its_pool() -> None:
+    assert run("""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+class Interrupted(set):
+    def add(self, thread):
+        send(signal.SIGTERM)
+        super().add(thread)
+try:
+    with ThreadPoolExecutor(1) as pool:
+        pool._threads = Interrupted()
+        pool.submit(time.sleep, 0.1)
+        time.sleep(9)
+except Cancelled:
+    print(threading.active_count())
+""") == "1\n"  # fmt: skip
+
+
 def test_other_errors_of_destructors_are_shown_as_ever() -> None:
     script = "class Dies:\n    def __del__(self):\n        raise KeyError('x')\nDies()\n"
     done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)

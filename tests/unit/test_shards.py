@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,6 +18,7 @@ import zstandard
 from image_kit import LAYER, tar
 from registry_fake import Fake, fake_registry
 
+from layerkit.errors import RegistryError
 from layerkit.formats import oci
 from layerkit.limits import DEFAULT
 from layerkit.model.descriptor import Descriptor
@@ -130,6 +133,32 @@ def test_each_does_its_own_and_what_others_need(site: Site) -> None:
     assert all(site.shared.has(each) for each in needed)
 
 
+def test_one_who_needs_nothing_does_its_part_for_those_who_come_later(site: Site) -> None:
+    other, one = site.meeting(1), site.meeting(0)
+    site.clock.then.append(lambda: site.clock.waits == 3 and other.say(site.by_id))
+    with one.present():
+        one.say({})
+        assert one.meet(site.submit) == len(site.owned(0))
+    assert sorted(site.done) == sorted(site.owned(0))
+
+
+def test_a_registry_that_is_away_for_a_moment_ends_no_sign_of_life(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, shown = Meeting(site.shared, Shard("run", 0, 1, 0.04), bool, DEFAULT), threading.Semaphore(0)
+    calls = itertools.count()
+
+    def show() -> None:
+        shown.release()
+        if next(calls) in (1, 2):
+            raise RegistryError("registry.example", 503, "away", temporary=True)
+
+    monkeypatch.setattr(one, "_show", show)
+    with one.present():
+        for _ in range(5):
+            assert shown.acquire(timeout=10)
+
+
 def test_one_who_never_comes_is_waited_for_once(site: Site) -> None:
     start = site.clock.now
     one = site.meeting(0)
@@ -200,7 +229,8 @@ def test_what_shards_say_is_held_to_what_is_served(site: Site) -> None:
         later.say({})
         assert later.meet(site.submit) == 0
     bomb = zstandard.ZstdCompressor().compress(bytes(300 << 20))
-    for data in (b"", b"{", zstandard.compress(b"[]"), zstandard.compress(b'{"layers": [1]}'), bomb,
+    liar = b"\x28\xb5\x2f\xfd\xe0" + (1 << 50).to_bytes(8, "little") + b"\x01\0\0"
+    for data in (b"", b"{", zstandard.compress(b"[]"), zstandard.compress(b'{"layers": [1]}'), bomb, liar,
                  zstandard.compress(json.dumps({"layers": [{"diff_id": "x"}]}).encode())):  # fmt: skip
         blob = Descriptor(PLAN_TYPE + "+zstd", Digest.of(data), len(data))
         site.shared.repository.put_blob(blob, [data])
