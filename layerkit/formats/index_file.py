@@ -95,7 +95,7 @@ def decode(buffer: bytes | bytearray | memoryview | mmap.mmap, where: str) -> In
     """
     view = memoryview(buffer).cast("B")
     parts, rows, tar_size = _parts(view, where)
-    columns = {name: np.frombuffer(parts[name], dtype) for name, dtype in _COLUMNS.items()}
+    columns: dict[str, NDArray[Any]] = {name: np.frombuffer(parts[name], dtype) for name, dtype in _COLUMNS.items()}
     columns["sha256"] = columns["sha256"].reshape(-1, 32)
     strings = {name: _strings(parts, name, where) for name in _STRINGS}
     maps = SparseMaps(*(np.frombuffer(parts[f"sparse_maps.{name}"], dtype) for name, dtype in _SPARSE.items()))

@@ -167,10 +167,14 @@ def install(root: Path, work: Path, epoch: int) -> str:
     _run(*pip, "wheel", "--no-deps", "--wheel-dir", work, ROOT, env=environment)
     (wheel,) = work.glob("layerkit-*.whl")
     target = root / f"usr/local/lib/{python}/dist-packages"
+    locked = HERE / "constraints.txt"
+    # All that the image holds is in there. pip would look for what the Python that runs it depends on, whatever
+    # version it is told to fetch; so that is only for a new list, and for a Python as new as the image's.
+    wanted = ("--no-deps", "--requirement", locked, wheel) if locked.exists() else (f"{wheel}[{EXTRAS}]",)
     _run(
         *pip, "install", "--no-compile", "--target", target, "--python-version", python.removeprefix("python"),
-        "--implementation", "cp", "--only-binary=:all:", "--upgrade", "--root-user-action=ignore",
-        "--constraint", HERE / "constraints.txt", f"{wheel}[{EXTRAS}]", env=environment,
+        "--implementation", "cp", "--only-binary=:all:", "--upgrade", "--root-user-action=ignore", *wanted,
+        env=environment,
     )  # fmt: skip
     _tidy(target)
     _run(

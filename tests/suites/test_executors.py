@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from layerkit.services.hook.once import parse_shard
 from layerkit.services.hook.queue import Queue
 from layerkit.services.hook.server import make_worker
 from layerkit.services.hook.tasks import Task, execute
+from layerkit.services.hook.worker import end
 
 MAP = "uid=0:100000:65536;gid=0:100000:65536"
 INDEXES = "layerkit/indexes"
@@ -307,6 +308,18 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.kill()
     parent.wait()
+    wait_for(lambda: not any(_runs(pid) for pid in pids), 20)
+
+
+def test_a_broken_pool_ends_with_all_its_workers() -> None:
+    """Those that are left ignore the SIGTERM that Python sends them then, and newer Pythons wait for them."""
+    executor = open_executor("processes", 2)
+    futures = [executor.submit(time.sleep, 60) for _ in range(2)]
+    wait_for(lambda: len(executor._processes) == 2)  # type: ignore[attr-defined]
+    pids = list(executor._processes)  # type: ignore[attr-defined]
+    os.kill(pids[0], signal.SIGKILL)
+    assert isinstance(futures[0].exception(30), BrokenExecutor)
+    end(executor, at_once=True)
     wait_for(lambda: not any(_runs(pid) for pid in pids), 20)
 
 

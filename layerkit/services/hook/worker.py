@@ -216,7 +216,7 @@ class QueueWorker:
     def _broken(self, error: BaseException) -> None:
         if self._executor is not None:
             _log.error("the workers broke; making new ones", extra={"error": str(error)})
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            end(self._executor, at_once=True)
             self._executor = None
 
     def _drain(self) -> None:
@@ -246,12 +246,12 @@ class QueueWorker:
 
 def end(executor: Executor, *, at_once: bool) -> None:
     """End ``executor`` when what runs on it is done, or ``at_once``."""
-    processes = list((getattr(executor, "_processes", None) or {}).values())
-    executor.shutdown(wait=not at_once, cancel_futures=True)
     if at_once:
-        # What they leave is whole or invisible: the store and the registry see to that.
-        for process in processes:
+        # What they leave is whole or invisible: the store and the registry see to that. They go first: from Python
+        # 3.12 on shutdown() waits for the workers of a broken pool, and ours do not heed the SIGTERM it sends them.
+        for process in list((getattr(executor, "_processes", None) or {}).values()):
             process.kill()
+    executor.shutdown(wait=not at_once, cancel_futures=True)
 
 
 __all__ = ["Execute", "QueueWorker", "access_to", "end", "task_of"]
