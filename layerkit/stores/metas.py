@@ -15,7 +15,7 @@ from layerkit.model.digest import Digest
 from layerkit.stores.catalog import Catalog
 from layerkit.stores.durable import disk_errors, remove, sync_filesystem, sync_path
 from layerkit.stores.layout import FILE_MODE, Layout
-from layerkit.stores.listing import list_folder
+from layerkit.stores.listing import Listing, list_folder
 from layerkit.stores.publish import Publication
 from layerkit.stores.spool import Spool
 
@@ -156,7 +156,7 @@ class MetaWriter:
         listing, allocated = "", 0
         for path in sorted(self.path.iterdir()):
             if path.name == ROOT_FOLDER:
-                found = list_folder(path)
+                found = self._list_and_sync(path)
                 listing = found.digest
                 allocated += found.allocated_bytes
                 continue
@@ -175,11 +175,18 @@ class MetaWriter:
             note.flush()
             os.fchmod(note.fileno(), FILE_MODE)
             os.fsync(note.fileno())
-        if listing:
-            sync_filesystem(self._root)
-        else:
-            sync_path(self.path)
+        sync_path(self.path)
         return text
+
+    def _list_and_sync(self, root: Path) -> Listing:
+        """Return what is below ``root``, all of it on disk: while the disk writes, nothing else has to wait."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(1, "layerkit-sync") as pool:
+            synced = pool.submit(sync_filesystem, self._root)
+            found = list_folder(root)
+            synced.result()
+        return found
 
     def _publish(self, text: str, image: Digest | None) -> str:
         target = self._layout.meta(self.key)
