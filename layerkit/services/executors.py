@@ -131,7 +131,9 @@ class _Cluster(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End; what runs on workers is waited for, or let go of."""
         if wait and not cancel_futures:
-            wait_for_all(list(self._open))
+            with self._lock:
+                waited = list(self._open)
+            wait_for_all(waited)
         with self._lock:
             held, self._held = self._held, deque()
         for future, _ in held:
