@@ -29,7 +29,8 @@ from layerkit.ports import BlobReader, DataSink, Progress
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-SLOTS = 6
+SLOTS, SLOTS_WITH_DATA = 6, 4
+"""Of a ring: fewer where data is kept, as the next layer's ring is then filled while this one's is still in use."""
 SLOT_BYTES = 1 << 21
 PIECES = 2
 """Of the blob, at most 2 MiB each, that may wait to be hashed."""
@@ -139,6 +140,7 @@ class LayerReading:
         self._blob = VerifiedBlob(reader, descriptor, limits)
         self._tar_hash = (diff_id or _SHA256_OF_NOTHING).hasher()
         self._same_bytes = False  # blob and tar are the same bytes: one hash is enough
+        self._slots = SLOTS if data is None else SLOTS_WITH_DATA
         self._ring: list[mmap.mmap] = []  # whole pages, as direct writes want them
         self._stopped = threading.Event()
         self._started: list[threading.Thread] = []
@@ -225,14 +227,14 @@ class LayerReading:
                 self._same_bytes = self._tar_hash.name == self._descriptor.digest.algorithm
             slot = 0
             while not self._stopped.is_set():
-                if slot < SLOTS:
+                if slot < self._slots:
                     self._ring.append(_slot())
                 else:
                     self._hashed.get()
                     self._walked.get()
                 if self._stopped.is_set():
                     break
-                n = source.readinto(memoryview(self._ring[slot % SLOTS]))
+                n = source.readinto(memoryview(self._ring[slot % self._slots]))
                 if not n:
                     self._blob.read_rest()
                     break
@@ -261,7 +263,7 @@ class LayerReading:
                 continue
             if self._hash_error is None and not self._stopped.is_set():
                 try:
-                    view = memoryview(self._ring[slot % SLOTS])[:item]
+                    view = memoryview(self._ring[slot % self._slots])[:item]
                     if not self._same_bytes:
                         self._tar_hash.update(view)
                     if self._data is not None:
@@ -280,7 +282,7 @@ class LayerReading:
                 raise _Interrupted
             if self._progress is not None:
                 self._progress(self._label, self._blob.count, self._descriptor.size)
-            yield self._ring[slot % SLOTS], n
+            yield self._ring[slot % self._slots], n
             slot += 1
             self._walked.put(n)
         if self._read_error is not None or self._hash_error is not None:

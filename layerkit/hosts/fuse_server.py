@@ -83,10 +83,11 @@ def _tell(server: subprocess.Popen[bytes], tree: Path, maps: IdMaps) -> None:
     said = {"tree": str(tree), "uid": maps.uid, "gid": maps.gid, "overflow": maps.overflow}
     try:
         _, text = server.communicate(json.dumps(said).encode(), timeout=_START_SECONDS)
-    except BaseException as error:
+    except subprocess.TimeoutExpired as error:
         server.kill()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise StoreError(f"the server of metadata did not start within {_START_SECONDS} s") from error
+        raise StoreError(f"the server of metadata did not start within {_START_SECONDS} s") from error
+    except BaseException:
+        server.kill()
         raise
     if server.returncode != 0:
         why = text.decode(errors="replace").strip().rpartition("\n")[2]

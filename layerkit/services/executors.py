@@ -12,10 +12,9 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_all
+from concurrent.futures import wait as wait_for
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,6 +28,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger("layerkit.executors")
 
 _CONNECT_SECONDS = 15
+_LOOK_SECONDS = 1
 
 ENGINES = "processes, threads or dask://HOST:PORT"
 
@@ -58,10 +58,11 @@ def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | N
     return _Cluster(address, workers, tls)
 
 
-class _Cluster(Executor):
-    """A dask cluster as an executor that gives it so many calls at a time, and ends its connection with itself."""
+class _Cluster(ThreadPoolExecutor):
+    """A dask cluster as an executor whose end is its connection's too; a thread waits for each call it gives."""
 
     def __init__(self, address: str, most: int, tls: tuple[Path, Path, Path] | None) -> None:
+        super().__init__(most, thread_name_prefix="layerkit-dask")
         try:
             from distributed import Client
             from distributed.security import Security
@@ -84,61 +85,26 @@ class _Cluster(Executor):
             raise UnsupportedHost(f"a dask scheduler at {address}", f"it does not answer: {error}") from error
         # pure=False: the same task submitted again is meant to run again.
         self._inner = self._client.get_executor(pure=False, retries=2)
-        self._lock = threading.Lock()
-        self._places = most
-        self._held: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._open: set[Future[Any]] = set()
+        self._over = False
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Run a call on one of the workers, once there is a place for it."""
-        future: Future[_T] = Future()
-        with self._lock:
-            self._open.add(future)
-            self._held.append((future, partial(fn, *args, **kwargs)))
-        self._go_on()
-        return future
+        return super().submit(self._run, partial(fn, *args, **kwargs))
 
-    def _go_on(self) -> None:
-        """Give the cluster what there is a place for."""
-        while True:
-            with self._lock:
-                if not self._held or self._places <= 0:
-                    return
-                future, call = self._held.popleft()
-                if not future.set_running_or_notify_cancel():
-                    self._open.discard(future)
-                    continue
-                self._places -= 1
-            try:
-                self._inner.submit(call).add_done_callback(partial(self._done, future))
-            except BaseException as error:
-                self._end(future, error, None)
-
-    def _done(self, future: Future[Any], inner: Future[Any]) -> None:
-        error = CancelledError() if inner.cancelled() else inner.exception()
-        self._end(future, error, None if error else inner.result())
-        self._go_on()
-
-    def _end(self, future: Future[Any], error: BaseException | None, result: object) -> None:
-        with self._lock:
-            self._places += 1
-            self._open.discard(future)
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+    def _run(self, call: Callable[[], _T]) -> _T:
+        future: Future[_T] = self._inner.submit(call)
+        # Not result() at once: a cluster that is gone might never say that it has let go.
+        while not wait_for([future], _LOOK_SECONDS).done:
+            if self._over:
+                raise CancelledError
+        return future.result()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End; what runs on workers is waited for, or let go of."""
-        if wait and not cancel_futures:
-            with self._lock:
-                waited = list(self._open)
-            wait_for_all(waited)
-        with self._lock:
-            held, self._held = self._held, deque()
-        for future, _ in held:
-            future.cancel()
-        self._inner.shutdown(wait=wait and not cancel_futures)
+        let_go = cancel_futures or not wait
+        super().shutdown(wait=not let_go, cancel_futures=let_go)
+        self._over = True
+        self._inner.shutdown(wait=not let_go)
         self._client.close(timeout=5)
 
 

@@ -129,13 +129,7 @@ def test_memory_is_the_same_for_more_data(
 ) -> None:
     if MAP in words and "portable" not in words:
         need_root()  # owners that an ordinary user cannot give
-    small, large = 0, 1 << 62
-    # How full the buffers between threads get is chance; what grows with the data does so every time.
-    for _ in range(3):
-        small = max(small, peak(words, images[0], tmp_path / "small"))
-        large = min(large, peak(words, images[1], tmp_path / "large"))
-        if large < 1.15 * small:
-            break
+    small, large = (peak(words, source, tmp_path / str(number)) for number, source in enumerate(images))
     found = f"{words}: {small / 1e6:.0f} MB for {SMALL >> 20} MiB, {large / 1e6:.0f} MB for 4x"
     if os.environ.get("LAYERKIT_LONG"):
         with capsys.disabled():
