@@ -57,12 +57,12 @@ format: $(READY) ## let ruff format and mend the code
 bench: $(READY) ## run the benchmarks and write docs/benchmarks.md
 	@$(BIN)/python bench/run.py
 
-proto: $(READY) ## make the protocol modules of layerkit/services from their .proto files
+proto: $(READY) ## make the protocol modules of layerkit/hosts/containerd from their .proto files
 	@tools=$$(mktemp -d)
 	trap 'rm -rf "$$tools"' EXIT
 	# Not the newest: modules need at least the protobuf that made them.
 	$(BIN)/python -m pip install --quiet --target "$$tools" grpcio-tools==1.73.1 setuptools
-	PYTHONPATH="$$tools" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. layerkit/services/containerd/*.proto
+	PYTHONPATH="$$tools" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. layerkit/hosts/containerd/*.proto
 
 images: $(READY) ## build the sample images into sample-images/out/
 	@$(BIN)/python sample-images/tiny.py sample-images/out/tiny.tar >/dev/null

@@ -35,7 +35,7 @@ def _engine(folder: Path, store: Path) -> Iterator[tuple[Any, Any]]:
     from engines import containerd
     from snapshot_client import snapshotter
 
-    from layerkit.hosts.containerd_conf import proxy_plugin
+    from layerkit.hosts.containerd.config_toml import proxy_plugin
 
     folder.mkdir(mode=0o711)
     with snapshotter(folder, store) as process:

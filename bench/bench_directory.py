@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from layerkit.emit.directory import write_directory
-from layerkit.emit.tar import write_tar
-from layerkit.kernel import mounts
+from layerkit.formats.meta.tar import write_tar
+from layerkit.linux import mounts
+from layerkit.linux.folders.stubs import write_directory
 from layerkit.metaonly import MetadataLayer, metadata_layer
 from layerkit.model import sparse
 from layerkit.model.digest import Digest

@@ -37,8 +37,8 @@ def measure(n: int, folder: Path) -> dict[str, Any]:
     """Build META of ``n`` names and patch it; return seconds and bytes."""
     from erofs_trees import big_columns, mapped
 
-    from layerkit.emit import erofs
-    from layerkit.emit.erofs_patch import patch_meta
+    from layerkit.formats.meta import erofs
+    from layerkit.formats.meta.erofs_patch import patch_meta
     from layerkit.idmap import IdMap, Mapping
     from layerkit.metaonly import metadata_layer
 
@@ -129,7 +129,7 @@ def data(files: int, folder: Path) -> float:
     import numpy as np
     from erofs_layers import make_layer
 
-    from layerkit.emit import erofs
+    from layerkit.formats.meta import erofs
 
     rng = np.random.default_rng(1)
     folder.mkdir()

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from layerkit.formats.tar_cursor import Chunk
-from layerkit.formats.tar_reader import TarReader
+from layerkit.formats.tar.cursor import Chunk
+from layerkit.formats.tar.reader import TarReader
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.unpack import index_layer

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from layerkit import idmap
-from layerkit.merge import merge
 from layerkit.model import sparse
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind
 from layerkit.model.index import Index, path_key
 from layerkit.model.strings import Strings
+from layerkit.model.trees.merge import merge
 
 ROWS, LAYERS = 1_000_000, 100
 _ROUNDS = 5

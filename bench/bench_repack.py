@@ -15,8 +15,8 @@ from typing import Any
 from bench_index import alternate
 from bench_unpack import _sample
 
-from layerkit.formats.compress import Compression
-from layerkit.formats.compressor import all_cores, compress
+from layerkit.formats.compression.compress import all_cores, compress
+from layerkit.formats.compression.decompress import Compression
 
 _PIECE_BYTES = 1 << 20
 

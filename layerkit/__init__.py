@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from layerkit.api import (
+    from layerkit.api.bundle import bundle
+    from layerkit.api.open import (
         Mounted,
         OpenImage,
         Settings,
-        collect_garbage,
         default_store,
         mapping,
         mount_unpacked,
         mounts,
         open_image,
-        open_store,
         umount,
     )
-    from layerkit.bundling import bundle
-    from layerkit.errors import Cancelled, LayerkitError
-    from layerkit.plans import Plan, optimize
-    from layerkit.rewrites import copy, flatten, remap
+    from layerkit.api.optimize import Plan, optimize
+    from layerkit.api.rewrite import copy, flatten, remap
+    from layerkit.model.errors import Cancelled, LayerkitError
+    from layerkit.usecases.collect_garbage import collect_garbage
+    from layerkit.usecases.settings import open_store
 
 __all__ = [
     "Cancelled",
@@ -53,21 +53,21 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "Cancelled": "layerkit.errors",
-    "LayerkitError": "layerkit.errors",
-    "Plan": "layerkit.plans",
-    "bundle": "layerkit.bundling",
-    "copy": "layerkit.rewrites",
-    "flatten": "layerkit.rewrites",
-    "optimize": "layerkit.plans",
-    "remap": "layerkit.rewrites",
+    "Cancelled": "layerkit.model.errors",
+    "LayerkitError": "layerkit.model.errors",
+    "Plan": "layerkit.api.optimize",
+    "bundle": "layerkit.api.bundle",
+    "copy": "layerkit.api.rewrite",
+    "flatten": "layerkit.api.rewrite",
+    "optimize": "layerkit.api.optimize",
+    "remap": "layerkit.api.rewrite",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'layerkit' has no attribute {name!r}")
-    module = _ELSEWHERE.get(name, "layerkit.api")
+    module = _ELSEWHERE.get(name, "layerkit.api.open")
     return getattr(importlib.import_module(module), name)
 
 

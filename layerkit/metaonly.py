@@ -14,12 +14,12 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
-from layerkit.formats import acl_caps
-from layerkit.kept import as_kept
+from layerkit.model import acl_caps
 from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
+from layerkit.model.trees.as_kept import as_kept
 
 REDIRECT_BYTES = 24
 """Length of every redirect: short enough to stay inside an ext4 inode of 256 bytes."""

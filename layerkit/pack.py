@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from layerkit.formats import oci
-from layerkit.formats.compress import Compression
-from layerkit.formats.compressor import ZSTD_LEVEL, all_cores, compress, compressor
-from layerkit.formats.image_rewrite import NewLayer, rewrite
-from layerkit.formats.layer_writer import Content, Part, layer_parts, layer_tar
-from layerkit.formats.zstd_chunked import CHUNK_BYTES, ZstdChunked
-from layerkit.limits import DEFAULT, Limits
+from layerkit.formats.compression.compress import ZSTD_LEVEL, all_cores, compress, compressor
+from layerkit.formats.compression.decompress import Compression
+from layerkit.formats.compression.zstd_chunked import CHUNK_BYTES, ZstdChunked
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci.rewrite import NewLayer, rewrite
+from layerkit.formats.tar.layer_writer import Content, Part, layer_parts, layer_tar
+from layerkit.images.transfer import Chunks, blob_chunks, copy_image, put_blobs
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import InvalidImage, UsageError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.transfer import Chunks, blob_chunks, copy_image, put_blobs
+from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.tree import Tree
 from layerkit.unpack import index_layer
 
 if TYPE_CHECKING:
-    from layerkit.ports import ImageSink, ImageSource, Progress
+    from layerkit.model.digest import Digest
+    from layerkit.model.image import Image
+    from layerkit.model.index import Index
+    from layerkit.model.ports import ImageSink, ImageSource, Progress
 
 COMPRESSOR_KEY = "io.layerkit.compressor"
 """Annotation of a layer that was made here: what packed it. With the same one the same tar gives the same blob."""
@@ -38,9 +45,9 @@ class Packing:
 
     Attributes:
         compression: of the blobs.
-        level: as :func:`~layerkit.formats.compressor.compress` takes it; None is its default.
+        level: as :func:`~layerkit.formats.compression.compress.compress` takes it; None is its default.
         jobs: threads that compress; None is one for each core. The bytes do not depend on it.
-        chunked: with zstd: a frame for each file and a table of contents, see :mod:`layerkit.formats.zstd_chunked`.
+        chunked: with zstd: a frame for each file and a table of contents, see ``zstd_chunked``.
     """
 
     compression: Compression = Compression.GZIP
@@ -207,3 +214,71 @@ __all__ = [
     "COMPRESSOR_KEY", "Chunks", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_blobs",
     "put_image", "rewrite_image", "write_layer",
 ]  # fmt: skip
+
+
+def check_tree(want: Digest, got: Tree) -> None:
+    """Raise unless ``got`` is the root filesystem whose digest is ``want``.
+
+    Raises:
+        InvalidImage: it is another one.
+    """
+    found = got.digest()
+    if found != want:
+        raise InvalidImage(
+            f"the root filesystem of the result is {found} and that of the source {want}, so nothing was written; "
+            "please report this with the image"
+        )
+
+
+def creation_time(text: str | None, epoch: str | None) -> str | None:
+    """Return the RFC 3339 time for ``--created``, else that of ``SOURCE_DATE_EPOCH``, else None.
+
+    Raises:
+        UsageError: neither seconds since 1970 nor an RFC 3339 time.
+    """
+    import datetime
+
+    source = "--created" if text is not None else "SOURCE_DATE_EPOCH"
+    value = text if text is not None else epoch
+    if not value:
+        return None
+    try:
+        if value.isascii() and value.isdigit():
+            moment = datetime.datetime.fromtimestamp(int(value), datetime.UTC)
+        else:
+            moment = datetime.datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                raise ValueError("no time zone")
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            f"{source} {json.dumps(value)}: want seconds since 1970 or a time like 2026-01-31T12:00:00Z ({error})"
+        ) from None
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def packing(compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
+    """Return how new layers are compressed.
+
+    Args:
+        compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
+        level: gzip 1 to 9, zstd 1 to 22; None is the default.
+        jobs: threads that compress; None is one for each core.
+
+    Raises:
+        UsageError: another compression, or a level that it does not have.
+    """
+    from layerkit.formats.compression.compress import LEVELS
+    from layerkit.formats.compression.decompress import Compression
+    from layerkit.pack import Packing
+
+    kinds = {
+        "gzip": Compression.GZIP, "zstd": Compression.ZSTD, "zstd:chunked": Compression.ZSTD,
+        "none": Compression.NONE,
+    }  # fmt: skip
+    if compression not in kinds:
+        raise UsageError(f"--compression {compression!r}: want gzip, zstd, zstd:chunked or none")
+    allowed = LEVELS[kinds[compression]]
+    if level is not None and level not in allowed:
+        want = f"want {allowed[0]} to {allowed[-1]}" if allowed else "it has no levels"
+        raise UsageError(f"--compression-level {level} for {compression}: {want}")
+    return Packing(kinds[compression], level, jobs, chunked=compression == "zstd:chunked")

@@ -83,7 +83,7 @@ def store_dir(tmp_path: Path) -> Path:
 
 def _shared_mounts(folder: Path) -> list[bytes]:
     """Return what is still mounted in the run folders of the stores in ``folder``, which lie below /run."""
-    from layerkit.hosts.mount import default_run
+    from layerkit.hosts.mounts.mount import default_run
 
     stores = [path.parent for path in folder.glob("*/version.json")]
     return [target for store in stores for target in mounts_below(default_run(store))]

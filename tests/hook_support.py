@@ -19,17 +19,17 @@ from typing import Any
 
 import uvicorn
 
-from layerkit.errors import NotFound
+from layerkit.hook.config import Config, Registry, parse
+from layerkit.hook.front.guard import Token
+from layerkit.hook.front.http import Service, make_app
+from layerkit.hook.front.intake import Intake
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.work.tasks import Task
+from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.digest import Digest
-from layerkit.services.hook.config import Config, Registry, parse
-from layerkit.services.hook.guard import Token
-from layerkit.services.hook.http import Service, make_app
-from layerkit.services.hook.intake import Intake
-from layerkit.services.hook.jobs import Outcome
-from layerkit.services.hook.metrics import Metrics
-from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import Task
-from layerkit.services.hook.worker import QueueWorker
+from layerkit.model.errors import NotFound
 
 TOKEN = "test-token-0123456789"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

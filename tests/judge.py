@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerkit.kernel import mounts, userns
+from layerkit.linux import mounts, userns
 
 
 @contextmanager

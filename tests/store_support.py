@@ -15,7 +15,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Extent, Kind
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.stores.local import LocalStore
+from layerkit.store.local import LocalStore
 
 
 @dataclass(frozen=True)

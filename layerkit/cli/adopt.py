@@ -9,10 +9,10 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, progress
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
-    from layerkit.hosts.adopt import AdoptReport
+    from layerkit.hosts.adopted.mount import AdoptReport
     from layerkit.idmap import Mapping
 
 _SCHEMES = ("containers-storage:", "containerd:", "docker-storage:", "folders:")
@@ -49,7 +49,7 @@ def mount_unpacked(
     quiet: bool,
 ) -> None:
     """Mount unpacked layers and say so."""
-    from layerkit import api
+    from layerkit.api import open as api
 
     with progress(quiet) as step:
         report = api.mount_unpacked(
@@ -95,11 +95,11 @@ def adopt(
 
     Example: `layerkit adopt containers-storage:app /srv/app-upper --uid-map 0:100000:65536 --stacking classic`
     """
-    from layerkit import api
-    from layerkit.hosts import adopt as adopting
-    from layerkit.hosts.adopt_sources import find_unpacked
-    from layerkit.limits import from_environment
-    from layerkit.settings import store_at
+    from layerkit.api import open as api
+    from layerkit.hosts.adopted import mount as adopting
+    from layerkit.hosts.adopted.sources import find_unpacked
+    from layerkit.model.limits import from_environment
+    from layerkit.usecases.settings import store_at
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if mapping is None:

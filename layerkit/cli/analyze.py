@@ -12,10 +12,10 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, line, note, progress, table
-from layerkit.errors import UsageError, show_path
+from layerkit.model.errors import UsageError, show_path
 
 if TYPE_CHECKING:
-    from layerkit.analyze import AnalyzeReport, SharingReport
+    from layerkit.usecases.waste.analyze import AnalyzeReport, SharingReport
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -53,9 +53,9 @@ def analyze(
 
     `layerkit analyze oci:images:app --fail-over 5% --quiet`
     """
-    from layerkit import api
-    from layerkit.analyze import sharing
-    from layerkit.emit.report_html import report_html
+    from layerkit.api import open as api
+    from layerkit.cli.report_html import report_html
+    from layerkit.usecases.waste.analyze import sharing
 
     limit = parse_limit(fail_over) if fail_over is not None else None
     if html is not None and len(refs) > 1:

@@ -11,7 +11,7 @@ import typer
 from layerkit.cli import hook
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, note
-from layerkit.errors import PartialFailure, UsageError
+from layerkit.model.errors import PartialFailure, UsageError
 
 
 def batch(
@@ -77,8 +77,9 @@ def batch(
     `layerkit batch --from images.txt --config hook.toml --engine dask://scheduler:8786`
     """
     hook.need_extra()
-    from layerkit.services.hook import logs, once
-    from layerkit.services.hook.status import job_view
+    from layerkit.hook import logs
+    from layerkit.hook.batch import one_pass as once
+    from layerkit.hook.front.status import job_view
 
     listed = [*(refs or []), *_lines(source)]
     if not listed:

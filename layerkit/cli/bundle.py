@@ -9,7 +9,7 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, progress
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 
 def bundle(
@@ -103,15 +103,16 @@ def bundle(
 
     `layerkit bundle --remove /srv/web`
     """
-    from layerkit.kernel import userns
+    from layerkit.linux import userns
 
     rootless = rootless or (remove and _is_rootless(Path(ref)))
     if rootless:
-        from layerkit.hosts.rootless import enter
+        from layerkit.linux.rootless import enter
 
         # Before anything that starts threads.
         enter()
-    from layerkit import api, bundling
+    from layerkit.api import bundle as bundling
+    from layerkit.api import open as api
 
     if remove:
         if folder is not None:
@@ -122,7 +123,7 @@ def bundle(
     if folder is None:
         raise UsageError("a folder for the bundle is missing: layerkit bundle REF DIR")
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
-    from layerkit.formats.runtime_config import Wishes
+    from layerkit.formats.runtime.config import Wishes
 
     wishes = Wishes(
         command=tuple(command or ()), entrypoint=_words(entrypoint), env=tuple(env or ()), user=user,

@@ -28,14 +28,14 @@ def cache(
 
     Example: `layerkit cache /srv/one /srv/two /srv/three --html cache.html`
     """
-    from layerkit.hosts.cache_view import cache_report
+    from layerkit.hosts.diagnosis.cache import cache_report
 
     with progress(quiet) as step:
         report = cache_report(mounts, o.store_dir(store), top=top, progress=step)
     for warning in report.warnings:
         note(f"warning: {warning}", quiet=quiet)
     if html is not None:
-        from layerkit.emit.cache_html import cache_html
+        from layerkit.cli.cache_html import cache_html
 
         html.write_text(cache_html(report.to_dict()), encoding="utf-8")
         note(f"wrote {html}", quiet=quiet)

@@ -47,11 +47,11 @@ def add(
     """
     import time
 
-    from layerkit import api
-    from layerkit.errors import UsageError
+    from layerkit.api import open as api
+    from layerkit.model.errors import UsageError
 
     try:
-        from layerkit.services.containerd.client import Containerd
+        from layerkit.hosts.containerd.client import Containerd
     except ImportError as error:
         raise UsageError(f"this needs grpcio ({error}): pip install 'layerkit[containerd]'") from error
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import Dst
+from layerkit.cli.options import Dst
 from layerkit.cli.render import emit_json, fields, human, note, progress
 
 
@@ -36,7 +36,8 @@ def copy(
 
     `layerkit copy oci:images:multi oci-archive:all.tar --all-platforms`
     """
-    from layerkit import api, rewrites
+    from layerkit.api import open as api
+    from layerkit.api import rewrite as rewrites
 
     with progress(quiet) as step:
         report = rewrites.copy(

@@ -9,10 +9,10 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, table
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
-    from layerkit.hosts.copyups import CopyUp, CopyUpReport
+    from layerkit.hosts.diagnosis.copyups import CopyUp, CopyUpReport
 
 _SHOWN = 20
 
@@ -40,7 +40,7 @@ def copyups(
 
     `layerkit copyups /srv/root --watch --seconds 60 --json`
     """
-    from layerkit.hosts import copyups as looking
+    from layerkit.hosts.diagnosis import copyups as looking
 
     if seconds is not None and not watch:
         raise UsageError("--seconds means something only with --watch")
@@ -61,7 +61,7 @@ def copyups(
 def _until_stopped(mount: Path, store: Path, seconds: float | None) -> CopyUpReport:
     import signal
 
-    from layerkit.hosts import copyups as looking
+    from layerkit.hosts.diagnosis import copyups as looking
 
     # Ctrl-C is how a watch ends, not an interruption of it.
     old = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -73,7 +73,7 @@ def _until_stopped(mount: Path, store: Path, seconds: float | None) -> CopyUpRep
 
 
 def _show(report: CopyUpReport) -> None:
-    from layerkit.hosts.copyups import DATA, MADE, METADATA
+    from layerkit.hosts.diagnosis.copyups import DATA, MADE, METADATA
 
     fields([
         ("upper", f"{report.upper} (on {report.filesystem})"),

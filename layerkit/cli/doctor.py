@@ -17,7 +17,7 @@ def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit doctor --store /srv/layerkit`
     """
-    from layerkit.hosts.doctor import examine
+    from layerkit.hosts.diagnosis.doctor import examine
 
     report = examine(o.store_dir(store))
     if json:

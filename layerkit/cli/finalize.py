@@ -9,7 +9,7 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, note
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 
 def finalize(
@@ -51,7 +51,7 @@ def finalize(
 
     `layerkit finalize upper --undo upper.layerkit-undo`
     """
-    from layerkit.hosts import finalize as work
+    from layerkit.hosts.finalize import finalize as work
     from layerkit.metaonly import Namespace
 
     if undo is not None:

@@ -10,11 +10,11 @@ import typer
 
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, human, note, table
-from layerkit.errors import PartialFailure, UnsupportedHost, UsageError
+from layerkit.model.errors import PartialFailure, UnsupportedHost, UsageError
 
 if TYPE_CHECKING:
-    from layerkit.services.hook.config import Config
-    from layerkit.services.hook.queue import JobRow, Queue
+    from layerkit.hook.config import Config
+    from layerkit.hook.queue.queue import JobRow, Queue
 
 group = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
@@ -65,8 +65,8 @@ def settings_of(
     """Return the settings of the file, or those that the flags make without one."""
     from dataclasses import replace
 
-    from layerkit.services.hook import config as settings
-    from layerkit.stores.registry.options import truth
+    from layerkit.hook import config as settings
+    from layerkit.images.registry.options import truth
 
     if file is not None:
         if registries or uid_map or gid_map:
@@ -105,8 +105,8 @@ def settings_of(
 
 
 def _service_logs(config: Config, level: str) -> None:
-    from layerkit.services.hook import logs
-    from layerkit.services.hook.config import read_token
+    from layerkit.hook import logs
+    from layerkit.hook.config import read_token
 
     if level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {level!r}: want debug, info, warning or error")
@@ -155,7 +155,7 @@ def serve(
         config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
         engine=engine, tls_verify=tls_verify,
     )  # fmt: skip
-    from layerkit.services.hook import server
+    from layerkit.hook import server
 
     _service_logs(chosen, log_level)
     server.serve(chosen, on_listen=lambda url: note(f"listening on {url}"))
@@ -204,8 +204,8 @@ def proxy(
     )
     if found is None:
         raise UsageError(f"{upstream}: not among the configured registries: {', '.join(chosen.registries)}")
-    from layerkit.services.hook import logs
-    from layerkit.services.hook.proxy import serve_proxy
+    from layerkit.hook import logs
+    from layerkit.hook.front.proxy import serve_proxy
 
     logs.set_up(log_level)
     serve_proxy(chosen, found, workers=not no_workers, on_listen=lambda url: note(f"listening on {url}"))
@@ -241,8 +241,9 @@ def run(
     `layerkit hook run docker://registry.example/app --all-tags --config hook.toml --json`
     """
     need_extra()
-    from layerkit.services.hook import logs, once
-    from layerkit.services.hook.status import job_view
+    from layerkit.hook import logs
+    from layerkit.hook.batch import one_pass as once
+    from layerkit.hook.front.status import job_view
 
     named = once.parse_refs(refs)
     hosts = None if config else sorted({ref.host for ref in named})
@@ -276,8 +277,8 @@ def jobs(
 
     Example: `layerkit hook jobs --only dead`
     """
-    from layerkit.services.hook.jobs import STATES
-    from layerkit.services.hook.status import job_view
+    from layerkit.hook.front.status import job_view
+    from layerkit.hook.queue.jobs import STATES
 
     if only and only not in STATES:
         raise UsageError(f"--only {only!r}: want one of {', '.join(STATES)}")
@@ -311,8 +312,8 @@ def retry(
 
 
 def _queue(config: Path | None, state: Path | None, store: Path | None) -> closing[Queue]:
-    from layerkit.services.hook.config import load
-    from layerkit.services.hook.queue import Queue
+    from layerkit.hook.config import load
+    from layerkit.hook.queue.queue import Queue
 
     if state is None:
         root = o.store_dir(store)

@@ -45,7 +45,8 @@ def push(
 
     `layerkit index push oci:images:app docker://registry.example.com/team/app:v1`
     """
-    from layerkit import api, publishing
+    from layerkit.api import open as api
+    from layerkit.api import registry as publishing
 
     settings = api.Settings(store=o.store_dir(store))
     with progress(quiet) as step:
@@ -81,7 +82,8 @@ def pull(
 
     Example: `layerkit index pull docker://registry.example.com/team/app:v1`
     """
-    from layerkit import api, publishing
+    from layerkit.api import open as api
+    from layerkit.api import registry as publishing
 
     report = publishing.pull_indexes(ref, platform=platform, settings=api.Settings(store=o.store_dir(store)))
     for text in report.notes:

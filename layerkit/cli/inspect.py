@@ -29,7 +29,7 @@ def inspect(
 
     `layerkit inspect image.tar --uid-map 0:100000:65536 --json`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from layerkit.errors import Cancelled
+from layerkit.model.errors import Cancelled
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -48,7 +48,7 @@ from layerkit.cli import (
     which,
 )
 from layerkit.cli.interrupts import INTERRUPTS
-from layerkit.errors import Cancelled, LayerkitError, show_lines
+from layerkit.model.errors import Cancelled, LayerkitError, show_lines
 
 app = typer.Typer(
     name="layerkit",

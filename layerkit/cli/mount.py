@@ -12,7 +12,7 @@ import typer
 from layerkit.cli import adopt
 from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, note, progress, table
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
     from layerkit.idmap import Mapping
@@ -67,7 +67,7 @@ def mount(
 
     `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     if for_podman and upper is not None:
         raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
@@ -141,7 +141,7 @@ def umount(
 
     Example: `layerkit umount /mnt`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     api.umount(target, store=o.store_dir(store))
     note(f"unmounted {target}", quiet=quiet)
@@ -154,7 +154,7 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit mounts --json`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     rows = api.mounts(store=o.store_dir(store))
     if json:

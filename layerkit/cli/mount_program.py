@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,13 +33,15 @@ def mount_program(
 
     Example: `layerkit mount-program -o lowerdir=TOP:BASE,upperdir=U,workdir=W,uidmapping=0:100000:65536 /mnt`
     """
-    from layerkit.cli.mount_program_main import run
+    from layerkit.hosts.podman.mount_program import mount
 
-    mounted = run(",".join(option), target, o.store_dir(store))
+    mounted = mount(",".join(option), target, o.store_dir(store))
+    for note in mounted.notes:
+        print(f"layerkit mount-program: {note}", file=sys.stderr)
     if json:
         from layerkit.cli.render import emit_json
 
-        emit_json("mount-program", {"target": str(target), "way": mounted["way"], "server": mounted["pid"]})
+        emit_json("mount-program", {"target": str(target), "way": mounted.way, "server": mounted.pid})
 
 
 def register(app: typer.Typer) -> None:

@@ -10,16 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-
-def run(text: str, target: Path, store: Path) -> dict[str, object]:
-    """Mount what the options ``text`` ask for; tell on standard error what the person should know."""
-    from layerkit.hosts import mount_options, mount_program
-
-    options = mount_options.parse(text)
-    mounted = mount_program.mount(options, target, store)
-    for note in (*options.notes, *([mounted.note] if mounted.note else [])):
-        print(f"layerkit mount-program: {note}", file=sys.stderr)
-    return {"way": mounted.way, "pid": mounted.pid}
+from layerkit.hosts.podman.mount_program import mount
 
 
 def main() -> None:
@@ -31,12 +22,13 @@ def main() -> None:
         sys.argv[1:1] = ["mount-program"]
         whole()
         return
-    from layerkit.errors import LayerkitError
+    from layerkit.model.errors import LayerkitError
 
     try:
         # The store is ours, whatever umask podman was started with.
         os.umask(0o022)
-        run(words[1], Path(words[2]), _store())
+        for note in mount(words[1], Path(words[2]), _store()).notes:
+            print(f"layerkit mount-program: {note}", file=sys.stderr)
     except LayerkitError as error:
         print(f"layerkit mount-program: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -55,7 +47,7 @@ def _store() -> Path:
         from layerkit.cli.options import store_dir
 
         return store_dir(None)
-    from layerkit.settings import default_store
+    from layerkit.usecases.settings import default_store
 
     return default_store()
 

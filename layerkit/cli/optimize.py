@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import AllPlatforms, CompressionOption, Created, Level, Threads, no_choice, show_platforms
-from layerkit.cli.render import emit_json, fields, human, note, progress, table
-from layerkit.errors import UsageError
+from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level, Threads, no_choice
+from layerkit.cli.render import emit_json, fields, human, note, progress, show_platforms, table
+from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
-    from layerkit.shrink import OptimizeReport
+    from layerkit.usecases.optimize import OptimizeReport
 
 
 def optimize(
@@ -72,17 +72,16 @@ def optimize(
 
     `layerkit optimize oci:images:multi oci:images:multi-small --all-platforms`
     """
-    from layerkit import api, optimizing
+    from layerkit.api import open as api
+    from layerkit.api import optimize as optimizing
 
     if dst is None and not dry_run:
         raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
     settings = api.Settings(store=o.store_dir(store))
     if all_platforms:
-        from layerkit import every_platform
-
         no_choice(platform)
         with progress(quiet) as step:
-            whole = every_platform.optimize(
+            whole = optimizing.optimize_every_platform(
                 src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
                 stock_media_type=stock_media_type, settings=settings, compression=compression, level=level,
                 jobs=jobs, created=created, progress=step,
@@ -90,7 +89,7 @@ def optimize(
         show_platforms("optimize-platforms", whole, dst or "", json=json, quiet=quiet)
         return
     with progress(quiet) as step:
-        report = optimizing.optimize(
+        report = optimizing.optimize_to(
             src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
             stock_media_type=stock_media_type, platform=platform, settings=settings, compression=compression,
             level=level, jobs=jobs, created=created, progress=step,

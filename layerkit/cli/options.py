@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
 
 
 @cache
@@ -101,6 +104,63 @@ def store_dir(given: Path | None) -> Path:
         return Path(named).expanduser()
     if named is not None:
         raise UsageError(f"config.toml: store = {named!r}: want a string")
-    from layerkit.api import default_store
+    from layerkit.api.open import default_store
 
     return default_store()
+
+
+Dst = Annotated[
+    str,
+    typer.Argument(
+        metavar="DST",
+        help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`, "
+        "`docker-daemon:NAME[:TAG]`; "
+        "`-` is an archive on standard output.",
+    ),
+]
+
+
+CompressionOption = Annotated[
+    str,
+    typer.Option(
+        "--compression", metavar="gzip|zstd|zstd:chunked|none", help="Compression of layers that are written."
+    ),
+]
+
+
+Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", "-j", min=1, max=64, envvar="LAYERKIT_JOBS",
+        help="Threads that compress; the result does not depend on it [default: all cores].",
+    ),
+]  # fmt: skip
+
+
+AllPlatforms = Annotated[
+    bool, typer.Option("--all-platforms", help="Do it to the images of all platforms, and write a new index.")
+]
+
+
+Created = Annotated[
+    str | None,
+    typer.Option(
+        "--created", metavar="TIME",
+        help="Time written into the result, RFC 3339 or seconds since 1970 "
+        "[default: SOURCE_DATE_EPOCH, else that of the image].",
+    ),
+]  # fmt: skip
+
+
+def no_choice(platform: str | None) -> None:
+    """Raise if --all-platforms stands beside --platform.
+
+    Raises:
+        UsageError: it does.
+    """
+    # The environment's variable is a default, which --all-platforms overrides.
+    if platform is not None and platform != os.environ.get("LAYERKIT_PLATFORM"):
+        raise UsageError("--all-platforms and --platform exclude each other; give one of them")

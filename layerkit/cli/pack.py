@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import CompressionOption, Created, Dst, Level
+from layerkit.cli.options import CompressionOption, Created, Dst, Level
 from layerkit.cli.render import emit_json, fields, human, note, progress
 
 
@@ -46,8 +46,8 @@ def pack(
 
     `layerkit pack rootfs app-2.tar --base app.tar --uid-map 0:100000:65536 --message "settings of the site"`
     """
-    from layerkit import api
-    from layerkit.rewrites import packing
+    from layerkit.api import open as api
+    from layerkit.pack import packing
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
     settings = api.Settings(store=o.store_dir(store))

@@ -48,7 +48,8 @@ def pull(
 
     `layerkit pull docker://registry.example.com/team/app:v1 --subuid-name alice --key cosign.pub`
     """
-    from layerkit import api, publishing
+    from layerkit.api import open as api
+    from layerkit.api import registry as publishing
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     settings = api.Settings(store=o.store_dir(store), data=data)

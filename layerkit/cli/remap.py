@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.flatten import AllPlatforms, CompressionOption, Created, Level
+from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level
 from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
     from layerkit.idmap import Mapping
@@ -118,7 +118,7 @@ def remap(
 
     `layerkit remap image.tar docker-archive:out.tar:app:remapped --form portable --uid-map 0:100000:65536`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if form not in ("artifact", "layer", "portable"):
@@ -135,7 +135,7 @@ def remap(
         )
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
-        from layerkit import rewrites
+        from layerkit.api import rewrite as rewrites
 
         if all_platforms:
             _remap_all(
@@ -171,12 +171,12 @@ def remap(
 def _remap_all(
     src: str, dst: str, mapping: Mapping, platform: str | None, *, json: bool, quiet: bool, **how: Any
 ) -> None:
-    from layerkit import every_platform
-    from layerkit.cli.flatten import no_choice
+    from layerkit.api.rewrite import remap_every_platform
+    from layerkit.cli.options import no_choice
 
     no_choice(platform)
     with progress(quiet) as step:
-        whole = every_platform.remap(src, dst, mapping, progress=step, **how)
+        whole = remap_every_platform(src, dst, mapping, progress=step, **how)
     for warning in dict.fromkeys(warning for one in whole.images for warning in one.warnings):
         note(f"warning: {warning}", quiet=quiet)
     if json:

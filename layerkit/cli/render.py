@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from layerkit.errors import show_lines, show_path
+from layerkit.model.errors import show_lines, show_path
 
 if TYPE_CHECKING:
+    from layerkit.model.ports import Progress
     from layerkit.model.reports import RemapReport
-    from layerkit.ports import Progress
+    from layerkit.usecases.each_platform import PlatformsReport
 
 
 def human(size: float) -> str:
@@ -126,3 +127,25 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
             bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
 
         yield step
+
+
+def show_platforms(schema: str, report: PlatformsReport, dst: str, *, json: bool, quiet: bool) -> None:
+    """Print what was made of a multi-platform image."""
+    for warning in dict.fromkeys(warning for one in report.images for warning in getattr(one, "warnings", ())):
+        note(f"warning: {warning}", quiet=quiet)
+    if json:
+        emit_json(schema, report.to_dict())
+        return
+    if report.manifest and dst.rpartition(":")[2] == "-":  # standard output holds the archive
+        note(f"{report.manifest}: {len(report.images)} platforms", quiet=quiet)
+        return
+    fields([("index", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}")])
+    table(
+        "",
+        ["PLATFORM", "LAYERS", "BEFORE", "BLOBS", "BEFORE", "MANIFEST"],
+        [
+            (name, x.layers_after, x.layers_before, human(x.bytes_after), human(x.bytes_before), x.manifest)
+            for name, x in zip(report.platforms, report.images, strict=True)
+        ],
+        right=(1, 2, 3, 4),
+    )

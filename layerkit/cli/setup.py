@@ -34,8 +34,8 @@ def podman(
     Example: `layerkit setup podman --print`
     """
     from layerkit.cli.render import emit_json, note
-    from layerkit.hosts import storage_conf
-    from layerkit.kernel import userns
+    from layerkit.hosts.podman import storage_conf
+    from layerkit.linux import userns
 
     path = storage_conf.storage_conf(userns.is_privileged())
     change = storage_conf.remove(path) if undo else storage_conf.add(path, _program())
@@ -58,7 +58,7 @@ def _program() -> Path:
     import sys
     from pathlib import Path
 
-    from layerkit.errors import NotFound
+    from layerkit.model.errors import NotFound
 
     name = "layerkit-mount-program"
     for folder in (Path(sys.argv[0]).parent, Path(sys.executable).parent):

@@ -43,9 +43,9 @@ def containerd(
 
     `layerkit setup containerd --undo`
     """
-    from layerkit.errors import UsageError
-    from layerkit.hosts import containerd_conf
-    from layerkit.hosts.storage_conf import Change, apply
+    from layerkit.hosts.containerd import config_toml as containerd_conf
+    from layerkit.hosts.podman.storage_conf import Change, apply
+    from layerkit.model.errors import UsageError
 
     for path in (address, root):
         if not path.is_absolute():

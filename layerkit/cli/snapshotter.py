@@ -45,12 +45,12 @@ def snapshotter(
     import signal
     import threading
 
-    from layerkit import limits
-    from layerkit.errors import UsageError
-    from layerkit.hosts.snapshots.snapshotter import Snapshotter
+    from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
+    from layerkit.model import limits
+    from layerkit.model.errors import UsageError
 
     try:
-        from layerkit.services.containerd.server import Server, tell_systemd
+        from layerkit.hosts.containerd.server import Server, tell_systemd
     except ImportError as error:
         raise UsageError(f"the snapshotter needs grpcio ({error}): pip install 'layerkit[containerd]'") from error
 

@@ -18,7 +18,7 @@ def df(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store df`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     with api.open_store(o.store_dir(store)) as held:
         report = held.df()
@@ -51,7 +51,7 @@ def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store ls --json`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     with api.open_store(o.store_dir(store)) as held:
         rows = held.ls()
@@ -79,7 +79,7 @@ def rm(
 
     Example: `layerkit store rm image:latest && layerkit store gc`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     with api.open_store(o.store_dir(store)) as held:
         for name in names:
@@ -102,7 +102,7 @@ def verify(
 
     Example: `layerkit store verify --repair`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     with api.open_store(o.store_dir(store)) as held:
         findings = held.verify(repair=repair, deep=not shallow)
@@ -123,7 +123,7 @@ def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False
 
     Example: `layerkit store gc --dry-run`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     report = api.collect_garbage(o.store_dir(store), dry_run=dry_run)
     if json:

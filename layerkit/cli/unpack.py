@@ -48,7 +48,7 @@ def unpack(
 
     `layerkit unpack store:app /srv/xfs/rootfs --store /srv/xfs/store --copy reflink`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs)

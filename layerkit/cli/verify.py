@@ -22,7 +22,7 @@ def verify(
 
     Example: `layerkit verify oci-archive:remapped.tar`
     """
-    from layerkit import api
+    from layerkit.api import open as api
 
     settings = api.Settings(store=o.store_dir(store))
     with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:

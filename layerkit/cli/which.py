@@ -10,7 +10,7 @@ from layerkit.cli import options as o
 from layerkit.cli.render import emit_json, fields, human, line, table
 
 if TYPE_CHECKING:
-    from layerkit.hosts.which import Place, Which
+    from layerkit.hosts.diagnosis.which import Place, Which
 
 _UPPER = {
     "metadata": "only its metadata was copied up; the data is the layer's",
@@ -39,8 +39,8 @@ def which(
 
     `layerkit which sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03 --json`
     """
-    from layerkit import api
-    from layerkit.hosts.which import which as find
+    from layerkit.api import open as api
+    from layerkit.hosts.diagnosis.which import which as find
 
     with api.open_store(o.store_dir(store)) as held:
         answer = find(what, held)

@@ -1,1 +1,1 @@
-"""Bytes to values and back: no paths, no sockets."""
+"""Bytes to values and back; no paths, no sockets."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from pathlib import Path
 
-from layerkit.errors import InvalidImage
+from layerkit.model.errors import InvalidImage
 
 _PAGE = struct.Struct("<QHHI")
 _META = struct.Struct("<IIIIQQQQQQ")
@@ -22,8 +21,6 @@ _MAGIC, _VERSION = 0xED0CDAED, 2
 _IS_BRANCH, _IS_LEAF = 0x01, 0x02
 _IS_BUCKET = 0x01
 _DEPTH_AT_MOST = 64
-_TRIES = 5
-_FILE_BYTES_AT_MOST = 1 << 30
 
 
 class Bolt:
@@ -152,27 +149,6 @@ class Bucket:
                 raise self._file.broken("an element lies beyond the end")
             offset, key_bytes, child = _BRANCH.unpack_from(data, at)
             yield data[at + offset : at + offset + key_bytes], child
-
-
-def read_bolt(path: Path) -> Bolt:
-    """Return the state of a database that another process may have open.
-
-    Bolt writes a transaction to free pages and then one meta page, so a state is whole unless its pages were
-    given to a later transaction while they were read. That shows in the meta pages afterwards.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InvalidImage: it is damaged, too large, or never stays the same for long enough.
-    """
-    for _ in range(_TRIES):
-        with path.open("rb") as file:
-            data = file.read(_FILE_BYTES_AT_MOST)
-            found = Bolt(data, str(path))
-            file.seek(0)
-            again = Bolt(file.read(2 * found.page_bytes), str(path))
-        if again.txid == found.txid:
-            return found
-    raise InvalidImage(f"{path}: changes all the time; try again when its daemon is less busy")
 
 
 def _page_sizes(data: bytes) -> list[int]:

@@ -29,9 +29,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from layerkit.errors import InvalidImage, show_path
 from layerkit.model import sparse
 from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.errors import InvalidImage, show_path
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Node, Tree
 

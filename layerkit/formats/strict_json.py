@@ -11,8 +11,8 @@ import json
 import re
 from typing import NoReturn
 
-from layerkit.errors import InvalidImage, LimitExceeded
-from layerkit.limits import DEFAULT, Limits
+from layerkit.model.errors import InvalidImage, LimitExceeded
+from layerkit.model.limits import DEFAULT, Limits
 
 JsonObject = dict[str, object]
 

@@ -1,1 +1,1 @@
-"""Work on this host: mounts, bundles, snapshotters."""
+"""What runs on a node."""

@@ -1,1 +1,1 @@
-"""Frozen values without IO: digests, descriptors, images, entries, indexes and trees."""
+"""Values and pure rules; nothing here reads or writes anything."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from layerkit.errors import UsageError
 from layerkit.model.digest import Digest
+from layerkit.model.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layerkit.errors import InvalidImage
+from layerkit.model.errors import InvalidImage
 
 if TYPE_CHECKING:
     from hashlib import _Hash

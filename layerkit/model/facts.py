@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from layerkit.errors import InvalidImage
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind
+from layerkit.model.errors import InvalidImage
 from layerkit.model.tree import Tree
 
 VERSION = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerkit.model.descriptor import Descriptor, Platform
@@ -42,3 +43,13 @@ class Image:
     def diff_ids(self) -> tuple[Digest, ...]:
         """Return the digests of the uncompressed layers, bottom first."""
         return tuple(layer.diff_id for layer in self.layers)
+
+
+def chain_ids(diff_ids: tuple[str, ...]) -> Iterator[str]:
+    """Yield the chain id of each layer (image-spec, config.md, "Layer ChainID"), bottom first."""
+    import hashlib
+
+    chain = ""
+    for diff_id in diff_ids:
+        chain = diff_id if not chain else "sha256:" + hashlib.sha256(f"{chain} {diff_id}".encode()).hexdigest()
+        yield chain

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.errors import InvalidImage
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from support import need_root
 
-from layerkit.errors import InvalidImage, LayerkitError, LossyResult, NotFound
-from layerkit.formats.bolt import Bolt, Bucket, _fnv1a, read_bolt
-from layerkit.hosts.adopt_index import Marks, index_layer_folder
-from layerkit.hosts.adopt_sources import find_unpacked
-from layerkit.limits import Limits
+from layerkit.formats.bolt import Bolt, Bucket, _fnv1a
+from layerkit.hosts.adopted.containerd import read_bolt
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.linux.folders.layer import Marks, index_layer_folder
 from layerkit.model.entry import Kind
+from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult, NotFound
+from layerkit.model.limits import Limits
 
 PAGE = 4096
 

@@ -19,10 +19,10 @@ import pytest
 from image_kit import CONFIG, INDEX, LAYER, MANIFEST, Layout, below, dump, simple, special, tar
 
 from layerkit import pack
-from layerkit.errors import LayerkitError, UnsafeEntry
-from layerkit.formats import oci
-from layerkit.stores.oci_layout_sink import LayoutSink
-from layerkit.stores.reference import open_source
+from layerkit.formats.oci import documents as oci
+from layerkit.images.oci.layout_sink import LayoutSink
+from layerkit.images.reference import open_source
+from layerkit.model.errors import LayerkitError, UnsafeEntry
 
 SHA = "sha256:" + "ab" * 32
 
@@ -268,8 +268,8 @@ def test_layout(damage: Callable[[Layout], None], why: str, form: str, tmp_path:
 
 def test_index_in_a_circle_by_digest() -> None:
     """A circle cannot be made with true digests, so the walk is shown one by a fetch that skips the check."""
-    from layerkit.formats import oci_images
-    from layerkit.limits import DEFAULT
+    from layerkit.formats.oci import images as oci_images
+    from layerkit.model.limits import DEFAULT
 
     entry = oci.descriptor({"mediaType": INDEX, "digest": SHA, "size": 1}, "x", "")
     data = oci.index_json([entry])
@@ -426,7 +426,7 @@ def test_member_stored_sparse(tmp_path: Path) -> None:
 
 
 def test_more_members_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerkit.limits import Limits
+    from layerkit.model.limits import Limits
 
     (tmp_path / "x.tar").write_bytes(tar(*MEMBERS, *((f"x{i}", b"") for i in range(20))))
     with pytest.raises(LayerkitError, match="archive_members"):
@@ -434,7 +434,7 @@ def test_more_members_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_archive_of_zeros_that_expands_without_end(tmp_path: Path) -> None:
-    from layerkit.limits import Limits
+    from layerkit.model.limits import Limits
 
     member = gzip.compress(bytes(1 << 20))
     (tmp_path / "x.tgz").write_bytes(member * 64)
@@ -454,7 +454,7 @@ def test_harmless_links_and_dots_are_read(tmp_path: Path) -> None:
 
 def test_tarsafe_has_its_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own rules come first and are stricter; without them tarsafe still refuses what climbs."""
-    from layerkit.stores import outer_tar
+    from layerkit.images.oci import outer_tar
 
     monkeypatch.setattr(
         outer_tar.OuterTar, "_inside", lambda self, path, folder, member: path.replace("..", "dots")
@@ -486,7 +486,8 @@ def test_memory_does_not_grow_with_a_header_that_lies(tmp_path: Path) -> None:
         file.truncate(1 << 33)
     # VmHWM and not ru_maxrss, which a child inherits from the process that started it.
     code = (
-        "import sys; from layerkit.stores.reference import open_source; from layerkit.errors import InvalidImage\n"
+        "import sys; from layerkit.images.reference import open_source\n"
+        "from layerkit.model.errors import InvalidImage\n"
         "try: open_source(sys.argv[1])\n"
         "except InvalidImage: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

@@ -28,11 +28,11 @@ from tar_blocks import (
     symlink,
 )  # fmt: skip
 
-from layerkit.errors import InvalidImage, LayerkitError, LimitExceeded
-from layerkit.limits import DEFAULT, Limits
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import InvalidImage, LayerkitError, LimitExceeded
 from layerkit.model.index import Index
+from layerkit.model.limits import DEFAULT, Limits
 from layerkit.unpack import index_layer
 
 SMALL = Limits(

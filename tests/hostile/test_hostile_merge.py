@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from layerkit.errors import LimitExceeded, UnsafeEntry
-from layerkit.limits import DEFAULT
-from layerkit.merge import merge
 from layerkit.model import sparse
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LimitExceeded, UnsafeEntry
 from layerkit.model.index import Index
+from layerkit.model.limits import DEFAULT
 from layerkit.model.strings import Strings
+from layerkit.model.trees.merge import merge
 
 DEPTH = 2000
 

@@ -13,11 +13,13 @@ from image_kit import MANIFEST, Layout, dump, tar
 from registry_fake import Fake, digest_of, fake_registry
 
 import layerkit
-from layerkit import publishing
-from layerkit.errors import InvalidImage, LayerkitError
-from layerkit.formats import artifact, index_artifact, oci
+from layerkit.api import registry as publishing
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import index_artifact
+from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.idmap import Mapping
-from layerkit.stores.registry.options import RegistryOptions, Retry
+from layerkit.images.registry.options import RegistryOptions, Retry
+from layerkit.model.errors import InvalidImage, LayerkitError
 
 UID_MAP = ["0:100000:65536"]
 

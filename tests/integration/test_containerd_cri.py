@@ -15,8 +15,8 @@ from registry_server import Registry, docker_registry, skopeo
 from snapshot_client import Process, snapshotter
 from support import need_root, need_tool
 
-from layerkit import api
-from layerkit.hosts.containerd_conf import proxy_plugin
+from layerkit.api import open as api
+from layerkit.hosts.containerd.config_toml import proxy_plugin
 
 _CRI = """
 [plugins.{table}]

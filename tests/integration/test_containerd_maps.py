@@ -25,16 +25,16 @@ from engines import short_folder
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
 from support import mounts_below, need_root, need_tool
 
-from layerkit import api
-from layerkit.hosts.snapshots.chains import chain_ids
-from layerkit.kernel import pagecache
+from layerkit.api import open as api
+from layerkit.hosts.containerd.snapshots.chains import chain_ids
+from layerkit.linux import pagecache
 from layerkit.model.digest import Digest
 
 REF = "containerd.io/snapshot.ref"
 NET_RAW = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw=ep, revision 2
 _BIG = os.urandom(3 << 20)
-_NO_IDMAP = "import layerkit.hosts.snapshots.layers as L; L.Layers.idmap = False"
-_NO_EROFS = f"{_NO_IDMAP}; from layerkit.kernel.probe import Features; Features.erofs = False"
+_NO_IDMAP = "import layerkit.hosts.containerd.snapshots.layers as L; L.Layers.idmap = False"
+_NO_EROFS = f"{_NO_IDMAP}; from layerkit.linux.probe import Features; Features.erofs = False"
 _SECONDS_OF_CHAOS = float(os.environ.get("LAYERKIT_TEST_CHAOS_SECONDS", "4"))
 
 

@@ -30,7 +30,7 @@ from engines import Engine, containerd, containerd_version, short_folder
 from snapshot_client import Process, mounted, snapshotter, unmount
 from support import mounts_below, need_root, need_tool
 
-from layerkit.hosts.containerd_conf import proxy_plugin
+from layerkit.hosts.containerd.config_toml import proxy_plugin
 
 NAME = "layerkit.example/ctd:1"
 MAP = "0:100000:65536"

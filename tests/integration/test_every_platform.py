@@ -12,7 +12,7 @@ import pytest
 from image_kit import INDEX, Layout, dump, special, tar
 from support import need_tool
 
-from layerkit.api import open_image
+from layerkit.api.open import open_image
 
 BIG = b"data " * 4000
 

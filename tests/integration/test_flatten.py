@@ -222,9 +222,9 @@ def test_a_result_with_another_tree_is_never_written(
     tiny_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import layerkit
-    from layerkit import flattening
     from layerkit.model.entry import Kind
-    from layerkit.squash import Squashed, squash
+    from layerkit.model.trees.squash import Squashed, squash
+    from layerkit.usecases import flatten as flattening
 
     def forgetful(*words: Any, **more: Any) -> Squashed:
         made = squash(*words, **more)
@@ -239,7 +239,7 @@ def test_a_result_with_another_tree_is_never_written(
 
 def test_progress_can_stop_the_work(tiny_image: Path, tmp_path: Path) -> None:
     import layerkit
-    from layerkit.errors import Cancelled
+    from layerkit.model.errors import Cancelled
 
     def stop(what: str, done: int, total: int) -> None:
         if what.startswith("writing"):

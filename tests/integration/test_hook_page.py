@@ -11,9 +11,9 @@ from pathlib import Path
 from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, hook, settings
 from support import need_tool
 
+from layerkit.hook.front.intake import keys
+from layerkit.hook.queue.jobs import Outcome, Target, Wish
 from layerkit.model.digest import Digest
-from layerkit.services.hook.intake import keys
-from layerkit.services.hook.jobs import Outcome, Target, Wish
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><script>document.title='owned'</script>"
 

@@ -21,15 +21,15 @@ from image_kit import CONFIG, MANIFEST, descriptor, digest, dump
 from registry_server import PASSWORD, USER, docker_registry, write_auth
 from support import need_tool
 
-from layerkit.errors import StoreError
-from layerkit.services.hook.config import Config
-from layerkit.services.hook.guard import Token
-from layerkit.services.hook.jobs import Outcome
-from layerkit.services.hook.metrics import Metrics
-from layerkit.services.hook.proxy import Proxy, passed
-from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import Task
-from layerkit.services.hook.worker import QueueWorker
+from layerkit.hook.config import Config
+from layerkit.hook.front.guard import Token
+from layerkit.hook.front.proxy import Proxy, passed
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.work.tasks import Task
+from layerkit.hook.work.worker import QueueWorker
+from layerkit.model.errors import StoreError
 
 IMAGE = dump({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(b"{}", CONFIG), "layers": []})
 ARTIFACT = dump({"schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/x", "layers": [],
@@ -340,7 +340,7 @@ uid_map = ["{MAP_A}"]
 
 def test_the_registry_must_be_known(tmp_path: Path) -> None:
     config = settings(tmp_path, "127.0.0.1:1")
-    from layerkit.errors import RegistryError
+    from layerkit.model.errors import RegistryError
 
     with closing(Queue(tmp_path / "q")) as queue, pytest.raises(RegistryError, match="does not answer"):
         Proxy(replace(config, state=tmp_path / "q"), config.registries["main"], queue, Metrics(queue.stats),

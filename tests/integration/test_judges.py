@@ -23,7 +23,8 @@ from support import need_root, need_tool
 from treecompare import Shown, differences, snapshot
 
 import layerkit
-from layerkit import optimizing, rewrites
+from layerkit.api import optimize as optimizing
+from layerkit.api import rewrite as rewrites
 
 SHIFT = 100000
 COMMANDS = ("copy", "optimize", "flatten", "flatten above a base", "portable", "pack")

@@ -12,7 +12,8 @@ from engines import Engine, podman_run
 from support import need_root, need_tool
 from treecompare import Shown, differences, snapshot
 
-from layerkit import optimizing, rewrites
+from layerkit.api import optimize as optimizing
+from layerkit.api import rewrite as rewrites
 
 # As the image's own user, who may not look into everything.
 LOOK = ("/bin/sh", "-c", "find /opt /home /usr/bin -printf '%p %y %m %U %G %s %Ts\\n' 2>&-; id -u")

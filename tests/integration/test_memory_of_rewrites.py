@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from support import need_root
 
-from layerkit.formats.compress import Compression
-from layerkit.formats.compressor import compress
+from layerkit.formats.compression.compress import compress
+from layerkit.formats.compression.decompress import Compression
 
 SMALL, LARGE = (1 << 30, 4 << 30) if os.environ.get("LAYERKIT_LONG") else (32 << 20, 128 << 20)
 FILES = 8

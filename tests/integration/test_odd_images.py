@@ -16,7 +16,7 @@ from support import need_root, need_tool
 from treecompare import differences, snapshot
 
 import layerkit
-from layerkit.errors import LossyResult, UsageError
+from layerkit.model.errors import LossyResult, UsageError
 
 DOCKER = "application/vnd.docker."
 EXTENTS = ((0, 100000, 65536),)

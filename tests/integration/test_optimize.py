@@ -15,9 +15,9 @@ import pytest
 import treecompare
 from support import need_root, need_tool
 
-from layerkit import optimizing
-from layerkit.api import Settings, open_image
-from layerkit.errors import Cancelled, InvalidImage, UsageError
+from layerkit.api import optimize as optimizing
+from layerkit.api.open import Settings, open_image
+from layerkit.model.errors import Cancelled, InvalidImage, UsageError
 
 
 def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def test_a_dry_run_writes_nothing(tiny_image: Path, tmp_path: Path) -> None:
 
 def breaking(how: str) -> Callable[..., Iterator[bytes]]:
     """Return a writer of layer tars that fails, or writes one row otherwise than planned."""
-    from layerkit.formats import layer_writer
+    from layerkit.formats.tar import layer_writer
 
     def tar(index: Any, content: Any) -> Iterator[bytes]:
         if how == "full":

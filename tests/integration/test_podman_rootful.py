@@ -13,7 +13,7 @@ import pytest
 from engines import Engine, podman
 from podman_engine import load_box, need_podman, write_program
 
-from layerkit.kernel import pagecache
+from layerkit.linux import pagecache
 
 MAP = ("--uidmap", "0:100000:65536")
 RUN = ("run", "--rm", "--network", "none", "--cgroups", "no-conmon")

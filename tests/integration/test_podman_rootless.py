@@ -127,7 +127,7 @@ def test_two_maps_share_data_and_page_cache(engine: Engine, tmp_path: Path) -> N
         if path.stat().st_size == 1 << 22
     ]
     assert len(data) == 1, "the layer's file is there once"
-    from layerkit.kernel.syscalls import cachestat
+    from layerkit.linux.syscalls import cachestat
 
     fd = os.open(data[0], os.O_RDONLY)
     try:

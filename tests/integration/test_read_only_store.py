@@ -11,7 +11,7 @@ from image_kit import simple
 from support import need_root
 
 import layerkit
-from layerkit.errors import StoreError
+from layerkit.model.errors import StoreError
 
 MAP = ["0:100000:65536"]
 

@@ -15,7 +15,7 @@ from registry_server import PASSWORD, Registry, TokenServer, docker_registry, sk
 from support import need_root, need_tool
 from typer.testing import CliRunner
 
-from layerkit.errors import LayerkitError
+from layerkit.model.errors import LayerkitError
 
 MAP = "0:100000:65536"
 
@@ -248,8 +248,8 @@ def test_token_authentication(tmp_path: Path, tiny_archive: Callable[..., Path],
 
 
 def test_tokens_are_renewed(tmp_path: Path, tiny_archive: Callable[..., Path]) -> None:
-    from layerkit.stores.registry.client import RegistryClient
-    from layerkit.stores.registry.options import RegistryOptions
+    from layerkit.images.registry.client import RegistryClient
+    from layerkit.images.registry.options import RegistryOptions
 
     server = TokenServer(tmp_path / "tokens", life=2)
     try:
@@ -257,7 +257,7 @@ def test_tokens_are_renewed(tmp_path: Path, tiny_archive: Callable[..., Path]) -
             auth = write_auth(tmp_path / "auth.json", registry.host)
             with RegistryClient(RegistryOptions(authfile=auth, tls_verify=False)) as client:
                 repo = client.repository(f"{registry.host}/a/b")
-                from layerkit.formats import oci
+                from layerkit.formats.oci import documents as oci
 
                 repo.put_blob(oci.EMPTY_DESCRIPTOR, [b"{}"])
                 asked = len(server.asked)
@@ -308,9 +308,9 @@ def test_client_certificates(tmp_path: Path) -> None:
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        from layerkit.errors import RegistryError
-        from layerkit.stores.registry.client import RegistryClient
-        from layerkit.stores.registry.options import RegistryOptions, Retry
+        from layerkit.images.registry.client import RegistryClient
+        from layerkit.images.registry.options import RegistryOptions, Retry
+        from layerkit.model.errors import RegistryError
 
         certs = tmp_path / "certs"
         certs.mkdir()

@@ -13,12 +13,12 @@ import pytest
 from fault_proxy import Fault, fault_proxy
 from registry_fake import Fake, Handler, digest_of, fake_registry
 
-from layerkit.errors import DigestMismatch, InvalidImage, NotFound, RegistryError
-from layerkit.formats import oci
+from layerkit.formats.oci import documents as oci
+from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.stores.registry.client import RegistryClient, Repository
-from layerkit.stores.registry.options import RegistryOptions, Retry
+from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound, RegistryError
 
 PASSWORD = "sentinel-secret-51fe"
 BIG = os.urandom(6 << 20)

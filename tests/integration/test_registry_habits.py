@@ -15,12 +15,12 @@ import pytest
 from registry_fake import Fake, Handler, digest_of, fake_registry
 from registry_server import PASSWORD, USER, TokenServer, docker_registry, skopeo
 
-from layerkit.errors import NotFound, RegistryError
-from layerkit.formats import oci
+from layerkit.formats.oci import documents as oci
+from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.stores.registry.client import RegistryClient, Repository
-from layerkit.stores.registry.options import RegistryOptions, Retry
+from layerkit.model.errors import NotFound, RegistryError
 
 BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 BLOB = b"a blob" * 1000

@@ -28,7 +28,7 @@ from pathlib import Path
 store, image, target, out, rendering, *paths = sys.argv[1:]
 sys.path[:0] = paths
 import layerkit
-from layerkit.hosts import doctor
+from layerkit.hosts.diagnosis import doctor
 from treecompare import snapshot
 with layerkit.open_image(image, settings=layerkit.Settings(store=Path(store))) as opened:
     with opened.mount(target, layerkit.mapping(["0:1:65535"]), rendering=rendering) as mounted:

@@ -18,8 +18,8 @@ from hook_support import MAP_A, MAP_B, call, event, hook, settings, wait_for
 from image_kit import MANIFEST, digest
 from registry_server import Registry, docker_registry
 
-from layerkit.services.hook.once import parse_refs, shard_of
-from layerkit.services.hook.tasks import execute
+from layerkit.hook.batch.one_pass import parse_refs, shard_of
+from layerkit.hook.work.tasks import execute
 
 IMAGES, FEW, PARTS = 30, 9, 3
 INDEXES = "layerkit/indexes"

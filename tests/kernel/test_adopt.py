@@ -19,15 +19,16 @@ from support import need_root, need_tool
 from treecompare import Shown, differences, snapshot
 
 import layerkit
-from layerkit.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
-from layerkit.hosts import adopt
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.adopt_index import LayerFolder, Marks
-from layerkit.hosts.adopt_meta import FolderChanged
-from layerkit.hosts.adopt_sources import Unpacked, find_unpacked
-from layerkit.kernel import mounts
-from layerkit.limits import DEFAULT
-from layerkit.stores.local import LocalStore
+from layerkit.hosts.adopted import mount as adopt
+from layerkit.hosts.adopted.meta import FolderChanged
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.hosts.adopted.unpacked import Unpacked
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.linux import mounts
+from layerkit.linux.folders.layer import LayerFolder, Marks
+from layerkit.model.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
+from layerkit.model.limits import DEFAULT
+from layerkit.store.local import LocalStore
 
 MAP = ["0:100000:65536"]
 EXTENTS = ((0, 100000, 65536),)
@@ -282,11 +283,11 @@ def test_gc_takes_what_removed_layers_left(tmp_path: Path) -> None:
     folders = _odd(tmp_path / "layers")
     store = tmp_path / "store"
     with adopted(Unpacked("odd", "folders", folders), store, tmp_path / "m"):
-        layerkit.api.collect_garbage(store)
+        layerkit.usecases.collect_garbage.collect_garbage(store)
         with LocalStore.open(store) as held:
             assert len(held.metas()) == 1
         assert (tmp_path / "m/kept").read_text() == "bottom kept"
-    layerkit.api.collect_garbage(store)
+    layerkit.usecases.collect_garbage.collect_garbage(store)
     with LocalStore.open(store) as held:
         assert held.metas() == []
     assert list((store / "index").iterdir()) == []
@@ -380,7 +381,7 @@ def test_a_ready_upper_is_mounted_with_the_printed_line(
 
 
 def test_the_page_cache_is_the_runtimes_own(podman_store: tuple[Path, Path], store: Path, tmp_path: Path) -> None:
-    from layerkit.kernel import pagecache
+    from layerkit.linux import pagecache
 
     unpacked = find_unpacked(f"containers-storage:[overlay@{podman_store[0]}]app")
     with adopted(unpacked, store, tmp_path / "m"):
@@ -522,7 +523,7 @@ def _no_new_mount_api(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the process see a kernel of before 5.2: what it has is called for real, what it lacks is ENOSYS."""
     import errno
 
-    from layerkit.kernel import syscalls
+    from layerkit.linux import syscalls
 
     def absent(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -577,9 +578,9 @@ def test_layers_removed_under_a_mount_are_told(tmp_path: Path, capsys: pytest.Ca
     folders = _odd(tmp_path / "layers")
     store = tmp_path / "store"
     with adopted(Unpacked("odd", "folders", folders), store, tmp_path / "m"):
-        assert [row["lost"] for row in layerkit.api.mounts(store=store)] == [""]
+        assert [row["lost"] for row in layerkit.api.open.mounts(store=store)] == [""]
         shutil.rmtree(folders[0].path)
-        assert [row["lost"] for row in layerkit.api.mounts(store=store)] == [str(folders[0].path)]
+        assert [row["lost"] for row in layerkit.api.open.mounts(store=store)] == [str(folders[0].path)]
         cli.app(["mounts", "--store", str(store)], standalone_mode=False)
         assert "removed layers under it" in capsys.readouterr().err
         # An error, never zeros.

@@ -14,7 +14,7 @@ from in_userns import COUNT, SUBIDS
 from support import need_root
 from treecompare import differences, snapshot
 
-from layerkit.kernel import mounts
+from layerkit.linux import mounts
 
 USER = 12346
 TESTS = Path(__file__).resolve().parent.parent
@@ -27,10 +27,11 @@ rendering = sys.argv[1]
 work, *paths = map(Path, sys.argv[2:])
 sys.path[:0] = map(str, paths)
 import layerkit
-from layerkit.errors import UnsupportedHost
-from layerkit.hosts import adopt, mount as mounter
-from layerkit.hosts.adopt_sources import find_unpacked
-from layerkit.stores.local import LocalStore
+from layerkit.model.errors import UnsupportedHost
+from layerkit.hosts.adopted import mount as adopt
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.store.local import LocalStore
 from treecompare import snapshot
 bottom, top = work / "bottom", work / "top"
 for name in ("gone", "kept", "opaque/below", "d/private"):

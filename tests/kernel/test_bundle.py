@@ -24,13 +24,13 @@ from memcg import cache_bytes, memory_group, run_in
 from support import missing, need_root, need_tool
 
 import layerkit
-from layerkit import bundling
-from layerkit.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
-from layerkit.formats.runtime_config import Wishes
-from layerkit.hosts import bundle as folders
-from layerkit.hosts import seccomp
-from layerkit.hosts.mount import default_run
-from layerkit.stores import pins
+from layerkit.api import bundle as bundling
+from layerkit.formats.runtime.config import Wishes
+from layerkit.hosts.bundle import folder as folders
+from layerkit.hosts.bundle import seccomp
+from layerkit.hosts.mounts.mount import default_run
+from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
+from layerkit.store import pins
 
 RUNTIMES = ("runc", "crun")
 REF = "store:app:latest"

@@ -16,13 +16,13 @@ import pytest
 from support import need_root, need_tool
 
 import layerkit
-from layerkit.emit.cache_html import cache_html
-from layerkit.hosts import adopt
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.adopt_sources import find_unpacked
-from layerkit.hosts.cache_view import CachedFile, CacheReport, MountCache, cache_report, overlay_layers
-from layerkit.kernel import pagecache
-from layerkit.stores.local import LocalStore
+from layerkit.cli.cache_html import cache_html
+from layerkit.hosts.adopted import mount as adopt
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report, overlay_layers
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.linux import pagecache
+from layerkit.store.local import LocalStore
 
 SIZE = 3 << 20
 
@@ -141,12 +141,12 @@ def test_mounts_of_images(tiny_image: Path, store_dir: Path, tmp_path: Path, dat
 
 
 def test_what_cannot_be_looked_at(store_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(layerkit.errors.NotFound):
+    with pytest.raises(layerkit.model.errors.NotFound):
         cache_report([tmp_path / "absent"], store_dir)
     (tmp_path / "file").touch()
-    with pytest.raises(layerkit.errors.UsageError, match="not a folder"):
+    with pytest.raises(layerkit.model.errors.UsageError, match="not a folder"):
         cache_report([tmp_path / "file"], store_dir)
-    with pytest.raises(layerkit.errors.UsageError, match="twice"):
+    with pytest.raises(layerkit.model.errors.UsageError, match="twice"):
         cache_report([tmp_path, tmp_path / "."], store_dir)
 
 

@@ -17,12 +17,13 @@ import pytest
 from support import need_root, need_tool
 
 import layerkit
-from layerkit.errors import NotFound, UsageError
-from layerkit.hosts import adopt, copyups
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.adopt_sources import find_unpacked
-from layerkit.kernel import extents
-from layerkit.stores.local import LocalStore
+from layerkit.hosts.adopted import mount as adopt
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.hosts.diagnosis import copyups
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.linux import blocks as extents
+from layerkit.model.errors import NotFound, UsageError
+from layerkit.store.local import LocalStore
 
 SIZE = 8 << 20
 

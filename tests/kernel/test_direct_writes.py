@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import need_root, need_tool
 
-from layerkit.kernel.pagecache import cached_bytes
-from layerkit.stores.direct import NewFile
+from layerkit.linux.direct import NewFile
+from layerkit.linux.pagecache import cached_bytes
 
 PIECE = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import need_root, need_tool
 
-from layerkit.hosts.doctor_runtimes import probe_place, storage_root, version_of
+from layerkit.hosts.diagnosis.runtimes import probe_place, storage_root, version_of
 
 NAMES = ["podman, rootful", "podman, rootless", "containerd", "docker", "runc, bundles", "crun, bundles"]
 

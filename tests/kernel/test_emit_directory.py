@@ -19,10 +19,10 @@ from support import need_root, need_tool
 from treecompare import xattrs
 from trees import file, folder, tree_of
 
-from layerkit.emit.directory import Written, write_directory
-from layerkit.errors import Cancelled, InvalidImage, LayerkitError, LossyResult, StoreError
+from layerkit.linux.folders.stubs import Written, write_directory
 from layerkit.metaonly import Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import Cancelled, InvalidImage, LayerkitError, LossyResult, StoreError
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
 
@@ -295,7 +295,7 @@ def test_xattrs_the_kernel_has_no_place_for(tmp_path: Path, name: bytes) -> None
 
 _IMPORTS = """
 from trees import file, folder, tree_of
-from layerkit.emit.directory import write_directory
+from layerkit.linux.folders.stubs import write_directory
 from layerkit.metaonly import Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
 """

@@ -31,10 +31,10 @@ from erofs_trees import (
 )
 from support import need_root, need_tool
 
-from layerkit.emit import erofs
-from layerkit.emit.erofs_patch import patch_meta
+from layerkit.formats.meta import erofs
+from layerkit.formats.meta.erofs_patch import patch_meta
 from layerkit.idmap import IdMap, Mapping
-from layerkit.kernel import mounts
+from layerkit.linux import mounts
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.tree import Node, Tree
 

@@ -20,10 +20,10 @@ from support import need_root
 from treecompare import Shown, differences, snapshot
 
 import layerkit
-from layerkit.errors import LossyResult, NotFound, StoreError, UsageError
-from layerkit.hosts import finalize as fz
-from layerkit.hosts.finalize_view import Lowers
+from layerkit.hosts.finalize import finalize as fz
+from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.metaonly import Namespace
+from layerkit.model.errors import LossyResult, NotFound, StoreError, UsageError
 
 pytestmark = pytest.mark.usefixtures("as_root")
 COUNT = 20_000

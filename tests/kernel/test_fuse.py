@@ -20,14 +20,14 @@ from fuse_counter import counting_mount
 from support import missing, mounts_below, need_root
 from treecompare import differences, snapshot
 
-from layerkit import api
-from layerkit.emit.fuse import write_tree
-from layerkit.errors import InvalidImage, UnsupportedHost
-from layerkit.formats.fuse_tree import FuseTree
-from layerkit.hosts import mount_options, mount_program
-from layerkit.hosts.fuse_keeper import Keeper
-from layerkit.kernel import fuse, mounts
+from layerkit.api import open as api
+from layerkit.formats.meta.fuse import write_tree
+from layerkit.formats.meta.fuse_tree import FuseTree
+from layerkit.hosts.mounts.fuse_keeper import Keeper
+from layerkit.hosts.podman import mount_program
+from layerkit.linux import fuse, mounts
 from layerkit.metaonly import metadata_layer
+from layerkit.model.errors import InvalidImage, UnsupportedHost
 
 from trees import file, folder, tree_of  # isort: skip
 
@@ -392,7 +392,7 @@ def test_a_kernel_that_refuses_is_told_with_what_helps(tmp_path: Path, monkeypat
         raise OSError(errno.EINVAL, "overlay: datadir+")
 
     monkeypatch.setattr(mounts, "overlay", refuse)
-    options = mount_options.parse(f"lowerdir={layer},{map_words()}")
+    options = f"lowerdir={layer},{map_words()}"
     with pytest.raises(UnsupportedHost, match=r"Linux 6\.8.*setup podman --undo"):
         mount_program.mount(options, target, tmp_path / "store")
     assert not mounts_below(tmp_path)

@@ -13,7 +13,7 @@ from support import missing, need_root, need_tool
 from treecompare import Shown, data_extents, differences, snapshot
 
 import layerkit
-from layerkit.kernel import pagecache
+from layerkit.linux import pagecache
 from layerkit.model.entry import Kind
 
 MAP = ["0:100000:65536"]

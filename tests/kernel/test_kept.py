@@ -20,9 +20,9 @@ from trees import file, tree_of
 from trees import folder as folder_entry
 
 import layerkit
-from layerkit.errors import LossyResult
-from layerkit.kept import as_kept
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult
+from layerkit.model.trees.as_kept import as_kept
 
 NOBODY = 0xFFFFFFFF
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"

@@ -16,12 +16,12 @@ import pytest
 from support import missing, mounts_below, need_root
 
 import layerkit
-from layerkit import api
-from layerkit.errors import StoreError, UnmappedId, UsageError
-from layerkit.hosts import fuse_server
-from layerkit.hosts import mount as mounter
-from layerkit.kernel import fuse
-from layerkit.kernel import mounts as kernel_mounts
+from layerkit.api import open as api
+from layerkit.hosts.mounts import fuse_server
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.linux import fuse
+from layerkit.linux import mounts as kernel_mounts
+from layerkit.model.errors import StoreError, UnmappedId, UsageError
 
 MAP = layerkit.mapping(["0:100000:65536"])
 

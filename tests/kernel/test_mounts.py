@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from support import need_root, need_tool
 
-from layerkit.errors import LayerkitError, NotFound, StoreError, UnsupportedHost, UsageError
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.mount import ErofsData, ErofsMeta, FolderData, FolderMeta, MountSpec
-from layerkit.hosts.records import RunFolder
-from layerkit.kernel import mounts
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.mount import ErofsData, ErofsMeta, FolderData, FolderMeta, MountSpec
+from layerkit.hosts.mounts.records import RunFolder
+from layerkit.linux import mounts
 from layerkit.metaonly import Namespace, data_path
+from layerkit.model.errors import LayerkitError, NotFound, StoreError, UnsupportedHost, UsageError
 
 CONTENT = {b"bin/tool": b"#!/bin/sh\necho ran $0 as $(id -u)\n", b"etc/conf": b"key=value\n" * 300}
 MAP = (((0, 100_000, 65_536),), ((0, 200_000, 65_536),))
@@ -220,8 +220,8 @@ CHILD = """
 import sys, os, threading, time, signal
 from pathlib import Path
 sys.path[:0] = {path!r}
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.mount import *
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.mount import *
 from layerkit.metaonly import Namespace
 root = Path({root!r})
 spec = MountSpec(ErofsMeta("sha256:meta", root / "meta.erofs"),
@@ -241,7 +241,7 @@ def test_a_kill_in_mid_mount_leaves_what_clear_stale_and_umount_clear(lab: Lab, 
     child = run_child(
         lab,
         f"""
-from layerkit.kernel import mounts, syscalls
+from layerkit.linux import mounts, syscalls
 left = {step}
 def dying(name, real):
     def call(*a, **k):
@@ -512,8 +512,8 @@ class TestRefusals:
     def test_an_ordinary_user_is_told_what_to_do(self, lab: Lab) -> None:
         code = (
             f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
-            "import os\nfrom layerkit.hosts.mount import *\nfrom layerkit.metaonly import Namespace\n"
-            "from layerkit.kernel import userns\nfrom layerkit.errors import UnsupportedHost\n"
+            "import os\nfrom layerkit.hosts.mounts.mount import *\nfrom layerkit.metaonly import Namespace\n"
+            "from layerkit.linux import userns\nfrom layerkit.model.errors import UnsupportedHost\n"
             "from pathlib import Path\n"
             "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "print(userns.can_mount(), userns.is_privileged())\n"
@@ -557,7 +557,7 @@ class TestBelow:
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Linux 6.5 to 6.12 cannot be run here: their refusal of descriptors is played by an unknown command.
-        monkeypatch.setattr("layerkit.kernel.syscalls.FSCONFIG_SET_FD", 99)
+        monkeypatch.setattr("layerkit.linux.syscalls.FSCONFIG_SET_FD", 99)
         mounter.mount(replace(lab.spec, upper=lab.root / "upper", read_only=False), run=lab.run)
         check_shown(lab.target())
 
@@ -579,7 +579,7 @@ class TestBelow:
 
     def test_a_filesystem_that_cannot_be_idmapped_is_named(self, lab: Lab) -> None:
         with mounts.closing(mounts.clone("/proc")) as fd, pytest.raises(UnsupportedHost, match="idmapped"):
-            from layerkit.kernel import userns
+            from layerkit.linux import userns
 
             with mounts.closing(userns.userns_fd(*MAP)) as namespace:
                 mounts.idmap(fd, namespace)

@@ -28,10 +28,10 @@ from treecompare import data_extents, differences, snapshot, xattrs
 from trees import file, folder, tree_of
 
 from layerkit import idmap
-from layerkit.emit.directory import write_directory
-from layerkit.emit.erofs import build_meta
-from layerkit.emit.tar import write_tar
-from layerkit.kernel import mounts
+from layerkit.formats.meta.erofs import build_meta
+from layerkit.formats.meta.tar import write_tar
+from layerkit.linux import mounts
+from layerkit.linux.folders.stubs import write_directory
 from layerkit.metaonly import MetadataLayer, Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.tree import Tree

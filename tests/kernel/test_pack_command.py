@@ -16,8 +16,8 @@ from support import need_root, need_tool
 from treecompare import data_extents, differences, snapshot
 
 import layerkit
-from layerkit.errors import InvalidImage, LossyResult, UnmappedId, UsageError
-from layerkit.formats.compress import Compression
+from layerkit.formats.compression.decompress import Compression
+from layerkit.model.errors import InvalidImage, LossyResult, UnmappedId, UsageError
 from layerkit.pack import Packing
 
 MAP = ["0:100000:65536"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from support import need_root, need_tool
 
-from layerkit.errors import UsageError
-from layerkit.kernel import mounts, tiny_erofs
-from layerkit.kernel.probe import Features
+from layerkit.linux import mounts, tiny_erofs
+from layerkit.linux.probe import Features
+from layerkit.model.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_what_tmpfs_cannot_do(tmp_path: Path) -> None:
 def test_answers_are_kept_and_the_value_cannot_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features(tmp_path)
     first = features.reflink
-    monkeypatch.setattr("layerkit.kernel.probe._scratch", None)
+    monkeypatch.setattr("layerkit.linux.probe._scratch", None)
     assert features.reflink == first
     with pytest.raises(dataclasses.FrozenInstanceError):
         features.store = tmp_path  # type: ignore[misc]
@@ -100,7 +100,7 @@ def test_an_ordinary_user_gets_noes_and_no_errors(tmp_path: Path) -> None:
         parent.chmod(0o755)
     code = (
         f"import sys, os, json; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
-        "from layerkit.kernel.probe import Features\nfrom pathlib import Path\n"
+        "from layerkit.linux.probe import Features\nfrom pathlib import Path\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"f = Features(Path({str(place)!r}))\n"
         "print(json.dumps([f.privileged, f.can_mount, f.erofs, f.erofs_device, f.erofs_idmap, f.store_idmap,"
@@ -136,7 +136,7 @@ def test_a_broken_image_makes_the_probe_say_no(tmp_path: Path, monkeypatch: pyte
 
 def test_doctor_draws_the_conclusions(tmp_path: Path) -> None:
     need_root()
-    from layerkit.hosts.doctor import examine
+    from layerkit.hosts.diagnosis.doctor import examine
 
     report = examine(tmp_path / "store")
     assert report.rendering == "erofs"

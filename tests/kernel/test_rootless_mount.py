@@ -21,9 +21,9 @@ import ctypes, hashlib, json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
-from layerkit.errors import LayerkitError, UnsupportedHost
-from layerkit.hosts import mount as m
-from layerkit.kernel import mounts, userns, probe
+from layerkit.model.errors import LayerkitError, UnsupportedHost
+from layerkit.hosts.mounts import mount as m
+from layerkit.linux import mounts, userns, probe
 from layerkit.metaonly import Namespace, data_path
 user, work = int(sys.argv[2]), Path(sys.argv[3])
 os.setgroups([]); os.setresgid(user, user, user); os.setresuid(user, user, user)

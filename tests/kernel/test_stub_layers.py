@@ -16,7 +16,7 @@ from engines import Engine, podman
 from image_kit import Layout
 from support import need_root, need_tool
 
-from layerkit.errors import UnsafeEntry
+from layerkit.model.errors import UnsafeEntry
 
 # Data of several blocks, too long for an inode or a stub that does not pay.
 DATA = {name: (name.encode() * 9000)[:9000] for name in ("a", "b", "h", "x", "moved", "keep", "new")}

@@ -25,7 +25,7 @@ from support import need_root, need_tool
 from treecompare import Shown, data_extents, differences, snapshot
 
 import layerkit
-from layerkit.errors import Cancelled, StoreError, UnsupportedHost, UsageError
+from layerkit.model.errors import Cancelled, StoreError, UnsupportedHost, UsageError
 
 MAP = ["0:100000:65536"]
 EXTENTS = ((0, 100000, 65536),)
@@ -335,11 +335,11 @@ def test_rootless_in_a_user_namespace(tiny_archive, tmp_path: Path) -> None:  # 
         (tmp_path / f"{name}.tar").chmod(0o644)
     said = rootless.run(
         tmp_path,
-        "import layerkit, layerkit.api, layerkit.hosts.extract, layerkit.merge, layerkit.indexes, layerkit.unpack\n"
-        "import layerkit.stores.fsck, layerkit.stores.oci_archive, layerkit.stores.source\n"
-        "import layerkit.stores.docker_archive, layerkit.stores.reference\n"
+        "import layerkit, layerkit.api.open, layerkit.usecases.to_folder, layerkit.model.trees.merge\n"
+        "import layerkit.unpack, layerkit.store.fsck, layerkit.images.oci.archive, layerkit.store.source\n"
+        "import layerkit.images.docker.archive, layerkit.images.reference\n"
         "import numpy.ma  # by np.unique\n"
-        "from layerkit.errors import LossyResult",
+        "from layerkit.model.errors import LossyResult",
         """
 settings = layerkit.Settings(store=Path("store"))
 with layerkit.open_image("plain.tar", settings=settings) as image:

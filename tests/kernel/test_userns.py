@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from support import need_root
 
-from layerkit.errors import UsageError
-from layerkit.kernel import mounts, pagecache, userns
-from layerkit.kernel import syscalls as sc
+from layerkit.linux import mounts, pagecache, userns
+from layerkit.linux import syscalls as sc
+from layerkit.model.errors import UsageError
 
 UIDS = ((0, 100_000, 1000), (1000, 300_000, 1))
 GIDS = ((0, 200_000, 65_536),)

@@ -13,10 +13,10 @@ from support import need_root
 
 import layerkit
 from layerkit.cli import main as cli
-from layerkit.hosts import adopt
-from layerkit.hosts import mount as mounter
-from layerkit.hosts.adopt_sources import find_unpacked
-from layerkit.stores.local import LocalStore
+from layerkit.hosts.adopted import mount as adopt
+from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.store.local import LocalStore
 
 MAPS = (["0:100000:65536"], ["0:200000:65536"])
 
@@ -126,11 +126,11 @@ def test_a_path_over_adopted_layers(store_dir: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ("/no/such/path", layerkit.errors.UsageError),
-        ("/etc", layerkit.errors.UsageError),
-        ("sha256:" + "0" * 64, layerkit.errors.NotFound),
-        ("00000000", layerkit.errors.NotFound),
-        ("abc", layerkit.errors.UsageError),
+        ("/no/such/path", layerkit.model.errors.UsageError),
+        ("/etc", layerkit.model.errors.UsageError),
+        ("sha256:" + "0" * 64, layerkit.model.errors.NotFound),
+        ("00000000", layerkit.model.errors.NotFound),
+        ("abc", layerkit.model.errors.UsageError),
     ],
 )
 def test_what_cannot_be_answered(store_dir: Path, what: str, error: type[Exception]) -> None:

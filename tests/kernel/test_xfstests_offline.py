@@ -19,7 +19,7 @@ from support import need_root
 from treecompare import Shown, differences, snapshot
 
 import layerkit
-from layerkit.hosts import finalize as fz
+from layerkit.hosts.finalize import finalize as fz
 
 OPAQUE, REDIRECT, METACOPY = (f"trusted.overlay.{name}" for name in ("opaque", "redirect", "metacopy"))
 ORIGIN, IMPURE = "trusted.overlay.origin", "trusted.overlay.impure"

@@ -23,19 +23,19 @@ from hook_images import Pushed, artifacts, push, run
 from hook_support import MAP_A, settings, wait_for
 from registry_server import docker_registry
 
-from layerkit.errors import UnsupportedHost, UsageError
+from layerkit.hook.batch.one_pass import parse_shard
+from layerkit.hook.front.intake import keys
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Target, Wish
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.server import make_worker
+from layerkit.hook.work import executors
+from layerkit.hook.work.access import Access
+from layerkit.hook.work.executors import open_executor
+from layerkit.hook.work.tasks import Task, execute
+from layerkit.hook.work.worker import end
 from layerkit.model.digest import Digest
-from layerkit.services import executors
-from layerkit.services.executors import open_executor
-from layerkit.services.hook.access import Access
-from layerkit.services.hook.intake import keys
-from layerkit.services.hook.jobs import Target, Wish
-from layerkit.services.hook.metrics import Metrics
-from layerkit.services.hook.once import parse_shard
-from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.server import make_worker
-from layerkit.services.hook.tasks import Task, execute
-from layerkit.services.hook.worker import end
+from layerkit.model.errors import UnsupportedHost, UsageError
 
 MAP = "uid=0:100000:65536;gid=0:100000:65536"
 INDEXES = "layerkit/indexes"
@@ -290,7 +290,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """A parent that is killed leaves no worker, although these ignore the signals of its terminal."""
     program = (
         "import os, sys, time\n"
-        "from layerkit.services.executors import open_executor\n"
+        "from layerkit.hook.work.executors import open_executor\n"
         "if __name__ == '__main__':\n"
         "    executor = open_executor('processes', 2)\n"
         "    executor.submit(os.getpid).result()\n"

@@ -16,9 +16,9 @@ import pytest
 from store_support import make_image, put, put_meta, random_layer, state
 from support import need_root, need_tool
 
-from layerkit.errors import StoreError
-from layerkit.stores.fsck import Severity
-from layerkit.stores.local import LocalStore
+from layerkit.model.errors import StoreError
+from layerkit.store.fsck import Severity
+from layerkit.store.local import LocalStore
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 HERE = Path(__file__).parents[1]
@@ -27,8 +27,8 @@ WORKER = """
 import contextlib, random, sys
 from pathlib import Path
 from store_support import make_image, put, put_meta, random_layer
-from layerkit.errors import NotFound, StoreError
-from layerkit.stores.local import LocalStore
+from layerkit.model.errors import NotFound, StoreError
+from layerkit.store.local import LocalStore
 
 root, mode, seed, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng = random.Random(seed)

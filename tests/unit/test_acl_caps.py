@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import need_root, need_tool
 
-from layerkit.errors import InvalidImage
-from layerkit.formats import acl_caps
-from layerkit.formats.acl_caps import AclEntry, Capability
-from layerkit.kernel import mounts
+from layerkit.linux import mounts
+from layerkit.model import acl_caps
+from layerkit.model.acl_caps import AclEntry, Capability
+from layerkit.model.errors import InvalidImage
 
 V1 = bytes.fromhex("010000010004000000000000")
 V2 = bytes.fromhex("0100000200040000000000000000000000000000")

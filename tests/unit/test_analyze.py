@@ -14,15 +14,15 @@ import pytest
 from support import need_tool
 from trees import file, folder
 
-from layerkit.analyze import AnalyzeReport, PathUse, analyze, layer_history, sharing
 from layerkit.cli.analyze import parse_limit
-from layerkit.emit.report_html import report_html
-from layerkit.errors import UsageError, show_path
+from layerkit.cli.report_html import report_html
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import UsageError, show_path
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
+from layerkit.usecases.waste.analyze import AnalyzeReport, PathUse, analyze, layer_history, sharing
 
 
 def stack(*layers: list[Entry]) -> list[Index]:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from image_kit import simple
 
-from layerkit.errors import InvalidImage
-from layerkit.formats import artifact, oci
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images.oci.layout import open_layout
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import InvalidImage
 from layerkit.model.image import Image
-from layerkit.stores.oci_layout import open_layout
 
 MAP = "u:0:100000:65536,g:0:100000:65536"
 META = Descriptor(artifact.META_EROFS, Digest.of(b"meta"), 4)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from store_support import make_image, random_layer
 
-from layerkit.errors import StoreError
 from layerkit.model.digest import Digest
-from layerkit.stores.catalog import Catalog, LayerRow, ObjectRow
-from layerkit.stores.layout import Layout
+from layerkit.model.errors import StoreError
+from layerkit.store.catalog import Catalog, LayerRow, ObjectRow
+from layerkit.store.layout import Layout
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from support import need_tool
 from tar_blocks import Blob
 
-from layerkit.errors import InvalidImage, LimitExceeded
-from layerkit.formats.compress import Compression, Decompressor, detect
-from layerkit.formats.compressor import compress
-from layerkit.limits import DEFAULT, Limits
+from layerkit.formats.compression.compress import compress
+from layerkit.formats.compression.decompress import Compression, Decompressor, detect
+from layerkit.model.errors import InvalidImage, LimitExceeded
+from layerkit.model.limits import DEFAULT, Limits
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 DATA = bytes(range(256)) * 2000 + os.urandom(300_000) + bytes(200_000)

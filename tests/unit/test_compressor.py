@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import need_tool
 
-from layerkit.formats import gzip_blocks
-from layerkit.formats.compress import Compression
-from layerkit.formats.compressor import LEVELS, compress, compressor
+from layerkit.formats.compression import gzip_blocks
+from layerkit.formats.compression.compress import LEVELS, compress, compressor
+from layerkit.formats.compression.decompress import Compression
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 BLOCK = gzip_blocks.BLOCK_BYTES

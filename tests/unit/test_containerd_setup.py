@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from layerkit.cli.main import app
-from layerkit.errors import UsageError
+from layerkit.model.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,12 +92,12 @@ def test_modules_are_made_from_the_proto_files(name: str, tmp_path: Path) -> Non
     protoc = pytest.importorskip("grpc_tools.protoc")
     from google.protobuf import descriptor_pb2
 
-    path = f"layerkit/services/containerd/{name}.proto"
+    path = f"layerkit/hosts/containerd/{name}.proto"
     well_known = Path(protoc.__file__).parent / "_proto"
     words = ["protoc", f"-I{ROOT}", f"-I{well_known}", f"--descriptor_set_out={tmp_path / 'set'}", path]
     assert protoc.main(words) == 0
     made = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file[0]
-    module = importlib.import_module(f"layerkit.services.containerd.{name}_pb2")
+    module = importlib.import_module(f"layerkit.hosts.containerd.{name}_pb2")
     kept = descriptor_pb2.FileDescriptorProto.FromString(module.DESCRIPTOR.serialized_pb)
     _without_json_names(made.message_type)
     assert kept == made, "run `make proto`"

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerkit.diff import diff, diff_and_carried
-from layerkit.errors import LossyResult
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
+from layerkit.model.trees.diff import diff, diff_and_carried
+from layerkit.model.trees.merge import merge
 
 EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 ZERO = Digest.of(b"")

@@ -15,12 +15,13 @@ import zstandard
 from image_kit import below, digest, dump, special, tar
 
 from layerkit import pack
-from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
-from layerkit.formats import docker, oci
-from layerkit.limits import Limits
+from layerkit.formats.oci import docker
+from layerkit.formats.oci import documents as oci
+from layerkit.images.docker.archive import DockerArchiveSource, open_archive
+from layerkit.images.oci.layout_sink import LayoutSink
+from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
 from layerkit.model.image import Image
-from layerkit.stores.docker_archive import DockerArchiveSource, open_archive
-from layerkit.stores.oci_layout_sink import LayoutSink
+from layerkit.model.limits import Limits
 
 A, B = tar(("a", b"a" * 5000)), tar(("b", b"b"))
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import file, folder, tree_of
 
-from layerkit.errors import InvalidImage
 from layerkit.formats import dump
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
+from layerkit.model.trees.merge import merge
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")

@@ -17,13 +17,13 @@ from support import need_root, need_tool
 from treecompare import xattrs
 from trees import file, folder, tree_of
 
-from layerkit.emit.tar import write_tar
-from layerkit.errors import LossyResult
-from layerkit.formats.tar_writer import END, decimal_time, header, padding, record
+from layerkit.formats.meta.tar import write_tar
+from layerkit.formats.tar.writer import END, decimal_time, header, padding, record
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
 from layerkit.unpack import index_layer
 

@@ -31,15 +31,15 @@ from erofs_trees import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerkit.emit import erofs
-from layerkit.emit.erofs_patch import patch_meta
-from layerkit.errors import InvalidImage, LayerkitError, LossyResult
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs import reader
+from layerkit.formats.meta import erofs
+from layerkit.formats.meta.erofs_patch import patch_meta
 from layerkit.idmap import MAX_ID, IdMap, Mapping
-from layerkit.limits import Limits
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.digest import Digest
+from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult
+from layerkit.model.limits import Limits
 from layerkit.model.tree import Tree
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))

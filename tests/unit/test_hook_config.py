@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hook_support import settings
 
-from layerkit.errors import UsageError
-from layerkit.services.hook.config import INDEX_REPOSITORY, Registry, load, read_token, with_index_repository
+from layerkit.hook.config import INDEX_REPOSITORY, Registry, load, read_token, with_index_repository
+from layerkit.model.errors import UsageError
 
 WHOLE = """
 listen = "[::1]:9000"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkit.services.hook.events import DISTRIBUTION_TYPES, BadRequest, Event, parse, parse_job
+from layerkit.hook.front.events import DISTRIBUTION_TYPES, BadRequest, Event, parse, parse_job
 
 HEX = "ab" * 32
 DIGEST = f"sha256:{HEX}"

@@ -14,13 +14,13 @@ from typing import Any
 
 from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook, settings, wait_for
 
-from layerkit.errors import RegistryError
+from layerkit.hook import tracing
+from layerkit.hook.front.guard import Buckets, Token
+from layerkit.hook.logs import JsonFormatter
+from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.work.tasks import Task
 from layerkit.model.digest import Digest
-from layerkit.services.hook import tracing
-from layerkit.services.hook.guard import Buckets, Token
-from layerkit.services.hook.jobs import Outcome
-from layerkit.services.hook.logs import JsonFormatter
-from layerkit.services.hook.tasks import Task
+from layerkit.model.errors import RegistryError
 
 DIGEST = str(Digest.of(b"one"))
 JSON = {"Content-Type": "application/json"}
@@ -91,7 +91,7 @@ def test_repositories_and_registries_that_are_not_served_are_left_out(tmp_path: 
 def test_with_several_registries_an_event_must_name_one(tmp_path: Path) -> None:
     registries = [{"name": n, "host": f"{n}.example:5000", "aliases": [f"{n}.alias"]} for n in ("one", "two")]
     config = settings(tmp_path)
-    from layerkit.services.hook.config import parse
+    from layerkit.hook.config import parse
 
     config = parse(
         {"registry": registries, "map": [{"uid_map": [MAP_A]}], "state": str(tmp_path / "s"),
@@ -310,7 +310,7 @@ def test_not_ready_while_it_stops(tmp_path: Path) -> None:
         call(f"{url}/v1/events/main", {"events": [event("a", DIGEST), event("a", str(Digest.of(b"2")))]})
         wait_for(lambda: queue.stats().states.get("running") == 2)
         threading.Timer(0.5, release.set).start()
-    from layerkit.services.hook.queue import Queue
+    from layerkit.hook.queue.queue import Queue
 
     # What ran when the stop came was let finish and is stored.
     assert Queue(config.state).stats().states == {"done": 2}
@@ -328,7 +328,7 @@ def test_what_does_not_end_in_time_goes_back_uncounted(tmp_path: Path) -> None:
         call(f"{url}/v1/events/main", {"events": [event("a", DIGEST)]})
         wait_for(lambda: queue.stats().states.get("running") == 1)
     release.set()
-    from layerkit.services.hook.queue import Queue
+    from layerkit.hook.queue.queue import Queue
 
     left = Queue(config.state)
     assert left.stats().states == {"waiting": 1}

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from layerkit.errors import NotFound, StoreError
+from layerkit.hook.queue.jobs import Claim, Key, Outcome, Policy, Target, Wish, options_text
+from layerkit.hook.queue.queue import Queue
 from layerkit.model.digest import Digest
-from layerkit.services.hook.jobs import Claim, Key, Outcome, Policy, Target, Wish, options_text
-from layerkit.services.hook.queue import Queue
+from layerkit.model.errors import NotFound, StoreError
 
 MAP = "uid=0:100000:65536;gid=0:100000:65536"
 POLICY = Policy(attempts=3, losses=4, first_seconds=2, most_seconds=10, lease_seconds=30, recheck_seconds=100)
@@ -319,8 +319,8 @@ CHILD = textwrap.dedent("""
     import random, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from layerkit.services.hook.jobs import Outcome, Policy
-    from layerkit.services.hook.queue import Queue
+    from layerkit.hook.queue.jobs import Outcome, Policy
+    from layerkit.hook.queue.queue import Queue
     import test_hook_queue as t
     queue = Queue(Path(sys.argv[1]), Policy(losses=10**6), chance=lambda: 0.0)
     log, n, rng = open(sys.argv[2], "a", buffering=1), int(sys.argv[4]), random.Random()

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 from hook_support import settings, wait_for
 
-from layerkit.formats import oci
-from layerkit.limits import DEFAULT
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci.images import no_image, wanted
+from layerkit.hook.config import Config
+from layerkit.hook.front.intake import keys
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Outcome, Target, Wish
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.work.tasks import Task
+from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.services.hook.config import Config
-from layerkit.services.hook.intake import keys
-from layerkit.services.hook.jobs import Outcome, Target, Wish
-from layerkit.services.hook.metrics import Metrics
-from layerkit.services.hook.queue import Queue
-from layerkit.services.hook.tasks import Task, no_image, wanted
-from layerkit.services.hook.worker import QueueWorker
+from layerkit.model.limits import DEFAULT
 
 
 def wishes(config: Config, count: int, registry: str = "main") -> list[Wish]:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from trees import file, folder, tree_of
 
 from layerkit import idmap
-from layerkit.errors import UnmappedId, UnsafeEntry, UsageError
-from layerkit.formats import acl_caps
 from layerkit.idmap import MAX_ID, IdMap, Mapping
+from layerkit.model import acl_caps
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import UnmappedId, UnsafeEntry, UsageError
 from layerkit.model.tree import Tree
 
 EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))

@@ -12,14 +12,14 @@ import pytest
 from store_support import make_image, make_layer
 from tar_blocks import Blob
 
-from layerkit.errors import Cancelled, DigestMismatch, LayerkitError
-from layerkit.hosts.importing import import_layers
-from layerkit.limits import DEFAULT
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import Cancelled, DigestMismatch, LayerkitError
 from layerkit.model.image import Image, Layer
-from layerkit.stores.layout import DataBackend
-from layerkit.stores.local import LocalStore
+from layerkit.model.limits import DEFAULT
+from layerkit.store.import_layers import import_layers
+from layerkit.store.layout import DataBackend
+from layerkit.store.local import LocalStore
 
 BYTES = 100_000
 MADE = [make_layer({f"layer{i}": bytes((i,)) * BYTES}) for i in range(4)]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
-from layerkit.errors import InvalidImage
-from layerkit.formats import index_file
+from layerkit.formats.index import file as index_file
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage
 from layerkit.model.index import Index, empty
 
 DIFF_ID = Digest.of(b"a layer")

@@ -8,7 +8,7 @@ import sys
 BEGIN = """
 import os, signal, time
 from layerkit.cli.interrupts import INTERRUPTS
-from layerkit.errors import Cancelled
+from layerkit.model.errors import Cancelled
 INTERRUPTS.install()
 def send(which):
     os.kill(os.getpid(), which)

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import need_tool
 
-from layerkit.errors import InvalidImage, LossyResult
-from layerkit.formats.compress import Compression
-from layerkit.formats.layer_writer import layer_tar
-from layerkit.formats.tar_reader import TarReader
+from layerkit.formats.compression.decompress import Compression
+from layerkit.formats.tar.layer_writer import layer_tar
+from layerkit.formats.tar.reader import TarReader
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Extent, Kind
+from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.pack import NewLayer, Packing, rewrite_image, write_layer

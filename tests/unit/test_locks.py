@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from layerkit.errors import StoreError
-from layerkit.stores.layout import Layout
-from layerkit.stores.locks import Locks
-from layerkit.stores.spool import Spool, dead
+from layerkit.model.errors import StoreError
+from layerkit.store.layout import Layout
+from layerkit.store.leftovers import dead
+from layerkit.store.locks import Locks
+from layerkit.store.spool import Spool
 
 
 @pytest.fixture
@@ -95,9 +96,9 @@ def test_a_named_lock_holds_the_store(folder: Path) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from layerkit.stores.layout import Layout
-from layerkit.stores.locks import Locks
-from layerkit.stores.spool import Spool
+from layerkit.store.layout import Layout
+from layerkit.store.locks import Locks
+from layerkit.store.spool import Spool
 layout = Layout(Path(sys.argv[1]))
 locks = Locks(layout.locks)
 with locks.named("layer-x"):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from trees import file, folder
 
-from layerkit.errors import InvalidImage, LimitExceeded, UnsafeEntry
-from layerkit.limits import DEFAULT
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage, LimitExceeded, UnsafeEntry
 from layerkit.model.index import Index
+from layerkit.model.limits import DEFAULT
 from layerkit.model.tree import Node, Tree
+from layerkit.model.trees.merge import merge
 
 XATTRS = ((b"user.a", b"1"),)
 OTHER_XATTRS = ((b"user.b", b"2"),)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerkit.errors import UnsafeEntry
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import UnsafeEntry
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
+from layerkit.model.trees.merge import merge
 
 EXAMPLES = 300 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import file, folder, tree_of
 
-from layerkit.errors import InvalidImage, LossyResult, UnsafeEntry
 from layerkit.metaonly import REDIRECT_BYTES, Namespace, data_path, metadata_layer, redirects
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage, LossyResult, UnsafeEntry
 
 V2 = struct.pack("<IIIII", 0x02000001, 0x3000, 1, 2, 3)
 V3 = struct.pack("<IIIIII", 0x03000001, 0x3000, 1, 2, 3, 0)

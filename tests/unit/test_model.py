@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import file, folder, tree_of
 
-from layerkit.errors import InvalidImage, UsageError
 from layerkit.model.descriptor import Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage, UsageError
 from layerkit.model.index import Index, empty, path_key
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import EMPTY, Strings

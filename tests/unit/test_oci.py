@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_kit import INDEX, MANIFEST, Layout, digest, dump, simple, tar
 
-from layerkit.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
-from layerkit.formats import oci, oci_images, platforms, strict_json
-from layerkit.limits import DEFAULT, Limits
+from layerkit.formats import strict_json
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import images as oci_images
+from layerkit.formats.oci import platforms
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
+from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
+from layerkit.model.limits import DEFAULT, Limits
 
 SHA = "sha256:" + "ab" * 32
 ENTRY: dict[str, Any] = {"mediaType": MANIFEST, "digest": SHA, "size": 7}

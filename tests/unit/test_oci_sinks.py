@@ -25,14 +25,15 @@ from image_kit import MANIFEST, Layout, below, dump, simple, tar
 from support import need_root
 
 from layerkit import pack
-from layerkit.errors import Cancelled, DigestMismatch, InvalidImage, NotFound, UsageError
-from layerkit.formats import artifact, oci
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images.oci.archive_sink import ArchiveSink
+from layerkit.images.oci.layout_sink import LayoutSink
+from layerkit.images.reference import open_sink, open_source
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
-from layerkit.ports import ImageSink
-from layerkit.stores.oci_archive_sink import ArchiveSink
-from layerkit.stores.oci_layout_sink import LayoutSink
-from layerkit.stores.reference import open_sink, open_source
+from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, NotFound, UsageError
+from layerkit.model.ports import ImageSink
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 FORMS = ["oci", "oci-archive", "docker-archive"]
@@ -591,7 +592,7 @@ def test_start_is_light(layout: Path) -> None:
     """Numpy alone takes as long to load as Python itself; an image is opened without it."""
 
     def loaded(step: str) -> set[str]:
-        code = f"import sys; from layerkit.stores import reference as r; {step}; print(*sys.modules)"
+        code = f"import sys; from layerkit.images import reference as r; {step}; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return {name.partition(".")[0] for name in done.stdout.split()}
 
@@ -617,7 +618,7 @@ def test_an_interrupt_at_any_line_while_it_begins_leaves_nothing(there: bool, tm
 
         def trace(frame: FrameType, event: str, arg: object, wanted: int = wanted) -> Any:
             nonlocal lines
-            if not frame.f_code.co_filename.endswith("oci_layout_sink.py"):
+            if not frame.f_code.co_filename.endswith("oci/layout_sink.py"):
                 return None
             lines += event == "line"
             if lines == wanted:

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trees import file, folder
 
-from layerkit.errors import UnsafeEntry, UsageError
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import UnsafeEntry, UsageError
 from layerkit.model.index import Index
-from layerkit.optimizer import Action, Plan, plan
+from layerkit.model.trees.merge import merge
+from layerkit.usecases.waste import Action, Plan, plan
 
 EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

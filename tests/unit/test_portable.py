@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from unit.test_merge_model import indexes, sound_stack
 
-from layerkit.errors import LossyResult, UnmappedId
 from layerkit.idmap import IdMap, Mapping
 from layerkit.idmap import apply as apply_map
-from layerkit.limits import DEFAULT
-from layerkit.merge import merge
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult, UnmappedId
 from layerkit.model.index import Index
-from layerkit.portable import map_index, map_layers, stub_layer
+from layerkit.model.limits import DEFAULT
+from layerkit.model.trees.merge import merge
+from layerkit.usecases.portable import map_index, map_layers, stub_layer
 
 EXAMPLES = 30 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

@@ -23,17 +23,21 @@ import zstandard
 from image_kit import Layout, special, tar
 from support import need_tool
 
-from layerkit.errors import DigestMismatch, InvalidImage, UnsafeEntry, UsageError
-from layerkit.formats import index_artifact, index_file, intoto, oci, secretbox, toc
-from layerkit.formats.index_check import check_index
-from layerkit.formats.tar_reader import read_tar
-from layerkit.limits import DEFAULT
+from layerkit.formats import secretbox
+from layerkit.formats.index import file as index_file
+from layerkit.formats.index import toc
+from layerkit.formats.index.check import check_index
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import index_artifact, intoto
+from layerkit.formats.tar.reader import read_tar
+from layerkit.images.signing_keys import FileSigner, verifier
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import DigestMismatch, InvalidImage, UnsafeEntry, UsageError
 from layerkit.model.index import Index
-from layerkit.stores.keys import FileSigner, verifier
-from layerkit.stores.unproven import UnprovenIndexes
+from layerkit.model.limits import DEFAULT
+from layerkit.store.unproven import UnprovenIndexes
 
 DIFF_ID = Digest.of(b"layer")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from layerkit.errors import RegistryError, UsageError
+from layerkit.images.registry import credentials, hosts, redirects
+from layerkit.images.registry.auth import Authenticator, TokenRequest, parse_challenges
+from layerkit.images.registry.names import RegistryRef, api_host, fallback_tag, is_private
+from layerkit.images.registry.options import RegistryOptions, from_environment
 from layerkit.model.digest import Digest
-from layerkit.stores.registry import credentials, hosts, redirects
-from layerkit.stores.registry.auth import Authenticator, TokenRequest, parse_challenges
-from layerkit.stores.registry.names import RegistryRef, api_host, fallback_tag, is_private
-from layerkit.stores.registry.options import RegistryOptions, from_environment
+from layerkit.model.errors import RegistryError, UsageError
 
 SHA = f"sha256:{'a' * 64}"
 D = Digest.parse(SHA)

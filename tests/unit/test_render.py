@@ -10,7 +10,7 @@ import typer.main
 from rich.emoji import Emoji
 
 from layerkit.cli import main, render
-from layerkit.errors import show_lines, show_path
+from layerkit.model.errors import show_lines, show_path
 from layerkit.model.reports import RemapReport
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from layerkit.errors import InvalidImage, UsageError
-from layerkit.formats import runtime_config as rc
-from layerkit.formats.image_process import ImageProcess, image_process
-from layerkit.formats.passwd import User, resolve
+from layerkit.formats.runtime import config as rc
+from layerkit.formats.runtime.passwd import User, resolve
+from layerkit.formats.runtime.process import ImageProcess, image_process
+from layerkit.model.errors import InvalidImage, UsageError
 
 PASSWD = (
     b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n12:x:77:78::/tmp:/bin/sh\n#no:x:5:5\nbad\n"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from layerkit.errors import UsageError
-from layerkit.formats.seccomp import Surroundings, runtime_profile
-from layerkit.hosts import seccomp
+from layerkit.formats.runtime.seccomp import Surroundings, runtime_profile
+from layerkit.hosts.bundle import seccomp
+from layerkit.model.errors import UsageError
 
 AROUND = Surroundings("x86_64", (6, 1), ("CAP_CHOWN",))
 

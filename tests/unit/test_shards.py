@@ -18,15 +18,15 @@ import zstandard
 from image_kit import LAYER, tar
 from registry_fake import Fake, fake_registry
 
-from layerkit.errors import RegistryError
-from layerkit.formats import oci
-from layerkit.limits import DEFAULT
+from layerkit.formats.oci import documents as oci
+from layerkit.hook.batch.shards import PLAN_TYPE, Meeting, Shard, Want, owner
+from layerkit.hook.work.shared import SharedIndexes
+from layerkit.images.registry.client import RegistryClient
+from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.services.hook.shards import PLAN_TYPE, Meeting, Shard, Want, owner
-from layerkit.services.hook.shared import SharedIndexes
-from layerkit.stores.registry.client import RegistryClient
-from layerkit.stores.registry.options import RegistryOptions, Retry
+from layerkit.model.errors import RegistryError
+from layerkit.model.limits import DEFAULT
 from layerkit.unpack import index_layer
 
 WAIT = 60.0

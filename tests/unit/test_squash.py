@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.test_merge_model import Files, Inode, apply_layer, indexes, is_dir, last_of, model, sound_stack
 
-from layerkit.merge import merge
 from layerkit.model.entry import Entry, Kind
-from layerkit.squash import squash
+from layerkit.model.trees.merge import merge
+from layerkit.model.trees.squash import squash
 
 EXAMPLES = 150 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from layerkit.cli.main import app
-from layerkit.errors import UsageError
-from layerkit.hosts import storage_conf as sc
+from layerkit.hosts.podman import storage_conf as sc
+from layerkit.model.errors import UsageError
 
 PROGRAM = Path("/opt/bin/layerkit-mount-program")
 FILES = {

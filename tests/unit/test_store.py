@@ -11,13 +11,13 @@ import pytest
 from store_support import make_image, make_layer, meta_info, overwrite, put, put_meta, random_layer, state
 
 from layerkit import metaonly
-from layerkit.errors import DigestMismatch, NotFound, StoreError, UsageError
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
-from layerkit.stores import spool
-from layerkit.stores.fsck import Severity
-from layerkit.stores.local import LocalStore, chain_key, meta_key
-from layerkit.stores.source import StoreSource
+from layerkit.model.errors import DigestMismatch, NotFound, StoreError, UsageError
+from layerkit.store import spool
+from layerkit.store.fsck import Severity
+from layerkit.store.local import LocalStore, chain_key, meta_key
+from layerkit.store.source import StoreSource
 
 KEY = "ab" * 32
 
@@ -615,7 +615,7 @@ def test_gc_waits_for_a_hold_and_says_so(store: LocalStore) -> None:
 
 
 def test_closed_folders_and_deep_ones_are_removed(tmp_path: Path) -> None:
-    from layerkit.stores.durable import remove
+    from layerkit.linux.durable import remove
 
     top = tmp_path / "top"
     (top / "a" / "b").mkdir(parents=True)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from trees import file, folder
 
-from layerkit import stubs
-from layerkit.errors import InvalidImage, UnsafeEntry, UsageError
-from layerkit.merge import merge
 from layerkit.metaonly import METACOPY_VALUE
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage, UnsafeEntry, UsageError
 from layerkit.model.index import Index
-from layerkit.optimizer import Action
+from layerkit.model.trees.merge import merge
+from layerkit.usecases import stub_layers as stubs
+from layerkit.usecases.waste import Action
 
 EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 BIG, OTHER = b"x" * 3000, b"y" * 3000

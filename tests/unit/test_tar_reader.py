@@ -32,13 +32,13 @@ from tar_blocks import (
     symlink,
 )  # fmt: skip
 
-from layerkit.errors import InvalidImage, LayerkitError, LimitExceeded, LossyResult, UnsafeEntry
-from layerkit.formats.tar_acl import from_text
-from layerkit.formats.tar_reader import TarReader, read_tar
-from layerkit.limits import Limits
+from layerkit.formats.tar.acl import from_text
+from layerkit.formats.tar.reader import TarReader, read_tar
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import InvalidImage, LayerkitError, LimitExceeded, LossyResult, UnsafeEntry
 from layerkit.model.index import Index
+from layerkit.model.limits import Limits
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 

@@ -13,11 +13,11 @@ import pytest
 from tar_blocks import END, Blob, described, folder, header, member, packed, pax
 
 from layerkit import unpack
-from layerkit.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
-from layerkit.formats.tar_reader import read_tar
-from layerkit.limits import Limits
+from layerkit.formats.tar.reader import read_tar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
+from layerkit.model.limits import Limits
 from layerkit.unpack import SLOT_BYTES, SLOTS, index_layer
 
 FORMS = ["none", "gzip", "zstd"]

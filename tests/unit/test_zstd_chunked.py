@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import zstandard
 
-from layerkit.errors import LossyResult
-from layerkit.formats import toc
-from layerkit.formats.compress import Compression
-from layerkit.formats.layer_writer import layer_tar
-from layerkit.formats.zstd_chunked import CHECKSUM_KEY, CHUNK_BYTES, POSITION_KEY
+from layerkit.formats.compression.decompress import Compression
+from layerkit.formats.compression.zstd_chunked import CHECKSUM_KEY, CHUNK_BYTES, POSITION_KEY
+from layerkit.formats.index import toc
+from layerkit.formats.tar.layer_writer import layer_tar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
 from layerkit.pack import Packing, write_layer
 

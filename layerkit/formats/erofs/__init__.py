@@ -1,1 +1,1 @@
-"""EROFS images: one module for the structures, one writer, one reader."""
+"""EROFS images: write, read, patch."""

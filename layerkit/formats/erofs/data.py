@@ -18,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage, LossyResult
 from layerkit.formats.erofs import dirs
 from layerkit.formats.erofs import format as f
 from layerkit.model.entry import Extent, Kind
+from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.index import Index
 from layerkit.model.strings import Strings
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import InvalidImage
-from layerkit.formats import acl_caps
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs.xattrs import ID_NAMES
+from layerkit.model import acl_caps
+from layerkit.model.errors import InvalidImage
 
 IdLookup = Callable[[str, NDArray[np.uint32]], tuple[NDArray[np.uint32], NDArray[np.bool_]]]
 """Called as (kind, container ids), kind beginning with ``uid`` or ``gid``; returns (host ids, which there are)."""

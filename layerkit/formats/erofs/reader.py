@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from layerkit.errors import InvalidImage
 from layerkit.formats.erofs import format as f
-from layerkit.limits import DEFAULT, Limits
 from layerkit.model.entry import XattrSet
+from layerkit.model.errors import InvalidImage
+from layerkit.model.limits import DEFAULT, Limits
 
 _TYPES = {5: stat.S_IFIFO, 3: stat.S_IFCHR, 2: stat.S_IFDIR, 4: stat.S_IFBLK, 1: stat.S_IFREG, 7: stat.S_IFLNK}
 _KNOWN_INCOMPAT = f.Incompat.CHUNKED_FILE | f.Incompat.DEVICE_TABLE

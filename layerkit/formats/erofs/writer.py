@@ -19,11 +19,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import LossyResult
 from layerkit.formats.erofs import dirs, xattrs
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs.patch import Fixups, XattrFixup
 from layerkit.model.entry import Kind
+from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
 
 _BLOCK = 1 << f.META_BLOCK_BITS

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.errors import LossyResult
 from layerkit.formats.erofs import format as f
 from layerkit.model.entry import XattrSet
+from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
 
 ID_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default", b"security.capability")

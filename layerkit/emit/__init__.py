@@ -1,1 +1,0 @@
-"""Renderings of one metadata layer: a directory, a tar, an EROFS image."""

@@ -1,0 +1,1 @@
+"""Documents of OCI and docker images, and artifacts."""

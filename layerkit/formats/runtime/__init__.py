@@ -1,0 +1,1 @@
+"""What an OCI runtime's config.json is made of."""

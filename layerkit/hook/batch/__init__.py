@@ -1,0 +1,1 @@
+"""Many images at once: fleets, shards, one pass."""

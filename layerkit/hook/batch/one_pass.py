@@ -1,0 +1,185 @@
+"""One pass over named images, for cron and CI: the same queue and worker, without a service around them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
+from layerkit.hook.batch.fleet import index_together, run_name
+from layerkit.hook.batch.shards import Shard
+from layerkit.hook.config import Config, Registry
+from layerkit.hook.front.intake import keys
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Key, Target, Wish
+from layerkit.hook.queue.queue import JobRow, Queue
+from layerkit.hook.server import make_worker, resolve_at
+from layerkit.hook.work.access import all_tags as tags_of
+from layerkit.hook.work.worker import access_to
+from layerkit.images.registry.names import RegistryRef
+from layerkit.model.digest import Digest
+from layerkit.model.errors import NotFound, UsageError
+
+_PREFIX = "docker://"
+WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass came to: its jobs, each at its end, and the references that the registry does not have."""
+
+    rows: list[JobRow]
+    missing: list[str]
+
+    @property
+    def failed(self) -> list[str]:
+        """Return what went wrong, in words."""
+        bad = [row for row in self.rows if row.state not in ("done", "skipped")]
+        return [f"{name}: not in the registry" for name in self.missing] + [_words(row) for row in bad]
+
+
+def parse_refs(texts: Sequence[str]) -> list[RegistryRef]:
+    """Return the references that ``docker://HOST/NAME[:TAG|@DIGEST]`` texts name.
+
+    Raises:
+        UsageError: another transport, or no reference.
+    """
+    for text in texts:
+        if not text.startswith(_PREFIX):
+            raise UsageError(f"{text}: the hook works on registries; want docker://HOST/NAME[:TAG|@DIGEST]")
+    return [RegistryRef.parse(text.removeprefix(_PREFIX)) for text in texts]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of ``I/N``.
+
+    Raises:
+        UsageError: not 0 <= I < N.
+    """
+    part, slash, parts = text.partition("/")
+    digits = all(each.isascii() and each.isdigit() and len(each) < 7 for each in (part, parts))
+    if not slash or not digits or not 0 <= int(part) < int(parts):
+        raise UsageError(f"--shard {text!r}: want I/N with I from 0 to N-1, for example 0/4")
+    return int(part), int(parts)
+
+
+def shard_of(ref: RegistryRef, parts: int) -> int:
+    """Return which of ``parts`` shards an image belongs to; images of one repository are together.
+
+    They are likely to share layers, which one machine then reads once.
+    """
+    return int.from_bytes(hashlib.sha256(ref.name.encode()).digest()[:8], "big") % parts
+
+
+def run(
+    config: Config,
+    refs: Sequence[RegistryRef],
+    *,
+    all_tags: bool = False,
+    again: bool = False,
+    part: int = 0,
+    parts: int = 1,
+    wait_seconds: float = WAIT_SECONDS,
+) -> Pass:
+    """Remap every one of ``refs`` for the configured maps; return what came of it.
+
+    Args:
+        config: of the hook.
+        refs: what is meant; nothing else in the queue is touched.
+        all_tags: all tags of the repositories of ``refs``.
+        again: make what is there already anew.
+        part: which shard this is, from 0; only its images are done, see :func:`shard_of`.
+        parts: how many shards there are; several find each other's indexes of layers in the registry.
+        wait_seconds: how long another shard may show no sign of life before this one goes on without it.
+
+    Raises:
+        UsageError: a registry or repository that is not configured.
+        RegistryError: a registry does not answer at all.
+    """
+    named = [ref for ref in refs if shard_of(ref, parts) == part]
+    if parts > 1:
+        config = replace(config, apart=True)
+    elif not named:
+        return Pass([], [])
+    # For one pass, somebody waits for the end: what failed is tried again sooner, and given up sooner.
+    policy = replace(config.policy, attempts=min(4, config.policy.attempts), first_seconds=0.5, recheck_seconds=0.0)
+    with _state(config) as folder, contextlib.closing(Queue(folder, policy)) as queue:
+        wishes, missing = [], []
+        for ref in named:
+            registry = _registry(config, ref)
+            for tag, digest in _meant(registry, ref, all_tags):
+                if digest is None:
+                    missing.append(f"{ref.name}:{tag}")
+                    continue
+                target = Target(registry.name, ref.repository, tag)
+                wishes += [Wish(key, target, again=again) for key in keys(config, digest)]
+        if parts > 1:
+            everywhere = sorted({_registry(config, ref).name for ref in refs})
+            shard = Shard(run_name(config, refs, parts), part, parts, wait_seconds)
+            index_together(config, shard, wishes, everywhere)
+        queue.recover()
+        jobs = {added.job for added in queue.add(wishes)}
+        open_jobs = set(jobs)
+
+        def finished() -> bool:
+            states = queue.states(sorted(open_jobs))
+            for job in [job for job in open_jobs if states.get(job) not in ("waiting", "running")]:
+                open_jobs.discard(job)
+                # An index leads to manifests, which are jobs of their own.
+                new = _children(queue.job(job)) - jobs
+                jobs.update(new)
+                open_jobs.update(new)
+            return not open_jobs
+
+        make_worker(config, queue, Metrics(queue.stats)).run_until(finished)
+        return Pass([queue.job(job) for job in sorted(jobs)], missing)
+
+
+def _children(row: JobRow) -> set[str]:
+    children = row.report.get("children", [])
+    assert isinstance(children, list)
+    version = FORMAT_VERSION
+    return {Key(Digest.parse(str(each)), row.mapping, row.options, version).job for each in children}
+
+
+@contextlib.contextmanager
+def _state(config: Config) -> Iterator[Path]:
+    try:
+        config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield config.state
+    except PermissionError:
+        with tempfile.TemporaryDirectory(prefix="layerkit-hook-") as folder:
+            yield Path(folder)
+
+
+def _registry(config: Config, ref: RegistryRef) -> Registry:
+    for registry in config.registries.values():
+        if ref.host in (registry.host, *registry.aliases):
+            if not registry.serves(ref.repository):
+                raise UsageError(f"{ref.name}: not among the repositories of {registry.name} that are served")
+            return registry
+    raise UsageError(
+        f"{ref.name}: {ref.host} is not among the configured registries: {', '.join(config.registries)}"
+    )
+
+
+def _meant(registry: Registry, ref: RegistryRef, all_tags: bool) -> Iterator[tuple[str, Digest | None]]:
+    if ref.digest is not None:
+        yield ref.tag, ref.digest
+        return
+    for tag in tags_of(access_to(registry), ref.repository) if all_tags else [ref.tag or "latest"]:
+        try:
+            yield tag, resolve_at(registry, ref.repository, tag)
+        except NotFound:
+            yield tag, None
+
+
+def _words(row: JobRow) -> str:
+    return f"{', '.join(t.repository for t in row.targets)}@{row.digest[:19]}: {row.why or row.state}"
+
+
+__all__ = ["WAIT_SECONDS", "Pass", "parse_refs", "parse_shard", "run", "shard_of"]

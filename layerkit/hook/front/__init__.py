@@ -1,0 +1,1 @@
+"""HTTP: what senders, clients and people reach."""

@@ -1,0 +1,126 @@
+"""From events to stored jobs: which registry, whether allowed, which digest; one commit for many requests.
+
+Nothing is acknowledged before it is on disk. Requests that come at the same time share one commit, as each costs a
+flush of the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
+from layerkit.hook.config import Config, Registry
+from layerkit.hook.front.events import Event
+from layerkit.hook.metrics import Metrics
+from layerkit.hook.queue.jobs import Key, Target, Wish, options_text
+from layerkit.hook.queue.queue import Added, Queue
+from layerkit.model.digest import Digest
+from layerkit.model.errors import NotFound
+
+Resolve = Callable[[Registry, str, str], Digest]
+"""Asks a configured registry for the digest of (repository, tag); raises NotFound or RegistryError."""
+
+_RESOLVED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a request: the jobs with their states, and why events were left out."""
+
+    jobs: tuple[Added, ...]
+    ignored: tuple[str, ...]
+
+
+def keys(config: Config, digest: Digest) -> list[Key]:
+    """Return the jobs that a manifest is worth: one for each configured map."""
+    return [
+        Key(digest, r.mapping, options_text({"namespace": r.namespace, "rendering": r.rendering}), FORMAT_VERSION)
+        for r in config.remaps
+    ]
+
+
+class Intake:
+    """Takes events; one for each event loop. Start it with :meth:`run` in a task."""
+
+    def __init__(self, config: Config, queue: Queue, resolve: Resolve, metrics: Metrics) -> None:
+        """Nothing is started yet."""
+        self._config, self._queue, self._resolve, self._metrics = config, queue, resolve, metrics
+        self._pending: list[tuple[list[Wish], asyncio.Future[list[Added]]]] = []
+        self._wake = asyncio.Event()
+        self._slots = asyncio.Semaphore(_RESOLVED_AT_ONCE)
+
+    async def run(self) -> None:
+        """Store what is pending, for ever; cancel it to stop."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._pending = self._pending, []
+            if not batch:
+                continue
+            try:
+                added = await asyncio.to_thread(self._queue.add, [w for wishes, _ in batch for w in wishes])
+            except BaseException as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error if isinstance(error, Exception) else RuntimeError("stopped"))
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            at = 0
+            for wishes, future in batch:
+                if not future.done():
+                    future.set_result(added[at : at + len(wishes)])
+                at += len(wishes)
+
+    async def store(self, wishes: list[Wish]) -> list[Added]:
+        """Store ``wishes``; return when they are on disk."""
+        if not wishes:
+            return []
+        future: asyncio.Future[list[Added]] = asyncio.get_running_loop().create_future()
+        self._pending.append((wishes, future))
+        self._wake.set()
+        return await future
+
+    async def take(self, events: Sequence[Event], registry: str = "", *, again: bool = False) -> Taken:
+        """Make jobs of ``events``, all of them stored when this returns.
+
+        Args:
+            events: as parsed.
+            registry: the name in the path of the request, "" if there is none.
+            again: also what came to an end already.
+
+        Raises:
+            RegistryError: a tag cannot be resolved now; nothing is stored.
+        """
+        found = await asyncio.gather(*(self._wishes(event, registry, again) for event in events))
+        wishes, ignored = [w for each in found if isinstance(each, list) for w in each], []
+        for event, each in zip(events, found, strict=True):
+            if isinstance(each, str):
+                ignored.append(each)
+                self._metrics.events(event.kind, "ignored")
+        added = await self.store(list(dict.fromkeys(wishes)))
+        if events:
+            self._metrics.events(events[0].kind, "new", sum(each.new for each in added))
+            self._metrics.events(events[0].kind, "known", sum(not each.new for each in added))
+        return Taken(tuple(added), tuple(ignored))
+
+    async def _wishes(self, event: Event, named: str, again: bool) -> list[Wish] | str:
+        registry = self._config.registry_for(named, event.host)
+        if registry is None:
+            return f"{named or event.host or 'no name'}: no registry of that name is configured"
+        if not registry.serves(event.repository):
+            return f"{event.repository}: not among the repositories of {registry.name} that are served"
+        digest = event.digest
+        if digest is None:
+            async with self._slots:
+                try:
+                    digest = await asyncio.to_thread(self._resolve, registry, event.repository, event.tag)
+                except NotFound:
+                    return f"{event.repository}:{event.tag}: not in the registry"
+        target = Target(registry.name, event.repository, event.tag)
+        return [Wish(key, target, again=again) for key in keys(self._config, digest)]
+
+
+__all__ = ["Intake", "Resolve", "Taken", "keys"]

@@ -1,0 +1,208 @@
+"""One job, done: a manifest looked at, remapped for one map, its artifact published beside it.
+
+A task is a value and :func:`execute` a function of a module, so that any ``concurrent.futures.Executor`` can run
+it: threads, processes, or other machines. Errors come back as outcomes, never as exceptions: those of layerkit do
+not survive pickling. Doing a task twice, or on two machines at once, gives the same artifact once: the same
+image and map give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import images as oci_images
+from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.formats.oci.images import no_image, wanted
+from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.work.access import Access, client_of
+from layerkit.hook.work.layers import index_of, layer_tasks
+from layerkit.idmap import Mapping
+from layerkit.model.digest import Digest
+from layerkit.model.errors import LayerkitError, LossyResult, NotFound, UnmappedId, UnsafeEntry, UsageError
+from layerkit.model.image import Image
+from layerkit.model.limits import Limits, from_environment
+from layerkit.usecases.attach import _publish, signer_of
+from layerkit.usecases.published_indexes import _publish_indexes
+
+if TYPE_CHECKING:
+    from layerkit.formats.oci.intoto import Attestation
+    from layerkit.images.registry.client import Repository
+    from layerkit.usecases.attach import Made
+
+# Trying again with the same image and map gives the same answer.
+_PERMANENT = (UnmappedId, UnsafeEntry, LossyResult, UsageError)
+_MAX_EXISTING = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker is to do.
+
+    Attributes:
+        digest: of a manifest or index.
+        mapping: canonical text of the id map.
+        rendering: ``erofs`` or ``tar``.
+        namespace: ``trusted`` or ``user``.
+        targets: the repositories that have the image and get the artifact.
+        store: folder of the local store of whoever does it; indexes are kept there.
+        platforms: of an index, those to remap; empty takes all of linux.
+        again: make it anew even where the registry has it.
+        indexes: also publish the indexes of the layers, where there are none.
+        statement: also attach a statement to the artifact.
+        sign_key: signs that statement; None leaves it unsigned.
+        shared: repository of the first target's registry in which indexes of layers are shared, "" for none.
+    """
+
+    digest: Digest
+    mapping: str
+    rendering: str
+    namespace: str
+    targets: tuple[tuple[Access, str], ...]
+    store: Path
+    platforms: tuple[str, ...] = ()
+    again: bool = False
+    indexes: bool = False
+    statement: bool = False
+    sign_key: Path | None = None
+    shared: str = ""
+
+
+def execute(task: Task) -> Outcome:
+    """Do ``task``; never raises but for what ends the process."""
+    start = time.monotonic()
+    try:
+        done = _execute(task)
+    except NotFound as error:
+        return Outcome("gone", str(error))
+    except LayerkitError as error:
+        return Outcome("failed", str(error), permanent=isinstance(error, _PERMANENT))
+    except Exception as error:
+        # A job that finds a fault of ours must end as a dead letter with its words, not take the worker with it.
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+    report = {**done.report, "seconds": round(time.monotonic() - start, 4)}
+    return Outcome(done.state, done.why, done.permanent, done.children, report)
+
+
+def _execute(task: Task) -> Outcome:
+    limits = from_environment()
+    access, name = task.targets[0]
+    client = client_of(access, limits)
+    before = _traffic(task, limits)
+    repository = client.repository(f"{access.host}/{name}")
+    entry, data = repository.manifest(task.digest)
+    if entry.media_type in oci.INDEX_TYPES:
+        children = wanted(data, entry, task.platforms, limits)
+        return Outcome("done" if children else "skipped", "" if children else "no image for the wanted platforms",
+                       children=children, report={"children": [str(each) for each in children]})  # fmt: skip
+    if why := no_image(data, entry, limits):
+        return Outcome("skipped", why)
+    missing = [
+        (each, repo)
+        for each in task.targets
+        for repo in (client_of(each[0], limits).repository(f"{each[0].host}/{each[1]}"),)
+        if task.again or not has_artifact(repo, task, limits)
+    ]
+    if not missing:
+        return Outcome("done", report={**_cost(task, limits, before), "existing": True})
+    image = oci_images.build_image(
+        f"{access.host}/{name}@{task.digest}", data, entry, repository.fetch, str(repository), limits=limits
+    )
+    report = _remap(task, image, [repo for _, repo in missing], limits)
+    return Outcome("done", report={**report, **_cost(task, limits, before)})
+
+
+def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits) -> dict[str, object]:
+    from layerkit.formats.meta.erofs import build_meta
+    from layerkit.formats.meta.tar import write_tar
+    from layerkit.metaonly import Namespace
+    from layerkit.model.trees.merge import merge
+    from layerkit.store.local import LocalStore
+    from layerkit.usecases.attach import made
+
+    limits.check("layers_per_image", len(image.layers), image.name)
+    access, name = task.targets[0]
+    with LocalStore.open(task.store, create=True, limits=limits) as store, store.hold():
+        wanted = layer_tasks(image, access, name, task.store, task.shared)
+        got = [index_of(each, store, limits) for each in wanted]
+        indexes, origins = [index for index, _ in got], [origin for _, origin in got]
+        tree = merge(indexes, limits=limits)
+        render = build_meta if task.rendering == "erofs" else write_tar
+        with made(
+            image, tree, Mapping.parse_canonical(task.mapping), render=render, rendering=task.rendering,
+            namespace=Namespace(task.namespace), strict=False,
+        ) as result:  # fmt: skip
+            for at, sink in enumerate(sinks):
+                near = [each.repository for each in sinks[:at] if each.host == sink.host]
+                _publish(result, sink, near, _statement(task, image, result, sink) if task.statement else None)
+                if task.indexes:
+                    ours = [task.shared] if task.shared and sink.host == access.host else []
+                    _publish_indexes(image, indexes, sink, [*near, *ours])
+            return {
+                "artifact": str(result.descriptor.digest),
+                "meta_bytes": result.blob.size,
+                "data_bytes": tree.data_bytes,
+                "entries": len(tree),
+                "layers": [
+                    {"digest": str(each.blob.digest), "size": each.blob.size, "kept": origin != "layer"}
+                    for each, origin in zip(wanted, origins, strict=True)
+                ],
+                "layers_read": origins.count("layer"),
+                "layers_kept": len(origins) - origins.count("layer"),
+                "layers_shared": origins.count("shared"),
+                # What a copy under other owners would have taken, once for each map.
+                "bytes_avoided": max(0, tree.data_bytes - result.blob.size),
+            }
+
+
+def _statement(task: Task, image: Image, result: Made, sink: Repository) -> Attestation:
+    from importlib.metadata import version
+
+    from layerkit.formats.oci import intoto
+
+    found = artifact.parse(result.manifest, f"artifact {result.descriptor.digest}")
+    where = f"docker://{sink.name}@{image.descriptor.digest}"
+    payload = intoto.statement(image, where, result.descriptor, found, version("layerkit"))
+    return intoto.attestation(payload, result.descriptor, signer_of(task.sign_key) if task.sign_key else None)
+
+
+def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
+    """Return whether the image has a remap artifact of this map and form already, attached to it and well-formed.
+
+    What a node mounts it verifies by itself, so a forged one costs that node a remap of its own and nothing else.
+    """
+    for listed in repository.referrers(task.digest, artifact.ARTIFACT_TYPE)[:_MAX_EXISTING]:
+        said = listed.annotations.get(artifact.MAP_KEY)
+        if said is not None and said != task.mapping:
+            continue
+        with contextlib.suppress(LayerkitError):
+            data = repository.fetch(listed, limits.manifest_bytes)
+            found = artifact.parse(data, str(listed.digest), limits=limits)
+            if (found.subject.digest, found.mapping, found.rendering, found.namespace) == (
+                task.digest, task.mapping, task.rendering, task.namespace,
+            ):  # fmt: skip
+                return True
+    return False
+
+
+def _traffic(task: Task, limits: Limits) -> dict[str, int]:
+    clients = {client_of(access, limits) for access, _ in task.targets}
+    return {
+        name: sum(getattr(client.traffic, name) for client in clients)
+        for name in ("bytes_read", "bytes_written", "bytes_mounted")
+    }
+
+
+def _cost(task: Task, limits: Limits, before: dict[str, int]) -> dict[str, object]:
+    """Return what a job moved over the wire; with threads as workers, jobs side by side share the count."""
+    return {name: value - before[name] for name, value in _traffic(task, limits).items()}
+
+
+__all__ = [
+    "Access", "Task", "execute", "has_artifact", "no_image", "signer_of", "wanted",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Layers as another runtime has unpacked them."""

@@ -1,0 +1,289 @@
+"""META over layer folders that a runtime unpacked: the index of each, the tree, and stubs that name their data.
+
+Two ways to stack it:
+
+* *data-only*: ``META::TOP::…::BOTTOM``. Each stub's redirect is its own path. The kernel takes the first data
+  layer, from the top, that has a regular file there, and that is the file which the layers together show: had
+  a higher layer anything at that path, or cut it off, the lower file would not be visible at all.
+* *classic*: ``META:TOP:…:BOTTOM`` with ``metacopy=on``, for kernels from 4.19. The stubs need no redirect, and
+  META for a map holds only what the map changes, and the folders above that.
+
+Nothing in the layer folders is written. Their indexes are kept in the store by place and state; a folder whose
+names changed since is refused, and one that the runtime removed is told apart from it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerkit.idmap import Mapping
+from layerkit.idmap import apply as apply_map
+from layerkit.linux.folders.layer import LayerFolder, index_layer_folder, read_state
+from layerkit.linux.folders.writer import FOLDER
+from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
+from layerkit.model.digest import Digest
+from layerkit.model.entry import Kind
+from layerkit.model.errors import InvalidImage, NotFound, StoreError, show_path
+from layerkit.model.limits import Limits
+from layerkit.model.ports import Progress
+from layerkit.model.strings import Strings
+from layerkit.model.tree import Tree
+from layerkit.store.local import LocalStore
+from layerkit.store.metas import meta_key
+from layerkit.store.preparation import FORMAT_VERSION, Layers, Preparation, Rendering
+
+_FACTS_VERSION = 1
+_STATX_BTIME = 0x800
+_AT_EMPTY_PATH = 0x1000
+
+
+class Stacking(StrEnum):
+    """How META lies over the folders."""
+
+    DATA_ONLY = "data-only"
+    CLASSIC = "classic"
+
+
+class FolderChanged(StoreError):
+    """A layer folder is not what it was when it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedLayer:
+    """A layer folder whose index is in the store.
+
+    Attributes:
+        folder: where it is.
+        diff_id: what the store calls the index: a digest of the folder's place and state, not of a tar.
+        read: whether it had to be read just now.
+    """
+
+    folder: LayerFolder
+    diff_id: Digest
+    read: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedImage:
+    """Layer folders as a store knows them, bottom first."""
+
+    layers: tuple[AdoptedLayer, ...]
+
+    @property
+    def diff_ids(self) -> tuple[Digest, ...]:
+        """Return the names of the indexes, bottom first."""
+        return tuple(layer.diff_id for layer in self.layers)
+
+    def data(self, diff_ids: Sequence[str]) -> tuple[Path, ...]:
+        """Return the folders of the layers called ``diff_ids``, top first."""
+        wanted = set(diff_ids)
+        return tuple(layer.folder.path for layer in reversed(self.layers) if str(layer.diff_id) in wanted)
+
+
+def adopt_layers(
+    store: LocalStore,
+    folders: Sequence[LayerFolder],
+    *,
+    limits: Limits,
+    reread: bool = False,
+    progress: Progress | None = None,
+) -> AdoptedImage:
+    """Bring the indexes of ``folders`` (bottom first) into ``store``; those that are kept are checked, not read.
+
+    Args:
+        store: keeps the indexes.
+        folders: the layers.
+        limits: bounds on what is read.
+        reread: accept a folder that changed, and read it again.
+        progress: told of entries.
+
+    Raises:
+        NotFound: a folder is not there, or not there any more.
+        FolderChanged: names came, went or were renamed in a folder since it was read.
+        InvalidImage: a folder that cannot be adopted; the message says why.
+    """
+    limits.check("layers_per_image", len(folders), "layer folders")
+    return AdoptedImage(tuple(_adopt(store, folder, limits, reread, progress) for folder in folders))
+
+
+def _adopt(
+    store: LocalStore, folder: LayerFolder, limits: Limits, reread: bool, progress: Progress | None
+) -> AdoptedLayer:
+    try:
+        root = os.open(folder.path, FOLDER & ~os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(
+            f"{folder.path}: the layer {folder.name or 'folder'} is not there (any more); its runtime removes a "
+            "layer with the last image that has it: pull the image again, or name another"
+        ) from None
+    try:
+        identity = folder_identity(root, folder)
+        with store.layer_lock(identity):
+            kept = _kept(store, root, identity, folder, reread)
+            if kept is not None:
+                return AdoptedLayer(folder, kept, False)
+            layer = index_layer_folder(root, marks=folder.marks, limits=limits, progress=progress)
+            if layer.metacopy is not None:
+                raise InvalidImage(
+                    f"{folder.path}: {show_path(layer.metacopy)} is metadata that the runtime copied itself "
+                    "(overlay.metacopy), with its data in another layer; adopt the image's own layers instead of "
+                    "the mapped copy of them"
+                )
+            diff_id = Digest.of(b"layerkit.folder\0" + identity.hex.encode() + layer.state)
+            store.save_index(replace(layer.index, diff_id=diff_id))
+            store.put_tree_facts(
+                _facts_key(identity),
+                {
+                    "version": _FACTS_VERSION, "path": os.fspath(folder.path), "state": layer.state.decode(),
+                    "diff_id": str(diff_id), "read": time.time(),
+                },
+            )  # fmt: skip
+            return AdoptedLayer(folder, diff_id, True)
+    finally:
+        os.close(root)
+
+
+def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, reread: bool) -> Digest | None:
+    facts = store.tree_facts(_facts_key(identity))
+    if facts is None or facts.get("version") != _FACTS_VERSION:
+        return None
+    diff_id = Digest.parse(str(facts["diff_id"]))
+    index = store.load_index(diff_id)
+    if index is None:
+        return None
+    now = read_state(root, index)
+    if now is not None and now.decode() == facts["state"]:
+        return diff_id
+    if reread:
+        return None
+    raise FolderChanged(
+        f"{folder.path}: changed since layerkit read it (at {_when(facts)}): a layer never changes, so somebody "
+        "wrote into it; have the runtime verify or pull the image anew, or accept it with --reread"
+    )
+
+
+def _when(facts: dict[str, object]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(facts["read"]))))
+
+
+def _facts_key(identity: Digest) -> str:
+    return f"folder-{identity.hex}"
+
+
+def folder_identity(root: int, folder: LayerFolder) -> Digest:
+    """Return a digest that stays for as long as the folder is there, and that no later one at its place has."""
+    st = os.fstat(root)
+    path = os.path.realpath(f"/proc/self/fd/{root}")
+    parts = (path, str(st.st_ino), str(_born(root)), folder.marks.value)
+    return Digest.of("\0".join(("layerkit.folder-identity", *parts)).encode("utf-8", "surrogateescape"))
+
+
+def _born(fd: int) -> int:
+    """Return the time of a file's birth in ns, 0 where the filesystem does not know it (statx(2))."""
+    buffer = ctypes.create_string_buffer(256)
+    call = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+    if call is None or call(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
+        return 0
+    mask = struct.unpack_from("=I", buffer)[0]
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds) if mask & _STATX_BTIME else 0
+
+
+class FolderPreparation(Preparation):
+    """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
+
+    def __init__(
+        self, store: LocalStore, image: Layers, stacking: Stacking, *, limits: Limits, prefix: bytes = b""
+    ) -> None:
+        """Layers must be in the store, see :func:`adopt_layers`; ``prefix`` as in :func:`data_paths`."""
+        super().__init__(store, image, limits=limits)
+        self.stacking, self.prefix = stacking, prefix
+        self.patches = stacking is Stacking.DATA_ONLY
+
+    def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
+        form = f"{rendering.value} over folders, {self.stacking.value}, {show_path(self.prefix)}"
+        return meta_key(tree, mapping, form, namespace.value, FORMAT_VERSION)
+
+    def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
+        """Return META of the folders: all of the tree, or for a map in the classic way what differs."""
+        return metadata_over_folders(self.tree(), mapping, namespace, self.stacking, self.prefix)
+
+
+def metadata_over_folders(
+    tree: Tree, mapping: Mapping | None, namespace: Namespace, stacking: Stacking, prefix: bytes = b""
+) -> MetadataLayer:
+    """Return the metadata layer of ``tree``, merged from indexes of folders, whose data lies in them by path.
+
+    Args:
+        tree: with container ids.
+        mapping: the id map; None keeps the owners, and everything is in the result.
+        namespace: of the stubs' xattrs.
+        stacking: how the result will lie over the folders.
+        prefix: as in :func:`data_paths`.
+
+    Raises:
+        UnmappedId: an owner outside the map.
+        LossyResult: something that the way of stacking cannot show.
+    """
+    mapped = tree if mapping is None else apply_map(tree, mapping)
+    if stacking is Stacking.CLASSIC:
+        if mapping is not None:
+            mapped = _subset(mapped, _changed(tree, mapped))
+        return metadata_layer(mapped, namespace, places=Strings.of([b""] * mapped.inodes))
+    return metadata_layer(mapped, namespace, places=data_paths(mapped, prefix))
+
+
+def data_paths(tree: Tree, prefix: bytes = b"") -> Strings:
+    """Return by inode the redirect of each file that is not empty: its first path; ``b""`` for all else.
+
+    Args:
+        tree: merged from indexes of folders.
+        prefix: ``/NAME`` where each data-only layer is not the layer's folder but the folder above it, and the
+            layer's folder is called NAME there. A mount that puts further layers under META needs that, with a
+            NAME that none of them has: overlayfs looks for a redirect in normal layers first.
+    """
+    paths = tree.paths()
+    stub = ((tree.kind == Kind.REG) & (tree.size > 0)).tolist()
+    first = tree.first_name().tolist()
+    return Strings.of(
+        [prefix + b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)]
+    )
+
+
+def _changed(old: Tree, new: Tree) -> NDArray[np.bool_]:
+    """Return bool (n,): the names whose owner (or ids in xattrs) differ, with all that is above them."""
+    sets = np.array([a != b for a, b in zip(old.xattr_sets, new.xattr_sets, strict=True)], np.bool_)
+    keep: NDArray[np.bool_] = ((old.uid != new.uid) | (old.gid != new.gid) | sets[old.xattr])[old.inode]
+    keep[0] = True
+    rows = np.flatnonzero(keep)
+    while len(rows):
+        above = np.unique(old.parent[rows[rows > 0]])
+        rows = np.asarray(above[~keep[above]], np.intp)
+        keep[rows] = True
+    return keep
+
+
+def _subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
+    """Return ``tree`` with the names ``keep`` only, among them all names of an inode or none."""
+    rows = np.flatnonzero(keep)
+    number = np.cumsum(keep, dtype=np.int32) - np.int32(1)
+    parent = number[tree.parent[rows]]
+    parent[0] = -1
+    # Inodes are numbered by first names, and so stay in that order.
+    inodes, inode = np.unique(tree.inode[rows], return_inverse=True)
+    columns = ("mode", "uid", "gid", "nlink", "size", "mtime", "mtime_ns", "major", "minor", "target", "xattr",
+               "layer", "offset", "sha256", "sparse")  # fmt: skip
+    return replace(
+        tree, parent=parent, name=tree.name.take(rows), inode=inode.astype(np.int32),
+        **{name: getattr(tree, name)[inodes] for name in columns},
+    )  # fmt: skip

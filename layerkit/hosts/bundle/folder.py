@@ -1,0 +1,221 @@
+"""The folder of an OCI runtime bundle: made whole or not at all, known to the store, taken down without a rest.
+
+::
+
+    DIR/                0710, its group the container's root, so that only that user namespace comes in
+      config.json       written last: without it no runtime starts anything
+      rootfs/           where the image is mounted
+      state/            0700: upper and work of the overlay
+      volumes/N/        one for each volume of the image
+      layerkit.json     what this is, and the id that the store's pin and the mount go by
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.records import SOURCE_PREFIX
+from layerkit.linux import mounts
+from layerkit.model.errors import LayerkitError, NotFound, UsageError
+from layerkit.store import pins
+
+FACTS = "layerkit.json"
+CONFIG = "config.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle of ours.
+
+    Attributes:
+        folder: absolute.
+        id: of its pin, and of its mount where the runtime mounts it.
+        store: the store it was made from.
+        image, manifest: name and digest of the image.
+        map: canonical text of the id map, "" for none.
+        rootless: mounted by the runtime itself, in the container's namespaces.
+    """
+
+    folder: Path
+    id: str
+    store: str
+    image: str
+    manifest: str
+    map: str
+    rootless: bool
+
+    @property
+    def rootfs(self) -> Path:
+        """Return where the image is mounted."""
+        return self.folder / "rootfs"
+
+    @property
+    def upper(self) -> Path:
+        """Return where changes go."""
+        return self.folder / "state" / "upper"
+
+    @property
+    def work(self) -> Path:
+        """Return overlayfs's own folder."""
+        return self.folder / "state" / "work"
+
+    @property
+    def volumes(self) -> Path:
+        """Return the folder of the volumes."""
+        return self.folder / "volumes"
+
+    def write(self) -> None:
+        """Write ``layerkit.json``."""
+        facts = {"version": _VERSION, **asdict(self)}
+        del facts["folder"]
+        write_whole(self.folder / FACTS, json.dumps(facts, indent=1, sort_keys=True) + "\n")
+
+
+def read(folder: Path) -> Bundle | None:
+    """Return the bundle of ours at ``folder``, None if it is none.
+
+    Raises:
+        UsageError: one of a later version of layerkit.
+    """
+    path = Path(os.path.realpath(folder))
+    try:
+        facts = json.loads((path / FACTS).read_bytes())
+        version = facts.pop("version")
+        if version != _VERSION:
+            raise UsageError(f"{path / FACTS}: version {version}; use the layerkit that made this bundle")
+        return Bundle(path, **facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def begin(
+    folder: Path, *, store: Path, image: str, manifest: str, map_text: str, rootless: bool
+) -> tuple[Bundle, bool]:
+    """Return the bundle to fill, and whether it is new; one that is there and not mounted keeps its upper.
+
+    Raises:
+        UsageError: the folder is something else, another image's bundle, or in use.
+    """
+    path = Path(os.path.realpath(folder))
+    old = read(path)
+    if old is not None:
+        same = (old.manifest, old.map, old.rootless) == (manifest, map_text, rootless)
+        if not same:
+            raise UsageError(
+                f"{folder} is a bundle of {old.image} under the map {old.map or 'none'}; "
+                f"take another folder, or first: layerkit bundle --remove {folder}"
+            )
+        _refuse_running(old)
+        if any(m.point == str(old.rootfs) for m in mounts.mount_table()):
+            raise UsageError(
+                f"{folder} is ready already; take another folder, or: layerkit bundle --remove {folder}"
+            )
+        return old, False
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{folder}: the folder is not empty, and no bundle of layerkit's; name a new one")
+    if not path.parent.is_dir():
+        raise UsageError(f"{folder}: there is no folder {path.parent} to make it in")
+    path.mkdir(mode=0o700, exist_ok=True)
+    made = Bundle(path, pins.new_id(), str(store), image, manifest, map_text, rootless)
+    made.write()
+    for place in (made.folder / "state", made.volumes):
+        place.mkdir(mode=0o700, exist_ok=True)
+    made.rootfs.mkdir(mode=0o755, exist_ok=True)
+    return made, True
+
+
+def open_to(bundle: Bundle, gid: int) -> None:
+    """Let the container's root, whose group is ``gid`` on the host, reach the root filesystem and the volumes.
+
+    A runtime enters the bundle as that root. The group is enough for it, and keeps all others out.
+    """
+    for place in (bundle.folder, bundle.volumes):
+        os.chown(place, -1, gid)
+        place.chmod(0o710)
+
+
+def closed_to(bundle: Bundle, uid: int, gid: int) -> Path | None:
+    """Return the first folder above the bundle that keeps ``uid`` and ``gid`` out, by its mode."""
+    for place in reversed(bundle.folder.parents):
+        shown = place.stat()
+        bit = 0o100 if shown.st_uid == uid else 0o010 if shown.st_gid == gid else 0o001
+        if not shown.st_mode & bit:
+            return place
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def remove(folder: Path) -> Bundle:
+    """Unmount and delete the bundle at ``folder``, with all that was written in its container.
+
+    Raises:
+        NotFound: no bundle of layerkit's.
+        LayerkitError: a container still runs in it.
+    """
+    bundle = read(folder)
+    if bundle is None:
+        raise NotFound(f"{folder}: no bundle that layerkit made")
+    _refuse_running(bundle)
+    if not bundle.rootless:
+        unmount(bundle)
+    pins.drop(Path(bundle.store), bundle.id)
+    delete(bundle)
+    return bundle
+
+
+def unmount(bundle: Bundle) -> None:
+    """Unmount the root filesystem if it is mounted here."""
+    with contextlib.suppress(NotFound):
+        mounter.umount(bundle.rootfs, run=mounter.default_run(Path(bundle.store)))
+
+
+def delete(bundle: Bundle) -> None:
+    """Delete the folder; ``layerkit.json`` goes last, so that a kill leaves what can be removed again."""
+    with os.scandir(bundle.folder) as entries:
+        found = [entry for entry in entries if entry.name != FACTS]
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            Path(entry.path).unlink()
+    (bundle.folder / FACTS).unlink()
+    bundle.folder.rmdir()
+
+
+def _refuse_running(bundle: Bundle) -> None:
+    user = next(iter(running(bundle)), None)
+    if user is not None:
+        raise LayerkitError(
+            f"{bundle.folder} has a running container (process {user}); stop it first, by: "
+            "runc kill NAME KILL, runc delete NAME"
+        )
+
+
+def running(bundle: Bundle) -> list[int]:
+    """Return the processes whose root filesystem is the bundle's."""
+    record = next(
+        (r for r in mounter.active(mounter.default_run(Path(bundle.store))) if r.target == str(bundle.rootfs)), None
+    )
+    wanted = {SOURCE_PREFIX + bundle.id} | ({record.source} if record else set())
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            for line in (process / "mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+                left, _, right = line.partition(" - ")
+                if left.split(" ")[4] == "/" and right.split(" ")[1] in wanted:
+                    found.append(int(process.name))
+                    break
+    return sorted(found)

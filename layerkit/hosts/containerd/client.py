@@ -1,0 +1,192 @@
+"""Making an image of layerkit's store known to containerd, so that it neither downloads nor unpacks it.
+
+containerd gets what is small: manifest and config as content, a name, and for each layer a snapshot. The latter by
+its own road for snapshots that a snapshotter has already: a Prepare whose label ``containerd.io/snapshot.ref`` is
+the chain_id, which our snapshotter answers with "already exists". Layer blobs stay out of containerd's content
+store, so such an image runs, and can neither be pushed nor exported from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from layerkit.hosts.containerd import client_pb2 as pb
+from layerkit.hosts.containerd import snapshots_pb2 as snapshots_pb
+from layerkit.hosts.containerd.snapshots.chains import chain_ids
+from layerkit.hosts.containerd.snapshots.values import REF_LABEL
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.errors import LayerkitError, UsageError
+from layerkit.model.image import Image
+
+_SECONDS = 30
+_PIECE_BYTES = 1 << 20
+_LEASE_SECONDS = 3600
+
+
+class Containerd:
+    """A connection to containerd, for one of its namespaces."""
+
+    def __init__(self, address: Path, namespace: str) -> None:
+        """Connect to the socket at ``address``.
+
+        Raises:
+            UsageError: nothing answers there.
+        """
+        self._address, self._namespace = address, namespace
+        self._lease = ""
+        self._channel = grpc.insecure_channel(f"unix:{os.path.abspath(address)}")
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=5)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise UsageError(
+                f"{address}: no containerd answers there; is it running, and are you root? (--containerd SOCKET)"
+            ) from None
+
+    def __enter__(self) -> Containerd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def _metadata(self) -> list[tuple[str, str]]:
+        found = [("containerd-namespace", self._namespace)]
+        return [*found, ("containerd-lease", self._lease)] if self._lease else found
+
+    def _call(self, service: str, method: str, request: Any, reply: Callable[[bytes], Any]) -> Any:
+        call = self._channel.unary_unary(
+            f"/containerd.services.{service}/{method}", lambda message: message.SerializeToString(), reply
+        )
+        return call(request, metadata=self._metadata(), timeout=_SECONDS)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keep containerd's garbage collection from what is made inside the block."""
+        name = f"layerkit-{uuid.uuid4().hex}"
+        labels = {"containerd.io/gc.expire": _in(_LEASE_SECONDS)}
+        self._call("leases.v1.Leases", "Create", pb.LeaseRequest(id=name, labels=labels), pb.LeaseReply.FromString)
+        self._lease = name
+        try:
+            yield
+        finally:
+            self._lease = ""
+            request = pb.LeaseDeleteRequest(id=name)
+            self._call("leases.v1.Leases", "Delete", request, empty_pb2.Empty.FromString)
+
+    def write(self, descriptor: Descriptor, data: bytes, labels: dict[str, str]) -> None:
+        """Put a blob into the content store; if it is there, only its labels are added to."""
+        digest = str(descriptor.digest)
+        pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
+
+        def messages() -> Iterator[Any]:
+            at = 0
+            for piece in pieces:
+                last = at + len(piece) == len(data)
+                yield pb.WriteRequest(
+                    action=pb.COMMIT if last else pb.WRITE, ref=f"layerkit-{digest}", total=len(data),
+                    expected=digest, offset=at, data=piece, labels=labels if last else {},
+                )  # fmt: skip
+                at += len(piece)
+
+        call = self._channel.stream_stream(
+            "/containerd.services.content.v1.Content/Write",
+            lambda message: message.SerializeToString(), pb.WriteReply.FromString,
+        )  # fmt: skip
+        try:
+            for _ in call(messages(), metadata=self._metadata(), timeout=_SECONDS):
+                pass
+        except grpc.RpcError as error:
+            if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            request = pb.ContentUpdateRequest(
+                info=pb.ContentInfo(digest=digest, labels=labels),
+                update_mask=FieldMask(paths=[f"labels.{key}" for key in labels]),
+            )
+            self._call("content.v1.Content", "Update", request, pb.ContentUpdateReply.FromString)
+
+    def name(self, name: str, target: Descriptor) -> None:
+        """Let ``name`` mean the image with the manifest ``target``."""
+        image = pb.Image(
+            name=name,
+            target=pb.Descriptor(media_type=target.media_type, digest=str(target.digest), size=target.size),
+        )
+        service, reply = "images.v1.Images", pb.ImageReply.FromString
+        try:
+            self._call(service, "Create", pb.ImageRequest(image=image), reply)
+        except grpc.RpcError as error:
+            if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            request = pb.ImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
+            self._call(service, "Update", request, reply)
+
+    def adopt(self, snapshotter: str, chain: Sequence[str]) -> None:
+        """Have the snapshotter take the chains, bottom first, as committed snapshots.
+
+        Raises:
+            UsageError: it does not: it serves another store, or is no snapshotter of layerkit.
+        """
+        service = "snapshots.v1.Snapshots"
+        parent = ""
+        for chain_id in chain:
+            key = f"extract-layerkit-{uuid.uuid4().hex} {chain_id}"
+            request = snapshots_pb.CreateRequest(
+                snapshotter=snapshotter, key=key, parent=parent, labels={REF_LABEL: chain_id}
+            )
+            try:
+                self._call(service, "Prepare", request, snapshots_pb.MountsReply.FromString)
+            except grpc.RpcError as error:
+                if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+                    raise
+            else:
+                request = snapshots_pb.KeyRequest(snapshotter=snapshotter, key=key)
+                self._call(service, "Remove", request, empty_pb2.Empty.FromString)
+                raise UsageError(
+                    f"the snapshotter {snapshotter!r} does not know {chain_id}: it must be `layerkit snapshotter` "
+                    "with the same --store as this command"
+                )
+            parent = chain_id
+
+    def add(self, image: Image, name: str, snapshotter: str) -> str:
+        """Make ``image``, whose layers lie in the snapshotter's store, known as ``name``; return its chain_id.
+
+        Raises:
+            UsageError: the snapshotter does not have it.
+            LayerkitError: containerd refuses something.
+        """
+        chain = chain_ids(image.diff_ids)
+        top = chain[-1] if chain else ""
+        try:
+            with self.lease():
+                self.adopt(snapshotter, chain)
+                kept = {f"containerd.io/gc.ref.snapshot.{snapshotter}": top} if top else {}
+                self.write(image.config_descriptor, image.config, kept)
+                config = {"containerd.io/gc.ref.content.config": str(image.config_descriptor.digest)}
+                self.write(image.descriptor, image.manifest, config)
+                self.name(name, image.descriptor)
+        except grpc.RpcError as error:
+            raise LayerkitError(f"containerd at {self._address}: {_text(error)}") from error
+        return top
+
+
+def _in(seconds: int) -> str:
+    import datetime
+
+    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _code(error: grpc.RpcError) -> object:
+    return error.code() if hasattr(error, "code") else None
+
+
+def _text(error: grpc.RpcError) -> str:
+    return str(error.details()) if hasattr(error, "details") else str(error)

@@ -1,0 +1,293 @@
+"""The snapshotter's database: which snapshots there are, and what its short mount points stand for.
+
+SQLite in WAL mode. A row counts once its transaction is committed; folders that no row knows are what a killed
+process left, and ``Snapshotter.cleanup`` removes them. The id of a row is never used for another, so a folder can
+never be taken for that of another snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerkit.hosts.containerd.snapshots.values import Info, Kind, Usage
+from layerkit.model.errors import SnapshotError, StoreError
+
+SCHEMA_VERSION = 1
+_BUSY_SECONDS = 60
+_SCHEMA = """
+CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, parent INTEGER REFERENCES snapshots (id),
+    kind INTEGER NOT NULL, created INTEGER NOT NULL, updated INTEGER NOT NULL, labels TEXT NOT NULL,
+    map TEXT NOT NULL, chain TEXT NOT NULL, image TEXT NOT NULL, ref TEXT NOT NULL,
+    size INTEGER, inodes INTEGER
+);
+CREATE INDEX child ON snapshots (parent);
+CREATE INDEX target ON snapshots (ref) WHERE ref != '';
+CREATE TABLE places (id INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL UNIQUE, info TEXT NOT NULL);
+"""
+_COLUMNS = "id, key, parent, kind, created, updated, labels, map, chain, image, ref"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A snapshot as it is kept.
+
+    Attributes:
+        id: its number; its folder is ``snapshots/ID``.
+        key: its name. parent: id of its parent, None for none. kind: what it is.
+        created, updated: nanoseconds since 1970. labels: as clients set them.
+        map: canonical id map of an active snapshot or view that shows mapped owners (or of what was committed
+            from one), else "".
+        chain: diff_ids, bottom first, of a snapshot whose files lie in layerkit's store, else ().
+        image: manifest digest of the stored image that keeps that chain, else "".
+        ref: the chain_id that a committed snapshot stands for, "" where nobody said.
+    """
+
+    id: int
+    key: str
+    parent: int | None
+    kind: Kind
+    created: int
+    updated: int
+    labels: Mapping[str, str]
+    map: str
+    chain: tuple[str, ...]
+    image: str
+    ref: str
+
+
+class Catalog:
+    """The database of one snapshotter root; may be used from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the database, made if it is not there.
+
+        Raises:
+            StoreError: it is damaged, or a later version of layerkit made it.
+        """
+        self._path = path
+        self._lock = threading.RLock()
+        with self._told("opening"):
+            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            try:
+                # FULL: containerd's own database is on disk when it believes that a snapshot is there.
+                for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                    self._db.execute(f"PRAGMA {pragma}")
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    self._db.executescript(f"BEGIN; {_SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT")
+            except BaseException:
+                self._db.close()
+                raise
+        if version > SCHEMA_VERSION:
+            self._db.close()
+            raise StoreError(f"{path}: of version {version}; use the layerkit that made it, or another --root")
+
+    @contextlib.contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = str(error)
+            hint = "; make room on its filesystem" if "full" in text else ""
+            if "malformed" in text or "not a database" in text:
+                hint = (
+                    "; it is damaged: stop containerd and the snapshotter, remove this root and what containerd "
+                    "unpacked into it (`ctr snapshots --snapshotter NAME ls`), and pull the images again"
+                )
+            raise StoreError(f"{self._path}: {doing}: {text}{hint}") from error
+
+    def close(self) -> None:
+        """Close the database; harmless when called again."""
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[None]:
+        """Run a transaction, alone: what is written inside the block stays whole or not at all.
+
+        Inside another one it is a part of that.
+        """
+        with self._lock, self._told("writing"):
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # SQLite has done it already where the disk is full
+            self._db.execute("ROLLBACK")
+
+    def _all(self, query: str, *values: object) -> list[Any]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def _run(self, query: str, *values: object) -> sqlite3.Cursor:
+        with self._lock:
+            return self._db.execute(query, values)
+
+    # Snapshots
+
+    def find(self, key: str) -> Row | None:
+        """Return the snapshot called ``key``."""
+        rows = self._all(f"SELECT {_COLUMNS} FROM snapshots WHERE key = ?", key)
+        return _row(rows[0]) if rows else None
+
+    def get(self, key: str) -> Row:
+        """Return the snapshot called ``key``.
+
+        Raises:
+            SnapshotError: not_found.
+        """
+        found = self.find(key)
+        if found is None:
+            raise SnapshotError("not_found", f"snapshot {key!r} does not exist")
+        return found
+
+    def lineage(self, identity: int | None) -> list[Row]:
+        """Return a snapshot and its ancestors, the nearest first."""
+        rows = self._all(
+            f"WITH RECURSIVE up (depth, i) AS (SELECT 0, ? UNION ALL SELECT depth + 1, parent FROM up "
+            f"JOIN snapshots ON id = i WHERE parent IS NOT NULL) "
+            f"SELECT {_COLUMNS} FROM up JOIN snapshots ON id = i ORDER BY depth",
+            identity,
+        )
+        return [_row(row) for row in rows]
+
+    def rows(self) -> list[Row]:
+        """Return all snapshots, parents before children."""
+        return [_row(row) for row in self._all(f"SELECT {_COLUMNS} FROM snapshots ORDER BY id")]
+
+    def with_ref(self, ref: str) -> list[Row]:
+        """Return the committed snapshots that stand for the chain_id ``ref``."""
+        query = f"SELECT {_COLUMNS} FROM snapshots WHERE ref = ? AND ref != '' AND kind = ?"
+        return [_row(row) for row in self._all(query, ref, Kind.COMMITTED)]
+
+    def info(self, row: Row) -> Info:
+        """Return a snapshot as clients see it."""
+        parents = self._all("SELECT key FROM snapshots WHERE id = ?", row.parent)
+        return Info(row.key, parents[0][0] if parents else "", row.kind, row.created, row.updated, row.labels)
+
+    def has_child(self, identity: int) -> bool:
+        """Return whether any snapshot has this one as its parent."""
+        return bool(self._all("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", identity))
+
+    def insert(
+        self,
+        key: str,
+        parent: int | None,
+        kind: Kind,
+        labels: Mapping[str, str],
+        *,
+        map_text: str = "",
+        chain: tuple[str, ...] = (),
+        image: str = "",
+        ref: str = "",
+    ) -> int:
+        """Add a snapshot, within :meth:`write`; return its id.
+
+        Raises:
+            SnapshotError: already_exists.
+        """
+        now = time.time_ns()
+        try:
+            cursor = self._run(
+                "INSERT INTO snapshots (key, parent, kind, created, updated, labels, map, chain, image, ref) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                key, parent, int(kind), now, now, _text(labels), map_text, " ".join(chain), image, ref,
+            )  # fmt: skip
+        except sqlite3.IntegrityError as error:
+            raise SnapshotError("already_exists", f"snapshot {key!r} exists") from error
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def commit(self, identity: int, name: str, labels: Mapping[str, str], ref: str) -> None:
+        """Turn an active snapshot into the committed one called ``name``, within :meth:`write`."""
+        now = time.time_ns()
+        self._run(
+            "UPDATE snapshots SET key = ?, kind = ?, created = ?, updated = ?, labels = ?, ref = ? WHERE id = ?",
+            name, int(Kind.COMMITTED), now, now, _text(labels), ref, identity,
+        )  # fmt: skip
+
+    def relabel(self, identity: int, labels: Mapping[str, str]) -> None:
+        """Replace a snapshot's labels, within :meth:`write`."""
+        self._run(
+            "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", _text(labels), time.time_ns(), identity
+        )
+
+    def remove(self, identity: int) -> None:
+        """Forget a snapshot, within :meth:`write`."""
+        self._run("DELETE FROM snapshots WHERE id = ?", identity)
+
+    def usage(self, identity: int) -> Usage | None:
+        """Return what was kept about a committed snapshot's size."""
+        rows = self._all("SELECT size, inodes FROM snapshots WHERE id = ? AND size IS NOT NULL", identity)
+        return Usage(*rows[0]) if rows else None
+
+    def keep_usage(self, identity: int, usage: Usage) -> None:
+        """Keep the size of a committed snapshot, which does not change any more."""
+        with self.write():
+            self._run("UPDATE snapshots SET size = ?, inodes = ? WHERE id = ?", usage.size, usage.inodes, identity)
+
+    # Places
+
+    def place(self, what: str) -> int:
+        """Return the number of the mount point for ``what``, given out if it has none."""
+        rows = self._all("SELECT id FROM places WHERE what = ?", what)
+        if rows:
+            return int(rows[0][0])
+        with self.write():
+            self._run("INSERT INTO places (what, info) VALUES (?, '') ON CONFLICT DO NOTHING", what)
+        return int(self._all("SELECT id FROM places WHERE what = ?", what)[0][0])
+
+    def note(self, what: str) -> dict[str, Any] | None:
+        """Return what :meth:`keep_note` kept for ``what``."""
+        rows = self._all("SELECT info FROM places WHERE what = ? AND info != ''", what)
+        if not rows:
+            return None
+        note: dict[str, Any] = json.loads(rows[0][0])
+        return note
+
+    def keep_note(self, what: str, note: Mapping[str, Any]) -> None:
+        """Keep a JSON-able note for ``what``."""
+        with self.write():
+            self._run(
+                "INSERT INTO places (what, info) VALUES (?, ?) "
+                "ON CONFLICT (what) DO UPDATE SET info = excluded.info",
+                what, json.dumps(note),
+            )  # fmt: skip
+
+    def places(self) -> dict[str, int]:
+        """Return all places: what they are for, and their numbers."""
+        return {what: int(identity) for what, identity in self._all("SELECT what, id FROM places ORDER BY id")}
+
+    def drop_place(self, what: str) -> None:
+        """Forget a place; its number is not given out again."""
+        with self.write():
+            self._run("DELETE FROM places WHERE what = ?", what)
+
+
+def _text(labels: Mapping[str, str]) -> str:
+    return json.dumps(dict(labels), sort_keys=True)
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    identity, key, parent, kind, created, updated, labels, map_text, chain, image, ref = values
+    return Row(
+        identity, key, parent, Kind(kind), created, updated, json.loads(labels), map_text,
+        tuple(chain.split()), image, ref,
+    )  # fmt: skip

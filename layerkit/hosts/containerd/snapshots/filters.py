@@ -1,0 +1,153 @@
+r"""containerd's filter syntax: ``selector ("," selector)*``, one filter per string, any of them may match.
+
+A selector is ``field ("." field)*``, alone (the field is present) or with ``==``, ``!=`` or ``~=`` (a regular
+expression) and a value. Fields and values may be quoted with ``"``; values of ``~=`` also with ``/`` or ``|``.
+The grammar is that of containerd's package pkg/filters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from layerkit.model.errors import SnapshotError
+
+Lookup = Callable[[tuple[str, ...]], str | None]
+"""From a path of fields to the value, None where it is not present."""
+
+_FIELD = re.compile(r"[A-Za-z0-9_]+")
+_OPERATOR = re.compile(r"[=!~]+")
+_VALUE = re.compile(r"[^\s,\"/|=!~.][^\s,]*")
+_QUOTED = re.compile(r"([\"/|])((?:\\.|(?!\1)[^\\\n])*)\1", re.DOTALL)
+_ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{3}|.)", re.DOTALL)
+_PLAIN = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\"}
+_SPACE = re.compile(r"\s*")
+_REGEX_CHARACTERS = 4096
+
+
+class _Selector(NamedTuple):
+    path: tuple[str, ...]
+    operator: str
+    value: str
+    pattern: re.Pattern[str] | None
+
+    def matches(self, lookup: Lookup) -> bool:
+        found = lookup(self.path)
+        if self.operator == "":
+            return found is not None
+        if self.operator == "==":
+            return found is not None and found == self.value
+        if self.operator == "!=":
+            # An absent field is the empty string here, as in the original.
+            return (found or "") != self.value
+        return self.pattern is not None and self.pattern.search(found or "") is not None
+
+
+class Filter:
+    """Filters that were parsed; no filter at all matches everything."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Parse.
+
+        Raises:
+            SnapshotError: invalid_argument, with the place of the first thing that does not fit.
+        """
+        self._any = [_Parser(text).selectors() for text in texts]
+
+    def matches(self, lookup: Lookup) -> bool:
+        """Return whether one of the filters matches."""
+        return not self._any or any(all(s.matches(lookup) for s in every) for every in self._any)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+
+    def selectors(self) -> list[_Selector]:
+        if not self._text:
+            return []
+        found = [self._selector()]
+        while self._skip_space() < len(self._text):
+            if self._text[self._at] != ",":
+                raise self._error("want a comma or the end")
+            self._at += 1
+            found.append(self._selector())
+        return found
+
+    def _selector(self) -> _Selector:
+        path = [self._field()]
+        while self._peek() == ".":
+            self._at += 1
+            path.append(self._field())
+        if self._peek() in ("", ","):
+            return _Selector(tuple(path), "", "", None)
+        operator = self._take(_OPERATOR)
+        if operator not in ("==", "!=", "~="):
+            raise self._error("want ==, != or ~=")
+        value = self._value(regex=operator == "~=")
+        pattern = None
+        if operator == "~=":
+            if len(value) > _REGEX_CHARACTERS:
+                raise self._error(f"a pattern above {_REGEX_CHARACTERS} characters")
+            try:
+                pattern = re.compile(value)
+            except re.error as error:
+                raise self._error(f"not a regular expression: {error}") from None
+        return _Selector(tuple(path), operator, value, pattern)
+
+    def _field(self) -> str:
+        if self._peek() == '"':
+            return self._quoted(regex=False)
+        return self._take(_FIELD) or self._fail("want a field")
+
+    def _value(self, *, regex: bool) -> str:
+        quote = self._peek()
+        if quote and quote in '"/|':
+            if quote != '"' and not regex:
+                raise self._error("only values of ~= may be quoted with / or |")
+            return self._quoted(regex=regex)
+        return self._take(_VALUE) or self._fail("want a value")
+
+    def _quoted(self, *, regex: bool) -> str:
+        self._skip_space()
+        found = _QUOTED.match(self._text, self._at)
+        if found is None:
+            raise self._error("a quote that does not end")
+        self._at = found.end()
+        return _ESCAPE.sub(lambda m: self._unescaped(m[1], found[1], regex), found[2])
+
+    def _unescaped(self, code: str, quote: str, regex: bool) -> str:
+        if code[0] in "xuU" and len(code) > 1:
+            return chr(int(code[1:], 16))
+        if code.isdigit() and len(code) == 3:
+            return chr(int(code, 8))
+        if code == quote:
+            return code
+        if code in _PLAIN:
+            return _PLAIN[code]
+        if regex and quote != '"':
+            return "\\" + code
+        raise self._error(f"the escape \\{code} is none")
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        self._skip_space()
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            return ""
+        self._at = found.end()
+        return found[0]
+
+    def _peek(self) -> str:
+        return self._text[self._skip_space() :][:1]
+
+    def _skip_space(self) -> int:
+        found = _SPACE.match(self._text, self._at)
+        self._at = found.end() if found else self._at
+        return self._at
+
+    def _fail(self, what: str) -> str:
+        raise self._error(what)
+
+    def _error(self, what: str) -> SnapshotError:
+        return SnapshotError("invalid_argument", f"filter {self._text!r}, at {self._at}: {what}")

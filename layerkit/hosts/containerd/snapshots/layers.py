@@ -1,0 +1,286 @@
+"""The lower layers of a snapshot: META made once for a chain, mapped by the kernel where it can, and mounted.
+
+META over folders that containerd unpacked names their files by path, one over layers in the store by content, and
+one over both does both. It is made when the first snapshot asks for it, from indexes that are made once for each
+folder (``hosts.adopt_index``) or lie in the store.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerkit.hosts.containerd.snapshots.catalog import Catalog, Row
+from layerkit.hosts.containerd.snapshots.chains import StoreChains
+from layerkit.hosts.containerd.snapshots.places import Places
+from layerkit.hosts.containerd.snapshots.stacks import FILES, Lowers, Stack
+from layerkit.hosts.mounts.spec import ErofsData, ErofsMeta
+from layerkit.idmap import Mapping, reach
+from layerkit.idmap import apply as apply_map
+from layerkit.idmap import check as check_map
+from layerkit.linux import mounts
+from layerkit.linux.durable import remove, sync_path
+from layerkit.linux.folders.layer import index_layer_folder
+from layerkit.linux.probe import Features
+from layerkit.model.digest import Digest
+from layerkit.model.errors import SnapshotError, show_path
+from layerkit.model.index import Index
+from layerkit.model.limits import Limits
+from layerkit.model.tree import Tree
+
+
+class Layers:
+    """What snapshots stand on; may be used from several threads."""
+
+    def __init__(self, root: Path, catalog: Catalog, places: Places, chains: StoreChains, limits: Limits) -> None:
+        """Keep METAs in ``root/meta`` and indexes in ``root/index``."""
+        self._root, self._catalog, self._places = root, catalog, places
+        self._chains, self._limits = chains, limits
+        self._lock = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}
+        self._covered: set[tuple[str, str]] = set()
+        for name in ("meta", "index"):
+            (root / name).mkdir(mode=0o700, exist_ok=True)
+
+    @cached_property
+    def _features(self) -> Features:
+        return Features(self._root)
+
+    @cached_property
+    def idmap(self) -> bool:
+        """Whether the kernel maps the owners of one META for every map."""
+        features = self._features
+        return features.erofs_idmap if features.erofs else features.store_idmap
+
+    def folder(self, identity: int) -> Path:
+        """Return the folder of a snapshot."""
+        return self._root / "snapshots" / str(identity)
+
+    # What a stack needs
+
+    def places_of(self, stack: Stack) -> list[str]:
+        """Return what must stay mounted for a snapshot on ``stack``."""
+        found = [f"data:{Digest.parse(diff_id).hex}" for diff_id in stack.chain]
+        base = _base(stack)
+        if base:
+            found.append(base)
+            if stack.map:
+                found += [f"map:{base}:{stack.map}", f"own:{base}:{stack.map}"]
+        return found
+
+    def places_kept(self, row: Row) -> list[str]:
+        """Return what a committed snapshot keeps, so that its next use is quick."""
+        if row.chain:
+            return [f"data:{Digest.parse(diff_id).hex}" for diff_id in row.chain] + [f"meta:{row.ref}"]
+        return [f"meta:#{row.id}"]
+
+    def lowers(self, stack: Stack) -> Lowers:
+        """Return the layers of ``stack``, each mounted; hold :meth:`places_of` meanwhile.
+
+        Raises:
+            UnmappedId: the map leaves an owner of the layers out.
+            SnapshotError: failed_precondition, layers in the store are gone.
+            UnsupportedHost: this kernel cannot mount them.
+        """
+        above = [self._places.link("l", identity, self.folder(identity) / FILES) for identity in stack.above]
+        base = _base(stack)
+        if not base:
+            return Lowers(tuple(above))
+        mapping = Mapping.parse_canonical(stack.map) if stack.map else None
+        by_kernel = mapping is not None and mapping.fits_kernel and self.idmap
+        own = mapping if not by_kernel else None
+        what = base if own is None else f"own:{base}:{stack.map}"
+        with self._alone(what):
+            note = self._note(what, stack, own)
+            if by_kernel and mapping is not None:
+                self._check(note, stack, mapping)
+        meta = self._meta(what, note)
+        if by_kernel and mapping is not None:
+            extents = mapping.uid.kernel_extents, mapping.gid.kernel_extents
+            shown = meta
+            meta = self._places.mounted(f"map:{base}:{stack.map}", lambda: mounts.idmapped_clone(shown, *extents))
+        data = [self._places.link("d", identity, self.folder(identity)) for identity in stack.below]
+        data += [self._data(each) for each in note["data"]]
+        return Lowers((*above, str(meta)), tuple(data), metacopy=bool(stack.map) and note["metacopy"])
+
+    def _alone(self, what: str) -> threading.Lock:
+        with self._lock:
+            return self._making.setdefault(what, threading.Lock())
+
+    def _meta(self, what: str, note: dict[str, Any]) -> Path:
+        if note["folder"]:
+            return Path(note["folder"])
+        return self._places.mounted(what, lambda: mounts.erofs(Path(note["image"])))
+
+    def _data(self, data: list[str]) -> str:
+        if len(data) == 1:
+            return data[0]
+        key, image, tar = data
+        return str(self._places.mounted(f"data:{key}", lambda: mounts.erofs(Path(image), Path(tar), directio=True)))
+
+    # META
+
+    def _note(self, what: str, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
+        """Return where META for ``what`` lies, made if it is not there."""
+        note = self._catalog.note(what)
+        if note is None or not os.path.exists(note["image"] or note["folder"]):
+            note = self._of_store(stack, mapping) if not stack.below else self._of_folders(what, stack, mapping)
+            self._catalog.keep_note(what, note)
+        return note
+
+    def _of_store(self, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
+        chain = [Digest.parse(text) for text in stack.chain]
+        meta, data = self._chains.layers(stack.image, chain, mapping)
+        return {
+            "image": str(meta.image) if isinstance(meta, ErofsMeta) else "",
+            "folder": "" if isinstance(meta, ErofsMeta) else str(meta.path),
+            "data": [
+                [d.key, str(d.image), str(d.tar)] if isinstance(d, ErofsData) else [str(d.path)] for d in data
+            ],
+            # What lies under the names of contents is in no image (``metaonly`` refuses such names).
+            "metacopy": True,
+            "ids": None,
+        }
+
+    def _of_folders(self, what: str, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
+        from layerkit.formats.meta import erofs
+        from layerkit.linux.folders import stubs as directory
+        from layerkit.metaonly import metadata_layer
+
+        tree = self._tree(stack)
+        data: list[list[str]] = []
+        if stack.chain:
+            data = self._of_store(stack, None)["data"]
+        found = reach(tree)
+        ids = [
+            sorted({*found.uid.tolist(), *found.xattr_uids}), sorted({*found.gid.tolist(), *found.xattr_gids})
+        ]  # fmt: skip
+        places = _places(tree, len(stack.chain))
+        layer = metadata_layer(tree if mapping is None else apply_map(tree, mapping), places=places)
+        number = self._catalog.place(what)
+        target = self._root / "meta" / str(number)
+        new = target.with_name(f"{number}.new")
+        remove(new)
+        remove(target)
+        if self._features.erofs:
+            with new.open("xb") as file:
+                erofs.build_meta(layer, file)
+            sync_path(new)
+        else:
+            new.mkdir()
+            directory.write_directory(layer, new)
+        new.rename(target)
+        sync_path(target.parent)
+        top = {tree.name[row] for row in np.flatnonzero(tree.parent == 0).tolist()}
+        return {
+            "image": str(target) if self._features.erofs else "",
+            "folder": "" if self._features.erofs else str(target),
+            "data": data,
+            "metacopy": os.fsencode(FILES) not in top,
+            "ids": ids,
+        }
+
+    def _tree(self, stack: Stack) -> Tree:
+        from layerkit.model.trees.merge import merge
+
+        indexes = []
+        for text in stack.chain:
+            index = self._chains.store.load_index(Digest.parse(text))
+            if index is None:
+                raise SnapshotError("failed_precondition", f"layer {text} is no longer in layerkit's store")
+            indexes.append(index)
+        indexes += [self.index(identity) for identity in reversed(stack.below)]
+        return merge(indexes, limits=self._limits)
+
+    def index(self, identity: int) -> Index:
+        """Return the index of a committed snapshot's folder, read once and kept.
+
+        Raises:
+            LayerkitError: the folder holds what no layer can.
+        """
+        from layerkit.formats.index import file as index_file
+
+        path = self._root / "index" / str(identity)
+        with self._alone(f"index:{identity}"):
+            try:
+                return index_file.decode(path.read_bytes(), str(path))
+            except FileNotFoundError:
+                pass
+            found = index_layer_folder(
+                self.folder(identity) / FILES,
+                diff_id=Digest.of(f"{self._root}/{identity}".encode()),
+                limits=self._limits,
+            )
+            if found.metacopy is not None:
+                raise SnapshotError(
+                    "failed_precondition",
+                    f"snapshot folder {identity}: {show_path(found.metacopy)} has its data in a layer below "
+                    "(it was committed from a mount with metacopy=on), so its owners cannot be mapped again",
+                )
+            new = path.with_name(f"{path.name}.new")
+            with new.open("wb") as file:
+                for piece in index_file.encode(found.index):
+                    file.write(piece)
+            new.replace(path)
+            return found.index
+
+    def _check(self, note: dict[str, Any], stack: Stack, mapping: Mapping) -> None:
+        """Refuse a map that leaves an owner out: the kernel would show it as 65534 and say nothing."""
+        known = (_base(stack), stack.map)
+        if known in self._covered:
+            return
+        self._look(note, stack, mapping)
+        self._covered.add(known)
+
+    def _look(self, note: dict[str, Any], stack: Stack, mapping: Mapping) -> None:
+        if note["ids"] is None:
+            chain = [Digest.parse(text) for text in stack.chain]
+            self._chains.check(stack.image, chain, mapping)
+            return
+        for ids, id_map in zip(note["ids"], (mapping.uid, mapping.gid), strict=True):
+            if not id_map.lookup(np.array(ids, np.uint32))[1].all():
+                check_map(self._tree(stack), mapping)
+
+    # What is no longer needed
+
+    def collect(self, alive: set[int]) -> list[str]:
+        """Remove METAs without a place and indexes without a snapshot, those that a kill left half-made too."""
+        numbers = {str(number) for number in self._catalog.places().values()}
+        gone = []
+        for folder, known in (("meta", numbers), ("index", {str(identity) for identity in alive})):
+            for path in sorted((self._root / folder).iterdir()):
+                busy = path.name.endswith(".new") and path.name.removesuffix(".new") in known
+                if path.name not in known and not busy:
+                    remove(path)
+                    gone.append(f"{folder}/{path.name}")
+        return gone
+
+
+def _base(stack: Stack) -> str:
+    """Return the place of META with the image's own owners, "" for a stack of folders as they are."""
+    if stack.below:
+        return f"meta:#{stack.below[0]}"
+    return f"meta:{stack.chain_id}" if stack.chain else ""
+
+
+def _places(tree: Tree, stored: int) -> Any:
+    """Return for each inode where its data lies: by content in the lowest ``stored`` layers, by path above."""
+    from layerkit.metaonly import redirects
+    from layerkit.model.strings import Strings
+
+    prefix = os.fsencode(f"/{FILES}/")
+    paths, first = tree.paths(), tree.first_name().tolist()
+    by_content = ((tree.layer >= 0) & (tree.layer < stored) & (tree.size > 0)).tolist()
+    contents = iter(redirects(tree.sha256[np.array(by_content, np.bool_)]))
+    has_data = (tree.layer >= 0).tolist()
+    return Strings.of(
+        [
+            next(contents).tobytes() if stored_there else prefix + paths[first[inode]] if has_data[inode] else b""
+            for inode, stored_there in enumerate(by_content)
+        ]
+    )

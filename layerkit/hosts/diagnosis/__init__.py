@@ -1,0 +1,1 @@
+"""What this host can do, and where bytes and page cache go."""

@@ -1,0 +1,305 @@
+"""What a writable mount has copied up into its upper, whether that cost bytes, and whether it was for anything.
+
+overlayfs copies a file up when it is opened for writing, before a byte is written. Copying keeps the time of
+modification, and every later write changes it, also one through a mapping: a file in the upper that has the time
+of the layer's was never written to since. :func:`watch` tells the same as it happens, and by whom.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from layerkit.hosts.diagnosis.cache import overlay_layers
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.records import SOURCE_PREFIX
+from layerkit.linux import blocks as extents
+from layerkit.linux import fanotify, mounts
+from layerkit.model.entry import Kind
+from layerkit.model.errors import NotFound, UsageError, show_path
+from layerkit.store.local import LocalStore
+
+METADATA, DATA, MADE = "metadata", "data", "made"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyUp:
+    """A regular file in the upper.
+
+    Attributes:
+        path: in the mount.
+        kind: ``metadata`` copied up without data, ``data`` with it, ``made`` in the mount.
+        size: logical bytes. allocated: bytes of its blocks; shared: those that it shares with other files, which
+            is what a clone has; -1 where the filesystem does not tell.
+        written: whether it was written to since it was copied up; True for what was made.
+    """
+
+    path: str
+    kind: str
+    size: int
+    allocated: int
+    shared: int
+    written: bool
+
+    @property
+    def copied(self) -> int:
+        """Return the bytes that copying it up took on disk."""
+        return self.allocated - max(self.shared, 0) if self.kind == DATA else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file that was opened for writing while it was watched.
+
+    Attributes:
+        path: in the mount. opens: times that it was closed after an open for writing.
+        written: whether a write was seen, or its time of modification changed (a write through a mapping).
+        copied_up: whether it came into the upper with data while it was watched; size: its bytes then.
+        programs: names of the processes.
+    """
+
+    path: str
+    opens: int
+    written: bool
+    copied_up: bool
+    size: int
+    programs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyUpReport:
+    """The upper of a mount.
+
+    Attributes:
+        mount, upper: where. filesystem: of the upper.
+        files: regular files in it, the largest first.
+        opened: what was watched, None if nothing was.
+        warnings: what the answer does not cover.
+    """
+
+    mount: str
+    upper: str
+    filesystem: str
+    files: tuple[CopyUp, ...]
+    opened: tuple[Opened, ...] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def count(self, kind: str) -> int:
+        """Return how many files of a kind there are."""
+        return sum(file.kind == kind for file in self.files)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Return what copying up took on disk: bytes that are not shared."""
+        return sum(file.copied for file in self.files)
+
+    @property
+    def cloned_bytes(self) -> int:
+        """Return what copying up did not take, because blocks are shared."""
+        return sum(max(file.shared, 0) for file in self.files if file.kind == DATA)
+
+    @property
+    def needless_bytes(self) -> int:
+        """Return what of :attr:`copied_bytes` a copy at the first write would have saved."""
+        return sum(file.copied for file in self.files if not file.written)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        sums = {
+            "copied_bytes": self.copied_bytes, "cloned_bytes": self.cloned_bytes,
+            "needless_bytes": self.needless_bytes,
+        }  # fmt: skip
+        return asdict(self) | sums
+
+
+class Below(NamedTuple):
+    """What the layers have at a path: bytes and time of modification in ns."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Writable:
+    target: Path
+    upper: Path
+    prefixes: tuple[str, ...]
+    below: Callable[[bytes], Below | None]
+
+
+def look(target: Path, store: Path) -> CopyUpReport:
+    """Return what lies in the upper of the overlay at ``target``, ours or anybody's.
+
+    Args:
+        target: the mount point.
+        store: whose mounts are known; it need not exist.
+
+    Raises:
+        UsageError: no overlay, or one without an upper.
+        NotFound: nothing there.
+    """
+    return _report(_writable(target, store))
+
+
+def watch(
+    target: Path, store: Path, seconds: float | None, *, stop: Callable[[], bool] | None = None
+) -> CopyUpReport:
+    """Watch the mount at ``target`` for opens for writing and writes, then return what :func:`look` does.
+
+    Args:
+        target: the mount point.
+        store: whose mounts are known.
+        seconds: for how long; None until ``stop`` says so, or KeyboardInterrupt.
+        stop: asked after each event.
+
+    Raises:
+        UnsupportedHost: fanotify is for root of the host.
+        UsageError: as :func:`look`.
+    """
+    found = _writable(target, store)
+    before = {file.path: file.kind for file in _report(found).files}
+    opens: dict[bytes, int] = defaultdict(int)
+    programs: dict[bytes, set[str]] = defaultdict(set)
+    written: set[bytes] = set()
+    warnings = []
+    try:
+        with fanotify.Watch(found.target, fanotify.FAN_CLOSE_WRITE | fanotify.FAN_MODIFY) as watching:
+            try:
+                for event in watching.events(seconds):
+                    path = _inside(event.path, found.target)
+                    if event.mask & fanotify.FAN_MODIFY:
+                        written.add(path)
+                    if event.mask & fanotify.FAN_CLOSE_WRITE:
+                        opens[path] += 1
+                        programs[path].add(_program(event.pid))
+                    if stop is not None and stop():
+                        break
+            finally:
+                if watching.overflowed:
+                    warnings.append("the kernel's queue ran over: some events are missing")
+    except KeyboardInterrupt:
+        pass
+    report = _report(found)
+    after = {file.path: file for file in report.files}
+    opened = []
+    for path, times in sorted(opens.items()):
+        name = show_path(path)
+        file = after.get(name)
+        came = file is not None and file.kind == DATA and before.get(name) != DATA
+        was_written = path in written or (file is not None and file.written and file.kind == DATA and came)
+        opened.append(
+            Opened(name, times, was_written, came, file.size if file else 0, tuple(sorted(programs[path] - {""})))
+        )
+    return CopyUpReport(
+        report.mount, report.upper, report.filesystem, report.files, tuple(opened), (*report.warnings, *warnings)
+    )
+
+
+def _inside(path: bytes, target: Path) -> bytes:
+    """Return a path in the mount: below our mount point, or from the root as another namespace has it."""
+    top = os.fsencode(target) + b"/"
+    return path[len(top) :] if path.startswith(top) else path.lstrip(b"/")
+
+
+def _program(pid: int) -> str:
+    try:
+        return (Path("/proc") / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _writable(target: Path, store: Path) -> _Writable:
+    try:
+        root = target.resolve(strict=True)
+    except OSError:
+        raise NotFound(f"{target}: not there; name the mount point of a writable overlay") from None
+    mount = mounts.mount_of(root)
+    if mount is None or mount.fstype != "overlay":
+        what = f"lies on {mount.fstype}" if mount else "is not in the mount table"
+        raise UsageError(f"{target}: {what}; name the mount point of an overlay")
+    if mount.source.startswith(SOURCE_PREFIX):
+        run = mounter.default_run(store)
+        record = next((r for r in mounter.active(run) if r.source == mount.source), None)
+        if record is None:
+            raise NotFound(f"{target}: a mount of layerkit over another store than {store}; name it with --store")
+        if record.upper is None:
+            raise UsageError(f"{target}: mounted read-only, so nothing was ever copied up")
+        from layerkit.hosts.diagnosis.which import layers_of
+        from layerkit.model.trees.merge import merge
+
+        with LocalStore.open(store, create=False) as held:
+            tree = merge([index for _, index in layers_of(record, held).layers], limits=held.limits)
+        inodes = dict(zip(tree.paths(), tree.inode.tolist(), strict=True))
+
+        def in_tree(path: bytes) -> Below | None:
+            inode = inodes.get(path, -1)
+            if inode < 0 or tree.mode[inode] >> 12 != Kind.REG:
+                return None
+            return Below(int(tree.size[inode]), int(tree.mtime[inode]) * 1_000_000_000 + int(tree.mtime_ns[inode]))
+
+        return _Writable(Path(mount.point), Path(record.upper), (f"{record.namespace}.overlay.",), in_tree)
+    upper, lower = overlay_layers(mount.super_options)
+    if not upper:
+        raise UsageError(f"{target}: an overlay without an upper, so nothing was ever copied up")
+    layers = [os.fsencode(path) for path in lower]
+
+    def in_folders(path: bytes) -> Below | None:
+        for layer in layers:
+            try:
+                st = os.lstat(os.path.join(layer, path))
+            except OSError:
+                continue
+            return Below(st.st_size, st.st_mtime_ns) if stat.S_ISREG(st.st_mode) else None
+        return None
+
+    prefixes = ("user.overlay.",) if "userxattr" in mount.super_options else ("trusted.overlay.",)
+    return _Writable(Path(mount.point), Path(upper), prefixes, in_folders)
+
+
+def _report(found: _Writable) -> CopyUpReport:
+    files = []
+    warnings = []
+    for path, full, st in _upper_files(found.upper):
+        names = set(os.listxattr(full, follow_symlinks=False))
+        below = found.below(path)
+        moved = any(prefix + "origin" in names for prefix in found.prefixes)
+        if any(prefix + "metacopy" in names for prefix in found.prefixes):
+            files.append(CopyUp(show_path(path), METADATA, st.st_size, st.st_blocks * 512, 0, False))
+            continue
+        kind = DATA if below is not None or moved else MADE
+        written = kind == MADE or below is None or (st.st_size, st.st_mtime_ns) != below
+        told = extents.blocks_of(full) if st.st_size and kind == DATA else None
+        shared = -1 if told is None and kind == DATA and st.st_size else (told.shared if told else 0)
+        files.append(CopyUp(show_path(path), kind, st.st_size, st.st_blocks * 512, shared, written))
+        if kind == DATA and below is None:
+            warnings.append(f"{show_path(path)}: moved since it was copied up: whether it was written is not known")
+    mount = mounts.mount_of(found.upper)
+    return CopyUpReport(
+        mount=str(found.target),
+        upper=str(found.upper),
+        filesystem=mount.fstype if mount else "unknown",
+        files=tuple(sorted(files, key=lambda file: (-file.allocated, file.path))),
+        warnings=tuple(warnings),
+    )
+
+
+def _upper_files(upper: Path) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+    waiting = [b""]
+    top = os.fsencode(upper)
+    while waiting:
+        path = waiting.pop()
+        with os.scandir(os.path.join(top, path)) as entries:
+            for entry in entries:
+                below = os.path.join(path, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(below)
+                elif entry.is_file(follow_symlinks=False):
+                    yield below, entry.path, entry.stat(follow_symlinks=False)
+
+
+__all__ = ["DATA", "MADE", "METADATA", "CopyUp", "CopyUpReport", "Opened", "look", "watch"]

@@ -1,0 +1,1 @@
+"""An overlay upper made opaque to its lower."""

@@ -1,0 +1,101 @@
+"""Which way of remapping fits this host, store and map; a person's wish is taken or refused, never bent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerkit.idmap import Mapping
+from layerkit.linux import userns
+from layerkit.linux.probe import Features
+from layerkit.metaonly import Namespace
+from layerkit.model.errors import UnsupportedHost, UsageError
+from layerkit.store.layout import DataBackend
+from layerkit.store.preparation import Rendering
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How an image is to be kept and mounted.
+
+    Attributes:
+        rendering: of META in the store.
+        backend: of the data.
+        namespace: of the stubs' xattrs.
+        idmap: let the kernel map the owners of one shared META, instead of a META for each map.
+    """
+
+    rendering: Rendering
+    backend: DataBackend
+    namespace: Namespace
+    idmap: bool
+
+    @property
+    def one_meta(self) -> bool:
+        """Return whether one META serves every map."""
+        return self.idmap or self.rendering is Rendering.FUSE
+
+
+def choose(
+    store: Path,
+    mapping: Mapping | None,
+    *,
+    rendering: str = "auto",
+    data: str = "auto",
+    namespace: str = "auto",
+    own_meta: bool = False,
+) -> Ways:
+    """Return the best way that the host offers within what the caller asks for.
+
+    Raises:
+        UsageError: a word that is none of the choices, or a contradiction.
+        UnsupportedHost: what was asked for by name is not to be had here.
+    """
+    wanted_rendering = _word(rendering, "--rendering", ("auto", *Rendering))
+    wanted_data = _word(data, "--data", ("auto", *DataBackend))
+    wanted_namespace = _word(namespace, "--namespace", ("auto", *Namespace))
+    privileged = userns.is_privileged()
+    features = Features(store)
+
+    spaces = Namespace(wanted_namespace) if wanted_namespace != "auto" else None
+    if spaces is None:
+        spaces = Namespace.TRUSTED if privileged else Namespace.USER
+    erofs = privileged and ("auto" in (wanted_rendering, wanted_data) or "tar" in wanted_data) and features.erofs
+    if wanted_data == DataBackend.TAR and not (privileged and features.erofs_device):
+        raise UnsupportedHost("EROFS over layer tars (--data tar)", _hint(privileged))
+    if wanted_rendering == Rendering.EROFS and not (privileged and features.erofs):
+        raise UnsupportedHost("mounting EROFS (--rendering erofs)", _hint(privileged))
+    if wanted_rendering == Rendering.FUSE and not features.fuse:
+        raise UnsupportedHost(
+            "FUSE (--rendering fuse)", "load the module fuse and give this user /dev/fuse, or leave the choice out"
+        )
+    form = Rendering.EROFS if erofs else Rendering.DIRECTORY
+    backend = DataBackend.TAR if erofs and features.erofs_device else DataBackend.OBJECTS
+    if wanted_rendering != "auto":
+        form = Rendering(wanted_rendering)
+    elif not privileged and features.fuse:
+        # A folder takes an inode for each entry and map, and a second to write; a served file takes neither.
+        form = Rendering.FUSE
+    if wanted_data != "auto":
+        backend = DataBackend(wanted_data)
+    idmapped = (
+        mapping is not None
+        and not own_meta
+        and privileged
+        and form is not Rendering.FUSE
+        and mapping.fits_kernel
+        and (features.erofs_idmap if form is Rendering.EROFS else features.store_idmap)
+    )
+    return Ways(form, backend, spaces, idmapped)
+
+
+def _word(value: str, flag: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(f"{flag} {value!r}: want {', '.join(choices[:-1])} or {choices[-1]}")
+    return value
+
+
+def _hint(privileged: bool) -> str:
+    if not privileged:
+        return "only root of the host may mount EROFS; leave the choice to layerkit, which then takes folders"
+    return "put the store on ext4, xfs or btrfs (`layerkit doctor` says what is missing), or leave the choice out"

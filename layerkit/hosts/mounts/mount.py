@@ -1,0 +1,407 @@
+"""The mounter: a META over its data as one overlay, the EROFS images below it mounted once and shared.
+
+Every EROFS image is mounted once per run folder and key, whatever number of overlays uses it, so that all
+of them share its page cache; the last overlay to go takes it along. The mount table is the truth and the
+records (``records.py``) say which of our mounts uses what, so a kill at any moment leaves nothing that
+:func:`umount` or :func:`clear_stale` does not clear.
+
+Flags: shared layers are ``ro,nodev,nosuid,noexec`` (what an overlay over them may do is decided by the
+overlay's own flags). The overlay is ``nodev`` unless the caller says otherwise, and never ``nosuid``:
+setuid programs of a container must keep working.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from layerkit.hosts.mounts import fuse_server
+from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
+from layerkit.hosts.mounts.spec import (
+    ErofsData,
+    ErofsMeta,
+    FolderData,
+    FolderMeta,
+    FuseMeta,
+    Meta,
+    MountSpec,
+    check_stubs,
+    checked,
+)
+from layerkit.hosts.mounts.upper import like_root
+from layerkit.linux import mounts, old_overlay, userns
+from layerkit.linux import syscalls as sc
+from layerkit.metaonly import Namespace
+from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
+
+__all__ = [
+    "ErofsData",
+    "ErofsMeta",
+    "FolderData",
+    "FolderMeta",
+    "FuseMeta",
+    "MountSpec",
+    "Record",
+    "active",
+    "clear_stale",
+    "default_run",
+    "mount",
+    "umount",
+    "unserved",
+]
+
+
+def default_run(store: Path) -> Path:
+    """Return the run folder for a store: below /run for root, else below the user's runtime folder."""
+    real = os.path.realpath(store)
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+    if os.geteuid() == 0 and userns.in_initial_userns():
+        return Path("/run/layerkit") / name
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "layerkit" / name if runtime else Path(real) / "run"
+
+
+def mount(spec: MountSpec, *, run: Path) -> Record:
+    """Mount what ``spec`` says, and return its record.
+
+    Args:
+        spec: what to mount where.
+        run: the run folder; one per store (:func:`default_run`). Any number of processes may mount at once.
+
+    Raises:
+        UsageError: a spec that cannot work, or a target or upper that is in use.
+        UnsupportedHost: the kernel or this user cannot do it; the hint says what can.
+        OSError: a failure of the system, with the kernel's own words.
+    """
+    spec = checked(spec)
+    folder = RunFolder(run)
+    with ExitStack() as stack:
+        namespace = None
+        if spec.idmap is not None:
+            # Before the lock, so that its child process never holds a copy of the lock's descriptor.
+            namespace = stack.enter_context(mounts.closing(userns.userns_fd(*spec.idmap)))
+        stack.enter_context(folder.locked())
+        _refuse_busy(spec, folder)
+        record = _record(spec)
+        folder.write(record)
+        try:
+            _assemble(spec, folder, record, namespace)
+        except BaseException:
+            folder.remove(record)
+            folder.release_unused()
+            raise
+    return record
+
+
+def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
+    """Unmount what layerkit mounted at ``target``, and the shared layers that nobody needs any more.
+
+    A mount that was cut short by a kill is cleared as well.
+
+    Args:
+        target: the mount point.
+        run: the run folder that it was mounted with, or that of another store beside it.
+        lazy: hide the mount now and free it when its last user is gone.
+
+    Raises:
+        NotFound: layerkit mounted nothing there.
+        LayerkitError: the mount is in use; the message names by whom.
+    """
+    path = os.path.realpath(target)
+    folder = _folder_of(path, run)
+    with folder.locked():
+        here = [m for m in mounts.mount_table() if m.point == path]
+        top = here[-1] if here else None
+        if top is not None and top.fstype == "overlay" and top.source.startswith(SOURCE_PREFIX):
+            try:
+                mounts.detach(path, lazy=lazy)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                raise LayerkitError(_in_use(path)) from error
+        elif not any(r.target == path for r in folder.read_all()):
+            what = f"a mount of {top.fstype} that layerkit did not make" if top else "nothing is mounted there"
+            raise NotFound(f"{target}: {what}; layerkit unmounts its own mounts only")
+        folder.release_unused()
+
+
+def _folder_of(path: str, run: Path) -> RunFolder:
+    """Return the run folder where the mount at ``path`` is recorded: its shared layers are among those there."""
+    here = [m for m in mounts.mount_table() if m.point == path]
+    source = here[-1].source if here else ""
+    if source.startswith(SOURCE_PREFIX) and run.parent.is_dir():
+        name = f"{source.removeprefix(SOURCE_PREFIX)}.json"
+        for each in (run, *run.parent.iterdir()):
+            folder = RunFolder(each)
+            if (folder.records / name).exists():
+                return folder
+    return RunFolder(run)
+
+
+def unserved(run: Path) -> list[Record]:
+    """Return the records of mounts whose metadata nobody serves any more: the server was killed, whole."""
+    folder = RunFolder(run)
+    return [r for r in folder.live() if (lock := folder.server(r)).exists() and not fuse_server.is_served(lock)]
+
+
+def active(run: Path) -> list[Record]:
+    """Return the records of our mounts that are there, oldest first."""
+    return RunFolder(run).live()
+
+
+def clear_stale(run: Path) -> list[str]:
+    """Clear what killed processes left: records without a mount, shared layers without a user.
+
+    Returns:
+        What was cleared, as text for a person.
+    """
+    folder = RunFolder(run)
+    if not folder.run.is_dir():
+        return []
+    with folder.locked():
+        return folder.release_unused() + folder.clear_other_namespaces()
+
+
+def _record(spec: MountSpec) -> Record:
+    layers = tuple(_layer_name(x) for x in (spec.meta, *spec.data) if isinstance(x, ErofsMeta | ErofsData))
+    return Record(
+        id=new_id(),
+        target=str(spec.target),
+        layers=layers,
+        namespace=spec.namespace.value,
+        idmap=spec.idmap,
+        upper=None if spec.upper is None else str(spec.upper),
+        work=None if spec.work is None else str(spec.work),
+        read_only=spec.read_only or spec.upper is None,
+        pid=os.getpid(),
+        created=time.time(),
+        label=dict(spec.label),
+    )
+
+
+def _refuse_busy(spec: MountSpec, folder: RunFolder) -> None:
+    table = mounts.mount_table()
+    for entry in table:
+        if entry.fstype != "overlay":
+            continue
+        if entry.point == str(spec.target) and entry.source.startswith(SOURCE_PREFIX):
+            raise UsageError(
+                f"{spec.target} has a mount of layerkit already; unmount it first, or take another target"
+            )
+        for option in entry.super_options.split(","):
+            key, _, value = option.partition("=")
+            if key not in ("upperdir", "workdir"):
+                continue
+            for path in (spec.upper, spec.work):
+                if path is not None and value == str(path):
+                    raise UsageError(
+                        f"{path} is the {key} of the overlay at {entry.point}; give each mount its own"
+                    )
+    for record in folder.live(table):
+        if spec.upper is not None and str(spec.upper) in (record.upper, record.work):
+            raise UsageError(
+                f"{spec.upper} is in use by the mount at {record.target}; give each mount its own upper"
+            )
+
+
+def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int | None) -> None:
+    with ExitStack() as stack:
+        target = stack.enter_context(mounts.closing(mounts.open_folder(spec.target)))
+        data = [stack.enter_context(mounts.closing(_open_layer(layer, folder))) for layer in spec.data]
+        if not data:
+            # An overlay without an upper wants two layers, and an image without data has but META.
+            data.append(stack.enter_context(mounts.closing(mounts.open_folder(folder.empty))))
+        if isinstance(spec.meta, FuseMeta):
+            lock = folder.server(record)
+            meta = stack.enter_context(fuse_server.served(spec.meta.path, spec.meta.maps, lock))
+        else:
+            meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
+        check_stubs(f"/proc/self/fd/{meta}", spec.namespace, _name(spec.meta))
+        if namespace is not None:
+            plain, meta = meta, mounts.clone(meta)
+            stack.enter_context(mounts.closing(meta))
+            _idmap(meta, namespace, plain)
+        with _upper(spec, meta) as (upper, work):
+            try:
+                overlay = _overlay(spec, folder, record, meta, data, upper, work)
+            except UnsupportedHost:
+                if not spec.classic or spec.idmap is not None or spec.options:
+                    raise
+                # Normal layers can be mounted in the old way too, from Linux 4.19 on.
+                old_overlay.mount_overlay(
+                    spec.target, [meta, *data], upper=upper, work=work, source=record.source,
+                    read_only=record.read_only, nodev=spec.nodev,
+                )  # fmt: skip
+                return
+            stack.enter_context(mounts.closing(overlay))
+            attributes = (sc.MOUNT_ATTR_NODEV if spec.nodev else 0) | (
+                sc.MOUNT_ATTR_RDONLY if record.read_only else 0
+            )
+            mounts.attach(overlay, target, attributes=attributes)
+
+
+def _overlay(
+    spec: MountSpec,
+    folder: RunFolder,
+    record: Record,
+    meta: int,
+    data: list[int],
+    upper: int | None,
+    work: int | None,
+) -> int:
+    user = spec.namespace is Namespace.USER
+
+    def make(lower: int) -> int:
+        return mounts.overlay(
+            [lower, *data] if spec.classic else [lower],
+            [] if spec.classic else data,
+            upper=upper,
+            work=work,
+            userxattr=user,
+            # Without it chmod and chown in the mount copy the data up; for a single META without an upper
+            # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
+            metacopy=(upper is not None or spec.classic) and not user,
+            source=record.source,
+            options=spec.options,
+        )
+
+    try:
+        try:
+            return make(meta)
+        except OSError as error:
+            if error.errno != errno.EINVAL or spec.idmap is None:
+                raise
+            # Before 6.15 overlayfs takes no detached mount as a layer: attach it for the moment.
+            with _attached_for_now(meta, folder, record) as lower:
+                return make(lower)
+    except OSError as error:
+        hint = _explain(error, [meta, *data], upper)
+        raise type(error)(error.errno, f"{error.strerror}{hint}", str(spec.target)) from error
+
+
+@contextmanager
+def _attached_for_now(mount_fd: int, folder: RunFolder, record: Record) -> Iterator[int]:
+    # Among the shared layers, where release_unused finds it if we are killed here.
+    place = folder.layers / f"map-{record.id}"
+    place.mkdir(mode=0o700)
+    try:
+        mounts.attach(mount_fd, place)
+        try:
+            with mounts.closing(mounts.open_folder(place)) as fd:
+                yield fd
+        finally:
+            mounts.detach(place, lazy=True)
+    finally:
+        place.rmdir()
+
+
+def _idmap(clone: int, namespace: int, plain: int) -> None:
+    try:
+        mounts.idmap(clone, namespace)
+    except UnsupportedHost as error:
+        kind = f"{sc.filesystem_magic(plain):#x}"
+        raise UnsupportedHost(
+            f"an idmapped mount of META's filesystem (type {kind})",
+            "have a META written for the map (a mount without idmap), or keep the store on ext4, xfs or btrfs",
+        ) from error
+
+
+def _layer_name(layer: ErofsMeta | ErofsData) -> str:
+    return ("meta-" if isinstance(layer, ErofsMeta) else "data-") + layer.key
+
+
+def _name(layer: Meta) -> str:
+    return str(layer.image if isinstance(layer, ErofsMeta) else layer.path)
+
+
+def _open_layer(layer: ErofsMeta | ErofsData | FolderMeta | FolderData, folder: RunFolder) -> int:
+    if isinstance(layer, FolderMeta | FolderData):
+        return mounts.open_folder(layer.path)
+    place = folder.layers / _layer_name(layer)
+    place.mkdir(mode=0o700, exist_ok=True)
+    if not is_erofs_mount(place):
+        if isinstance(layer, ErofsData):
+            fd = mounts.erofs(layer.image, layer.tar, directio=True)
+        else:
+            fd = mounts.erofs(layer.image)
+        with mounts.closing(fd):
+            mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
+    return mounts.open_folder(place)
+
+
+@contextmanager
+def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]]:
+    """Give descriptors of upper and work; what was made for a mount that then fails is removed."""
+    if spec.upper is None or spec.work is None:
+        yield None, None
+        return
+    made: list[Path] = []
+    try:
+        if not spec.upper.exists():
+            _make_upper(spec.upper, meta, spec.namespace)
+            made.append(spec.upper)
+        if not spec.work.exists():
+            spec.work.mkdir(mode=0o700)
+            made.append(spec.work)
+        with (
+            mounts.closing(mounts.open_folder(spec.upper)) as upper,
+            mounts.closing(mounts.open_folder(spec.work)) as work,
+        ):
+            yield upper, work
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                for left in path.iterdir():
+                    left.rmdir()
+                path.rmdir()
+        raise
+
+
+def _make_upper(path: Path, meta: int, namespace: Namespace) -> None:
+    """Make an upper whose root looks like META's: the mount's root is shown from the upper alone."""
+    temporary = path.with_name(f".{path.name[:64]}-{uuid.uuid4().hex[:12]}")
+    try:
+        like_root(temporary, meta, namespace)
+        temporary.rename(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.rmdir()
+        raise
+
+
+def _explain(error: OSError, layers: list[int], upper: int | None) -> str:
+    """Return what may be behind a refusal of overlayfs, which says most things in the kernel's log only."""
+    if error.errno == errno.EINVAL:
+        if any(sc.filesystem_magic(fd) == sc.OVERLAYFS_MAGIC for fd in layers):
+            return "; a layer lies on an overlay that lies on another: the kernel stacks two, no more"
+        if upper is not None and sc.filesystem_magic(upper) in (sc.FUSE_MAGIC, 0x6969):
+            return "; the upper's filesystem (network or FUSE) cannot hold one: use a local disk or tmpfs"
+        return "; the kernel's log (dmesg) has the reason; `layerkit doctor` shows what this host can do"
+    if error.errno in (errno.EBUSY, errno.ESTALE):
+        return "; the upper or work folder belongs to another overlay"
+    if error.errno == errno.EUCLEAN:
+        return "; the image is damaged: run `layerkit store verify`"
+    return ""
+
+
+def _in_use(path: str) -> str:
+    users = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            links = [process / "cwd", process / "root", process / "exe", *(process / "fd").iterdir()]
+            for link in links:
+                with suppress(OSError):
+                    place = str(link.readlink())
+                    if place == path or place.startswith(path + "/"):
+                        users.append(f"{process.name} ({(process / 'comm').read_text().strip()})")
+                        break
+        if len(users) == 5:
+            break
+    who = f" by {', '.join(users)}" if users else " (a mount below it, or a process of another namespace)"
+    return f"{path} is in use{who}; stop that and try again, or unmount it lazily"

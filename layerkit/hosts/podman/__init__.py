@@ -1,0 +1,1 @@
+"""podman's storage, and the mount program that it runs."""

@@ -1,0 +1,174 @@
+"""Layer folders of containers-storage as a mount program gets them, and the tree to serve over them.
+
+The fast way, taken for every container, stats each folder and looks for one file in the store. Only when that
+is missing are the folders read, merged and written down, in a process of its own: numpy and what else that
+takes stays out of the one that serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.model.errors import NotFound, UnsupportedHost
+
+if TYPE_CHECKING:
+    from layerkit.store.metas import MetaEntry
+
+FORMAT_VERSION = 2
+MARKER = "layerkit"
+"""Of an upper: its private xattr ``overlay.layerkit`` holds the map that its owners on disk were made under."""
+
+_MAPPED = re.compile(r"(.*/[^/]+/mapped/\d+)(/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class StorageLayer:
+    """A folder below the writable one.
+
+    Attributes:
+        path: without links; not through an idmapped mount.
+        identity: equal for as long as the folder is the one it was; for the key of what is made of it.
+        shifted: canonical map that the owners on disk were made under, "" for a layer of an image.
+        fixed: whether it never changes again: a layer of an image, and no container's writable folder.
+    """
+
+    path: Path
+    identity: str
+    shifted: str = ""
+    fixed: bool = True
+
+
+def storage_layers(folders: Sequence[str], namespace: str, *, top_may_change: bool) -> tuple[StorageLayer, ...]:
+    """Return the layers in ``folders``, top first.
+
+    Args:
+        folders: as in ``lowerdir``; links, and paths through the idmapped mounts that a rootful podman makes
+            (``CONTAINER/mapped/N/LAYER/diff``), are followed to the folder itself: a map is applied once.
+        namespace: ``trusted`` or ``user``.
+        top_may_change: the first may be a container's writable folder. All others have a layer on them, and what
+            has one never changes again.
+
+    Raises:
+        NotFound: one is not there.
+        UnsupportedHost: an idmapped mount whose source cannot be found.
+    """
+    return tuple(_layer(folder, namespace, top_may_change and not place) for place, folder in enumerate(folders))
+
+
+def _layer(folder: str, namespace: str, may_change: bool) -> StorageLayer:
+    path = os.path.realpath(folder)
+    try:
+        seen = os.stat(path)
+    except OSError as error:
+        raise NotFound(
+            f"{folder}: the layer is not there ({error.strerror}); podman removes it with the last image that has "
+            "it: pull the image again"
+        ) from None
+    if _MAPPED.fullmatch(path):
+        path = _unmapped(path, seen)
+    shifted = marker(path, namespace) if may_change else ""
+    fixed = not may_change or not (shifted or _is_writable(path))
+    identity = f"{path}\0{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
+    return StorageLayer(Path(path), identity, shifted, fixed)
+
+
+def _is_writable(path: str) -> bool:
+    """Return whether a folder that was never mounted under a map is a container's, not a layer of an image.
+
+    podman mounts layers of images writable as well, to compare them, so that says little: its own list of
+    containers does. Without that list a folder counts that overlayfs has had its own folder beside.
+    """
+    above, name = os.path.split(path)
+    home, layer = os.path.split(above)
+    if name != "diff" or not os.path.isdir(f"{above}/work/work"):
+        return False
+    lists = [Path(f"{home}-containers/{kind}.json") for kind in ("containers", "volatile-containers")]
+    if not any(file.exists() for file in lists):
+        return True
+    return any(layer.encode() in file.read_bytes() for file in lists if file.exists())
+
+
+def marker(path: str, namespace: str) -> str:
+    """Return the map that an upper was written under, "" where it says none."""
+    try:
+        return os.getxattr(path, f"{namespace}.overlay.{MARKER}").decode()
+    except OSError:
+        return ""
+
+
+def _unmapped(path: str, seen: os.stat_result) -> str:
+    """Return the folder that ``path`` shows through an idmapped mount of a folder above it."""
+    rows = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        _, _, device, root, point, *_ = line.split(" ")
+        rows.append((device, root.rstrip("/"), point.rstrip("/")))
+    # The last mount at the longest point is the one that is seen.
+    above = [row for row in rows if path == row[2] or path.startswith(row[2] + "/")]
+    if above:
+        device, root, point = max(reversed(above), key=lambda row: len(row[2]))
+        inside = root + path[len(point) :]
+        for other, other_root, other_point in rows:
+            if other == device and other_point != point and (inside + "/").startswith(other_root + "/"):
+                candidate = other_point + inside[len(other_root) :]
+                try:
+                    found = os.stat(candidate)
+                except OSError:
+                    continue
+                same = (found.st_dev, found.st_ino) == (seen.st_dev, seen.st_ino)
+                if same and not _MAPPED.fullmatch(candidate):
+                    return candidate
+    raise UnsupportedHost(
+        f"the folder behind {path}", "podman's idmapped mount hides it; take mount_program out of storage.conf"
+    )
+
+
+def tree_key(layers: Sequence[StorageLayer], namespace: str) -> str:
+    """Return the key of the META of a chain of layers (top first); no map is in it."""
+    parts = ("layerkit.storage-layers", FORMAT_VERSION, namespace, *(layer.identity for layer in layers))
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def tree_path(store: Path, key: str) -> Path:
+    """Return where the META with this key lies in a store, made or not.
+
+    A META appears in a store by rename, whole; so the file itself says that it may be used.
+    """
+    return store / "meta" / key / TREE_FILE
+
+
+def in_use(metas: Iterable[MetaEntry]) -> tuple[set[str], set[str]]:
+    """Return what gc keeps among ``metas``: (names of indexes, keys of METAs) over folders that are still there.
+
+    A META over a storage's folders belongs to no image of ours: it goes when podman has removed one of the folders.
+    What a running container is served from may go as well; its server has it open.
+    """
+    layers, keys = set[str](), set[str]()
+    for entry in metas:
+        identities = entry.info.get("identities")
+        if identities is not None and all(map(_is_there, identities)):
+            layers.update(entry.info["diff_ids"])
+            keys.add(entry.key)
+    return layers, keys
+
+
+def _is_there(identity: str) -> bool:
+    path, _, numbers = identity.partition("\0")
+    try:
+        seen = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # Not reachable for us is not gone.
+        return True
+    return numbers == f"{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
+
+
+# Only the process that builds comes further.

@@ -1,0 +1,307 @@
+"""What ``layerkit mount-program`` does: an overlay for a container over the folders that podman names.
+
+META, served by our own FUSE server or written out as a folder, lies over the storage's layer folders as data-only
+layers, and the container's folder over that. Owners are those of the map in META, so nothing is copied for it.
+The owners in the container's folder are those of the map too, on disk: the kernel writes them. So the folder is
+marked with the map, and when podman asks for the same container *without* a map, to commit it or to compare it,
+it is shown what the image would hold: a read-only snapshot with the owners mapped back.
+
+Started for every container, so it imports little; what reads layers runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layerkit.formats.meta.fuse_tree import FuseTree
+from layerkit.hosts.mounts.fuse_answers import answers, open_tree
+from layerkit.hosts.mounts.fuse_keeper import Keeper
+from layerkit.hosts.podman import build, mount_options
+from layerkit.hosts.podman import layers as sl
+from layerkit.hosts.podman import marks as storage_marks
+from layerkit.hosts.podman.mount_options import Options
+from layerkit.linux import fuse, mounts, userns
+from layerkit.linux import syscalls as sc
+from layerkit.model.errors import LayerkitError, StoreError, UnsupportedHost, UsageError
+
+_ATTRIBUTES = {
+    "noexec": sc.MOUNT_ATTR_NOEXEC, "nodev": sc.MOUNT_ATTR_NODEV, "nosuid": sc.MOUNT_ATTR_NOSUID,
+    "noatime": 0x10, "nodiratime": 0x80, "ro": sc.MOUNT_ATTR_RDONLY,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What was made.
+
+    Attributes:
+        way: ``overlay`` (the kernel's alone), ``fuse``, ``directory``, ``bind`` or ``snapshot``.
+        pid: of the process that keeps the server, 0 without one.
+        notes: what a person should know.
+    """
+
+    way: str
+    pid: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def mount(options: str, target: Path, store: Path) -> Mounted:
+    """Mount what ``options`` ask for at ``target``; it is there in whole or not at all.
+
+    Args:
+        options: as containers-storage hands them over; see :func:`mount_options.parse`.
+        target: an existing folder.
+        store: the local store, made if it is missing.
+
+    Raises:
+        UsageError: a container's folder that was written under another map.
+        UnmappedId: the map does not cover an owner.
+        UnsupportedHost: the kernel refuses what this needs; the message says what helps.
+        LayerkitError: a layer that cannot be read, a store that refuses.
+    """
+    parsed = mount_options.parse(options)
+    mounted = _Mount(parsed, target, store).run()
+    return replace(mounted, notes=(*parsed.notes, *mounted.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """The root folder of the mount, with the owners of the map."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """Layers for overlayfs: descriptors of normal and of data-only ones, and what :class:`Mounted` says of them."""
+
+    way: str
+    lower: list[int]
+    data: list[int]
+    root: _Root | None = None
+    pid: int = 0
+    note: str = ""
+
+
+class _Mount:
+    def __init__(self, options: Options, target: Path, store: Path) -> None:
+        self.options, self.target, self.store = options, target, store
+        self.privileged = userns.is_privileged()
+        self.namespace = "trusted" if self.privileged else "user"
+        self.maps = options.maps
+        self.upper = "" if options.read_only else options.upper
+
+    def run(self) -> Mounted:
+        lower = list(self.options.lower)
+        if self.options.upper and (not self.upper or self._shows_snapshot()):
+            lower.insert(0, self.options.upper)
+            self.upper = ""
+        layers = sl.storage_layers(lower, self.namespace, top_may_change=not self.upper)
+        if self.upper and not self.maps.canonical and self._is_mounted():
+            # podman asks again for what it has mounted already, to look at it.
+            with mounts.closing(mounts.clone(self.target)) as fd:
+                mounts.attach(fd, self.target)
+            return Mounted("bind")
+        views = tuple(layer for layer in layers if not layer.fixed)
+        with contextlib.ExitStack() as stack:
+            over = [self._view(layer, stack) for layer in views]
+            stacked = self._base(layers[len(views) :], bool(over), stack)
+            self._overlay([*over, *stacked.lower], stacked.data, stacked.root)
+        return Mounted("snapshot" if views else stacked.way, stacked.pid, (stacked.note,) if stacked.note else ())
+
+    def _shows_snapshot(self) -> bool:
+        """Return whether the container's folder has to be shown with its owners mapped back.
+
+        Raises:
+            UsageError: it was written under another map.
+        """
+        shifted, wanted = sl.marker(self.upper, self.namespace), self.maps.canonical
+        if shifted == wanted or _is_empty(self.upper):
+            return False
+        if not wanted:
+            return True
+        was = f"the map {shifted}" if shifted else "another mount program or without a map"
+        raise UsageError(
+            f"{self.upper}: written under {was}, and now wanted under {wanted}; commit the container to an image "
+            "and run that"
+        )
+
+    def _is_mounted(self) -> bool:
+        """Return whether an overlay with this container's folder is mounted at the target."""
+        target, upper = os.path.realpath(self.target), os.path.realpath(self.upper)
+        return any(
+            m.point == target and m.fstype == "overlay" and f"upperdir={upper}" in m.super_options.split(",")
+            for m in mounts.mount_table()
+        )
+
+    def _view(self, layer: sl.StorageLayer, stack: contextlib.ExitStack) -> int:
+        """Return a mount of a container's folder as it is now, as a layer of an image."""
+        file = tempfile.TemporaryFile(prefix="layerkit-")  # noqa: SIM115
+        stack.callback(file.close)
+
+        def write() -> None:
+            build.write_view(layer, self.namespace, file)
+            file.flush()
+
+        _in_child(write)
+        data = stack.enter_context(mounts.closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
+        keeper = stack.enter_context(Keeper(answers(open_tree(file), self.maps, data), data))
+        return stack.enter_context(mounts.closing(keeper.mount()))
+
+    def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
+        """Return how the layers of the image are stacked; ``under`` says that something lies over them."""
+
+        def opened(paths: Iterable[Path]) -> list[int]:
+            return [stack.enter_context(mounts.closing(mounts.open_folder(path))) for path in paths]
+
+        data = [layer.path for layer in layers]
+        rendering, why = self.options.rendering, ""
+        if rendering != "directory":
+            file = stack.enter_context(self._built(layers).open("rb"))
+            tree = open_tree(file)
+            # overlayfs wants two layers at least; META and data are two.
+            enough = bool(self.upper) or under or len(layers) > 1
+            if rendering == "auto" and not self.maps.canonical and enough:
+                paths, below = [layer.path for layer in layers], tree.facts.more["marks_below"]
+                if below is not None:
+                    paths = storage_marks.stack(Path(file.name).parent / "root", layers, below)
+                return _Stacked("overlay", opened(paths), [])
+            try:
+                keeper = stack.enter_context(Keeper(answers(tree, self.maps)))
+                meta = stack.enter_context(mounts.closing(keeper.mount()))
+                return _Stacked("fuse", [meta], opened(data), self._root_of(tree), keeper.pid)
+            except OSError as error:
+                if rendering == "fuse" or error.filename != fuse.DEVICE:
+                    raise
+                why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
+        from layerkit.hosts.podman import directory as storage_directory
+
+        place = storage_directory.place(self.store, layers, self.namespace, self.maps)
+        if not place.is_dir():
+            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.maps))
+        meta = stack.enter_context(mounts.closing(mounts.open_folder(place)))
+        seen = os.fstat(meta)
+        root = _Root(seen.st_uid, seen.st_gid, seen.st_mode & 0o7777)
+        return _Stacked("directory", [meta], opened(data), root, note=why)
+
+    def _built(self, layers: Sequence[sl.StorageLayer]) -> Path:
+        path = sl.tree_path(self.store, sl.tree_key(layers, self.namespace))
+        if not path.exists():
+            _in_child(lambda: build.build_tree(self.store, layers, self.namespace))
+        return path
+
+    def _root_of(self, tree: FuseTree) -> _Root:
+        root = tree.inode(0)
+        return _Root(self.maps.one("uid", root.uid), self.maps.one("gid", root.gid), root.mode & 0o7777)
+
+    def _overlay(self, lower: list[int], data: list[int], root: _Root | None) -> None:
+        with contextlib.ExitStack() as stack:
+            upper = work = None
+            if self.upper:
+                self._prepare_upper(root)
+                upper, work = (
+                    stack.enter_context(mounts.closing(mounts.open_folder(path)))
+                    for path in (self.upper, self.options.work)
+                )
+            # What the kernel would note in the upper's root (uuid) would make a layer look changed: podman mounts
+            # layers of images writable too, to compare them.
+            extra = (*self.options.overlay, ("uuid", "off")) if self.upper else self.options.overlay
+            attributes = 0
+            for word in self.options.attributes:
+                attributes |= _ATTRIBUTES.get(word, 0)
+            if not self.upper:
+                attributes |= sc.MOUNT_ATTR_RDONLY
+            try:
+                fd = mounts.overlay(
+                    lower, data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
+                    options=extra, attributes=attributes,
+                )  # fmt: skip
+            except OSError as error:
+                raise _refused(error, bool(data), self.privileged) from error
+            with mounts.closing(fd):
+                mounts.attach(fd, self.target)
+
+    def _prepare_upper(self, root: _Root | None) -> None:
+        """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
+        if root is None or not _is_empty(self.upper):
+            return
+        name = f"{self.namespace}.overlay.{sl.MARKER}"
+        if self.maps.canonical:
+            os.setxattr(self.upper, name, self.maps.canonical.encode())
+        elif sl.marker(self.upper, self.namespace):
+            os.removexattr(self.upper, name)
+        os.chown(self.upper, root.uid, root.gid)
+        Path(self.upper).chmod(root.mode)
+
+
+class BuildFailed(LayerkitError):
+    """Layers could not be read, in the process that was to do it; message and exit code are its own."""
+
+    def __init__(self, text: str, code: int) -> None:
+        """Carry on what the other process said."""
+        super().__init__(text)
+        self.exit_code = code  # type: ignore[misc]
+
+
+def _in_child(work: Callable[[], object]) -> None:
+    """Run ``work`` in a process of its own: numpy and its threads must not be in one that forks servers.
+
+    Raises:
+        BuildFailed: it failed.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code, text = 0, ""
+        # Threads of numpy's that only wait would take the processor from the one that works.
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        gc.disable()
+        try:
+            work()
+        except LayerkitError as error:
+            code, text = error.exit_code, str(error)
+        except OSError as error:
+            code, text = 1, f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except BaseException as error:
+            code, text = 1, f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            os.write(write, text.encode("utf-8", "replace")[:60_000])
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as said:
+        text = said.read().decode("utf-8", "replace")
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        raise BuildFailed(text or f"reading the layers ended with {status}; try again", status if status > 0 else 1)
+
+
+def _is_empty(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
+
+
+def _refused(error: OSError, data_only: bool, privileged: bool) -> LayerkitError:
+    """Return what a refusal of overlayfs means for a person."""
+    if error.errno == errno.EINVAL and data_only:
+        needs = "Linux 6.8 (data-only layers by name)" if privileged else "Linux 6.16 (the same for ordinary users)"
+        return UnsupportedHost(
+            f"overlay layers of data only here ({error.strerror})",
+            f"it needs {needs}; take mount_program out of storage.conf (`layerkit setup podman --undo`), or name "
+            "fuse-overlayfs there: podman then copies, or maps in FUSE",
+        )
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return UnsupportedHost(
+            f"an overlay mount ({error.strerror})", "run it as podman does: as root, or in `podman unshare`"
+        )
+    if error.errno in (errno.EBUSY, errno.ESTALE):
+        return StoreError(f"{error}: the container's folder is in use by another mount; stop that container")
+    return StoreError(f"{error}")

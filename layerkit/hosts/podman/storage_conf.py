@@ -1,0 +1,152 @@
+"""The lines of storage.conf that make podman use our mount program, put in and taken out again.
+
+The file is edited as text, line by line, so that comments and order stay (containers-storage.conf(5)). Each line
+of ours ends with a mark, and a line that had to give way stays as a comment with another: ``--undo`` needs no more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerkit.model.errors import UsageError
+
+MARK = "  # by layerkit"
+GAVE_WAY = "# before layerkit: "
+_TABLE = "storage.options.overlay"
+_HEADER = re.compile(r"\s*\[\s*([^\]\s]+)\s*\]\s*(#.*)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a setup does to the file.
+
+    Attributes:
+        path: the file.
+        text: what it is to hold; "" if it is to go.
+        notes: what else in it matters, for a person.
+    """
+
+    path: Path
+    text: str
+    notes: tuple[str, ...]
+
+
+def storage_conf(privileged: bool) -> Path:
+    """Return the storage.conf that podman reads for this user and an administrator may edit."""
+    named = os.environ.get("CONTAINERS_STORAGE_CONF")
+    if named:
+        return Path(named)
+    if privileged:
+        return Path("/etc/containers/storage.conf")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "containers/storage.conf"
+
+
+def add(path: Path, program: Path) -> Change:
+    """Return the change that names ``program`` as mount_program in the file ``path``, which may be missing.
+
+    Raises:
+        UsageError: no TOML, another storage driver than overlay, or an option that cannot go with it.
+    """
+    old = _read(path)
+    text = _without(old)
+    settings = _parse(text, path)
+    storage = _table(settings, "storage")
+    overlay = _table(storage, "options", "overlay")
+    driver = storage.get("driver", "")
+    if driver not in ("", "overlay"):
+        raise UsageError(
+            f"{path}: driver = {driver!r}: a mount program belongs to the driver overlay; set that, and note that "
+            "podman keeps the images of each driver apart"
+        )
+    if overlay.get("force_mask") or _table(storage, "options").get("force_mask"):
+        raise UsageError(
+            f"{path}: force_mask keeps owners in xattrs, which layerkit does not read; take it out, or keep "
+            "fuse-overlayfs"
+        )
+    lines = text.splitlines()
+    if not driver:
+        lines = _insert(lines, "storage", f'driver = "overlay"{MARK}')
+    lines = [GAVE_WAY + line if re.match(r"\s*(overlay\.)?mount_program\s*=", line) else line for line in lines]
+    lines = _insert(lines, _TABLE, f'mount_program = "{program}"{MARK}')
+    new = "\n".join(lines) + "\n"
+    _parse(new, path)
+    return Change(path, new, tuple(_notes(overlay, driver, path)))
+
+
+def remove(path: Path) -> Change:
+    """Return the change that takes out what :func:`add` put in; a file that held no more goes."""
+    text = _without(_read(path))
+    _parse(text, path)
+    return Change(path, text if text.strip() else "", ())
+
+
+def apply(change: Change) -> bool:
+    """Write a change, whole or not at all; return whether anything was to be done."""
+    if _read(change.path) == change.text:
+        return False
+    if not change.text:
+        change.path.unlink(missing_ok=True)
+        return True
+    change.path.parent.mkdir(parents=True, exist_ok=True)
+    aside = change.path.with_name(f".{change.path.name}.layerkit")
+    aside.write_text(change.text)
+    if change.path.exists():
+        aside.chmod(change.path.stat().st_mode & 0o777)
+    aside.replace(change.path)
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: {error}; podman cannot read it either") from None
+
+
+def _table(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        found = settings.get(name, {})
+        settings = found if isinstance(found, dict) else {}
+    return settings
+
+
+def _without(text: str) -> str:
+    """Return ``text`` as it was before :func:`add`."""
+    lines = [line.removeprefix(GAVE_WAY) for line in text.splitlines() if not line.endswith(MARK)]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _insert(lines: list[str], table: str, line: str) -> list[str]:
+    """Put ``line`` under the header of ``table``, which is added where it is missing."""
+    for place, text in enumerate(lines):
+        header = _HEADER.match(text)
+        if header and header[1] == table:
+            return [*lines[: place + 1], line, *lines[place + 1 :]]
+    return [*lines, f"[{table}]{MARK}", line]
+
+
+def _notes(overlay: dict[str, Any], driver: str, path: Path) -> list[str]:
+    notes = []
+    options = str(overlay.get("mountopt", ""))
+    for word in options.split(","):
+        if word.partition("=")[0] in ("metacopy", "redirect_dir", "index", "userxattr"):
+            notes.append(f"{path}: mountopt {word} has no effect with a mount program")
+    if overlay.get("mount_program"):
+        notes.append(f"{path}: mount_program = {overlay['mount_program']!r} gives way; --undo brings it back")
+    if not driver:
+        notes.append(
+            "the storage driver is set to overlay; images under another driver (vfs) have to be pulled again"
+        )
+    return notes

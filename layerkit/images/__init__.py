@@ -1,0 +1,1 @@
+"""Where images lie: references, and the sources and sinks of each kind of place."""

@@ -1,0 +1,1 @@
+"""Docker archives and the docker daemon."""

@@ -1,0 +1,153 @@
+"""A repository as a sink for the use cases.
+
+Blobs go up as they come: nobody sees a blob that no manifest names. Manifests are kept back until the commit,
+which sends what others refer to first and the tags last, so whoever pulls by tag finds all of it or none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from layerkit.formats.oci import documents as oci
+from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.names import RegistryRef
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.errors import DigestMismatch, UsageError
+from layerkit.model.limits import DEFAULT, Limits
+
+_MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
+_ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
+
+
+class RegistrySink:
+    """An :class:`~layerkit.model.ports.ImageSink` for one reference; aborts at the end of a ``with`` block.
+
+    Attributes:
+        repository: where it all goes.
+        parallel: how many blobs may be put at once.
+        mounted: blobs that the registry took from another repository of its own.
+    """
+
+    parallel = 4
+
+    def __init__(
+        self,
+        repository: Repository,
+        ref: RegistryRef,
+        *,
+        mount_from: Sequence[str] = (),
+        attach_only: bool = False,
+        limits: Limits = DEFAULT,
+        owned: RegistryClient | None = None,
+    ) -> None:
+        """Write to ``repository``, and let the tag of ``ref`` (``latest`` if it has none) mean the image.
+
+        Args:
+            repository: of ``ref``.
+            ref: with a digest, the image must have it, and gets no tag.
+            mount_from: repositories of the same registry that may have the blobs.
+            attach_only: the image is there; all that is put is attached to it and gets no tag.
+            limits: bounds on manifests.
+            owned: closed with this.
+        """
+        self.repository, self._ref, self._mount_from = repository, ref, tuple(mount_from)
+        self._limits, self._owned = limits, owned
+        self._tag = "" if ref.digest is not None and not ref.tag else ref.tag or "latest"
+        self._there: set[Digest] = set()
+        self.mounted: set[Digest] = set()
+        self._staged: dict[Digest, tuple[Descriptor, bytes]] = {}
+        self._tags: dict[str, Digest] = {}
+        self._named = attach_only
+        self._open = True
+
+    def has_blob(self, digest: Digest) -> bool:
+        """Return whether the blob was put, or is in the repository already."""
+        if digest in self._there or digest in self._staged:
+            return True
+        if self.repository.blob_size(digest) is None:
+            return False
+        self._there.add(digest)
+        return True
+
+    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
+        """Store a blob, or keep a manifest for the commit; see :class:`~layerkit.model.ports.ImageSink`."""
+        if descriptor.media_type in _MANIFESTS:
+            self._stage(descriptor, b"".join(bytes(piece) for piece in chunks))
+            return
+        if self.repository.put_blob(descriptor, chunks, mount_from=self._mount_from):
+            self.mounted.add(descriptor.digest)
+        self._there.add(descriptor.digest)
+
+    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
+        """Keep a manifest for the commit; see :class:`~layerkit.model.ports.ImageSink`.
+
+        The reference says which tag the image gets, whatever its ``name`` was where it comes from; only names
+        that attach something by a digest are tags as they are. Without a name, the first is the image, and what
+        follows is attached to it. The fallback tag of referrers is not taken over: the registry, or the client,
+        keeps that list.
+        """
+        attached = _ATTACHED.fullmatch(name)
+        if attached is not None and not attached[1]:
+            return
+        self._stage(descriptor, data)
+        if attached is not None:
+            self._tags[name] = descriptor.digest
+        elif name or not self._named:
+            self._named = True
+            if self._ref.digest is not None and descriptor.digest != self._ref.digest:
+                raise UsageError(
+                    f"docker://{self._ref}: the image to write has the digest {descriptor.digest}; name it by a tag"
+                )
+            if self._tag:
+                self._tags[self._tag] = descriptor.digest
+
+    def _stage(self, descriptor: Descriptor, data: bytes) -> None:
+        what = f"docker://{self.repository.name}: manifest {descriptor.digest}"
+        oci.verify(data, descriptor, what)
+        oci.references(data, descriptor.media_type, what, limits=self._limits)
+        self._staged.setdefault(descriptor.digest, (descriptor, data))
+
+    def commit(self) -> None:
+        """Send the manifests; see :class:`~layerkit.model.ports.ImageSink`."""
+        if not self._open:
+            raise UsageError(f"docker://{self._ref}: written already")
+        try:
+            tagged = {digest: tag for tag, digest in self._tags.items()}
+            alone = len(self._staged) == 1
+            for digest, (descriptor, data) in self._staged.items():
+                # The only manifest needs no first step; of several, all must be there before a tag leads to them.
+                if not (alone and digest in tagged):
+                    self._put(descriptor, data, "")
+            for tag, digest in self._tags.items():
+                descriptor, data = self._staged[digest]
+                self._put(descriptor, data, tag)
+        finally:
+            self.abort()
+
+    def _put(self, descriptor: Descriptor, data: bytes, tag: str) -> None:
+        stored = self.repository.put_manifest(data, descriptor.media_type, tag)
+        if stored.digest != descriptor.digest:
+            raise DigestMismatch(f"docker://{self._ref}", str(stored.digest), str(descriptor.digest))
+
+    def abort(self) -> None:
+        """Forget the manifests that were not sent; blobs without a manifest are the registry's to collect."""
+        if not self._open:
+            return
+        self._open = False
+        self._staged, self._tags = {}, {}
+        if self._owned is not None:
+            self._owned.close()
+
+    def __enter__(self) -> RegistrySink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+__all__ = ["RegistrySink"]

@@ -1,0 +1,133 @@
+"""An image in a registry as a source for the use cases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import images as oci_images
+from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.names import RegistryRef
+from layerkit.model.descriptor import Descriptor, Platform
+from layerkit.model.digest import Digest
+from layerkit.model.errors import InvalidImage, NotFound
+from layerkit.model.image import Image
+from layerkit.model.limits import DEFAULT, Limits
+
+if TYPE_CHECKING:
+    from layerkit.model.ports import BlobReader
+
+_COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
+
+
+class RegistrySource:
+    """An :class:`~layerkit.model.ports.ImageSource` over a repository.
+
+    What a tag means is asked once: all that is read afterwards belongs together, also if the tag moves.
+
+    Attributes:
+        where: the reference, for messages.
+        repository: where it lies.
+        ref: the reference.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        ref: RegistryRef,
+        *,
+        limits: Limits = DEFAULT,
+        owned: RegistryClient | None = None,
+    ) -> None:
+        """Read what ``ref`` names from ``repository``; ``owned`` is closed with this."""
+        self.repository, self.ref, self._limits, self._owned = repository, ref, limits, owned
+        self.where = f"docker://{ref}"
+        self._top: tuple[Descriptor, bytes] | None = None
+        self._manifests: dict[Digest, bytes] = {}
+
+    def image(self, platform: Platform | None = None) -> Image:
+        """Return the image; see :class:`~layerkit.model.ports.ImageSource`."""
+        return oci_images.select(
+            self.fetch, self.chosen(), str(self.ref), self.where, platform, limits=self._limits
+        )
+
+    def chosen(self) -> Sequence[Descriptor]:
+        """Return the descriptor of what the reference names: a manifest, or an index.
+
+        Raises:
+            NotFound: no such tag or digest.
+        """
+        if self._top is None:
+            self._top = self.repository.manifest(self.ref.digest or self.ref.tag or "latest")
+            self._manifests[self._top[0].digest] = self._top[1]
+        return [self._top[0]]
+
+    @property
+    def entries(self) -> Sequence[Descriptor]:
+        """Return what the reference names; a repository has no list of its own like that of a layout."""
+        return self.chosen()
+
+    def fetch(self, entry: Descriptor, most: int) -> bytes:
+        """Return a small blob or a manifest, verified; manifests are asked for once."""
+        data = self._manifests.get(entry.digest)
+        if data is None:
+            data = self.repository.fetch(entry, most)
+            if entry.media_type in oci.MANIFEST_TYPES | oci.INDEX_TYPES:
+                self._manifests[entry.digest] = data
+        return data
+
+    def open_blob(self, descriptor: Descriptor) -> BlobReader:
+        """Open a blob; see :class:`~layerkit.model.ports.ImageSource`.
+
+        Raises:
+            InvalidImage: the registry does not have it.
+        """
+        try:
+            return self.repository.open_blob(descriptor)
+        except NotFound:
+            urls = descriptor.extra.get("urls")
+            hint = f"it is to be had from {urls}, which layerkit does not do" if urls else "push the image again"
+            raise InvalidImage(f"{self.where}: blob {descriptor.digest} is missing; {hint}") from None
+
+    def blob_range(self, descriptor: Descriptor, start: int, length: int) -> bytes:
+        """Return a part of a blob, NOT verified; see :meth:`Repository.blob_range`."""
+        return self.repository.blob_range(descriptor, start, length)
+
+    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
+        """Return the manifests that are attached to ``subject``, verified, in the registry's order.
+
+        The list is the registry's word only: what is in it and has another subject is left out.
+        """
+        found = []
+        for entry in self.repository.referrers(subject, artifact_type):
+            if entry.media_type not in oci.MANIFEST_TYPES:
+                continue
+            try:
+                data = oci_images.fetch_manifest(self.fetch, entry, self.where, self._limits)
+            except NotFound:
+                continue  # lists that are kept by tag outlive what was deleted
+            what = f"{self.where}: manifest {entry.digest}"
+            parsed = oci.parse_manifest(data, what, media_type=entry.media_type, limits=self._limits)
+            if artifact.is_attached(parsed, subject, artifact_type):
+                found.append((entry, data))
+        return found
+
+    def attached_by_name(self, subject: Digest) -> list[tuple[Descriptor, str]]:
+        """Return what cosign attached to ``subject`` by tags made from its digest, with these tags."""
+        found = []
+        for suffix in _COSIGN_SUFFIXES:
+            tag = f"{subject.algorithm}-{subject.hex}{suffix}"
+            with contextlib.suppress(NotFound):
+                found.append((self.repository.resolve(tag), tag))
+        return found
+
+    def close(self) -> None:
+        """Close the connections that were made for this source."""
+        if self._owned is not None:
+            self._owned.close()
+
+
+__all__ = ["RegistrySource"]

@@ -1,1 +1,0 @@
-"""Linux system calls by ctypes, and feature probes."""

@@ -1,0 +1,1 @@
+"""The kernel: system calls, mounts, user namespaces, probes, durable writes."""

@@ -1,0 +1,1 @@
+"""Trees on disk: the reader and the writer of folders."""

@@ -1,0 +1,112 @@
+"""Paths inside a root filesystem that strangers wrote: no symbolic link and no ``..`` leads out of it.
+
+The kernel resolves them as if the folder were the root (openat2(2), ``RESOLVE_IN_ROOT``, Linux 5.6).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+
+from layerkit.linux.syscalls import failed
+from layerkit.model.errors import InvalidImage, UnsupportedHost, show_path
+
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_inside(root: int, path: str | bytes, flags: int, mode: int = 0) -> int:
+    """Return a descriptor of ``path`` with the folder ``root`` (a descriptor) as the root of all names.
+
+    Raises:
+        OSError: as openat2(2).
+        UnsupportedHost: the kernel lacks it.
+    """
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    result = int(
+        _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(root), os.fsencode(path), ctypes.c_char_p(how),
+            ctypes.c_size_t(len(how)),
+        )
+    )  # fmt: skip
+    if result < 0:
+        number = ctypes.get_errno()
+        if number == errno.ENOSYS:
+            raise UnsupportedHost("openat2(2)", "Linux 5.6 has it; seccomp may hide it")
+        raise failed(number, "open", path)
+    return result
+
+
+def read_inside(root: int, path: str, limit: int) -> bytes:
+    """Return the content of the regular file at ``path``, ``b""`` where there is none.
+
+    Raises:
+        InvalidImage: something else than a file lies there, or more than ``limit`` bytes.
+    """
+    try:
+        # Not blocking: the image may have put a fifo there.
+        fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return b""
+        raise InvalidImage(f"/{path.lstrip('/')} of the image: {os.strerror(error.errno or 0)}") from error
+    try:
+        shown = os.fstat(fd)
+        if not stat.S_ISREG(shown.st_mode):
+            raise InvalidImage(f"/{path.lstrip('/')} of the image is not a regular file")
+        if shown.st_size > limit:
+            raise InvalidImage(f"/{path.lstrip('/')} of the image has {shown.st_size} bytes; want at most {limit}")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
+
+
+def make_folders(root: int, path: str, uid: int, gid: int) -> int:
+    """Return an ``O_PATH`` descriptor of the folder at ``path``; what is missing is made, mode 0755.
+
+    Args:
+        root: descriptor of the root filesystem.
+        path: absolute inside it.
+        uid: host id of the owner of what is made.
+        gid: host id of its group.
+
+    Raises:
+        InvalidImage: something else than a folder is in the way.
+        OSError: as mkdir(2).
+    """
+    flags = os.O_PATH | os.O_DIRECTORY
+    done = ""
+    fd = open_inside(root, "/", flags)
+    for part in path.split("/"):
+        if part in ("", "."):
+            continue
+        # Names are resolved from the root each time, since a link may lead anywhere in it.
+        done = f"{done}/{part}"
+        try:
+            deeper = open_inside(root, done, flags)
+        except FileNotFoundError:
+            try:
+                os.mkdir(part, 0o755, dir_fd=fd)
+            except FileExistsError:
+                os.close(fd)
+                raise InvalidImage(f"{show_path(done)} of the image is a link to nowhere, not a folder") from None
+            except BaseException:
+                os.close(fd)
+                raise
+            os.chown(part, uid, gid, dir_fd=fd, follow_symlinks=False)
+            deeper = open_inside(root, done, flags)
+            os.chmod(f"/proc/self/fd/{deeper}", 0o755)  # whatever the umask says
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise InvalidImage(f"{show_path(done)} of the image is not a folder") from error
+            raise
+        os.close(fd)
+        fd = deeper
+    return fd

@@ -1,0 +1,352 @@
+"""Mounts as descriptors: made detached, combined, and attached last, so that nothing half-made shows.
+
+Everything here returns or takes file descriptors of detached mounts; the one that is closed without
+being attached is gone, also when the process dies. Kernel: Documentation/filesystems/{overlayfs,erofs}.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from layerkit.linux import loop, userns
+from layerkit.linux import syscalls as sc
+from layerkit.model.errors import UnsupportedHost
+
+LAYER_ATTRIBUTES = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOSUID
+MAX_LAYERS = 500
+"""Lower layers of one overlay, data-only ones among them (``OVL_MAX_STACK``)."""
+
+
+class Context:
+    """A filesystem context (fsopen(2)) whose errors carry the kernel's own words."""
+
+    def __init__(self, fstype: str) -> None:
+        """Open a context for ``fstype``.
+
+        Raises:
+            UnsupportedHost: the filesystem or the mount API is not there.
+            OSError: no right to mount.
+        """
+        self.fstype = fstype
+        try:
+            self.fd = sc.fsopen(fstype)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                raise UnsupportedHost(f"the filesystem {fstype}", f"try: modprobe {fstype}") from error
+            if error.errno == errno.ENOSYS:
+                raise UnsupportedHost("fsopen(2)", "Linux 5.2 or newer has it; seccomp may hide it") from error
+            if error.errno == errno.EPERM:
+                raise UnsupportedHost(
+                    f"mounting {fstype} for this user",
+                    "run as root, or in a user namespace where it may be mounted",
+                ) from error
+            raise
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.fd)
+
+    def flag(self, key: str) -> None:
+        """Set an option that has no value."""
+        self._done(sc.fsconfig(self.fd, sc.FSCONFIG_SET_FLAG, key, None, 0), key)
+
+    def text(self, key: str, value: str | bytes) -> None:
+        """Set an option to a string of at most 255 bytes."""
+        raw = os.fsencode(value)
+        self._done(sc.fsconfig(self.fd, sc.FSCONFIG_SET_STRING, key, raw, 0), f"{key}={os.fsdecode(raw)}")
+
+    def path(self, key: str, value: Path, keep: list[int]) -> None:
+        """Set an option to a path of any length; a descriptor it needs is added to ``keep``."""
+        raw = os.fsencode(value)
+        if len(raw) > sc.FSCONFIG_STRING_BYTES:
+            keep.append(os.open(raw, os.O_PATH | os.O_CLOEXEC))
+            raw = b"/proc/self/fd/%d" % keep[-1]
+        self.text(key, raw)
+
+    def layer(self, key: str, fd: int) -> None:
+        """Set an option to the folder or detached mount ``fd``: by descriptor, before 6.13 by its /proc name."""
+        if sc.fsconfig(self.fd, sc.FSCONFIG_SET_FD, key, None, fd) < 0:
+            sc.context_log(self.fd)
+            self.text(key, f"/proc/self/fd/{fd}")
+
+    def mount(self, attributes: int) -> int:
+        """Create the filesystem and return a detached mount of it.
+
+        Raises:
+            OSError: with what the kernel logged about it.
+        """
+        self._done(sc.fsconfig(self.fd, sc.FSCONFIG_CMD_CREATE, None, None, 0), "mount")
+        fd = sc.fsmount(self.fd, attributes)
+        self._done(min(fd, 0), "fsmount")
+        return fd
+
+    def _done(self, result: int, what: str) -> None:
+        if result < 0:
+            log = "; ".join(sc.context_log(self.fd))
+            raise sc.failed(-result, f"{self.fstype}: {what}" + (f" ({log})" if log else ""))
+
+
+def erofs(image: Path, device: Path | None = None, *, directio: bool = False, loop_only: bool = False) -> int:
+    """Return a detached, read-only mount of an EROFS image.
+
+    The file itself is mounted where the kernel can (6.12; images on ext4, xfs, btrfs), else a loop device
+    that goes away with the mount.
+
+    Args:
+        image: the image file.
+        device: the external device that the image's chunks lie in (a raw layer tar).
+        directio: read without a second copy in the page cache; dropped where the file cannot.
+        loop_only: do not try without a loop device.
+
+    Raises:
+        UnsupportedHost: no EROFS, or no right to mount it.
+        OSError: as the kernel says; ``EUCLEAN`` for a damaged image.
+    """
+    if not loop_only:
+        for direct in (True, False) if directio else (False,):
+            try:
+                return erofs_file(image, device, directio=direct)
+            except OSError as error:
+                if error.errno == errno.ENOTBLK:
+                    break
+                # EINVAL: no O_DIRECT on the image's filesystem, or a kernel without the option.
+                if not (direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP)):
+                    error.filename = os.fspath(image)
+                    raise
+    with loop.attached(image, direct=directio) as disk:
+        if device is None:
+            return erofs_file(disk)
+        with loop.attached(device, direct=directio) as second:
+            return erofs_file(disk, second)
+
+
+def erofs_file(image: Path, device: Path | None = None, *, directio: bool = False) -> int:
+    """Return a detached mount of an image as it is, a file or a block device, or fail.
+
+    Raises:
+        OSError: ``ENOTBLK`` where the kernel wants a block device, else as for :func:`erofs`.
+    """
+    keep: list[int] = []
+    try:
+        with Context("erofs") as context:
+            context.path("source", image, keep)
+            if device is not None:
+                context.path("device", device, keep)
+            if directio:
+                context.flag("directio")
+            context.flag("ro")
+            return context.mount(LAYER_ATTRIBUTES)
+    finally:
+        for fd in keep:
+            os.close(fd)
+
+
+def overlay(
+    lower: Sequence[int],
+    data: Sequence[int] = (),
+    *,
+    upper: int | None = None,
+    work: int | None = None,
+    userxattr: bool = False,
+    metacopy: bool = False,
+    source: str = "overlay",
+    options: Iterable[tuple[str, str | None]] = (),
+    attributes: int = 0,
+) -> int:
+    """Return a detached overlay mount.
+
+    Args:
+        lower: descriptors of the normal layers, top first; folders or detached mounts, also idmapped ones.
+        data: descriptors of the data-only layers, top first.
+        upper: descriptor of the writable layer's folder; with ``work``.
+        work: descriptor of an empty folder on the mount of ``upper``.
+        userxattr: read ``user.overlay.*`` and not ``trusted.overlay.*``.
+        metacopy: copy up metadata alone.
+        source: what mountinfo shows as the source.
+        options: further options as (key, value or None for a flag).
+        attributes: ``MOUNT_ATTR_*`` of the mount.
+
+    Raises:
+        UnsupportedHost: no overlayfs, or none for this user.
+        OSError: as the kernel says.
+    """
+    with Context("overlay") as context:
+        context.text("source", source)
+        if userxattr:
+            context.flag("userxattr")
+        else:
+            context.text("metacopy", "on" if metacopy else "off")
+        # Handles of stubs read zeros when they are opened cold; a host may have set it for all overlays.
+        context.text("nfs_export", "off")
+        for key, value in options:
+            context.flag(key) if value is None else context.text(key, value)
+        try:
+            for fd in lower:
+                context.layer("lowerdir+", fd)
+            for fd in data:
+                context.layer("datadir+", fd)
+        except OSError as error:
+            if error.errno == errno.EINVAL and len(lower) + len(data) <= MAX_LAYERS:
+                raise UnsupportedHost(
+                    f"overlay layers one by one ({error.strerror})", "Linux 6.8 has them"
+                ) from error
+            raise
+        if upper is not None and work is not None:
+            context.layer("upperdir", upper)
+            context.layer("workdir", work)
+        else:
+            context.flag("ro")
+        return context.mount(attributes)
+
+
+def open_folder(path: Path | str) -> int:
+    """Return an ``O_PATH`` descriptor of a folder.
+
+    Raises:
+        OSError: ``ENOENT``, ``ENOTDIR``.
+    """
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def clone(path: Path | str | int, *, recursive: bool = False) -> int:
+    """Return a detached copy of the mount at ``path`` (a path or a descriptor) with it as the root.
+
+    Raises:
+        OSError: as open_tree(2).
+    """
+    return sc.open_tree(path, clone=True, recursive=recursive)
+
+
+bind = clone
+
+
+def idmap(mount: int, userns_fd: int) -> None:
+    """Map the owners that a detached mount shows by the maps of a user namespace.
+
+    Raises:
+        UnsupportedHost: the filesystem cannot be mounted idmapped, or this user may not do it.
+    """
+    try:
+        sc.mount_setattr(mount, add=sc.MOUNT_ATTR_IDMAP, userns=userns_fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+            raise
+        raise UnsupportedHost(
+            f"an idmapped mount of this filesystem ({error.strerror})", "have a META written for the map instead"
+        ) from error
+
+
+def idmapped_clone(path: Path | str | int, uid: userns.Extents, gid: userns.Extents) -> int:
+    """Return a detached copy of a mount that shows owners mapped by ``uid`` and ``gid``.
+
+    Raises:
+        UnsupportedHost: as :func:`idmap`.
+        UsageError: maps that the kernel refuses.
+    """
+    namespace = userns.userns_fd(uid, gid)
+    try:
+        fd = clone(path)
+        try:
+            idmap(fd, namespace)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    finally:
+        os.close(namespace)
+
+
+def attach(mount: int, target: Path | str | int, *, attributes: int = 0) -> None:
+    """Attach a detached mount at ``target``, with ``MOUNT_ATTR_*`` flags added first.
+
+    Raises:
+        OSError: as mount_setattr(2) and move_mount(2).
+    """
+    if attributes:
+        sc.mount_setattr(mount, add=attributes)
+    sc.move_mount(mount, target)
+
+
+def detach(target: Path | str, *, lazy: bool = False) -> None:
+    """Unmount what is on top at ``target``; ``lazy`` hides it now and frees it when nobody uses it.
+
+    Raises:
+        OSError: ``EBUSY`` in use, ``EINVAL`` nothing mounted there.
+    """
+    sc.umount2(target, sc.UMOUNT_NOFOLLOW | (sc.MNT_DETACH if lazy else 0))
+
+
+@contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """Close ``fd`` at the end; a detached mount goes with it."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Mount(NamedTuple):
+    """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+
+    mount_id: int
+    parent_id: int
+    point: str
+    fstype: str
+    source: str
+    options: str
+    super_options: str
+
+
+def mount_table() -> list[Mount]:
+    """Return the mounts of our mount namespace, in the order in which they were made."""
+    table = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        left, _, right = line.partition(b" - ")
+        first, last = left.split(b" "), right.split(b" ")
+        table.append(
+            Mount(
+                int(first[0]), int(first[1]), _unescape(first[4]),
+                _unescape(last[0]), _unescape(last[1]), _unescape(first[5]), os.fsdecode(last[2]),
+            )
+        )  # fmt: skip
+    return table
+
+
+def mount_id(path: Path | str) -> int:
+    """Return the id of the mount that ``path`` lies on.
+
+    Raises:
+        OSError: the path cannot be reached.
+    """
+    with closing(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("mnt_id:")))
+
+
+def mount_of(path: Path | str) -> Mount | None:
+    """Return the mount that ``path`` lies on, None where it is not in our mount table."""
+    wanted = mount_id(path)
+    return next((m for m in mount_table() if m.mount_id == wanted), None)
+
+
+def _unescape(field: bytes) -> str:
+    if b"\\" in field:
+        for code, byte in (
+            (b"\\040", b" "),
+            (b"\\011", b"\t"),
+            (b"\\012", b"\n"),
+            (b"\\043", b"#"),
+            (b"\\134", b"\\"),
+        ):
+            field = field.replace(code, byte)
+    return os.fsdecode(field)

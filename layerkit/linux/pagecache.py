@@ -1,0 +1,107 @@
+"""How much of a file is in the page cache, as seen through a path (mincore(2), cachestat(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+from layerkit.linux import syscalls as sc
+
+_SPAN_BYTES = 1 << 30
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def resident_bytes(path: Path | str) -> tuple[int, int]:
+    """Return (bytes in the page cache, size) of a file, without bringing any of it in.
+
+    Through an overlay this looks at the file below, where its pages are. The kernel tells the truth only
+    to the file's owner, to those who may write to it, and to root; to all others every page looks resident.
+
+    Raises:
+        OSError: the file cannot be opened or mapped.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        return resident_of(fd, size), size
+    finally:
+        os.close(fd)
+
+
+def cached_bytes(path: Path | str) -> int:
+    """Return how many bytes of a plain file are cached, in whole pages, by cachestat(2).
+
+    Cheaper than :func:`resident_bytes` for large files, but blind through an overlay.
+
+    Raises:
+        OSError: ``ENOSYS`` before Linux 6.5.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return sc.cachestat(fd)[0] * mmap.PAGESIZE
+    finally:
+        os.close(fd)
+
+
+def resident_of(fd: int, size: int) -> int:
+    """Return the bytes in the page cache of an open file of ``size`` bytes; as :func:`resident_bytes`.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    return sum(_resident(fd, at, min(_SPAN_BYTES, size - at)) for at in range(0, size, _SPAN_BYTES))
+
+
+def cached_of(fd: int, size: int) -> int:
+    """Return :func:`resident_of` of a plain file: by cachestat(2) where the kernel has it, which is cheaper.
+
+    Raises:
+        OSError: as :func:`resident_of`.
+    """
+    try:
+        return min(sc.cachestat(fd)[0] * mmap.PAGESIZE, size)
+    except OSError:
+        return resident_of(fd, size)
+
+
+def drop(path: Path | str) -> None:
+    """Ask the kernel to forget a file's clean pages; what is mapped or dirty stays.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _resident(fd: int, start: int, length: int) -> int:
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+    if address == _MAP_FAILED:
+        raise sc.failed(ctypes.get_errno(), "mmap")
+    try:
+        pages = -(-length // mmap.PAGESIZE)
+        vector = ctypes.create_string_buffer(pages)
+        if _libc.mincore(address, length, vector) < 0:
+            raise sc.failed(ctypes.get_errno(), "mincore")
+    finally:
+        _libc.munmap(address, length)
+    raw = vector.raw
+    if raw.strip(b"\0\1"):
+        # Only the lowest bit of each byte has a meaning.
+        raw = bytes(byte & 1 for byte in raw)
+    total = raw.count(1) * mmap.PAGESIZE
+    if raw[-1] and length % mmap.PAGESIZE:
+        total -= mmap.PAGESIZE - length % mmap.PAGESIZE
+    return total

@@ -1,0 +1,1 @@
+"""Rules over trees: merge, diff, squash, and what a filesystem keeps of an entry."""

@@ -1,1 +1,0 @@
-"""Services: long-running processes around the use cases."""

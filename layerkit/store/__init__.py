@@ -1,0 +1,1 @@
+"""The local store: blobs, objects, indexes, METAs, the catalog, gc, fsck, locks."""

@@ -1,0 +1,167 @@
+"""Removing what no image and no mount uses, and what killed runs left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerkit.linux.durable import remove
+from layerkit.model.digest import Digest
+from layerkit.model.errors import StoreError
+from layerkit.model.reports import Report
+from layerkit.store.catalog import Catalog, LayerRow, short_name
+from layerkit.store.index_files import read_index
+from layerkit.store.layout import Layout
+from layerkit.store.leftovers import dead, strays
+from layerkit.store.locks import Locks
+from layerkit.store.metas import chain_key
+from layerkit.store.objects import needed, object_path
+from layerkit.store.spool import Spool
+
+Used = tuple[Collection[str], Collection[str]]
+InUse = Used | Callable[[], Used]
+"""What mounts use: (diff_ids as text, META keys), or a function that says so when it is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport(Report):
+    """What was (or would be) removed, as text for a person, and the bytes on disk that it took."""
+
+    removed: tuple[str, ...]
+    freed_bytes: int
+
+
+class Collector:
+    """One run of gc, with the store held alone."""
+
+    def __init__(self, layout: Layout, catalog: Catalog, own: Spool, locks: Locks, *, dry_run: bool) -> None:
+        """Collect in the store of these parts; ``own`` is this process's temporary folder, which stays."""
+        self._layout, self._catalog, self._own, self._locks = layout, catalog, own, locks
+        self._dry_run = dry_run
+        self._removed: list[str] = []
+        self._freed = 0
+
+    def run(self, used: Used, *, drop_metas: bool) -> GcReport:
+        """Do it; see ``LocalStore.gc``."""
+        # First what needs no room in the catalog: on a full disk this is what makes some.
+        for path in dead(self._layout):
+            self._drop(path, f"tmp/{path.name}: left by a run that was ended")
+        for path in strays(self._layout, self._catalog):
+            self._drop(path, f"{path.relative_to(self._layout.root)}: left by a run that was ended")
+        if not self._dry_run:
+            self._locks.clear()
+
+        layers_used, metas_used = frozenset(used[0]), frozenset(used[1])
+        layers = {row.diff_id: row for row in self._catalog.layers()}
+        kept_images, kept_metas = self._reachable(metas_used, drop_metas)
+        chains: dict[str, list[Digest]] = {digest: [] for digest in kept_images}
+        for digest, diff_id in self._catalog.image_layers():
+            if digest in kept_images:
+                chains[digest].append(diff_id)
+        kept_layers = {diff_id for chain in chains.values() for diff_id in chain}
+        kept_layers |= {diff_id for diff_id in layers if str(diff_id) in layers_used or diff_id.hex in layers_used}
+
+        dead_images = sorted(set(self._catalog.digests()) - kept_images)
+        dead_layers = [row for diff_id, row in layers.items() if diff_id not in kept_layers]
+        dead_metas = [key for key, _ in self._catalog.metas() if key not in kept_metas]
+        kept_chains = {chain_key(chain) for chain in chains.values()}
+        dead_facts = [chain for chain, _ in self._catalog.all_tree_facts() if chain not in kept_chains]
+        dead_objects = self._dead_objects([row for diff_id, row in layers.items() if diff_id in kept_layers])
+
+        if not self._dry_run and (dead_images or dead_layers or dead_metas or dead_facts or dead_objects):
+            with self._catalog.write() as db:
+                self._forget(db, dead_images, dead_layers, dead_metas, dead_facts, dead_objects)
+        # Rows first, on disk for sure, then files: killed in between, this leaves strays and no damage.
+        for digest in dead_images:
+            self._removed.append(f"image {digest}")
+        for key in dead_metas:
+            self._drop(self._layout.meta(key), f"metadata layer {key}")
+        for row in dead_layers:
+            self._drop_layer(row)
+        self._drop_many([object_path(self._layout, sha256) for sha256 in dead_objects], "objects")
+        if self._removed and not self._dry_run:
+            with contextlib.suppress(sqlite3.Error):  # needs room for a copy; only the size is at stake
+                self._catalog.compact()
+        return GcReport(tuple(self._removed), self._freed)
+
+    def _reachable(self, metas_used: frozenset[str], drop_metas: bool) -> tuple[set[str], set[str]]:
+        """Return the manifest digests of images, and the keys of METAs, that stay."""
+        pairs = self._catalog.image_metas()
+        images = {digest for _, digest in self._catalog.names()}
+        images |= {digest for digest, key in pairs if key in metas_used}
+        metas = set(metas_used)
+        if not drop_metas:
+            metas |= {key for digest, key in pairs if digest in images}
+        return images, metas
+
+    def _dead_objects(self, kept: Iterable[LayerRow]) -> list[bytes]:
+        live: set[bytes] = set()
+        for row in kept:
+            if not row.objects:
+                continue
+            try:
+                live.update(map(short_name, needed(read_index(self._layout, row.diff_id))))
+            except StoreError as error:
+                # What a layer needs cannot be told: then nothing is known to be dead.
+                self._removed.append(f"no objects, since not all indexes can be read: {error}")
+                return []
+        return [row.sha256 for row in self._catalog.objects() if row.short not in live]
+
+    def _forget(
+        self,
+        db: sqlite3.Connection,
+        images: Iterable[str],
+        layers: Iterable[LayerRow],
+        metas: Iterable[str],
+        facts: Iterable[str],
+        objects: Iterable[bytes],
+    ) -> None:
+        for digest in images:
+            Catalog.drop_image(db, digest)
+        for row in layers:
+            Catalog.drop_layer(db, row.diff_id)
+        for key in metas:
+            Catalog.drop_meta(db, key)
+        for chain in facts:
+            Catalog.drop_tree_facts(db, chain)
+        Catalog.drop_objects(db, map(short_name, objects))
+
+    def _drop_layer(self, row: LayerRow) -> None:
+        kept_as = [name for name, there in (("tar", row.tar), ("objects", row.objects)) if there] or ["index only"]
+        self._removed.append(f"layer {row.diff_id} ({', '.join(kept_as)})")
+        diff_id = row.diff_id
+        for path in (self._layout.tar(diff_id), self._layout.data(diff_id), self._layout.index(diff_id)):
+            self._drop(path)
+
+    def _drop_many(self, paths: list[Path], what: str) -> None:
+        if paths:
+            self._removed.append(f"{len(paths)} {what}")
+        for path in paths:
+            self._drop(path)
+
+    def _drop(self, path: Path, line: str = "") -> None:
+        if line:
+            self._removed.append(line)
+        self._freed += _allocated(path)
+        if not self._dry_run:
+            remove(path)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        total = path.lstat().st_blocks * 512
+    except OSError:
+        return 0
+    if path.is_dir() and not path.is_symlink():
+        for top, folders, files in os.walk(path):
+            for name in (*folders, *files):
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(top, name)).st_blocks * 512
+    return total
+
+
+__all__ = ["Collector", "GcReport", "InUse", "strays"]

@@ -1,0 +1,69 @@
+"""An image of the local store as a source for the use cases."""
+
+from __future__ import annotations
+
+import io
+import os
+
+from layerkit.images.blobs import FileRange
+from layerkit.model.descriptor import Descriptor, Platform
+from layerkit.model.errors import NotFound
+from layerkit.model.image import Image
+from layerkit.model.ports import BlobReader
+from layerkit.store.local import LocalStore
+
+
+class StoreSource:
+    """An :class:`~layerkit.model.ports.ImageSource`; the store stays open when it is closed."""
+
+    def __init__(self, store: LocalStore, name: str) -> None:
+        """Read the image called ``name``, or whose manifest's digest begins so."""
+        self._store, self._name = store, name
+
+    def image(self, platform: Platform | None = None) -> Image:
+        """Return the image as it was when it came.
+
+        Raises:
+            NotFound: no such image, or it is for another platform.
+        """
+        image = self._store.image(self._name)
+        if platform is not None and platform != image.platform:
+            have = image.platform
+            same = (have.os, have.architecture) == (platform.os, platform.architecture)
+            if not same or (platform.variant and have.variant):
+                raise NotFound(f"store:{self._name}: is for {have}, not for {platform}; name another image")
+        return image
+
+    def open_blob(self, descriptor: Descriptor) -> BlobReader:
+        """Open the manifest, the config, or a layer whose blob is its tar.
+
+        Raises:
+            NotFound: a compressed layer: the store keeps what is in it and not the blob.
+        """
+        image = self.image()
+        for known, data in ((image.descriptor, image.manifest), (image.config_descriptor, image.config)):
+            if descriptor.digest == known.digest:
+                return _Bytes(data)
+        try:
+            # An uncompressed layer is its own blob.
+            path = self._store.tar_path(descriptor.digest)
+        except NotFound:
+            raise NotFound(
+                f"store:{self._name}: blob {descriptor.digest} is not kept, only what is in it; "
+                "name the image where it came from; what the store keeps is checked by layerkit store verify"
+            ) from None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return FileRange(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Do nothing: the store belongs to the caller."""
+
+
+class _Bytes(io.BytesIO):
+    """Bytes as a blob reader."""
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        return super().readinto(buffer)

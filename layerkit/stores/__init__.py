@@ -1,1 +1,0 @@
-"""The local store, and one file per image transport."""

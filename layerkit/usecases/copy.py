@@ -1,0 +1,277 @@
+"""Use case: an image, or all of a multi-platform one, with what is attached to it, from one place to another.
+
+Manifests are copied byte for byte, so what is attached by digest stays true of what it is attached to. What is
+attached to something that is not copied (to the index, where one platform is) stays behind: a signature must not
+seem to speak for bytes that it does not cover. For the same reason nothing goes with an image that is written anew.
+
+Three ways of attaching are known: a manifest with a ``subject`` (image-spec 1.1), a name made from the digest
+(cosign's ``sha256-HEX.sig``, the fallback tag of referrers), and an entry of the image's own index that refers to
+it (buildkit's attestations).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import images as oci_images
+from layerkit.images.transfer import copy_image, put_blobs
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.errors import LayerkitError
+from layerkit.model.image import Image
+from layerkit.model.limits import Limits
+from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.reports import Report
+
+
+@runtime_checkable
+class LayoutLike(ImageSource, Protocol):
+    """A source that holds indexes and artifacts too: an OCI layout or archive."""
+
+    where: str
+    entries: Sequence[Descriptor]
+
+    def chosen(self) -> Sequence[Descriptor]:
+        """Return the top entries that the reference selects."""
+        ...
+
+    def fetch(self, entry: Descriptor, most: int, /) -> bytes:
+        """Return a small blob, not verified."""
+        ...
+
+    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
+        """Return what is attached to ``subject``, with the manifests' bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CopyReport(Report):
+    """What a copy brought.
+
+    Attributes:
+        name: of the image in the destination.
+        manifest: digest of the manifest or index, the same as in the source.
+        images: digests of the manifests of images, one for each platform.
+        attached: digests of the artifacts that came along.
+        left: digests of those that did not: attached to what was not copied, or not to be kept in the destination.
+        blobs: that were copied; those the destination had are not.
+        bytes: of these.
+        seconds: wall time.
+    """
+
+    name: str
+    manifest: str
+    images: tuple[str, ...]
+    attached: tuple[str, ...]
+    left: tuple[str, ...]
+    blobs: int
+    bytes: int
+    seconds: float
+
+
+def copy(
+    source: ImageSource,
+    sink: ImageSink,
+    image: Image | None,
+    *,
+    dst_name: str,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Copy ``image``, or with None all platforms of what ``source`` names; the sink is committed.
+
+    Args:
+        source: where the blobs are.
+        sink: where they go; on an error it is aborted and nothing of it is visible.
+        image: one that ``source.image()`` returned. None needs a :class:`LayoutLike` source.
+        dst_name: what it is to be called, "" for the name it has.
+        limits: bounds on input.
+        progress: told of each blob.
+
+    Raises:
+        InvalidImage: a blob is missing or not what its descriptor promises.
+    """
+    work = _Copy(source, sink, limits, progress)
+    start = time.monotonic()
+    try:
+        if image is not None:
+            name, top = dst_name or image.name, image.descriptor
+            copy_image(source, work, image, name, progress=progress)
+            work.images.append(top.digest)
+        else:
+            assert isinstance(source, LayoutLike)
+            name, top = work.all_platforms(source, dst_name)
+        left: list[Descriptor] = []
+        if isinstance(source, LayoutLike):
+            # A docker daemon has no place for artifacts.
+            if getattr(sink, "keeps_attached", True):
+                work.attached_to(source)
+            left = work.left_of(source)
+        sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+    return CopyReport(
+        name=name,
+        manifest=str(top.digest),
+        images=tuple(map(str, work.images)),
+        attached=tuple(map(str, work.attached)),
+        left=tuple(str(entry.digest) for entry in left),
+        blobs=work.blobs,
+        bytes=work.bytes,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Copy:
+    """One copy: a sink that counts what passes, and what was brought so far."""
+
+    def __init__(self, source: ImageSource, sink: ImageSink, limits: Limits, progress: Progress | None) -> None:
+        self._source, self._sink, self._limits, self._progress = source, sink, limits, progress
+        self.images: list[Digest] = []
+        self.indexes: list[Digest] = []
+        self.attached: list[Digest] = []
+        self.blobs = self.bytes = 0
+        self.parallel = getattr(sink, "parallel", 1)
+        self._lock = threading.Lock()
+        self.has_blob = sink.has_blob
+        self.put_manifest = sink.put_manifest
+        self.commit, self.abort = sink.commit, sink.abort
+
+    def put_blob(self, descriptor: Descriptor, chunks: object) -> None:
+        self._sink.put_blob(descriptor, chunks)  # type: ignore[arg-type]
+        if descriptor.digest in getattr(self._sink, "mounted", ()):
+            return  # no byte of it was read or sent
+        with self._lock:
+            self.blobs += 1
+            self.bytes += descriptor.size
+
+    def all_platforms(self, source: LayoutLike, dst_name: str) -> tuple[str, Descriptor]:
+        """Copy what the reference names whole; return its name and descriptor."""
+        chosen = list(source.chosen())
+        name = dst_name or next((e.annotations[oci.REF_NAME] for e in chosen if oci.REF_NAME in e.annotations), "")
+        if len(chosen) == 1:
+            top = chosen[0]
+            self._sink.put_manifest(top, self._below(source, top, 0), name)
+            return name, top
+        # Entries of one name for several platforms are an index in all but form; an index says so.
+        for entry in chosen:
+            data = self._below(source, entry, 0)
+            if not self._sink.has_blob(entry.digest):
+                self.put_blob(entry, [data])
+        names = (oci.REF_NAME, oci.CONTAINERD_NAME)
+        plain = [replace(e, annotations={k: v for k, v in e.annotations.items() if k not in names}) for e in chosen]
+        data = oci.index_json(plain)
+        top = Descriptor(oci.INDEX, Digest.of(data), len(data))
+        self._sink.put_manifest(top, data, name)
+        return name, top
+
+    def _below(self, source: LayoutLike, entry: Descriptor, depth: int) -> bytes:
+        """Copy all that a manifest or index leads to, and return its own bytes."""
+        self._limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
+        data = oci_images.fetch_manifest(source.fetch, entry, source.where, self._limits)
+        what = f"{source.where}: manifest {entry.digest}"
+        is_index = entry.media_type in oci.INDEX_TYPES
+        if is_index:
+            self.indexes.append(entry.digest)
+        elif oci.is_image(entry):
+            manifest = oci.parse_manifest(data, what, media_type=entry.media_type, limits=self._limits)
+            if manifest.config.media_type in (oci.CONFIG, oci.DOCKER_CONFIG):
+                self.images.append(entry.digest)
+        blobs = []
+        for part in oci.references(data, entry.media_type, what, limits=self._limits):
+            if is_index and part.media_type in oci.INDEX_TYPES | oci.MANIFEST_TYPES:
+                below = self._below(source, part, depth + 1)
+                if not self._sink.has_blob(part.digest):
+                    self.put_blob(part, [below])
+            else:
+                blobs.append(part)
+        put_blobs(source, self, blobs, self._progress)
+        return data
+
+    def attached_to(self, source: LayoutLike) -> None:
+        """Copy what is attached to what was copied, and to that in turn."""
+        todo = [*self.images, *self.indexes]
+        seen = {*todo, *self.attached}
+        while todo:
+            for entry, name in attached(source, todo.pop(0), self._limits):
+                if entry.digest in seen:
+                    continue
+                seen.add(entry.digest)
+                images = list(self.images)
+                data = self._below(source, entry, 0)
+                self.images = images
+                self._sink.put_manifest(entry, data, name)
+                self.attached.append(entry.digest)
+                todo.append(entry.digest)
+
+    def left_of(self, source: LayoutLike) -> list[Descriptor]:
+        """Return what is attached to something that the reference names and was not copied."""
+        there = {*self.images, *self.indexes, *self.attached}
+        found: dict[Digest, Descriptor] = {}
+        for subject in [*there, *(entry.digest for entry in source.chosen())]:
+            found |= {entry.digest: entry for entry, _ in attached(source, subject, self._limits)}
+        return [entry for digest, entry in found.items() if digest not in there]
+
+
+def attached(source: LayoutLike, subject: Digest, limits: Limits) -> list[tuple[Descriptor, str]]:
+    """Return what ``source`` holds that is attached to ``subject``, with the names that it must keep."""
+    found = [(entry, "") for entry, _ in source.referrers(subject)]
+    # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
+    prefix = f"{subject.algorithm}-{subject.hex}"
+    by_name = getattr(source, "attached_by_name", None)
+    if by_name is not None:  # a registry, whose tags are too many to look through
+        found += by_name(subject)
+    for entry in source.entries:
+        name = entry.annotations.get(oci.REF_NAME, "")
+        if name.startswith(prefix):
+            found.append((entry, name))
+    refers = {"vnd.docker.reference.digest": str(subject)}.items()
+    for entry in _listed_in_indexes(source, limits):
+        if refers <= entry.annotations.items():
+            found.append((entry, ""))
+    return found
+
+
+def _listed_in_indexes(source: LayoutLike, limits: Limits) -> Iterator[Descriptor]:
+    """Yield the entries of the indexes that the reference of ``source`` names, nested ones too."""
+    todo = [(entry, 0) for entry in source.chosen() if entry.media_type in oci.INDEX_TYPES]
+    seen = set()
+    while todo:
+        index, depth = todo.pop(0)
+        if index.digest in seen:
+            continue
+        seen.add(index.digest)
+        limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
+        data = oci_images.fetch_manifest(source.fetch, index, source.where, limits)
+        what = f"{source.where}: index {index.digest}"
+        for entry in oci.parse_index(data, what, media_type=index.media_type, limits=limits).manifests:
+            yield entry
+            if entry.media_type in oci.INDEX_TYPES:
+                todo.append((entry, depth + 1))
+
+
+def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str, ...]:
+    """Return a warning, or none, of what is attached to ``image`` or its index and no use to what is made of it."""
+    if not isinstance(source, LayoutLike):
+        return ()
+    try:
+        subjects = [image.descriptor.digest, *(entry.digest for entry in source.chosen())]
+        found = [entry for subject in subjects for entry, _ in attached(source, subject, limits)]
+    except LayerkitError:  # something else that lies there is damaged: no reason to fail
+        return ()
+    digests = tuple(dict.fromkeys(str(entry.digest) for entry in found))
+    if not digests:
+        return ()
+    return (
+        f"{len(digests)} attached to {image.descriptor.digest} or its index (signatures, attestations, remaps) "
+        f"stay there, they do not cover what was written: {', '.join(digests)}",
+    )
+
+
+__all__ = ["CopyReport", "LayoutLike", "attached", "copy", "left_behind"]

@@ -1,0 +1,352 @@
+"""Use cases: an image whose layers hold mapped owners, and one with META as one more layer.
+
+The *portable* form is plain OCI: every layer is written anew, with the ids in its tar headers, ACLs and
+capabilities mapped, and its data streamed through. The form *layer* appends stubs: files of zeros with the
+xattr ``trusted.overlay.metacopy``, and no redirect, so that overlayfs takes the data from the same path in the
+layers below (Documentation/filesystems/overlayfs.rst, "Metadata only copy up").
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.formats.tar.layer_writer import Content, stored_bytes
+from layerkit.idmap import IdMap, Mapping
+from layerkit.idmap import apply as apply_map
+from layerkit.metaonly import Namespace, metadata_layer
+from layerkit.model import acl_caps
+from layerkit.model.entry import Entry, Kind, XattrSet
+from layerkit.model.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry
+from layerkit.model.image import Image, Layer
+from layerkit.model.index import Index
+from layerkit.model.limits import Limits
+from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.reports import RemapReport
+from layerkit.model.tree import Tree
+from layerkit.model.trees.merge import merge
+from layerkit.model.trees.squash import layer_of
+from layerkit.pack import NewLayer, Packing, check_tree, put_image, rewrite_image, write_layer
+from layerkit.unpack import Contents, LoadIndex, OpenTar
+from layerkit.usecases.copy import left_behind
+from layerkit.usecases.stub_layers import STOCK_WARNINGS, VENDOR_WARNINGS, as_stubs, refuse_overlay
+
+
+def map_index(index: Index, mapping: Mapping) -> Index:
+    """Return ``index`` with every owner mapped: in headers, ACLs and file capabilities. Markers have none.
+
+    Raises:
+        UnmappedId: an id outside the map and no overflow id.
+        UnsafeEntry: a malformed ACL or capability.
+    """
+    rows = np.flatnonzero(index.kind < Kind.WHITEOUT)
+    uid = _owners(index, rows, index.uid, mapping.uid, mapping.overflow, "uid")
+    gid = _owners(index, rows, index.gid, mapping.gid, mapping.overflow, "gid")
+    return replace(index, uid=uid, gid=gid, xattr_sets=_mapped_sets(index, mapping))
+
+
+def _owners(
+    index: Index,
+    rows: NDArray[np.int64],
+    ids: NDArray[np.uint32],
+    id_map: IdMap,
+    overflow: int | None,
+    kind: str,
+) -> NDArray[np.uint32]:
+    mapped, inside = id_map.lookup(ids[rows])
+    if not inside.all():
+        if overflow is None:
+            row = int(rows[np.argmin(inside)])
+            raise UnmappedId(index.path[row], kind, int(ids[row]), id_map.canonical())
+        mapped[~inside] = overflow
+    out = ids.copy()
+    out[rows] = mapped
+    return out
+
+
+def _mapped_sets(index: Index, mapping: Mapping) -> tuple[XattrSet, ...]:
+    out: list[XattrSet] = []
+    for number, pairs in enumerate(index.xattr_sets):
+        if not any(name in acl_caps.ID_NAMES for name, _ in pairs):
+            out.append(pairs)
+            continue
+        users = np.flatnonzero(index.xattr == number)
+        path = index.path[int(users[0])] if len(users) else b""
+
+        def one(kind: str, value: int, path: bytes = path) -> int:
+            id_map = mapping.gid if kind.startswith("gid") else mapping.uid
+            mapped, inside = id_map.lookup(np.array([value], np.uint32))
+            if inside[0]:
+                return int(mapped[0])
+            if mapping.overflow is None:
+                raise UnmappedId(path, kind, value, id_map.canonical())
+            return mapping.overflow
+
+        try:
+            out.append(tuple((name, acl_caps.map_value(name, value, one)) for name, value in pairs))
+        except InvalidImage as error:
+            raise UnsafeEntry(str(index.diff_id), path, f"{error}; rebuild the image without it") from error
+    return tuple(out)
+
+
+def map_layers(indexes: list[Index], mapping: Mapping, *, limits: Limits) -> tuple[list[Index], Tree]:
+    """Return the indexes with mapped owners, and the root filesystem that they make: the mapped one.
+
+    Folders that no layer has an entry of, which a runtime makes as 0:0, get entries: in a mapped image they
+    belong to what 0 is mapped to.
+
+    Raises:
+        UnmappedId: an id outside the map and no overflow id.
+        LossyResult: such a folder that cannot have an entry, or an image without layers.
+    """
+    if not indexes:
+        raise LossyResult(b"", "the image has no layers, so there is nothing that could hold a mapped owner")
+    want = apply_map(merge(indexes, limits=limits), mapping)
+    mapped = [map_index(index, mapping) for index in indexes]
+    have = merge(mapped, limits=limits)
+    wrong = (have.uid != want.uid) | (have.gid != want.gid)
+    more: dict[int, list[Entry]] = {}
+    for inode in np.flatnonzero(wrong).tolist():
+        path = want.inode_path(inode)
+        entry = Entry(
+            path, Kind.DIR, int(want.mode[inode]) & 0o7777, int(want.uid[inode]), int(want.gid[inode]),
+            int(want.mtime[inode]), int(want.mtime_ns[inode]),
+        )  # fmt: skip
+        more.setdefault(_where_made(mapped, path), []).append(entry)
+    for place, entries in more.items():
+        index = mapped[place]
+        mapped[place] = replace(
+            Index.of([*index.entries(), *entries], index.diff_id, index.tar_size), warnings=index.warnings
+        )
+    return mapped, want
+
+
+def _where_made(indexes: list[Index], path: bytes) -> int:
+    """Return the place of a layer that can hold an entry of the folder ``path``, which a runtime would make.
+
+    That is the topmost one with something in the folder, or the next one where hard links of that layer mean
+    a file of a lower layer by the same path.
+
+    Raises:
+        LossyResult: there is no next one.
+    """
+    if not path:
+        return 0  # nothing takes the root away again
+    prefix = path + b"/"
+    lowest = max(
+        place
+        for place, index in enumerate(indexes)
+        if any(
+            kind < Kind.WHITEOUT and p.startswith(prefix) for p, kind in zip(index.path, index.kind, strict=True)
+        )
+    )
+    for place in range(lowest, len(indexes)):
+        index = indexes[place]
+        links = np.unique(index.link[index.kind == Kind.HARDLINK]).tolist()
+        if path not in (index.links[row] for row in links):
+            return place
+    raise LossyResult(
+        path, "is a folder that no layer has an entry of, where a lower layer has a file with hard links"
+    )
+
+
+def portable(
+    source: ImageSource,
+    image: Image,
+    sink: ImageSink,
+    mapping: Mapping,
+    *,
+    dst_name: str,
+    limits: Limits,
+    strict: bool = False,
+    packing: Packing | None = None,
+    created: str | None = None,
+    load: LoadIndex = lambda _: None,
+    open_tar: OpenTar = lambda _: None,
+    tmp: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> RemapReport:
+    """Write ``image`` with mapped owners in every layer, layer by layer; the sink is committed.
+
+    A layer in which the map changes nothing keeps its blob. The written ones are read back, and the root
+    filesystem they make must be the mapped one before anything becomes visible. ``strict`` refuses overlay
+    xattrs that the image brings. See :func:`layerkit.usecases.flatten.flatten` for the other arguments.
+
+    Raises:
+        UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
+        UnmappedId: an id outside the map and no overflow id.
+        InvalidImage: a damaged image, or a result that is not right; nothing is written then.
+    """
+    start, packing = time.monotonic(), packing or Packing()
+    try:
+        with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as all_layers:
+            indexes, read = all_layers.indexes, all_layers.read
+        for index in indexes if strict else ():
+            refuse_overlay(index, list(Namespace), "refused under --strict")
+        mapped, want = map_layers(indexes, mapping, limits=limits)
+        known = {index.diff_id: index for index in indexes}
+        layers: list[Layer | NewLayer] = []
+        got: list[Index] = []
+        for place, (layer, old, new) in enumerate(zip(image.layers, indexes, mapped, strict=True)):
+            if _same_owners(old, new):
+                layers.append(layer)
+                got.append(old)
+                continue
+            # One layer at a time, so that no more than one lies uncompressed in a temporary file.
+            one = replace(image, layers=(layer,))
+            with Contents(
+                source, one, limits=limits, load=known.get, open_tar=open_tar, tmp=tmp, progress=progress
+            ) as contents:
+                descriptor, diff_id = write_layer(
+                    new, _content(contents, new), sink, packing=packing,
+                    check=got.append, limits=limits, progress=progress, tmp=tmp,
+                    label=f"writing {place + 1}/{len(image.layers)}",
+                )  # fmt: skip
+            layers.append(NewLayer(descriptor, diff_id, replaces=(place,)))
+        check_tree(want.digest(), merge(got, limits=limits))
+        result = rewrite_image(image, layers, created=created, limits=limits)
+        put_image(source, sink, result, dst_name, progress=progress)
+        sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+    rewritten = sum(isinstance(layer, NewLayer) for layer in layers)
+    return _report(
+        result, want, mapping, name=dst_name, read=read, start=start,
+        how=f"portable: {rewritten} layers written anew",
+        warnings=(*want.warnings, *left_behind(source, image, limits)),
+    )  # fmt: skip
+
+
+def _same_owners(old: Index, new: Index) -> bool:
+    return (
+        len(old) == len(new)
+        and bool((old.uid == new.uid).all())
+        and bool((old.gid == new.gid).all())
+        and old.xattr_sets == new.xattr_sets
+    )
+
+
+def _content(contents: Contents, index: Index) -> Content:
+    # A row's place can differ from that in the layer's own index, where folders were added.
+    return lambda row: contents.stored(0, int(index.offset[row]), stored_bytes(index, row))
+
+
+def stub_layer(tree: Tree, *, strict: bool = False) -> Index:
+    """Return a layer that holds all of ``tree``, every file that is not empty as a stub over its own path.
+
+    Raises:
+        UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
+        LossyResult: something that overlayfs cannot show through a stub.
+    """
+    index = layer_of(metadata_layer(tree, Namespace.TRUSTED, strict=strict).tree).index
+    stubs = np.flatnonzero((index.kind == Kind.REG) & (index.size > 0)).tolist()
+    return replace(as_stubs(index, dict.fromkeys(stubs, b"")), offset=np.full(len(index), -1, np.int64))
+
+
+def append_meta(
+    source: ImageSource,
+    image: Image,
+    sink: ImageSink,
+    mapping: Mapping,
+    *,
+    dst_name: str,
+    limits: Limits,
+    stock_media_type: bool = False,
+    strict: bool = False,
+    packing: Packing | None = None,
+    created: str | None = None,
+    load: LoadIndex = lambda _: None,
+    tmp: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> RemapReport:
+    """Write ``image`` with META for ``mapping`` as one more layer; the sink is committed.
+
+    Args:
+        source: where the blobs are.
+        image: it keeps its layers.
+        sink: where the result goes; on an error it is aborted and nothing of it is visible.
+        mapping: the id map.
+        dst_name: name of the image in the sink.
+        limits: bounds on input.
+        stock_media_type: use the standard media type of layers; see :data:`.stub_layers.STOCK_WARNINGS`.
+        strict: refuse overlay xattrs that the image brings, instead of escaping them.
+        packing: compression of the layer.
+        created: RFC 3339 time of the result; None keeps that of the image.
+        load: gives kept indexes.
+        tmp: folder of temporary files.
+        progress: told of the bytes read and written.
+
+    Raises:
+        UnmappedId: an id outside the map and no overflow id.
+        LossyResult: something that overlayfs cannot show through a stub.
+    """
+    start, packing = time.monotonic(), packing or Packing()
+    try:
+        with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as contents:
+            indexes, read = contents.indexes, contents.read
+        tree = apply_map(merge(indexes, limits=limits), mapping)
+        descriptor, diff_id = write_layer(
+            stub_layer(tree, strict=strict), _no_content, sink, packing=packing,
+            media_type="" if stock_media_type else artifact.META_TAR + packing.suffix,
+            limits=limits, progress=progress, tmp=tmp,
+        )  # fmt: skip
+        text = f"layerkit remap --form layer: {mapping.canonical()}"
+        layers: list[Layer | NewLayer] = [*image.layers, NewLayer(descriptor, diff_id, text)]
+        result = rewrite_image(image, layers, created=created, limits=limits)
+        put_image(source, sink, result, dst_name, progress=progress)
+        sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+    warnings = STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS
+    return _report(
+        result, tree, mapping, name=dst_name, read=read, start=start, meta_bytes=descriptor.size,
+        how=f"META as a layer of type {descriptor.media_type}",
+        warnings=(*warnings, *tree.warnings, *left_behind(source, image, limits)),
+    )  # fmt: skip
+
+
+def _no_content(row: int) -> Iterator[memoryview]:
+    raise AssertionError(f"a stub has no content (row {row})")
+
+
+def _report(
+    result: Image,
+    tree: Tree,
+    mapping: Mapping,
+    *,
+    name: str,
+    read: int,
+    start: float,
+    how: str,
+    meta_bytes: int = 0,
+    warnings: tuple[str, ...] = (),
+) -> RemapReport:
+    return RemapReport(
+        name=name,
+        manifest=str(result.descriptor.digest),
+        map_text=mapping.canonical(),
+        map_flags=mapping.flags(),
+        next_ref=name,
+        entries=len(tree),
+        layers=len(result.layers),
+        layers_read=read,
+        data_bytes=tree.data_bytes,
+        data_backend="",
+        rendering="tar",
+        how=how,
+        meta_bytes=meta_bytes,
+        shared_meta_bytes=0,
+        seconds=time.monotonic() - start,
+        warnings=warnings,
+    )
+
+
+__all__ = ["append_meta", "map_index", "map_layers", "portable", "stub_layer"]
