@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.mounts.spec import ErofsData, ErofsMeta, FolderData, FolderMeta, FuseMeta, Meta
-from layerkit.hosts.podman.mount_options import IdMaps
 from layerkit.idmap import Mapping
 from layerkit.model.digest import Digest
 from layerkit.model.facts import TreeFacts

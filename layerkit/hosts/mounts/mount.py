@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from layerkit.hosts.mounts import fuse_server
+from layerkit.hosts.mounts import served as serving
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
 from layerkit.hosts.mounts.spec import (
     ErofsData,
@@ -147,7 +147,7 @@ def _folder_of(path: str, run: Path) -> RunFolder:
 def unserved(run: Path) -> list[Record]:
     """Return the records of mounts whose metadata nobody serves any more: the server was killed, whole."""
     folder = RunFolder(run)
-    return [r for r in folder.live() if (lock := folder.server(r)).exists() and not fuse_server.is_served(lock)]
+    return [r for r in folder.live() if (lock := folder.server(r)).exists() and not serving.is_served(lock)]
 
 
 def active(run: Path) -> list[Record]:
@@ -219,7 +219,7 @@ def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int
             data.append(stack.enter_context(mounts.closing(mounts.open_folder(folder.empty))))
         if isinstance(spec.meta, FuseMeta):
             lock = folder.server(record)
-            meta = stack.enter_context(fuse_server.served(spec.meta.path, spec.meta.maps, lock))
+            meta = stack.enter_context(serving.served(spec.meta.path, spec.meta.maps, lock))
         else:
             meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
         check_stubs(f"/proc/self/fd/{meta}", spec.namespace, _name(spec.meta))

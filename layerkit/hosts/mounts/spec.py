@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from layerkit.hosts.podman.mount_options import IdMaps
+from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
 from layerkit.linux.mounts import MAX_LAYERS, mount_id

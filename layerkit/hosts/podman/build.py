@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.podman.layers import StorageLayer, tree_key
-from layerkit.hosts.podman.mount_options import IdMaps
 
 if TYPE_CHECKING:
     import numpy as np

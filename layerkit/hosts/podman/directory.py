@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.podman import layers as sl
 from layerkit.hosts.podman.build import read_indexes
-from layerkit.hosts.podman.mount_options import IdMaps
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import FuseTree
-from layerkit.hosts.mounts.fuse_answers import answers, open_tree
-from layerkit.hosts.mounts.fuse_keeper import Keeper
+from layerkit.hosts.mounts.served import Keeper, answers, open_tree
 from layerkit.hosts.podman import build, mount_options
 from layerkit.hosts.podman import layers as sl
 from layerkit.hosts.podman import marks as storage_marks

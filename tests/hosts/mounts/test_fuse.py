@@ -23,7 +23,7 @@ from treecompare import differences, snapshot
 from layerkit.api import open as api
 from layerkit.formats.meta.fuse import write_tree
 from layerkit.formats.meta.fuse_tree import FuseTree
-from layerkit.hosts.mounts.fuse_keeper import Keeper
+from layerkit.hosts.mounts.served import Keeper
 from layerkit.hosts.podman import mount_program
 from layerkit.linux import fuse, mounts
 from layerkit.metaonly import metadata_layer

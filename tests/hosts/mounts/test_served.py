@@ -17,8 +17,8 @@ from support import missing, mounts_below, need_root
 
 import layerkit
 from layerkit.api import open as api
-from layerkit.hosts.mounts import fuse_server
 from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts import served
 from layerkit.linux import fuse
 from layerkit.linux import mounts as kernel_mounts
 from layerkit.model.errors import StoreError, UnmappedId, UsageError
@@ -149,7 +149,7 @@ def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path
     for pid in sorted(servers(lock)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    wait(lambda: not fuse_server.is_served(lock), "the lock stays")
+    wait(lambda: not served.is_served(lock), "the lock stays")
     Path("/proc/sys/vm/drop_caches").write_text("2")
     # What is open goes on; what is asked for anew is an error, and never zeros.
     assert os.pread(open_file, len(want), 0) == want
@@ -184,7 +184,7 @@ def test_a_mounter_killed_in_between_leaves_nothing_that_gc_does_not_clear(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     left = locks(store)
     assert len(left) == 1
-    wait(lambda: not fuse_server.is_served(left[0]), "the server waits for ever")
+    wait(lambda: not served.is_served(left[0]), "the server waits for ever")
     assert not mounts_below(tmp_path)
     api.collect_garbage(store)
     assert not locks(store)
@@ -220,8 +220,8 @@ def test_a_tree_that_is_damaged_is_an_error_and_leaves_nothing(
 def test_a_server_that_hangs_is_an_error_and_leaves_nothing(
     tiny_image: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse_server, "_PROGRAM", "import time; time.sleep(60)")
-    monkeypatch.setattr(fuse_server, "_START_SECONDS", 0.2)
+    monkeypatch.setattr(served, "_PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(served, "_START_SECONDS", 0.2)
     with pytest.raises(StoreError, match=r"did not start within 0\.2 s"):
         mount(tiny_image, store, tmp_path / "m")
     assert not mounts_below(tmp_path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerkit.hosts.podman.mount_options import IdMaps, extents, parse, split_unescaped
+from layerkit.hosts.mounts.owners import IdMaps, extents
+from layerkit.hosts.podman.mount_options import parse, split_unescaped
 from layerkit.model.errors import UnmappedId, UsageError
 
 KEEP_ID = "uidmapping=:0:1:4242:4242:0:1:4243:4243:61294,gidmapping=:0:1:100:"

@@ -1,0 +1,316 @@
+"""A META that a server of ours answers for (rendering ``fuse``): what it says, and the processes behind a mount.
+
+A *keeper* leaves the mount namespace, starts two workers and waits. A worker that is killed is replaced, and what
+it had taken and not answered is sent again, so that a container goes on; when the mount is gone the device says so
+and all of them end. If the keeper itself is killed its workers go on without it. If all are killed, everything
+that is not in the kernel's cache answers "Transport endpoint is not connected": an error, never zeros, and never
+for a file that is open: data does not come through here. The next mount starts anew.
+
+Leaving the namespace is what lets them end with it, see ``linux.empty_namespace``. Whoever makes a mount asks the
+tree for its root before the mount is attached anywhere; by the time of the answer the keeper is outside.
+
+podman's mount program is small and forks its keeper itself (:class:`Keeper`). A process that has merged layers
+holds numpy, and one that uses the Python API may have threads: neither is to be forked into servers that stay as
+long as a mount. So :func:`served` starts a program of its own, :func:`main`, with the device and the lock as
+descriptors and the rest on standard input; it makes the keeper and ends. Only the standard library: a mount waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import signal
+import sys
+import syslog
+import time
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+from layerkit.formats.meta.fuse_tree import FuseTree
+from layerkit.hosts.mounts.owners import IdMaps
+from layerkit.linux import empty_namespace, fuse, mounts
+from layerkit.model import acl_caps
+from layerkit.model.errors import InvalidImage, LayerkitError, StoreError, UnmappedId
+
+if TYPE_CHECKING:
+    import subprocess
+
+_WORKERS = 2
+_RESTARTS_AT_MOST, _IN_SECONDS = 20, 60.0
+_PR_SET_NAME = 15
+_NAME = b"layerkit-fuse"
+_START_SECONDS = 30
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from layerkit.hosts.mounts.served import main; main()"
+
+
+def open_tree(file: BinaryIO) -> FuseTree:
+    """Return the tree in ``file``, mapped into memory.
+
+    Raises:
+        InvalidImage: there is none in it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise InvalidImage(f"{file.name}: empty; remove its folder, and it is made again")
+    return FuseTree(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), str(file.name))
+
+
+def answers(tree: FuseTree, maps: IdMaps, data: int | None = None) -> fuse.Answers:
+    """Return the answers about ``tree`` with its owners, also those in xattrs, mapped.
+
+    Args:
+        tree: with the owners of the image.
+        maps: how to map them.
+        data: as :class:`layerkit.linux.fuse.Answers` has it.
+
+    Raises:
+        UnmappedId: an owner outside the map, with the first path that has it.
+    """
+    try:
+        uids, gids = maps.table(tree.facts.uids, "uid"), maps.table(tree.facts.gids, "gid")
+    except UnmappedId as error:
+        raise _with_path(error, tree) from None
+    sets = [
+        tuple((name, acl_caps.map_value(name, value, maps.one)) for name, value in pairs)
+        for pairs in tree.xattr_sets()
+    ]
+    return fuse.Answers(tree, uids, gids, sets, data)
+
+
+def _with_path(error: UnmappedId, tree: FuseTree) -> UnmappedId:
+    """Return ``error`` with the first path that has the owner."""
+    for row in range(tree.inodes):
+        inode = tree.inode(row)
+        if (inode.gid if error.kind == "gid" else inode.uid) == error.value:
+            return UnmappedId(tree.path(inode), error.kind, error.value, error.ranges)
+    return error
+
+
+class Keeper:
+    """Our side of the server, while the mount is made.
+
+    Use it in ``with``; unless :meth:`mount` was called the processes end with the block.
+    """
+
+    def __init__(self, answers: fuse.Answers, data: int = -1) -> None:
+        """Open the device and start the keeper, which waits for :meth:`mount`.
+
+        Args:
+            answers: what to serve.
+            data: a descriptor that it needs.
+
+        Raises:
+            OSError: no FUSE for this user.
+        """
+        self._mount = -1
+        self._device = fuse.open_device()
+        ready, self._go = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._go)
+            keep(self._device, answers, {data}, ready)
+        os.close(ready)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+        if self._mount >= 0:
+            os.close(self._mount)
+            self._mount = -1
+
+    def _let_go(self) -> None:
+        for fd in (self._device, self._go):
+            if fd >= 0:
+                os.close(fd)
+        self._device = self._go = -1
+
+    def mount(self) -> int:
+        """Return the tree's root, served from now on, in a mount that ends with this block unless it is used."""
+        self._mount = fuse.mount(self._device)
+        os.write(self._go, b"m")
+        # The kernel sees a server that died by the last descriptor of the device: none may stay here.
+        self._let_go()
+        return fuse.open_tree_root(self._mount)
+
+
+def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) -> NoReturn:
+    """Be the keeper, in a process made for it; never returns.
+
+    Args:
+        device: of the mount.
+        answers: what to serve.
+        needed: descriptors to leave open; all others are closed.
+        ready: where a byte says that the mount is made; -1 where it is made already. Its end without a byte is the
+            end of whoever was to make it, and of the keeper.
+    """
+    try:
+        os.setsid()
+        os.chdir("/")
+        # All that has a path comes before the namespace is left.
+        null = os.open(os.devnull, os.O_RDWR)
+        # podman reads our error output to its end before it goes on.
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(sent, signal.SIG_DFL)
+        _close_others({0, 1, 2, device, ready, *needed})
+        syslog.openlog("layerkit-fuse", syslog.LOG_PID | syslog.LOG_NDELAY)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+        queues = [fuse.open_device() for _ in range(_WORKERS - 1)]
+        empty_namespace.enter()
+        if ready < 0 or os.read(ready, 1) == b"m":
+            if ready >= 0:
+                os.close(ready)
+            _supervise(device, queues, answers)
+    except BaseException as error:
+        _say(f"the server of a mount ended: {error!r}")
+        os._exit(1)
+    os._exit(0)
+
+
+def _supervise(device: int, queues: Sequence[int], answers: fuse.Answers) -> None:
+    devices = [device]
+    for queue in queues:
+        # Without it there is one worker, which is enough.
+        with contextlib.suppress(OSError):
+            fuse.clone_device(device, queue)
+            devices.append(queue)
+    workers = {_work(fd, answers): fd for fd in devices}
+    restarts: list[float] = []
+    while workers:
+        pid, status = os.wait()
+        fd = workers.pop(pid, -1)
+        if fd < 0 or status == 0:
+            # Unmounted: the others have been told the same.
+            continue
+        now = time.monotonic()
+        restarts = [moment for moment in restarts if now - moment < _IN_SECONDS] + [now]
+        code = os.waitstatus_to_exitcode(status)
+        if len(restarts) > _RESTARTS_AT_MOST:
+            _say(f"a worker of a mount ended again ({code}); it is given up")
+            return
+        _say(f"a worker of a mount ended ({code}); another takes its place")
+        workers[_work(fd, answers)] = fd
+        fuse.resend(device)
+
+
+def _work(device: int, answers: fuse.Answers) -> int:
+    """Start a worker and return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fuse.serve(device, answers)
+        except BaseException as error:
+            _say(f"a worker failed: {error!r}")
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def _close_others(keep: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):
+        syslog.syslog(syslog.LOG_WARNING, text)
+
+
+@contextlib.contextmanager
+def served(tree: Path, maps: IdMaps, lock: Path) -> Iterator[int]:
+    """Give the root of a mount of ``tree`` that is served; it ends with the block unless an overlay has it.
+
+    Args:
+        tree: file that ``emit.fuse`` wrote.
+        maps: for its owners.
+        lock: a file to make; its lock is held for as long as a process of the server is there (:func:`is_served`).
+
+    Raises:
+        StoreError: the server did not start; the message says why.
+        UnsupportedHost, OSError: no FUSE for this user.
+    """
+    device, held = fuse.open_device(), -1
+    try:
+        held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with _start(device, held) as server:
+            # While the other starts. It answers from the moment on that it knows what.
+            mount = fuse.mount(device)
+            with mounts.closing(mount):
+                _tell(server, tree, maps)
+                # The kernel sees a server that died by the last descriptor of the device: none may stay here.
+                os.close(device)
+                device = -1
+                with mounts.closing(fuse.open_tree_root(mount)) as root:
+                    yield root
+    finally:
+        for fd in (device, held):
+            if fd >= 0:
+                os.close(fd)
+
+
+def is_served(lock: Path) -> bool:
+    """Return whether a process of the server that holds ``lock`` is still there."""
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _start(device: int, lock: int) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    home = str(Path(__file__).resolve().parents[3])
+    # Isolated, and without site: nothing of the caller's surroundings, and a quick start.
+    words = [sys.executable, "-I", "-S", "-c", _PROGRAM, home, str(device), str(lock)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(device, lock))
+
+
+def _tell(server: subprocess.Popen[bytes], tree: Path, maps: IdMaps) -> None:
+    import subprocess
+
+    said = {"tree": str(tree), "uid": maps.uid, "gid": maps.gid, "overflow": maps.overflow}
+    try:
+        _, text = server.communicate(json.dumps(said).encode(), timeout=_START_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        server.kill()
+        raise StoreError(f"the server of metadata did not start within {_START_SECONDS} s") from error
+    except BaseException:
+        server.kill()
+        raise
+    if server.returncode != 0:
+        why = text.decode(errors="replace").strip().rpartition("\n")[2]
+        raise StoreError(f"the server of metadata did not start: {why or f'exit code {server.returncode}'}")
+
+
+def main() -> None:
+    """Serve what standard input says; return control to the mounter, by ending, when the keeper is there."""
+    device, lock = int(sys.argv[2]), int(sys.argv[3])
+    said = json.loads(sys.stdin.buffer.read())
+    uid, gid = (tuple((c, h, n) for c, h, n in said[kind]) for kind in ("uid", "gid"))
+    maps = IdMaps(uid, gid, overflow=said["overflow"])
+    try:
+        with Path(said["tree"]).open("rb") as file:
+            what = answers(open_tree(file), maps)
+    except (LayerkitError, OSError) as error:
+        sys.exit(str(error))
+    if os.fork() == 0:
+        keep(device, what, {lock})
+    os._exit(0)
