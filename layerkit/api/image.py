@@ -151,8 +151,7 @@ class OpenImage:
         from layerkit.usecases.verify import verify
 
         indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
-        referrers = getattr(self.source, "referrers", None)
-        attached = referrers(self.image.descriptor.digest, ARTIFACT_TYPE) if referrers else []
+        attached = self.source.referrers(self.image.descriptor.digest, ARTIFACT_TYPE)
         return verify(self.name, self.image, indexes, self.source, attached, renderer, self._limits)
 
     def remap(
@@ -336,7 +335,7 @@ class OpenImage:
         form = "erofs" if rendering == "auto" else rendering
         attest = None
         if statement or sign_key is not None:
-            attest = attester(self.image, getattr(self.source, "where", self.name), sign_key, self._limits)
+            attest = attester(self.image, self.source.where, sign_key, self._limits)
         found = self._find_indexes(progress)
         parsed = reference.parse(dst)
         # The image is copied as it is: only META and its manifest are made here.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layerkit.model.limits import Limits
     from layerkit.model.ports import ImageSink, ImageSource, Progress
     from layerkit.model.reports import RemapReport
-    from layerkit.usecases.published_indexes import HasReferrers, PublishReport
+    from layerkit.usecases.published_indexes import PublishReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def pull_indexes(src: str, *, platform: str | None = None, settings: api.Setting
                 PulledLayer(str(layer.descriptor.digest), str(layer.diff_id), len(index), origin)
                 for layer, index, origin in zip(layers, found.indexes, found.origins, strict=True)
             ),
-            bytes=_bytes_read(opened.source),
+            bytes=opened.source.bytes_read(),
             image_bytes=sum({x.descriptor.digest: x.descriptor.size for x in layers}.values()),
             notes=found.notes,
         )
@@ -218,7 +218,6 @@ def pull(
 def _check_published(opened: api.OpenImage, mapping: Mapping, key: Path | None) -> tuple[str, list[str], bool]:
     from layerkit.formats.oci import remap_artifact as artifact
     from layerkit.usecases.attach import renderer
-    from layerkit.usecases.published_indexes import HasReferrers
     from layerkit.usecases.verify import check_artifact
 
     verify = None
@@ -227,8 +226,6 @@ def _check_published(opened: api.OpenImage, mapping: Mapping, key: Path | None) 
 
         verify = verifier(key)
     source, image, refused = opened.source, opened.image, list[str]()
-    if not isinstance(source, HasReferrers):
-        return "", [], False
     tree = None
     try:
         attached = source.referrers(image.descriptor.digest, artifact.ARTIFACT_TYPE)
@@ -250,7 +247,7 @@ def _check_published(opened: api.OpenImage, mapping: Mapping, key: Path | None) 
 
 
 def _check_signed(
-    source: HasReferrers, image: Image, entry: Descriptor, found: RemapArtifact, verify: Verifier, limits: Limits
+    source: ImageSource, image: Image, entry: Descriptor, found: RemapArtifact, verify: Verifier, limits: Limits
 ) -> None:
     """Raise unless a statement about the artifact ``entry`` is signed by the key that ``verify`` stands for."""
     from layerkit.formats.oci import documents as oci
@@ -308,11 +305,6 @@ def attach_sink(
         )
         return sink, parsed.name
     return reference.open_sink(parsed, limits=limits), parsed.name
-
-
-def _bytes_read(source: ImageSource) -> int:
-    repository = getattr(source, "repository", None)
-    return repository.traffic.bytes_read if repository is not None else 0
 
 
 __all__ = ["IndexPullReport", "PullReport", "PulledLayer", "attach_sink", "pull", "pull_indexes", "push_indexes"]

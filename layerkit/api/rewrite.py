@@ -228,7 +228,7 @@ def copy(
         source = reference.open_source(src, limits=limits, registry=chosen.registry)
         try:
             # A docker archive has no index: there is one image to copy.
-            image = None if isinstance(source, copying.LayoutLike) else source.image()
+            image = None if source.chosen() else source.image()
             open_sink, name = sink_to(dst, chosen, source)
             return copying.copy(source, open_sink(), image, dst_name=name, limits=limits, progress=progress)
         finally:

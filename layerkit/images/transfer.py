@@ -49,7 +49,7 @@ def put_blobs(
         InvalidImage: a blob is missing or not what its descriptor promises; the others are given up.
     """
     missing = [blob for blob in {blob.digest: blob for blob in blobs}.values() if not sink.has_blob(blob.digest)]
-    workers = min(getattr(sink, "parallel", 1), len(missing))
+    workers = min(sink.parallel, len(missing))
     if workers <= 1:
         for blob in missing:
             sink.put_blob(blob, blob_chunks(source, blob, progress))

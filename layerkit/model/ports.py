@@ -1,8 +1,8 @@
-"""What the use cases ask of the outside world: Protocols only, no code that does anything."""
+"""What the use cases ask of the outside world: each seam whole, no code but the answer "nothing"."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
 
 Progress = Callable[[str, int, int], None]
 """Called as (what, bytes done, bytes in all or 0); may raise ``Cancelled`` to stop the work."""
+
+ReadRange = Callable[[int, int], bytes]
+"""Called as (start, length): a part of a blob, NOT verified, as a part has no digest of its own."""
 
 
 class BlobReader(Protocol):
@@ -28,7 +31,15 @@ class BlobReader(Protocol):
 
 
 class ImageSource(Protocol):
-    """A place that holds images: a layout, an archive, a registry, the local store."""
+    """A place that holds images: a layout, an archive, a daemon, a registry, the local store.
+
+    Adapters inherit from it: what a place has no answer for is answered here, with nothing.
+
+    Attributes:
+        where: the reference or path, for messages.
+    """
+
+    where: str
 
     def image(self, platform: Platform | None = None) -> Image:
         """Return the image that the reference names, manifest and config verified.
@@ -40,16 +51,65 @@ class ImageSource(Protocol):
         ...
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
-        """Open a blob for reading from its start; several may be open at once, from several threads."""
+        """Open a blob for reading from its start; several may be open at once, from several threads.
+
+        Raises:
+            NotFound, InvalidImage: it is not there.
+            DigestMismatch: it is known to have another length.
+        """
         ...
 
+    def fetch(self, entry: Descriptor, most: int) -> bytes:
+        """Return a small blob or a manifest, of at most ``most`` bytes, perhaps NOT verified."""
+        ...
+
+    def chosen(self) -> Sequence[Descriptor]:
+        """Return the manifests or indexes that the reference selects: one, or one per platform.
+
+        Nothing where the place has no indexes, only images of one platform each.
+
+        Raises:
+            NotFound: no such name, or several without a choice.
+        """
+        return ()
+
+    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
+        """Return the manifests that are attached to ``subject``, verified, in the place's order."""
+        return []
+
+    def attached_by_name(self, subject: Digest) -> list[tuple[Descriptor, str]]:
+        """Return what is attached to ``subject`` by a name made from its digest (cosign), with these names."""
+        return []
+
+    def ranges(self, descriptor: Descriptor) -> ReadRange | None:
+        """Return what reads parts of a blob, None where the place gives none."""
+        return None
+
+    def repository_at(self, registry: str) -> str:
+        """Return the repository of the host ``registry`` that the blobs lie in, "" if they lie elsewhere."""
+        return ""
+
+    def bytes_read(self) -> int:
+        """Return how many bytes came over the network so far."""
+        return 0
+
     def close(self) -> None:
-        """Release files and temporary data."""
+        """Release files, connections and temporary data."""
         ...
 
 
 class ImageSink(Protocol):
-    """A place that takes blobs and manifests. Nothing is visible there before :meth:`commit`."""
+    """A place that takes blobs and manifests. Nothing is visible there before :meth:`commit`.
+
+    Attributes:
+        parallel: how many blobs may be put at once, from several threads.
+        keeps_attached: whether it has room for artifacts beside an image.
+        mounted: blobs that the place had elsewhere, so that no byte of them was read.
+    """
+
+    parallel: int = 1
+    keeps_attached: bool = True
+    mounted: Collection[Digest] = ()
 
     def has_blob(self, digest: Digest) -> bool:
         """Return whether the blob is there already."""

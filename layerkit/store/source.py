@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 import os
 
-from layerkit.images.blobs import FileRange
+from layerkit.images.blobs import FileRange, read_all
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.errors import NotFound
 from layerkit.model.image import Image
-from layerkit.model.ports import BlobReader
+from layerkit.model.ports import BlobReader, ImageSource
 from layerkit.store.local import LocalStore
 
 
-class StoreSource:
+class StoreSource(ImageSource):
     """An :class:`~layerkit.model.ports.ImageSource`; the store stays open when it is closed."""
 
     def __init__(self, store: LocalStore, name: str) -> None:
         """Read the image called ``name``, or whose manifest's digest begins so."""
-        self._store, self._name = store, name
+        self._store, self._name, self.where = store, name, f"store:{name}"
 
     def image(self, platform: Platform | None = None) -> Image:
         """Return the image as it was when it came.
@@ -31,7 +31,7 @@ class StoreSource:
             have = image.platform
             same = (have.os, have.architecture) == (platform.os, platform.architecture)
             if not same or (platform.variant and have.variant):
-                raise NotFound(f"store:{self._name}: is for {have}, not for {platform}; name another image")
+                raise NotFound(f"{self.where}: is for {have}, not for {platform}; name another image")
         return image
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
@@ -49,7 +49,7 @@ class StoreSource:
             path = self._store.tar_path(descriptor.digest)
         except NotFound:
             raise NotFound(
-                f"store:{self._name}: blob {descriptor.digest} is not kept, only what is in it; "
+                f"{self.where}: blob {descriptor.digest} is not kept, only what is in it; "
                 "name the image where it came from; what the store keeps is checked by layerkit store verify"
             ) from None
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -57,6 +57,10 @@ class StoreSource:
             return FileRange(fd, 0, os.fstat(fd).st_size)
         finally:
             os.close(fd)
+
+    def fetch(self, entry: Descriptor, most: int) -> bytes:
+        """See the port."""
+        return read_all(self.open_blob(entry), most, f"{self.where}: blob {entry.digest}", "manifest_bytes")
 
     def close(self) -> None:
         """Do nothing: the store belongs to the caller."""

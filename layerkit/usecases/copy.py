@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
@@ -27,26 +26,6 @@ from layerkit.model.image import Image
 from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
-
-
-@runtime_checkable
-class LayoutLike(ImageSource, Protocol):
-    """A source that holds indexes and artifacts too: an OCI layout or archive."""
-
-    where: str
-    entries: Sequence[Descriptor]
-
-    def chosen(self) -> Sequence[Descriptor]:
-        """Return the top entries that the reference selects."""
-        ...
-
-    def fetch(self, entry: Descriptor, most: int, /) -> bytes:
-        """Return a small blob, not verified."""
-        ...
-
-    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
-        """Return what is attached to ``subject``, with the manifests' bytes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +67,7 @@ def copy(
     Args:
         source: where the blobs are.
         sink: where they go; on an error it is aborted and nothing of it is visible.
-        image: one that ``source.image()`` returned. None needs a :class:`LayoutLike` source.
+        image: one that ``source.image()`` returned. None needs a source with indexes.
         dst_name: what it is to be called, "" for the name it has.
         limits: bounds on input.
         progress: told of each blob.
@@ -104,14 +83,10 @@ def copy(
             copy_image(source, work, image, name, progress=progress)
             work.images.append(top.digest)
         else:
-            assert isinstance(source, LayoutLike)
             name, top = work.all_platforms(source, dst_name)
-        left: list[Descriptor] = []
-        if isinstance(source, LayoutLike):
-            # A docker daemon has no place for artifacts.
-            if getattr(sink, "keeps_attached", True):
-                work.attached_to(source)
-            left = work.left_of(source)
+        if sink.keeps_attached:
+            work.attached_to(source)
+        left = work.left_of(source)
         sink.commit()
     except BaseException:
         sink.abort()
@@ -137,21 +112,22 @@ class _Copy:
         self.indexes: list[Digest] = []
         self.attached: list[Digest] = []
         self.blobs = self.bytes = 0
-        self.parallel = getattr(sink, "parallel", 1)
+        self.parallel = sink.parallel
         self._lock = threading.Lock()
+        self.keeps_attached, self.mounted = sink.keeps_attached, sink.mounted
         self.has_blob = sink.has_blob
         self.put_manifest = sink.put_manifest
         self.commit, self.abort = sink.commit, sink.abort
 
     def put_blob(self, descriptor: Descriptor, chunks: object) -> None:
         self._sink.put_blob(descriptor, chunks)  # type: ignore[arg-type]
-        if descriptor.digest in getattr(self._sink, "mounted", ()):
+        if descriptor.digest in self.mounted:
             return  # no byte of it was read or sent
         with self._lock:
             self.blobs += 1
             self.bytes += descriptor.size
 
-    def all_platforms(self, source: LayoutLike, dst_name: str) -> tuple[str, Descriptor]:
+    def all_platforms(self, source: ImageSource, dst_name: str) -> tuple[str, Descriptor]:
         """Copy what the reference names whole; return its name and descriptor."""
         chosen = list(source.chosen())
         name = dst_name or next((e.annotations[oci.REF_NAME] for e in chosen if oci.REF_NAME in e.annotations), "")
@@ -171,7 +147,7 @@ class _Copy:
         self._sink.put_manifest(top, data, name)
         return name, top
 
-    def _below(self, source: LayoutLike, entry: Descriptor, depth: int) -> bytes:
+    def _below(self, source: ImageSource, entry: Descriptor, depth: int) -> bytes:
         """Copy all that a manifest or index leads to, and return its own bytes."""
         self._limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
         data = oci_images.fetch_manifest(source.fetch, entry, source.where, self._limits)
@@ -194,7 +170,7 @@ class _Copy:
         put_blobs(source, self, blobs, self._progress)
         return data
 
-    def attached_to(self, source: LayoutLike) -> None:
+    def attached_to(self, source: ImageSource) -> None:
         """Copy what is attached to what was copied, and to that in turn."""
         todo = [*self.images, *self.indexes]
         seen = {*todo, *self.attached}
@@ -210,7 +186,7 @@ class _Copy:
                 self.attached.append(entry.digest)
                 todo.append(entry.digest)
 
-    def left_of(self, source: LayoutLike) -> list[Descriptor]:
+    def left_of(self, source: ImageSource) -> list[Descriptor]:
         """Return what is attached to something that the reference names and was not copied."""
         there = {*self.images, *self.indexes, *self.attached}
         found: dict[Digest, Descriptor] = {}
@@ -219,18 +195,11 @@ class _Copy:
         return [entry for digest, entry in found.items() if digest not in there]
 
 
-def attached(source: LayoutLike, subject: Digest, limits: Limits) -> list[tuple[Descriptor, str]]:
+def attached(source: ImageSource, subject: Digest, limits: Limits) -> list[tuple[Descriptor, str]]:
     """Return what ``source`` holds that is attached to ``subject``, with the names that it must keep."""
     found = [(entry, "") for entry, _ in source.referrers(subject)]
     # What older tools attach by a name: cosign's sha256-HEX.sig, the fallback tag of referrers.
-    prefix = f"{subject.algorithm}-{subject.hex}"
-    by_name = getattr(source, "attached_by_name", None)
-    if by_name is not None:  # a registry, whose tags are too many to look through
-        found += by_name(subject)
-    for entry in source.entries:
-        name = entry.annotations.get(oci.REF_NAME, "")
-        if name.startswith(prefix):
-            found.append((entry, name))
+    found += source.attached_by_name(subject)
     refers = {"vnd.docker.reference.digest": str(subject)}.items()
     for entry in _listed_in_indexes(source, limits):
         if refers <= entry.annotations.items():
@@ -238,7 +207,7 @@ def attached(source: LayoutLike, subject: Digest, limits: Limits) -> list[tuple[
     return found
 
 
-def _listed_in_indexes(source: LayoutLike, limits: Limits) -> Iterator[Descriptor]:
+def _listed_in_indexes(source: ImageSource, limits: Limits) -> Iterator[Descriptor]:
     """Yield the entries of the indexes that the reference of ``source`` names, nested ones too."""
     todo = [(entry, 0) for entry in source.chosen() if entry.media_type in oci.INDEX_TYPES]
     seen = set()
@@ -258,8 +227,6 @@ def _listed_in_indexes(source: LayoutLike, limits: Limits) -> Iterator[Descripto
 
 def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str, ...]:
     """Return a warning, or none, of what is attached to ``image`` or its index and no use to what is made of it."""
-    if not isinstance(source, LayoutLike):
-        return ()
     try:
         subjects = [image.descriptor.digest, *(entry.digest for entry in source.chosen())]
         found = [entry for subject in subjects for entry, _ in attached(source, subject, limits)]
@@ -274,4 +241,4 @@ def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str,
     )
 
 
-__all__ = ["CopyReport", "LayoutLike", "attached", "copy", "left_behind"]
+__all__ = ["CopyReport", "attached", "copy", "left_behind"]

@@ -52,7 +52,6 @@ class PlatformsReport(Report):
 def every_platform(src: str, dst: str | None, work: Work[Any], settings: Settings) -> PlatformsReport:
     """Do ``work`` to the image of every platform in ``src``; one index of them goes to ``dst``, None for none."""
     from layerkit.images import reference
-    from layerkit.usecases.copy import LayoutLike
 
     start = time.monotonic()
     limits = settings.limits or bounds.from_environment()
@@ -60,7 +59,7 @@ def every_platform(src: str, dst: str | None, work: Work[Any], settings: Setting
         raise UsageError(f"{src}: the store holds images of one platform; --all-platforms wants an index")
     source = reference.open_source(src, limits=limits, registry=settings.registry)
     try:
-        if not isinstance(source, LayoutLike):
+        if not source.chosen():
             raise UsageError(f"{src}: holds the image of one platform; leave out --all-platforms")
         name, images, annotations = _images(source, limits)
         if not images:
@@ -89,7 +88,7 @@ def _no_sink() -> ImageSink:
     raise AssertionError("a plan needs no sink")
 
 
-def _images(source: Any, limits: bounds.Limits) -> tuple[str, list[Image], dict[str, str]]:
+def _images(source: ImageSource, limits: bounds.Limits) -> tuple[str, list[Image], dict[str, str]]:
     """Return the name, the images and the index's annotations of what the reference of ``source`` names."""
     from layerkit.formats.oci import documents as oci
     from layerkit.formats.oci import images as oci_images
@@ -118,6 +117,7 @@ class _Parts:
         self._sink = sink
         self._manifests: list[Descriptor] = []
         self.has_blob = sink.has_blob
+        self.parallel, self.keeps_attached, self.mounted = sink.parallel, sink.keeps_attached, sink.mounted
 
     def open(self) -> ImageSink:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from layerkit.formats.index import toc
 from layerkit.formats.oci import documents as oci
@@ -38,28 +38,6 @@ _CHUNK_BYTES = 1 << 20
 
 Load = Callable[[Digest], Index | None]
 """Gives the kept index of a layer, or None."""
-
-
-@runtime_checkable
-class HasReferrers(Protocol):
-    """A source that knows what is attached to an image."""
-
-    def fetch(self, entry: Descriptor, most: int, /) -> bytes:
-        """Return a small blob, perhaps not verified."""
-        ...
-
-    def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
-        """Return what is attached to ``subject``, with the manifests' bytes, verified."""
-        ...
-
-
-@runtime_checkable
-class HasRanges(Protocol):
-    """A source that reads parts of blobs."""
-
-    def blob_range(self, descriptor: Descriptor, start: int, length: int, /) -> bytes:
-        """Return a part of a blob, NOT verified."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +141,6 @@ class _Attached:
     def __init__(self, source: ImageSource, image: Image, limits: Limits, notes: list[str]) -> None:
         self._source, self._limits, self._notes = source, limits, notes
         self._blobs: dict[Digest, list[Descriptor]] = {}
-        if not isinstance(source, HasReferrers):
-            return
         try:
             found = source.referrers(image.descriptor.digest, index_artifact.ARTIFACT_TYPE)
         except (InvalidImage, RegistryError) as error:
@@ -212,13 +188,11 @@ class _Attached:
 
 def _from_toc(source: ImageSource, layer: Layer, limits: Limits, notes: list[str]) -> Index | None:
     place = toc.locate(layer.descriptor)
-    if place is None or not isinstance(source, HasRanges):
+    ranges = source.ranges(layer.descriptor)
+    if place is None or ranges is None:
         return None
     try:
-        return toc.read(
-            lambda start, length: source.blob_range(layer.descriptor, start, length),
-            place, layer.descriptor, layer.diff_id, limits=limits,
-        )  # fmt: skip
+        return toc.read(ranges, place, layer.descriptor, layer.diff_id, limits=limits)
     except (LayerkitError, NotFound) as error:
         notes.append(f"the table of contents of layer {layer.descriptor.digest} is not used: {error}")
         return None

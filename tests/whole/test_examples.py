@@ -261,8 +261,9 @@ def test_a_plan_can_be_looked_at_stopped_and_applied(archive: Path, tmp_path: Pa
 def test_a_plan_goes_into_a_sink_of_the_callers_own(archive: Path, tmp_path: Path) -> None:
     from layerkit.model.descriptor import Descriptor
     from layerkit.model.digest import Digest
+    from layerkit.model.ports import ImageSink
 
-    class Memory:
+    class Memory(ImageSink):
         def __init__(self) -> None:
             self.blobs: dict[Digest, bytes] = {}
             self.names: dict[str, Digest] = {}

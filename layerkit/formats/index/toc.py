@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import zstandard
@@ -26,6 +25,7 @@ from layerkit.model.entry import Entry
 from layerkit.model.errors import DigestMismatch, InvalidImage
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ReadRange
 
 ESTARGZ_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 _CHUNKED = ("io.github.containers.zstd-chunked.", "io.containers.zstd-chunked.")
@@ -36,9 +36,6 @@ _TOC_NAME = b"stargz.index.json"
 _MOST_BYTES = 128 << 20
 _MOST_PLAIN_BYTES = 1 << 30
 _POSITION = re.compile(r"(\d{1,18}):(\d{1,18}):(\d{1,18}):1")
-
-ReadRange = Callable[[int, int], bytes]
-"""Called as (start, length); returns that part of the blob, NOT verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, BinaryIO
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.platforms import choose
-from layerkit.images.blobs import compression, inflated
+from layerkit.images.blobs import compression, inflated, read_all
 from layerkit.images.oci.outer_tar import Member, OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.model.image import Image
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ImageSource
 
 if TYPE_CHECKING:
     from layerkit.model.ports import BlobReader
@@ -41,7 +42,7 @@ class _Bytes:
         self._rest = memoryview(b"")
 
 
-class DockerArchiveSource:
+class DockerArchiveSource(ImageSource):
     """An :class:`~layerkit.model.ports.ImageSource` over a docker archive.
 
     The archive has neither a manifest nor blob digests: an OCI manifest is made from what is there, and the
@@ -191,6 +192,10 @@ class DockerArchiveSource:
                 f"{self.where}: blob {descriptor.digest}", f"{size} bytes", f"{descriptor.size} bytes"
             )
         return _Bytes(found) if isinstance(found, bytes) else self._archive.open(found)
+
+    def fetch(self, entry: Descriptor, most: int) -> bytes:
+        """See the port."""
+        return read_all(self.open_blob(entry), most, f"{self.where}: blob {entry.digest}", "manifest_bytes")
 
     def close(self) -> None:
         """Close the archive."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tarfile
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -24,12 +24,13 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import UsageError
 from layerkit.model.limits import Limits
+from layerkit.model.ports import ImageSink
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK
 
 
-class ImageTar(ABC):
+class ImageTar(ImageSink):
     """A sink whose puts become members of a tar; aborts at the end of a ``with``."""
 
     def __init__(self, where: str, *, docker: bool, limits: Limits) -> None:

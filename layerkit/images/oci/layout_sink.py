@@ -28,19 +28,17 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, UsageError
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ImageSink
 
 _STAGING = ".layerkit-staging-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-class LayoutSink:
-    """An :class:`~layerkit.model.ports.ImageSink` for a layout folder; aborts at the end of a ``with`` block.
-
-    Attributes:
-        parallel: how many blobs may be put at once.
-    """
+class LayoutSink(ImageSink):
+    """A sink for a layout folder; aborts at the end of a ``with`` block."""
 
     parallel = 4
+    _open = False
 
     def __init__(self, path: str, *, limits: Limits = DEFAULT) -> None:
         """Prepare to write into the folder ``path``, which is made where it is absent.
@@ -270,8 +268,7 @@ class LayoutSink:
 
     def __del__(self) -> None:
         # An interrupt may come when this is made, and its user's `try` not yet entered.
-        if getattr(self, "_open", False):
-            self.abort()
+        self.abort()
 
     def __enter__(self) -> LayoutSink:
         return self

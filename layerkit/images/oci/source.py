@@ -14,6 +14,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.model.image import Image
 from layerkit.model.limits import Limits
+from layerkit.model.ports import ImageSource
 
 if TYPE_CHECKING:
     from layerkit.model.ports import BlobReader
@@ -35,7 +36,7 @@ class LayoutFiles(Protocol):
         ...
 
 
-class LayoutSource:
+class LayoutSource(ImageSource):
     """An :class:`~layerkit.model.ports.ImageSource` over the files of a layout.
 
     Attributes:
@@ -173,6 +174,11 @@ class LayoutSource:
             if artifact.is_attached(parsed, subject, artifact_type):
                 found.append((entry, data))
         return found
+
+    def attached_by_name(self, subject: Digest) -> list[tuple[Descriptor, str]]:
+        """See the port."""
+        prefix, named = f"{subject.algorithm}-{subject.hex}", oci.REF_NAME
+        return [(e, e.annotations[named]) for e in self.entries if e.annotations.get(named, "").startswith(prefix)]
 
     def close(self) -> None:
         """Close the layout's files."""

@@ -65,13 +65,12 @@ def open_sink(
     from layerkit.images.registry.client import RegistryClient
     from layerkit.images.registry.names import RegistryRef
     from layerkit.images.registry.sink import RegistrySink
-    from layerkit.images.registry.source import RegistrySource
 
     ref = RegistryRef.of(path, tag, digest)
     client = RegistryClient(options, limits=limits)
     neighbours = list(mount_from)
-    if isinstance(near, RegistrySource) and near.ref.host == ref.host:
-        neighbours.append(near.ref.repository)
+    if near is not None and (repository := near.repository_at(ref.host)):
+        neighbours.append(repository)
     return RegistrySink(
         client.repository(ref), ref, mount_from=neighbours, attach_only=attach_only, limits=limits, owned=client
     )

@@ -17,18 +17,17 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, UsageError
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ImageSink
 
 _MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
 _ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
 
 
-class RegistrySink:
+class RegistrySink(ImageSink):
     """An :class:`~layerkit.model.ports.ImageSink` for one reference; aborts at the end of a ``with`` block.
 
     Attributes:
         repository: where it all goes.
-        parallel: how many blobs may be put at once.
-        mounted: blobs that the registry took from another repository of its own.
     """
 
     parallel = 4

@@ -16,6 +16,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound
 from layerkit.model.image import Image
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.ports import ImageSource, ReadRange
 
 if TYPE_CHECKING:
     from layerkit.model.ports import BlobReader
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 
 
-class RegistrySource:
+class RegistrySource(ImageSource):
     """An :class:`~layerkit.model.ports.ImageSource` over a repository.
 
     What a tag means is asked once: all that is read afterwards belongs together, also if the tag moves.
@@ -65,11 +66,6 @@ class RegistrySource:
             self._manifests[self._top[0].digest] = self._top[1]
         return [self._top[0]]
 
-    @property
-    def entries(self) -> Sequence[Descriptor]:
-        """Return what the reference names; a repository has no list of its own like that of a layout."""
-        return self.chosen()
-
     def fetch(self, entry: Descriptor, most: int) -> bytes:
         """Return a small blob or a manifest, verified; manifests are asked for once."""
         data = self._manifests.get(entry.digest)
@@ -92,9 +88,17 @@ class RegistrySource:
             hint = f"it is to be had from {urls}, which layerkit does not do" if urls else "push the image again"
             raise InvalidImage(f"{self.where}: blob {descriptor.digest} is missing; {hint}") from None
 
-    def blob_range(self, descriptor: Descriptor, start: int, length: int) -> bytes:
-        """Return a part of a blob, NOT verified; see :meth:`Repository.blob_range`."""
-        return self.repository.blob_range(descriptor, start, length)
+    def ranges(self, descriptor: Descriptor) -> ReadRange:
+        """See the port, and :meth:`Repository.blob_range`."""
+        return lambda start, length: self.repository.blob_range(descriptor, start, length)
+
+    def repository_at(self, registry: str) -> str:
+        """See the port."""
+        return self.ref.repository if self.ref.host == registry else ""
+
+    def bytes_read(self) -> int:
+        """See the port."""
+        return self.repository.traffic.bytes_read
 
     def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
         """Return the manifests that are attached to ``subject``, verified, in the registry's order.
