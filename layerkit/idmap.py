@@ -1,161 +1,67 @@
-"""Id maps: from the ids in an image (container ids) to those on the host. Pure arithmetic on columns.
+"""Id maps: from the ids in an image (container ids) to those on the host. What a map accepts is decided here alone.
 
-A map is total or an error: an owner that it does not cover raises with path, id and ranges, unless the
-user named an overflow id. Rules of user_namespaces(7) hold: no overlap, no id 4294967295.
+A map is total or an error: an owner that it does not cover raises with path, id and ranges, unless the user named
+an overflow id. Rules of user_namespaces(7) hold: no overlap, no id 4294967295. Whoever takes a map or an id as text
+(flags, hook.toml, mount options, labels, /etc/subuid) has it parsed here. numpy is loaded where columns are mapped.
 """
 
 from __future__ import annotations
 
-import pwd
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from operator import itemgetter
+from typing import TYPE_CHECKING, TypeVar
 
 from layerkit.model import acl_caps
-from layerkit.model.entry import XattrSet
 from layerkit.model.errors import InvalidImage, UnmappedId, UnsafeEntry, UsageError
 from layerkit.model.limits import DEFAULT
-from layerkit.model.tree import Tree
 
-__all__ = ["MAX_ID", "IdExtent", "IdMap", "Mapping", "Reach", "apply", "check", "reach"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from layerkit.model.entry import XattrSet
+    from layerkit.model.index import Index
+    from layerkit.model.tree import Tree
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reach:
-    """The owners that a tree has, each once and rising, with the number of inodes they own.
+    Ids = NDArray[np.uint32]
 
-    Attributes:
-        uid, gid: uint32. uid_inodes, gid_inodes: int64.
-        xattr_uids, xattr_gids: ids in ACLs and capabilities (0 for a capability without a rootid).
-    """
+Owned = TypeVar("Owned", "Tree", "Index")
+"""What has owners: a tree by inode, the index of a layer by row."""
 
-    uid: Ids
-    uid_inodes: NDArray[np.int64]
-    gid: Ids
-    gid_inodes: NDArray[np.int64]
-    xattr_uids: tuple[int, ...]
-    xattr_gids: tuple[int, ...]
-
-
-def reach(tree: Tree) -> Reach:
-    """Return the ids in use in ``tree``.
-
-    Raises:
-        UnsafeEntry: a malformed ACL or capability.
-    """
-    uid, uid_inodes = np.unique(tree.uid, return_counts=True)
-    gid, gid_inodes = np.unique(tree.gid, return_counts=True)
-    seen: set[tuple[str, int]] = set()
-
-    def note(kind: str, value: int) -> int:
-        seen.add(("gid" if kind.startswith("gid") else "uid", value))
-        return value
-
-    for row, pairs in enumerate(tree.xattr_sets):
-        for name, value in pairs:
-            try:
-                acl_caps.map_value(name, value, note)
-            except InvalidImage as error:
-                raise _malformed(tree, row, name, error) from error
-    inside = {kind: tuple(sorted(v for k, v in seen if k == kind)) for kind in ("uid", "gid")}
-    return Reach(uid, uid_inodes, gid, gid_inodes, inside["uid"], inside["gid"])
-
-
-def apply(tree: Tree, mapping: Mapping) -> Tree:
-    """Return ``tree`` with every owner mapped: of inodes, in ACLs and in file capabilities.
-
-    Capabilities come out as an idmapped mount shows them (:func:`acl_caps.map_capability`). Rows of
-    ``xattr_sets`` stay where they are, so a rendering of the tree can be patched by row; a squashing map
-    can make two of them equal.
-
-    Raises:
-        UnmappedId: an id outside the map and no overflow id; of several, that of the first path.
-        UnsafeEntry: a malformed ACL or capability.
-    """
-    sets = _mapped_sets(tree, mapping)
-    uid, gid = (_owners(tree, mapping, kind) for kind in ("uid", "gid"))
-    failures = [found for found in (uid, gid, sets) if isinstance(found, _Unmapped)]
-    if failures:
-        first = min(failures, key=lambda found: found.inode)
-        raise UnmappedId(tree.inode_path(first.inode), first.kind, first.value, first.ranges)
-    assert not isinstance(uid, _Unmapped) and not isinstance(gid, _Unmapped) and not isinstance(sets, _Unmapped)
-    return tree.with_owners(uid, gid, sets)
-
-
-def check(tree: Tree, mapping: Mapping) -> None:
-    """Raise what :func:`apply` would raise."""
-    apply(tree, mapping)
-
-
-class _Unmapped(Exception):
-    """An id that the map does not cover; an exception only inside a set of xattrs."""
-
-    def __init__(self, kind: str, value: int, ranges: str, inode: int = 0) -> None:
-        self.kind, self.value, self.ranges, self.inode = kind, value, ranges, inode
-
-
-def _owners(tree: Tree, mapping: Mapping, kind: str) -> Ids | _Unmapped:
-    ids = tree.uid if kind == "uid" else tree.gid
-    mapped, inside = mapping.lookup(kind, ids)
-    if not inside.all():
-        inode = int(np.argmin(inside))
-        return _Unmapped(kind, int(ids[inode]), mapping.of(kind).canonical(), inode)
-    return mapped
-
-
-def _mapped_sets(tree: Tree, mapping: Mapping) -> tuple[XattrSet, ...] | _Unmapped:
-    def one(kind: str, value: int) -> int:
-        mapped, inside = mapping.lookup(kind, np.array([value], np.uint32))
-        if not inside[0]:
-            raise _Unmapped(kind, value, mapping.of(kind).canonical())
-        return int(mapped[0])
-
-    sets, failures = [], list[_Unmapped]()
-    for row, pairs in enumerate(tree.xattr_sets):
-        if not any(name in acl_caps.ID_NAMES for name, _ in pairs):
-            sets.append(pairs)
-            continue
-        mapped_pairs = []
-        for name, value in pairs:
-            try:
-                mapped_pairs.append((name, acl_caps.map_value(name, value, one)))
-            except InvalidImage as error:
-                raise _malformed(tree, row, name, error) from error
-            except _Unmapped as found:
-                users = tree.xattr == row
-                if users.any():
-                    found.inode = int(np.argmax(users))
-                    failures.append(found)
-                break
-        sets.append(tuple(mapped_pairs))
-    return min(failures, key=lambda found: found.inode) if failures else tuple(sets)
-
-
-def _malformed(tree: Tree, row: int, name: bytes, error: InvalidImage) -> UnsafeEntry:
-    path = tree.inode_path(int(np.argmax(tree.xattr == row)))
-    return UnsafeEntry("image", path, f"{name.decode()}: {error}; rebuild the image without it")
-
-
-# ---- from layerkit/idmap/extents.py
 MAX_ID = 0xFFFF_FFFE
 """The highest id: 4294967295 is -1, which the kernel takes for "no id"."""
 
 IdExtent = tuple[int, int, int]
-"""(first container id, first host id, number of ids)."""
+"""(first container id, first host id, number of ids): a line of /proc/PID/uid_map."""
 
-Ids = NDArray[np.uint32]
-
-_SUBID_FILES = {"uid": Path("/etc/subuid"), "gid": Path("/etc/subgid")}
 _MAX_DIGITS = 10
+
+
+def is_id(text: str) -> bool:
+    """Return whether ``text`` is an id in plain ASCII digits."""
+    return _is_number(text) and int(text) <= MAX_ID
+
+
+def parse_id(text: str, what: str) -> int:
+    """Return the id that ``text`` spells; ``what`` names it in the error.
+
+    Raises:
+        UsageError: no plain digits, or above 4294967294.
+    """
+    if not is_id(text):
+        raise UsageError(f"{what} {text!r}: want an id from 0 to {MAX_ID}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
 class IdMap:
-    """A map of ids in its canonical form; make one with :meth:`of` or :meth:`parse`.
+    """A map of ids in its canonical form; make one with :meth:`of`, :meth:`parse` or :meth:`everything`.
 
     Laws (``f``, ``g`` maps, ``x`` ids they cover): ``f.inverse().apply(f.apply(x)) == x``;
     ``f.compose(g).apply(x) == g.apply(f.apply(x))``; equal functions have equal extents and text.
@@ -163,9 +69,11 @@ class IdMap:
     Attributes:
         extents: rising by container id, none overlapping there, neighbours merged where they continue
             each other. Host ids overlap in a squashing map only. Empty only for some compositions.
+        rest: host id of all that lies outside the extents; None makes that an error.
     """
 
     extents: tuple[IdExtent, ...]
+    rest: int | None = None
 
     @classmethod
     def of(cls, extents: Iterable[IdExtent], *, what: str = "id map", squash: bool = False) -> IdMap:
@@ -210,7 +118,7 @@ class IdMap:
         extents: list[IdExtent] = []
         for piece in (piece for text in texts for piece in text.split(",")):
             fields = piece.removesuffix(":").split(":")
-            if len(fields) % 3 or not all(is_number(field) for field in fields):
+            if len(fields) % 3 or not all(map(_is_number, fields)):
                 raise UsageError(
                     f"{what} {piece!r}: want CONTAINER:HOST:SIZE in plain digits, for example 0:100000:65536"
                 )
@@ -221,66 +129,50 @@ class IdMap:
         return cls.of(extents, what=what, squash=squash)
 
     @classmethod
-    def from_subid(cls, name: str, kind: str = "uid", path: Path | None = None) -> IdMap:
-        """Return the map that gives container ids 0, 1, … to the subordinate ids of a user.
-
-        The ranges follow one another in the order of the file, as ``podman run --subuidname`` has them.
-
-        Args:
-            name: user name, or a user id in digits; the file may name the user either way.
-            kind: ``uid`` or ``gid``.
-            path: the file, where it is not ``/etc/subuid`` or ``/etc/subgid`` (subuid(5)).
+    def of_ranges(cls, ranges: Iterable[tuple[int, int]], *, first: int = 0, what: str = "id map") -> IdMap:
+        """Return the map that gives container ids ``first``, ``first`` + 1, … to host ranges (start, size) in turn.
 
         Raises:
-            UsageError: the file cannot be read, has no range for the user, or a malformed one.
+            UsageError: refused by :meth:`of`.
         """
-        source = path if path is not None else _SUBID_FILES[kind]
-        try:
-            lines = source.read_text("utf-8", "surrogateescape").splitlines()
-        except OSError as error:
-            raise UsageError(f"{source}: {error.strerror}; give the map with --{kind}-map instead") from error
-        owners = _names_of(name)
-        extents: list[IdExtent] = []
-        container = 0
-        for number, line in enumerate(lines, 1):
-            fields = line.strip().split(":")
-            if line.startswith("#") or fields[0] not in owners:
-                continue
-            if len(fields) != 3 or not all(is_number(field) for field in fields[1:]):
-                raise UsageError(f"{source}, line {number}: want NAME:FIRST:SIZE, found {line!r}")
-            first, size = int(fields[1]), int(fields[2])
-            if size:
-                extents.append((container, first, size))
-                container += size
-        if not extents:
-            raise UsageError(f"{source}: no range for {name!r}; `usermod --add-sub{kind}s FIRST-LAST` adds one")
-        return cls.of(extents, what=str(source))
+        extents = []
+        for start, size in ranges:
+            extents.append((first, start, size))
+            first += size
+        return cls.of(extents, what=what)
 
     @classmethod
     def identity(cls) -> IdMap:
         """Return the map that keeps every id."""
         return cls(((0, 0, MAX_ID + 1),))
 
+    @classmethod
+    def everything(cls, host: int) -> IdMap:
+        """Return the map that makes one host id of every id, 4294967295 too."""
+        return cls((), host)
+
     def canonical(self) -> str:
-        """Return the extents as ``C:H:N,C:H:N``: the same text for the same function."""
-        return _text(self.extents)
+        """Return the extents as ``C:H:N,C:H:N``: the same text for the same function; ``all:H`` of everything."""
+        return _text(self.extents) if self.rest is None else f"all:{self.rest}"
 
     __str__ = canonical
 
     @property
     def is_injective(self) -> bool:
         """Return whether no two ids become one."""
-        return _host_overlap(self.extents) is None
-
-    @property
-    def kernel_extents(self) -> tuple[IdExtent, ...]:
-        """Return the extents as lines of ``/proc/PID/uid_map`` (namespace id, parent's id, length)."""
-        return self.extents
+        return self.rest is None and _host_overlap(self.extents) is None
 
     @property
     def fits_kernel(self) -> bool:
         """Return whether the kernel takes this map for a user namespace or an idmapped mount."""
         return 0 < len(self.extents) <= DEFAULT.id_map_extents and self.is_injective
+
+    def host_of(self, container: int) -> int | None:
+        """Return the host id of one id, None where the map does not cover it."""
+        for c, h, n in self.extents:
+            if c <= container < c + n:
+                return h + container - c
+        return self.rest
 
     def lookup(self, ids: Ids) -> tuple[Ids, NDArray[np.bool_]]:
         """Return for each id its host id and whether the map covers it; where not, the host id is 0.
@@ -288,9 +180,11 @@ class IdMap:
         Args:
             ids: uint32 of any shape, container ids.
         """
+        import numpy as np
+
         ids = np.asarray(ids, np.uint32)
         if not self.extents:
-            return np.zeros_like(ids), np.zeros(ids.shape, np.bool_)
+            return np.full_like(ids, self.rest or 0), np.full(ids.shape, self.rest is not None)
         container, host, size = (np.array(column, np.uint32) for column in zip(*self.extents, strict=True))
         if len(self.extents) == 1:
             # Below the extent, the difference wraps round to more than any size.
@@ -303,7 +197,9 @@ class IdMap:
             place = ids - container[row]
             inside = place < size[row]
             mapped = place + host[row]
-        mapped[~inside] = 0
+        mapped[~inside] = self.rest or 0
+        if self.rest is not None:
+            inside[...] = True
         return mapped, inside
 
     def apply(self, ids: Ids, overflow: int | None = None) -> Ids:
@@ -312,7 +208,6 @@ class IdMap:
         Raises:
             UnmappedId: an id outside the map; it names no path, as there is none here.
         """
-        ids = np.asarray(ids, np.uint32)
         mapped, inside = self.lookup(ids)
         if not inside.all():
             if overflow is None:
@@ -328,6 +223,8 @@ class IdMap:
         """
         if (clash := _host_overlap(self.extents)) is not None:
             raise UsageError(f"id map {self}: {_text(clash)} overlap on the host, so it has no inverse")
+        if self.rest is not None:
+            raise UsageError(f"id map {self}: many ids become one, so it has no inverse")
         return IdMap(_merged(sorted((h, c, n) for c, h, n in self.extents)))
 
     def compose(self, then: IdMap) -> IdMap:
@@ -363,22 +260,6 @@ def _text(extents: Iterable[IdExtent]) -> str:
     return ",".join(f"{c}:{h}:{n}" for c, h, n in extents)
 
 
-def is_number(text: str) -> bool:
-    """Return whether ``text`` is a number in plain ASCII digits, of a length that an id can have."""
-    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
-
-
-def _names_of(user: str) -> set[str]:
-    """Return the name and the uid of ``user``, as far as the host knows them."""
-    names = {user} - {""}
-    try:
-        entry = pwd.getpwuid(int(user)) if is_number(user) else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
-        return names
-    return names | {entry.pw_name, str(entry.pw_uid)}
-
-
-# ---- from layerkit/idmap/mapping.py
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """How all owners of an image are mapped.
@@ -399,8 +280,8 @@ class Mapping:
         Raises:
             UsageError: below 0 or above 4294967294.
         """
-        if self.overflow is not None and not 0 <= self.overflow <= MAX_ID:
-            raise UsageError(f"--overflow-id {self.overflow}: want an id from 0 to {MAX_ID}")
+        if self.overflow is not None:
+            parse_id(str(self.overflow), "--overflow-id")
 
     @classmethod
     def identity(cls) -> Mapping:
@@ -422,11 +303,11 @@ class Mapping:
             UsageError: ``text`` is not the canonical form of a mapping.
         """
         fields = dict(part.partition("=")[::2] for part in text.split(";"))
-        overflow = fields.get("overflow")
-        if fields.keys() | {"overflow"} != {"uid", "gid", "overflow"} or (overflow and not is_number(overflow)):
+        if fields.keys() | {"overflow"} != {"uid", "gid", "overflow"}:
             raise UsageError(f"map {text!r}: want uid=C:H:N;gid=C:H:N, and perhaps ;overflow=ID")
         uid, gid = (IdMap.parse([fields[k]], what=f"map {text!r}, {k}", squash=True) for k in ("uid", "gid"))
-        mapping = cls(uid, gid, int(overflow) if overflow else None)
+        overflow = fields.get("overflow")
+        mapping = cls(uid, gid, None if overflow is None else parse_id(overflow, f"map {text!r}, overflow"))
         if mapping.canonical() != text:
             raise UsageError(f"map {text!r}: not in its canonical form, which is {mapping.canonical()!r}")
         return mapping
@@ -448,6 +329,27 @@ class Mapping:
             inside[...] = True
         return mapped, inside
 
+    def host_of(self, kind: str, container: int) -> int:
+        """Return the host id of one id; see :meth:`lookup`.
+
+        Raises:
+            UnmappedId: there is none; it names no path.
+        """
+        found = self.of(kind).host_of(container)
+        if found is None:
+            found = self.overflow
+        if found is None:
+            raise UnmappedId(b"", kind, container, self.of(kind).canonical())
+        return found
+
+    def inverse(self) -> Mapping:
+        """Return the mapping from host ids back to container ids; an owner that none becomes is an error there.
+
+        Raises:
+            UsageError: several ids become one.
+        """
+        return Mapping(self.uid.inverse(), self.gid.inverse())
+
     def flags(self) -> str:
         """Return the command-line flags that ask for this mapping."""
         flags = [f"--uid-map {self.uid}"]
@@ -463,3 +365,93 @@ class Mapping:
     def fits_kernel(self) -> bool:
         """Return whether an idmapped mount can show the same: two maps it takes, and no overflow id."""
         return self.uid.fits_kernel and self.gid.fits_kernel and self.overflow is None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reach:
+    """The owners that a tree has, each once and rising, with the number of inodes they own.
+
+    Attributes:
+        uid, gid: uint32. uid_inodes, gid_inodes: int64.
+        xattr_uids, xattr_gids: ids in ACLs and capabilities (0 for a capability without a rootid).
+    """
+
+    uid: Ids
+    uid_inodes: NDArray[np.int64]
+    gid: Ids
+    gid_inodes: NDArray[np.int64]
+    xattr_uids: tuple[int, ...]
+    xattr_gids: tuple[int, ...]
+
+
+def reach(tree: Tree) -> Reach:
+    """Return the ids in use in ``tree``.
+
+    Raises:
+        UnsafeEntry: a malformed ACL or capability.
+    """
+    import numpy as np
+
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def note(kind: str, value: int) -> int:
+        seen[kind.startswith("gid")].add(value)
+        return value
+
+    for row in range(len(tree.xattr_sets)):
+        _mapped_set(tree, row, note)
+    uid, uid_inodes = np.unique(tree.uid, return_counts=True)
+    gid, gid_inodes = np.unique(tree.gid, return_counts=True)
+    return Reach(uid, uid_inodes, gid, gid_inodes, tuple(sorted(seen[False])), tuple(sorted(seen[True])))
+
+
+def apply(owned: Owned, mapping: Mapping) -> Owned:
+    """Return a tree or an index with every owner mapped: of inodes, in ACLs and in file capabilities.
+
+    Capabilities come out as an idmapped mount shows them (:func:`acl_caps.map_capability`). Rows of
+    ``xattr_sets`` stay where they are, so a rendering of the tree can be patched by row; a squashing map
+    can make two of them equal.
+
+    Raises:
+        UnmappedId: an id outside the map and no overflow id; of several, that of the first path.
+        UnsafeEntry: a malformed ACL or capability.
+    """
+    columns, sets, failures = [], [], list[tuple[int, str, int]]()
+    for kind, ids in (("uid", owned.uid), ("gid", owned.gid)):
+        mapped, inside = mapping.lookup(kind, ids)
+        columns.append(mapped)
+        if not inside.all():
+            inode = int(inside.argmin())
+            failures.append((inode, kind, int(ids[inode])))
+    for row in range(len(owned.xattr_sets)):
+        try:
+            sets.append(_mapped_set(owned, row, mapping.host_of))
+        except UnmappedId as found:
+            users = owned.xattr == row
+            if users.any():
+                failures.append((int(users.argmax()), found.kind, found.value))
+            sets.append(())
+    if failures:
+        inode, kind, value = min(failures, key=itemgetter(0))
+        raise UnmappedId(owned.inode_path(inode), kind, value, mapping.of(kind).canonical())
+    return owned.with_owners(columns[0], columns[1], tuple(sets))
+
+
+def check(tree: Tree, mapping: Mapping) -> None:
+    """Raise what :func:`apply` would raise."""
+    apply(tree, mapping)
+
+
+def _mapped_set(owned: Tree | Index, row: int, mapper: acl_caps.IdMapper) -> XattrSet:
+    """Return one set of xattrs with the ids in it mapped."""
+    pairs = owned.xattr_sets[row]
+    if acl_caps.ID_NAMES.isdisjoint(name for name, _ in pairs):
+        return pairs
+    out = []
+    for name, value in pairs:
+        try:
+            out.append((name, acl_caps.map_value(name, value, mapper)))
+        except InvalidImage as error:
+            path = owned.inode_path(int((owned.xattr == row).argmax()))
+            raise UnsafeEntry("image", path, f"{name.decode()}: {error}; rebuild the image without it") from error
+    return tuple(out)

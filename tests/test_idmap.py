@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from trees import file, folder, tree_of
 from layerkit import idmap
 from layerkit.idmap import MAX_ID, IdMap, Mapping
 from layerkit.model import acl_caps
+from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import UnmappedId, UnsafeEntry, UsageError
+from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 
 EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
@@ -99,34 +102,9 @@ def test_what_the_kernel_takes() -> None:
     many = [(2 * i, 2 * i, 1) for i in range(341)]
     assert IdMap.of(many[:340]).fits_kernel
     assert not IdMap.of(many).fits_kernel
-    assert MAP.kernel_extents == ((0, 100000, 65536),)
+    assert MAP.extents == ((0, 100000, 65536),)
     assert TO_ROOT.fits_kernel
     assert not Mapping(MAP, MAP, 65534).fits_kernel
-
-
-def test_subid_file(tmp_path: Path) -> None:
-    file = tmp_path / "subuid"
-    file.write_text("# comment\nother:1:5\nann:100000:65536\nroot:7:1\nann:300000:10\n0:9:2\nann:5:0\n")
-    assert IdMap.from_subid("ann", path=file).canonical() == "0:100000:65536,65536:300000:10"
-    # By name or by number, whichever the file has.
-    for name in ("root", "0"):
-        assert IdMap.from_subid(name, "gid", file).canonical() == "0:7:1,1:9:2"
-    for name in ("nobody-here", "an", "# comment", ""):
-        with pytest.raises(UsageError, match="no range for"):
-            IdMap.from_subid(name, path=file)
-
-
-@pytest.mark.parametrize("line", ["ann:1", "ann:x:1", "ann:1:2:3", "ann:-1:5", "ann:4294967290:10"])
-def test_malformed_subid_lines(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "subuid"
-    file.write_text(f"bob:::\n{line}\n")
-    with pytest.raises(UsageError, match="subuid"):
-        IdMap.from_subid("ann", path=file)
-
-
-def test_missing_subid_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--gid-map"):
-        IdMap.from_subid("ann", "gid", tmp_path / "none")
 
 
 def test_canonical_text_of_mappings() -> None:
@@ -360,3 +338,53 @@ def test_a_million_ids_in_a_moment() -> None:
 def test_overflow_is_an_id(overflow: int) -> None:
     with pytest.raises(UsageError, match="overflow-id"):
         Mapping(MAP, MAP, overflow)
+
+
+def test_everything_becomes_one() -> None:
+    one = IdMap.everything(7)
+    assert (one.host_of(2**32 - 1), one.canonical(), one.is_injective, one.fits_kernel) == (
+        7,
+        "all:7",
+        False,
+        False,
+    )
+    mapped, inside = one.lookup(np.array([0, 5, 2**32 - 1], np.uint32))
+    assert (mapped.tolist(), inside.all()) == ([7, 7, 7], True)
+    with pytest.raises(UsageError, match="no inverse"):
+        one.inverse()
+    # Each side has its own; an overflow id is for what neither covers.
+    both = Mapping(one, MAP, 9)
+    assert (both.host_of("uid", 70000), both.host_of("gid in ACL", 70000)) == (7, 9)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(maps(squash=True), IDS)
+def test_one_id_is_as_many(id_map: IdMap, ids: np.ndarray) -> None:
+    mapped, inside = id_map.lookup(ids)
+    one_by_one = [id_map.host_of(value) for value in ids.tolist()]
+    assert one_by_one == [m if ok else None for m, ok in zip(mapped.tolist(), inside.tolist(), strict=True)]
+
+
+def test_apply_to_an_index() -> None:
+    entries = [file(b"a", uid=1, gid=2), folder(b"d", xattrs=((acl_caps.ACL_NAMES[1], acl_of_user(3, 4)),))]
+    mapped = idmap.apply(Index.of(entries, Digest.of(b"")), TO_ROOT)
+    assert [(entry.path, entry.uid, entry.gid) for entry in mapped.entries()] == [
+        (b"a", 100001, 100002), (b"d", 100000, 100000),
+    ]  # fmt: skip
+    assert mapped.entry(1).xattrs == ((acl_caps.ACL_NAMES[1], acl_of_user(100003, 100004)),)
+    with pytest.raises(UnmappedId, match="b: uid 70000"):
+        idmap.apply(Index.of([file(b"a"), file(b"b", uid=70000)], Digest.of(b"")), TO_ROOT)
+
+
+def test_a_map_is_parsed_and_asked_without_numpy() -> None:
+    program = (
+        "import sys\n"
+        "from layerkit.idmap import IdMap, Mapping\n"
+        "from layerkit.hosts.podman.mount_options import parse\n"
+        "one = IdMap.parse(['0:100000:65536'])\n"
+        "both = Mapping.parse_canonical(str(Mapping(one, one.compose(one.inverse()), 5)))\n"
+        "assert (both.host_of('uid', 1), both.fits_kernel) == (100001, False)\n"
+        "parse('lowerdir=/a,uidmapping=0:1:10')\n"
+        "sys.exit('numpy' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

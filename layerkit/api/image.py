@@ -203,7 +203,7 @@ class OpenImage:
         # Held until the mount's record says what it uses: gc must not come in between.
         with store_at(self._settings.store_path, self._limits) as store, store.hold():
             report, ways, facts, entry = self._bring(store, mapping, rendering, "auto", own_meta, progress)
-            extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping else None
+            extents = (mapping.uid.extents, mapping.gid.extents) if mapping else None
             mounter.mount(
                 mounter.MountSpec(
                     meta=meta_layer(entry, mapping),

@@ -61,7 +61,9 @@ def mapping(
             raise UsageError(
                 "--subuid-name takes the whole map from /etc/subuid; leave --uid-map and --gid-map out"
             )
-        return Mapping(IdMap.from_subid(subuid_name, "uid"), IdMap.from_subid(subuid_name, "gid"), overflow_id)
+        from layerkit.linux.subids import subid_map
+
+        return Mapping(subid_map(subuid_name, "uid"), subid_map(subuid_name, "gid"), overflow_id)
     if not uid_map:
         raise UsageError("--gid-map without --uid-map: give the users' map too")
     uid = IdMap.parse(uid_map, what="--uid-map", squash=squash)

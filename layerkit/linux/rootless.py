@@ -12,12 +12,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from layerkit.idmap import IdExtent, IdMap
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
-from layerkit.linux.subids import _subordinate
-from layerkit.model.errors import UnsupportedHost
+from layerkit.linux.subids import subid_map
+from layerkit.model.errors import UnsupportedHost, UsageError
 
-Extents = tuple[tuple[int, int, int], ...]
 _PR_SET_DUMPABLE = 4
 
 
@@ -36,10 +36,7 @@ def enter() -> None:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         name = str(uid)
-    lines = {
-        kind: [(0, own, 1), *_subordinate(f"/etc/sub{kind}", {name, str(uid)}, kind)]
-        for kind, own in (("uid", uid), ("gid", gid))
-    }
+    lines = {kind: [(0, own, 1), *_subordinate(name, kind)] for kind, own in (("uid", uid), ("gid", gid))}
     for tool in ("newuidmap", "newgidmap"):
         if shutil.which(tool) is None:
             raise UnsupportedHost(tool, "install the package uidmap (Debian) or shadow-utils (Fedora)")
@@ -71,16 +68,29 @@ def enter() -> None:
     os.setresuid(0, 0, 0)
 
 
-def outer_maps() -> tuple[Extents, Extents]:
-    """Return this user namespace's (uid, gid) maps: (id here, id in the namespace around it, count) each."""
-    found = []
-    for kind in ("uid", "gid"):
-        rows = [line.split() for line in Path(f"/proc/self/{kind}_map").read_text().splitlines()]
-        found.append(tuple((int(inside), int(outside), int(count)) for inside, outside, count in rows))
-    return found[0], found[1]
+def outer_maps() -> tuple[IdMap, IdMap]:
+    """Return this user namespace's (uid, gid) maps: from ids here to those in the namespace around it."""
+    uid, gid = (
+        IdMap.of(
+            [(int(inside), int(outside), int(count)) for inside, outside, count in map(str.split, lines)],
+            what="the user namespace's map",
+        )
+        for lines in (Path(f"/proc/self/{kind}_map").read_text().splitlines() for kind in ("uid", "gid"))
+    )
+    return uid, gid
 
 
-def _write_maps(pid: int, lines: dict[str, list[tuple[int, int, int]]]) -> int:
+def _subordinate(user: str, kind: str) -> tuple[IdExtent, ...]:
+    try:
+        return subid_map(user, kind, first=1).extents
+    except UsageError as error:
+        raise UnsupportedHost(
+            f"subordinate ids for {user} in /etc/sub{kind}",
+            f"as root: usermod --add-sub{kind}s 100000-165535 {user}",
+        ) from error
+
+
+def _write_maps(pid: int, lines: dict[str, list[IdExtent]]) -> int:
     try:
         for kind, extents in lines.items():
             words = [str(number) for extent in extents for number in extent]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,16 @@ class Index:
     def entries(self) -> Iterator[Entry]:
         """Yield every row as a Python value."""
         return map(self.entry, range(len(self)))
+
+    def inode_path(self, row: int) -> bytes:
+        """Return the path of ``row``."""
+        return self.path[row]
+
+    def with_owners(
+        self, uid: NDArray[np.uint32], gid: NDArray[np.uint32], xattr_sets: tuple[XattrSet, ...]
+    ) -> Index:
+        """Return the same rows with other owners; ``xattr_sets`` row by row in place of the old ones."""
+        return replace(self, uid=uid, gid=gid, xattr_sets=xattr_sets)
 
 
 def empty(diff_id: Digest) -> Index:

@@ -116,7 +116,7 @@ def pack(
             read = read_folder(root, old, checksum=checksum, limits=limits, progress=progress)
             new = read.tree
             if mapping is not None:
-                new = apply_map(new, Mapping(mapping.uid.inverse(), mapping.gid.inverse()))
+                new = apply_map(new, mapping.inverse())
             change, carried = diff_and_carried(old, new, root=any(map(_lists_root, indexes)))
 
             def content(row: int) -> Iterator[memoryview]:

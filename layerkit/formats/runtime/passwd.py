@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from layerkit.idmap import is_id
 from layerkit.model.errors import InvalidImage
-
-_ID_MAX = 0xFFFFFFFE
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ def resolve(spec: str, passwd: bytes, group: bytes, *, what: str = "Config.User"
         InvalidImage: a name that the image does not have, or a number that is no id.
     """
     user, _, wanted_group = spec.partition(":")
-    named = not _is_id(user)
+    named = not is_id(user)
     entry = _find(passwd, user or "0", 2)
     if entry is None and user and named:
         raise InvalidImage(
@@ -53,11 +52,11 @@ def resolve(spec: str, passwd: bytes, group: bytes, *, what: str = "Config.User"
             "or a number"
         )
     uid = int(entry[2] if entry else user or "0")
-    gid = int(entry[3]) if entry and len(entry) > 3 and _is_id(entry[3]) else 0
+    gid = int(entry[3]) if entry and len(entry) > 3 and is_id(entry[3]) else 0
     groups: tuple[int, ...] = ()
     if wanted_group:
         found = _find(group, wanted_group, 2)
-        if found is None and not _is_id(wanted_group):
+        if found is None and not is_id(wanted_group):
             raise InvalidImage(
                 f"{what} {spec!r}: /etc/group of the image has no group {wanted_group!r}; name one that it has "
                 "with --user, or a number"
@@ -80,11 +79,11 @@ def _find(data: bytes, wanted: str, id_column: int) -> list[str] | None:
     """Return the row called ``wanted``; only if no name is, and it is a number, the first row with that id."""
     by_id = None
     for row in _rows(data):
-        if len(row) <= id_column or not _is_id(row[id_column]):
+        if len(row) <= id_column or not is_id(row[id_column]):
             continue
         if row[0] == wanted:
             return row
-        if by_id is None and _is_id(wanted) and int(row[id_column]) == int(wanted):
+        if by_id is None and is_id(wanted) and int(row[id_column]) == int(wanted):
             by_id = row
     return by_id
 
@@ -93,9 +92,5 @@ def _groups_of(group: bytes, name: str) -> set[int]:
     return {
         int(row[2])
         for row in _rows(group)
-        if len(row) > 3 and _is_id(row[2]) and name in (member.strip() for member in row[3].split(","))
+        if len(row) > 3 and is_id(row[2]) and name in (member.strip() for member in row[3].split(","))
     }
-
-
-def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _ID_MAX

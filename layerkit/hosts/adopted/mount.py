@@ -153,7 +153,7 @@ def mount_unpacked(
         entry = preparation.meta(wanted, ways.rendering, ways.namespace, progress=progress)
         data = _data_folders(image, facts.data_layers, way)
         map_text = mapping.canonical() if mapping else ""
-        extents = (mapping.uid.kernel_extents, mapping.gid.kernel_extents) if mapping and ways.idmap else None
+        extents = (mapping.uid.extents, mapping.gid.extents) if mapping and ways.idmap else None
         mounter.mount(
             MountSpec(
                 meta=meta_layer(entry, mapping),

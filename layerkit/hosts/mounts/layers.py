@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
-from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.mounts.spec import ErofsData, ErofsMeta, FolderData, FolderMeta, FuseMeta, Meta
 from layerkit.idmap import Mapping
 from layerkit.model.digest import Digest
@@ -17,10 +16,7 @@ from layerkit.store.preparation import Rendering
 def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> Meta:
     """Return a META of the store as the mounter takes it; ``mapping`` is for one that is served."""
     if entry.info["rendering"] == Rendering.FUSE:
-        maps = IdMaps()
-        if mapping is not None:
-            maps = IdMaps(mapping.uid.extents, mapping.gid.extents, overflow=mapping.overflow)
-        return FuseMeta(entry.path / TREE_FILE, maps)
+        return FuseMeta(entry.path / TREE_FILE, mapping or Mapping.identity())
     if entry.info["rendering"] == Rendering.EROFS:
         return ErofsMeta(entry.key, entry.image_file)
     return FolderMeta(entry.root)

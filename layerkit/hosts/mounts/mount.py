@@ -219,7 +219,7 @@ def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int
             data.append(stack.enter_context(mounts.closing(mounts.open_folder(folder.empty))))
         if isinstance(spec.meta, FuseMeta):
             lock = folder.server(record)
-            meta = stack.enter_context(serving.served(spec.meta.path, spec.meta.maps, lock))
+            meta = stack.enter_context(serving.served(spec.meta.path, spec.meta.mapping, lock))
         else:
             meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
         check_stubs(f"/proc/self/fd/{meta}", spec.namespace, _name(spec.meta))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from layerkit.formats.meta.fuse_tree import FuseTree
-from layerkit.hosts.mounts.owners import IdMaps
+from layerkit.idmap import Mapping
 from layerkit.linux import empty_namespace, fuse, mounts
 from layerkit.model import acl_caps
 from layerkit.model.errors import InvalidImage, LayerkitError, StoreError, UnmappedId
@@ -60,23 +60,26 @@ def open_tree(file: BinaryIO) -> FuseTree:
     return FuseTree(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), str(file.name))
 
 
-def answers(tree: FuseTree, maps: IdMaps, data: int | None = None) -> fuse.Answers:
+def answers(tree: FuseTree, mapping: Mapping, data: int | None = None) -> fuse.Answers:
     """Return the answers about ``tree`` with its owners, also those in xattrs, mapped.
 
     Args:
         tree: with the owners of the image.
-        maps: how to map them.
+        mapping: how to map them.
         data: as :class:`layerkit.linux.fuse.Answers` has it.
 
     Raises:
         UnmappedId: an owner outside the map, with the first path that has it.
     """
     try:
-        uids, gids = maps.table(tree.facts.uids, "uid"), maps.table(tree.facts.gids, "gid")
+        uids, gids = (
+            {one: mapping.host_of(kind, one) for one in ids}
+            for kind, ids in (("uid", tree.facts.uids), ("gid", tree.facts.gids))
+        )
     except UnmappedId as error:
         raise _with_path(error, tree) from None
     sets = [
-        tuple((name, acl_caps.map_value(name, value, maps.one)) for name, value in pairs)
+        tuple((name, acl_caps.map_value(name, value, mapping.host_of)) for name, value in pairs)
         for pairs in tree.xattr_sets()
     ]
     return fuse.Answers(tree, uids, gids, sets, data)
@@ -227,12 +230,12 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def served(tree: Path, maps: IdMaps, lock: Path) -> Iterator[int]:
+def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
     """Give the root of a mount of ``tree`` that is served; it ends with the block unless an overlay has it.
 
     Args:
         tree: file that ``emit.fuse`` wrote.
-        maps: for its owners.
+        mapping: of its owners.
         lock: a file to make; its lock is held for as long as a process of the server is there (:func:`is_served`).
 
     Raises:
@@ -247,7 +250,7 @@ def served(tree: Path, maps: IdMaps, lock: Path) -> Iterator[int]:
             # While the other starts. It answers from the moment on that it knows what.
             mount = fuse.mount(device)
             with mounts.closing(mount):
-                _tell(server, tree, maps)
+                _tell(server, tree, mapping)
                 # The kernel sees a server that died by the last descriptor of the device: none may stay here.
                 os.close(device)
                 device = -1
@@ -283,10 +286,10 @@ def _start(device: int, lock: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(device, lock))
 
 
-def _tell(server: subprocess.Popen[bytes], tree: Path, maps: IdMaps) -> None:
+def _tell(server: subprocess.Popen[bytes], tree: Path, mapping: Mapping) -> None:
     import subprocess
 
-    said = {"tree": str(tree), "uid": maps.uid, "gid": maps.gid, "overflow": maps.overflow}
+    said = {"tree": str(tree), "map": mapping.canonical()}
     try:
         _, text = server.communicate(json.dumps(said).encode(), timeout=_START_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -304,11 +307,9 @@ def main() -> None:
     """Serve what standard input says; return control to the mounter, by ending, when the keeper is there."""
     device, lock = int(sys.argv[2]), int(sys.argv[3])
     said = json.loads(sys.stdin.buffer.read())
-    uid, gid = (tuple((c, h, n) for c, h, n in said[kind]) for kind in ("uid", "gid"))
-    maps = IdMaps(uid, gid, overflow=said["overflow"])
     try:
         with Path(said["tree"]).open("rb") as file:
-            what = answers(open_tree(file), maps)
+            what = answers(open_tree(file), Mapping.parse_canonical(said["map"]))
     except (LayerkitError, OSError) as error:
         sys.exit(str(error))
     if os.fork() == 0:

@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from layerkit.hosts.mounts.owners import IdMaps
+from layerkit.idmap import Mapping
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
 from layerkit.linux.mounts import MAX_LAYERS, mount_id
@@ -66,7 +66,7 @@ class FuseMeta:
     """A META that a server of ours answers for, under the owners of ``maps``; one file serves every map."""
 
     path: Path
-    maps: IdMaps
+    mapping: Mapping
 
 
 Meta = ErofsMeta | FolderMeta | FuseMeta

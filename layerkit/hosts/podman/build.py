@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
-from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.podman.layers import StorageLayer, tree_key
+from layerkit.hosts.podman.mount_options import parse_shift, shifted_back
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +94,7 @@ def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
 
     from layerkit.formats.meta.fuse import write_tree
     from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
+    from layerkit.idmap import apply as apply_map
     from layerkit.linux.folders.layer import Marks, index_layer_folder
     from layerkit.metaonly import Namespace
     from layerkit.model import limits as bounds
@@ -102,7 +103,7 @@ def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
 
     limits = bounds.from_environment()
     index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
-    index = _shifted_back(index, IdMaps.parse(layer.shifted))
+    index = apply_map(index, shifted_back(parse_shift(layer.shifted)))
     removed, cut = (
         set(index.path.take(np.flatnonzero(index.kind == k)).tolist()) for k in (Kind.WHITEOUT, Kind.OPAQUE)
     )
@@ -136,24 +137,3 @@ def _rows(index: Index, keep: NDArray[np.bool_]) -> Index:
         "sha256", "sparse",
     )  # fmt: skip
     return replace(index, path=index.path.take(rows), **{name: getattr(index, name)[rows] for name in columns})
-
-
-def _shifted_back(index: Index, maps: IdMaps) -> Index:
-    """Return an index of what was written under ``maps`` with the owners that the image would have."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from layerkit.model import acl_caps
-
-    back = maps.inverse()
-    uids, gids = (
-        back.table(np.unique(column).tolist(), kind) for column, kind in ((index.uid, "uid"), (index.gid, "gid"))
-    )
-    sets = tuple(
-        tuple((name, acl_caps.map_value(name, value, back.one)) for name, value in pairs)
-        for pairs in index.xattr_sets
-    )
-    uid = np.array([uids[number] for number in index.uid.tolist()], np.uint32)
-    gid = np.array([gids[number] for number in index.gid.tolist()], np.uint32)
-    return replace(index, uid=uid, gid=gid, xattr_sets=sets)

@@ -6,28 +6,24 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from layerkit.hosts.mounts.owners import IdMaps
 from layerkit.hosts.podman import layers as sl
 from layerkit.hosts.podman.build import read_indexes
-from layerkit.model.errors import UsageError
-
-if TYPE_CHECKING:
-    from layerkit.idmap import Mapping
+from layerkit.hosts.podman.mount_options import shift_text
+from layerkit.idmap import Mapping
 
 
-def place(store: Path, layers: Sequence[sl.StorageLayer], namespace: str, maps: IdMaps) -> Path:
+def place(store: Path, layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> Path:
     """Return the folder of this META, made or not."""
-    return store / "meta" / _key(layers, namespace, maps) / "root"
+    return store / "meta" / _key(layers, namespace, mapping) / "root"
 
 
-def _key(layers: Sequence[sl.StorageLayer], namespace: str, maps: IdMaps) -> str:
-    text = f"{sl.tree_key(layers, namespace)} {maps.canonical} {maps.overflow}"
+def _key(layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> str:
+    text = f"{sl.tree_key(layers, namespace)} {shift_text(mapping)} {mapping.overflow}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, maps: IdMaps) -> None:
+def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> None:
     """Write it unless it is there.
 
     Raises:
@@ -41,38 +37,22 @@ def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, m
     from layerkit.store.local import LocalStore
 
     limits = bounds.from_environment()
-    key = _key(layers, namespace, maps)
+    key = _key(layers, namespace, mapping)
     with LocalStore.open(store_root, limits=limits) as store, store.hold(), store.meta_lock(key):
         if store.meta(key) is not None:
             return
         diff_ids, indexes = read_indexes(store, layers, limits)
         tree = merge(indexes, limits=limits)
-        mapping = _mapping(maps) if maps.canonical else None
-        meta = metadata_over_folders(tree, mapping, Namespace(namespace), Stacking.DATA_ONLY)
+        shift = shift_text(mapping)
+        meta = metadata_over_folders(tree, mapping if shift else None, Namespace(namespace), Stacking.DATA_ONLY)
         with store.begin_meta(key) as writer:
             writer.root.mkdir()
             write_directory(meta, writer.root)
             writer.commit(
                 {
-                    "tree": f"sha256:{sl.tree_key(layers, namespace)}", "map": maps.canonical,
+                    "tree": f"sha256:{sl.tree_key(layers, namespace)}", "map": shift,
                     "rendering": "directory", "namespace": namespace, "names": len(tree),
                     "folders": [os.fspath(layer.path) for layer in layers],
                     "identities": [layer.identity for layer in layers], "diff_ids": diff_ids,
                 }
             )  # fmt: skip
-
-
-def _mapping(maps: IdMaps) -> Mapping:
-    from layerkit.idmap import MAX_ID, IdMap, Mapping
-
-    sides = list[tuple[IdMap, int | None]]()
-    for extents, squash in ((maps.uid, maps.squash_uid), (maps.gid, maps.squash_gid)):
-        if squash is not None:
-            # A map that covers nothing of what occurs: all goes to the overflow id.
-            sides.append((IdMap.of([(MAX_ID, squash, 1)]), squash))
-        else:
-            sides.append((IdMap.of(extents) if extents else IdMap.identity(), maps.overflow))
-    (uid, overflow), (gid, other) = sides
-    if overflow != other:
-        raise UsageError("rendering=directory: users and groups squashed to different ids; use rendering=fuse")
-    return Mapping(uid, gid, overflow)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from layerkit.hosts.mounts.owners import IdMaps, extents, one_id
+from layerkit.idmap import IdMap, Mapping, parse_id
 from layerkit.model.errors import UsageError
+
+OVERFLOW_ID = 65534
 
 _MOUNT_FLAGS = (
     "noexec",
@@ -39,7 +41,7 @@ class Options:
     Attributes:
         lower: layer folders, top first.
         upper, work: of a writable mount, else "".
-        maps: for owners.
+        mapping: of owners; the host ids are those of the mount program's user namespace.
         read_only: no upper, or ``ro``.
         attributes: words of the mount itself, such as ``noexec``.
         overlay: options for overlayfs as (key, value or None).
@@ -50,7 +52,7 @@ class Options:
     lower: tuple[str, ...]
     upper: str
     work: str
-    maps: IdMaps
+    mapping: Mapping
     read_only: bool
     attributes: tuple[str, ...] = ()
     overlay: tuple[tuple[str, str | None], ...] = ()
@@ -67,15 +69,22 @@ def parse(text: str) -> Options:
     """
     values: dict[str, str] = {}
     attributes, overlay, notes = list[str](), list[tuple[str, str | None]](), list[str]()
-    squash: dict[str, int] = {}
+    sides = {"uid": IdMap.identity(), "gid": IdMap.identity()}
+    squash: dict[str, IdMap] = {}
+    overflow: int | None = None
     for word in split_unescaped(text, ","):
         key, _, value = word.partition("=")
-        if key in ("lowerdir", "upperdir", "workdir", "uidmapping", "gidmapping", "overflow_id", "rendering"):
+        if key in ("lowerdir", "upperdir", "workdir", "rendering"):
             values[key] = value
+        elif key in ("uidmapping", "gidmapping"):
+            if value.strip(":"):
+                sides[key[:3]] = IdMap.parse([value.strip(":")], what=key)
         elif key in ("squash_to_uid", "squash_to_gid"):
-            squash[key[-3:]] = one_id(value, word)
+            squash[key[-3:]] = IdMap.everything(parse_id(value, key))
         elif key == "squash_to_root":
-            squash = {"uid": 0, "gid": 0}
+            squash = {"uid": IdMap.everything(0), "gid": IdMap.everything(0)}
+        elif key == "overflow_id":
+            overflow = parse_id(value, key) if value else None
         elif key == "ro" or key in _MOUNT_FLAGS:
             attributes.append(key)
         elif key == "volatile":
@@ -97,21 +106,55 @@ def parse(text: str) -> Options:
     upper, work = values.get("upperdir", ""), values.get("workdir", "")
     if bool(upper) != bool(work):
         raise UsageError("-o: upperdir and workdir go together")
-    overflow = values.get("overflow_id")
-    maps = IdMaps(
-        extents(values.get("uidmapping", ""), "uidmapping"),
-        extents(values.get("gidmapping", ""), "gidmapping"),
-        squash.get("uid"),
-        squash.get("gid"),
-        one_id(overflow, "overflow_id") if overflow else None,
-    )
     rendering = values.get("rendering", "auto")
     if rendering not in ("auto", "fuse", "directory"):
         raise UsageError(f"rendering={rendering}: want auto, fuse or directory")
     read_only = not upper or "ro" in attributes
+    mapping = Mapping(**(sides | squash), overflow=overflow)
     return Options(
-        lower, upper, work, maps, read_only, tuple(attributes), tuple(overlay), rendering, tuple(notes)
+        lower, upper, work, mapping, read_only, tuple(attributes), tuple(overlay), rendering, tuple(notes)
     )  # fmt: skip
+
+
+def shift_text(mapping: Mapping) -> str:
+    """Return a text for what ``mapping`` shifts, equal for equal maps; "" where every id is kept."""
+    # What lies outside a map of equal ids is an error even then, but nothing has to be shifted for it.
+    sides = (("uid", mapping.uid), ("gid", mapping.gid))
+    return ";".join(
+        f"{kind}={one}" for kind, one in sides if one.rest is not None or any(c != h for c, h, _ in one.extents)
+    )
+
+
+def parse_shift(text: str) -> Mapping:
+    """Return the mapping that :func:`shift_text` wrote as ``text``.
+
+    Raises:
+        UsageError: it did not.
+    """
+    sides = {"uid": IdMap.identity(), "gid": IdMap.identity()}
+    for part in text.split(";") if text else ():
+        kind, _, value = part.partition("=")
+        if value.startswith("all:"):
+            sides[kind] = IdMap.everything(parse_id(value[4:], part))
+        else:
+            sides[kind] = IdMap.parse([value], what=part)
+    return Mapping(sides["uid"], sides["gid"])
+
+
+def shifted_back(mapping: Mapping) -> Mapping:
+    """Return the mapping from the owners in a mount back to those in the layers.
+
+    What no map gives out becomes 65534, the kernel's overflow id, but for 0: what podman itself makes in a
+    container's folder is root's.
+    """
+    return Mapping(_back(mapping.uid), _back(mapping.gid), OVERFLOW_ID)
+
+
+def _back(one: IdMap) -> IdMap:
+    if one.rest is not None:
+        return IdMap.everything(0)
+    back = one.inverse().extents
+    return IdMap.of(back if any(c == 0 for c, _, _ in back) else [(0, 0, 1), *back], squash=True)
 
 
 def split_unescaped(text: str, separator: str) -> list[str]:

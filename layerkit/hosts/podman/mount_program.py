@@ -96,7 +96,7 @@ class _Mount:
         self.options, self.target, self.store = options, target, store
         self.privileged = userns.is_privileged()
         self.namespace = "trusted" if self.privileged else "user"
-        self.maps = options.maps
+        self.mapping, self.shift = options.mapping, mount_options.shift_text(options.mapping)
         self.upper = "" if options.read_only else options.upper
 
     def run(self) -> Mounted:
@@ -105,7 +105,7 @@ class _Mount:
             lower.insert(0, self.options.upper)
             self.upper = ""
         layers = sl.storage_layers(lower, self.namespace, top_may_change=not self.upper)
-        if self.upper and not self.maps.canonical and self._is_mounted():
+        if self.upper and not self.shift and self._is_mounted():
             # podman asks again for what it has mounted already, to look at it.
             with mounts.closing(mounts.clone(self.target)) as fd:
                 mounts.attach(fd, self.target)
@@ -123,7 +123,9 @@ class _Mount:
         Raises:
             UsageError: it was written under another map.
         """
-        shifted, wanted = sl.marker(self.upper, self.namespace), self.maps.canonical
+        # Written again: an earlier version may have had more words for the same map.
+        shifted = mount_options.shift_text(mount_options.parse_shift(sl.marker(self.upper, self.namespace)))
+        wanted = self.shift
         if shifted == wanted or _is_empty(self.upper):
             return False
         if not wanted:
@@ -153,7 +155,7 @@ class _Mount:
 
         _in_child(write)
         data = stack.enter_context(mounts.closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
-        keeper = stack.enter_context(Keeper(answers(open_tree(file), self.maps, data), data))
+        keeper = stack.enter_context(Keeper(answers(open_tree(file), self.mapping, data), data))
         return stack.enter_context(mounts.closing(keeper.mount()))
 
     def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
@@ -169,13 +171,13 @@ class _Mount:
             tree = open_tree(file)
             # overlayfs wants two layers at least; META and data are two.
             enough = bool(self.upper) or under or len(layers) > 1
-            if rendering == "auto" and not self.maps.canonical and enough:
+            if rendering == "auto" and not self.shift and enough:
                 paths, below = [layer.path for layer in layers], tree.facts.more["marks_below"]
                 if below is not None:
                     paths = storage_marks.stack(Path(file.name).parent / "root", layers, below)
                 return _Stacked("overlay", opened(paths), [])
             try:
-                keeper = stack.enter_context(Keeper(answers(tree, self.maps)))
+                keeper = stack.enter_context(Keeper(answers(tree, self.mapping)))
                 meta = stack.enter_context(mounts.closing(keeper.mount()))
                 return _Stacked("fuse", [meta], opened(data), self._root_of(tree), keeper.pid)
             except OSError as error:
@@ -184,9 +186,9 @@ class _Mount:
                 why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
         from layerkit.hosts.podman import directory as storage_directory
 
-        place = storage_directory.place(self.store, layers, self.namespace, self.maps)
+        place = storage_directory.place(self.store, layers, self.namespace, self.mapping)
         if not place.is_dir():
-            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.maps))
+            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.mapping))
         meta = stack.enter_context(mounts.closing(mounts.open_folder(place)))
         seen = os.fstat(meta)
         root = _Root(seen.st_uid, seen.st_gid, seen.st_mode & 0o7777)
@@ -200,7 +202,9 @@ class _Mount:
 
     def _root_of(self, tree: FuseTree) -> _Root:
         root = tree.inode(0)
-        return _Root(self.maps.one("uid", root.uid), self.maps.one("gid", root.gid), root.mode & 0o7777)
+        return _Root(
+            self.mapping.host_of("uid", root.uid), self.mapping.host_of("gid", root.gid), root.mode & 0o7777
+        )
 
     def _overlay(self, lower: list[int], data: list[int], root: _Root | None) -> None:
         with contextlib.ExitStack() as stack:
@@ -234,8 +238,8 @@ class _Mount:
         if root is None or not _is_empty(self.upper):
             return
         name = f"{self.namespace}.overlay.{sl.MARKER}"
-        if self.maps.canonical:
-            os.setxattr(self.upper, name, self.maps.canonical.encode())
+        if self.shift:
+            os.setxattr(self.upper, name, self.shift.encode())
         elif sl.marker(self.upper, self.namespace):
             os.removexattr(self.upper, name)
         os.chown(self.upper, root.uid, root.gid)

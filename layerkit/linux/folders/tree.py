@@ -247,7 +247,7 @@ def as_on_disk(tree: Tree, mapping: Mapping | None) -> Tree:
     """
     there = mapping or Mapping.identity()
     tree = apply_map(tree, there)
-    tree = apply_map(tree, Mapping(there.uid.inverse(), there.gid.inverse()))
+    tree = apply_map(tree, there.inverse())
     tree = as_kept(tree)
     sets = (tuple(pair for pair in pairs if _belongs_to_image(pair[0])) for pairs in tree.xattr_sets)
     return replace(tree, xattr_sets=tuple(sets))

@@ -101,7 +101,7 @@ class Layers:
                 self._check(note, stack, mapping)
         meta = self._meta(what, note)
         if by_kernel and mapping is not None:
-            extents = mapping.uid.kernel_extents, mapping.gid.kernel_extents
+            extents = mapping.uid.extents, mapping.gid.extents
             shown = meta
             meta = self._places.mounted(f"map:{base}:{stack.map}", lambda: mounts.idmapped_clone(shown, *extents))
         data = [self._places.link("d", identity, self.folder(identity)) for identity in stack.below]

@@ -388,13 +388,10 @@ def _folder(path: str) -> Iterator[int]:
 
 
 def _mapped_root(map_text: str) -> tuple[int, int]:
-    import numpy as np
-
     from layerkit.idmap import Mapping as IdMapping
 
     mapping = IdMapping.parse_canonical(map_text)
-    root = np.zeros(1, np.uint32)
-    return int(mapping.uid.apply(root)[0]), int(mapping.gid.apply(root)[0])
+    return mapping.host_of("uid", 0), mapping.host_of("gid", 0)
 
 
 def _measure(folder: Path) -> Usage:
