@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,20 +112,10 @@ def _used(report: AnalyzeReport, limit: str) -> float:
 
 def _write(path: Path, text: str) -> None:
     """Write ``text`` by rename, so that a page is there whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="ascii", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as f:
-        temporary = Path(f.name)
-        try:
-            f.write(text)
-            f.flush()
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    from layerkit.linux.durable import whole_file
+
+    with whole_file(path) as file:
+        file.write(text.encode("ascii"))
 
 
 def _show(report: AnalyzeReport, top: int) -> None:

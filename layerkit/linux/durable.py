@@ -1,16 +1,20 @@
-"""What makes a write whole or absent: early writeback, one sync for many files, renames that replace nothing."""
+"""What makes a write whole or absent: early writeback, one sync for many files, renames, a staging place."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import re
+import secrets
 import sqlite3
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from layerkit.model.errors import StoreError
 
@@ -18,6 +22,10 @@ _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 _AT_FDCWD = -100
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_STAGING = ".layerkit-tmp"
+_ATTEMPTS = 100
+NEW = "new"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -82,17 +90,165 @@ def rename_new(source: bytes, target: bytes, source_dir: int = _AT_FDCWD, target
     return True
 
 
-def remove(path: Path) -> None:
+class Staging:
+    """A place beside a target where it is made, before a rename puts it there whole.
+
+    It is a folder ``.NAME.TOKEN.layerkit-tmp`` with a folder TOKEN in it, where all work goes on by descriptor.
+    TOKEN is random, both are made by a mkdir that finds nothing there, and mode 0700 keeps others out. So whoever
+    may write to the folder above can neither make it first nor change what lies in it. Nor can they rename another
+    folder of ours so that it is taken for one that a killed run left: it has no TOKEN in it. It is locked while its
+    maker lives.
+
+    Attributes:
+        fd: descriptor of the folder to work in; -1 before :meth:`make`.
+        others: another process of this user was at work beside the same target.
+    """
+
+    def __init__(self, parent: int, name: str) -> None:
+        """Prepare to make ``name`` in the folder that ``parent`` is a descriptor of; it stays the caller's."""
+        self._parent = parent
+        # What is to be made is known before it is there: an interrupt may come between any two lines below.
+        self._stem = os.fsdecode(b"." + os.fsencode(name)[:190])
+        self._name = self._token = ""
+        self._outer = self.fd = -1
+        self.others = False
+
+    def make(self) -> int:
+        """Make it, and return :attr:`fd`; what killed runs left beside the same target goes first."""
+        self._sweep()
+        for _ in range(_ATTEMPTS):
+            self._token = secrets.token_hex(16)
+            self._name = f"{self._stem}.{self._token}{_STAGING}"
+            try:
+                os.mkdir(self._name, 0o700, dir_fd=self._parent)
+            except FileExistsError:
+                self._name = ""  # not ours to remove
+                continue
+            if self._enter():
+                return self.fd
+            self.drop()
+        raise FileExistsError(errno.EEXIST, "somebody takes every name for a temporary folder", self._stem)
+
+    def _enter(self) -> bool:
+        """Return False where a sweep, or somebody who may rename in the parent, took the new folder away."""
+        try:
+            self._outer = os.open(self._name, _FOLDER, dir_fd=self._parent)
+            fcntl.flock(self._outer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.mkdir(self._token, 0o700, dir_fd=self._outer)
+            # What was made tells whose we are: a file server may show another owner than the process.
+            owner = os.stat(self._token, dir_fd=self._outer, follow_symlinks=False).st_uid
+            if os.fstat(self._outer).st_uid == owner:
+                self.fd = os.open(self._token, _FOLDER, dir_fd=self._outer)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, BlockingIOError):
+            pass
+        return self.fd >= 0
+
+    def publish(self, name: str) -> None:
+        """Rename the entry :data:`NEW` to ``name`` in the parent; a file or an empty folder there is replaced."""
+        try:
+            os.rename(NEW, name, src_dir_fd=self.fd, dst_dir_fd=self._parent)
+        except PermissionError as error:
+            mode = os.stat(NEW, dir_fd=self.fd, follow_symlinks=False).st_mode
+            if error.errno != errno.EACCES or not stat.S_ISDIR(mode):
+                raise
+            # Moving a folder rewrites its "..", which needs write permission on it.
+            os.chmod(NEW, 0o700, dir_fd=self.fd)
+            moved = os.open(NEW, _FOLDER, dir_fd=self.fd)
+            try:
+                os.rename(NEW, name, src_dir_fd=self.fd, dst_dir_fd=self._parent)
+                os.fchmod(moved, stat.S_IMODE(mode))
+            finally:
+                os.close(moved)
+
+    def drop(self) -> None:
+        """Remove it with what was not published; dropping twice is harmless."""
+        try:
+            if self.fd >= 0:
+                remove(self._token, self._outer)
+        finally:
+            # A folder that was swapped for ours is not emptied: rmdir takes only what has nothing in it.
+            with contextlib.suppress(OSError):
+                if self._outer >= 0:
+                    os.rmdir(self._token, dir_fd=self._outer)
+            with contextlib.suppress(OSError):
+                if self._name:
+                    os.rmdir(self._name, dir_fd=self._parent)
+            held = [fd for fd in (self.fd, self._outer) if fd >= 0]
+            self._name, self._outer, self.fd = "", -1, -1
+            for fd in held:
+                os.close(fd)
+
+    def _sweep(self) -> None:
+        """Remove what our killed runs left beside the same target; note whether a living one is there."""
+        pattern = re.compile(re.escape(self._stem) + r"\.([0-9a-f]{32})" + re.escape(_STAGING))
+        with contextlib.suppress(OSError):  # a folder that we may not list
+            above = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._parent)
+            try:
+                found = [match for match in map(pattern.fullmatch, os.listdir(above)) if match]
+            finally:
+                os.close(above)
+            for match in found:
+                with contextlib.suppress(OSError):  # gone meanwhile, or not to be removed: it disturbs nobody
+                    self._sweep_one(match[0], match[1])
+
+    def _sweep_one(self, name: str, token: str) -> None:
+        fd = os.open(name, _FOLDER, dir_fd=self._parent)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                return
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if set(os.listdir(fd)) <= {token}:
+                remove(token, fd)
+                os.rmdir(name, dir_fd=self._parent)
+        except BlockingIOError:
+            self.others = True
+        finally:
+            os.close(fd)
+
+
+def is_staging(name: str) -> bool:
+    """Return whether ``name`` is one that :class:`Staging` gives."""
+    return name.startswith(".") and name.endswith(_STAGING)
+
+
+@contextlib.contextmanager
+def staging_beside(target: Path, at: int | None = None) -> Iterator[Staging]:
+    """Give a :class:`Staging` beside ``target``, gone after the block; ``at`` is what a relative path starts at."""
+    parent = os.open(target.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+    staging = Staging(parent, target.name)
+    try:
+        staging.make()
+        yield staging
+    finally:
+        try:
+            staging.drop()
+        finally:
+            os.close(parent)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path, at: int | None = None) -> Iterator[BinaryIO]:
+    """Give a new file that replaces ``target`` if the block ends well; see :func:`staging_beside` for ``at``."""
+    with staging_beside(target, at) as staging:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(NEW, flags, 0o666, dir_fd=staging.fd), "w+b") as file:
+            yield file
+        staging.publish(target.name)
+
+
+def remove(path: str | Path, at: int | None = None) -> None:
     """Remove a file or a whole folder, whatever the modes in it; nothing happens if it is gone.
+
+    A relative ``path`` starts at the folder that ``at`` is a descriptor of.
 
     Folders are first moved up to the top one, so neither their depth nor the length of their paths counts:
     a rendered image may be deeper than there are file descriptors, and longer than PATH_MAX.
     """
     try:
-        if not stat.S_ISDIR(path.lstat().st_mode):
-            path.unlink(missing_ok=True)
+        if not stat.S_ISDIR(os.stat(path, dir_fd=at, follow_symlinks=False).st_mode):
+            os.unlink(path, dir_fd=at)
             return
-        top = _open_folder(os.fspath(path), None)
+        top = _open_folder(os.fspath(path), at)
     except FileNotFoundError:
         return
     try:
@@ -112,15 +268,14 @@ def remove(path: Path) -> None:
             os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
-    path.rmdir()
+    os.rmdir(path, dir_fd=at)
 
 
 def _open_folder(name: str, at: int | None) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     if os.geteuid() != 0:
         # Folders of an image may deny their owner to list or change them.
         os.chmod(name, 0o700, dir_fd=at)
-    return os.open(name, flags, dir_fd=at)
+    return os.open(name, _FOLDER, dir_fd=at)
 
 
 def _clear_files(folder: int) -> list[str]:

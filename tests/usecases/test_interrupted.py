@@ -209,7 +209,7 @@ def test_stopped_at_any_moment(kind: str, lab: Path, durations: dict[str, float]
             left = [path for path in below(out) if path != "out" and not (written and path.startswith("out/"))]
             if number == signal.SIGKILL and kind == "oci":
                 # A folder has a name from the start. What lies in it is no layout, and the next run clears it.
-                assert all(path.startswith("out/.layerkit-staging-") for path in left), left
+                assert all(path.startswith("out/.layout.") for path in left), left
                 done = subprocess.run(command(words(lab, dst)), env=env, capture_output=True, check=False)
                 assert done.returncode == 0, done.stderr
                 assert whole(out / "out")

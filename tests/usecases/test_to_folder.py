@@ -279,13 +279,13 @@ def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
     made.list(made.image(image_kit.tar(*many)), "many")
     image = f"{made.folder(tmp_path / 'image')}:many"
     unpack(image, tmp_path / "warm", tmp_path / "store")
-    aside, target = tmp_path / ".root.layerkit-tmp", tmp_path / "root"
+    target = tmp_path / "root"
     for number in (signal.SIGKILL, signal.SIGTERM):
         run = subprocess.Popen(
             command("unpack", image, target, "--store", tmp_path / "store"), stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 30
-        while not (aside / "usr").exists():
+        while not list(tmp_path.glob(".root.*.layerkit-tmp/*/new/usr")):
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         with pytest.raises(StoreError, match="another process"):
@@ -293,13 +293,84 @@ def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
         run.send_signal(number)
         assert run.wait() == (130 if number == signal.SIGTERM else -signal.SIGKILL)
         assert not target.exists()
-        assert aside.exists() == (number == signal.SIGKILL)
-        shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    (aside / "left").write_text("of a killed run")
+        left = list(tmp_path.glob(".root*"))
+        assert len(left) == (number == signal.SIGKILL)
+        if left:
+            unpack(image, target, tmp_path / "store")
+            assert not list(tmp_path.glob(".root*")), "the next run clears it"
+            shutil.rmtree(target)
     unpack(image, target, tmp_path / "store")
-    assert not aside.exists() and not (target / "left").exists()
     assert differences(snapshot(target), snapshot(tmp_path / "warm")) == []
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777], ids=["sticky", "open"])
+def test_another_user_of_a_shared_folder_changes_nothing(tmp_path: Path, mode: int) -> None:
+    """They make the staging folder first, come into ours, or where the folder lets them put theirs in its place."""
+    need_root()
+    made = image_kit.Layout()
+    names = (
+        image_kit.special("etc", b"5", mode=0o755), ("etc/passwd", b"root:x:0:0"),
+        image_kit.special("usr", b"5", mode=0o755), *((f"usr/{i}", b"%d" % i) for i in range(4000)),
+    )  # fmt: skip
+    made.list(made.image(image_kit.tar(*names)), "many")
+    image = f"{made.folder(tmp_path / 'image')}:many"
+    unpack(image, tmp_path / "warm", tmp_path / "store")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    ready, told = os.pipe()
+    attacker = os.fork()
+    if attacker == 0:
+        with contextlib.suppress(BaseException):
+            _attack(shared, told)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        unpack(image, shared / "root", tmp_path / "store")
+    finally:
+        os.kill(attacker, signal.SIGKILL)
+        os.waitpid(attacker, 0)
+        os.close(ready)
+        os.close(told)
+    theirs = sorted(p.name for p in shared.iterdir() if p.stat().st_uid == OTHER)
+    assert ".root.layerkit-tmp" in theirs
+    # They did move it away where they could; emptied, it stays there.
+    moved = shared / "moved0"
+    assert moved.exists() == (mode == 0o777)
+    assert mode == 0o1777 or os.listdir(moved) == []
+    assert (shared / "root").stat().st_uid == 0
+    assert differences(snapshot(shared / "root"), snapshot(tmp_path / "warm")) == []
+
+
+OTHER = 65534
+
+
+def _attack(shared: Path, told: int) -> None:
+    """Do as another user what the folder allows, for as long as we live."""
+    # From here on by relative names: the folders above are closed to others.
+    os.chdir(shared)
+    os.setgroups([])
+    os.setresgid(OTHER, OTHER, OTHER)
+    os.setresuid(OTHER, OTHER, OTHER)
+    os.umask(0)
+    Path(".root.layerkit-tmp").mkdir(mode=0o777)
+    os.write(told, b"x")
+    moved = 0
+    while True:
+        for name in [name for name in os.listdir(".") if name.startswith(".root.")]:
+            with contextlib.suppress(OSError):
+                # What lies in it: first of all theirs, in which somebody else may be writing.
+                Path(name, "etc").rename(Path(name, "etc.orig"))
+                Path(name, "etc").mkdir()
+                Path(name, "etc/passwd").write_text("root::0:0:attacker")
+            with contextlib.suppress(OSError):
+                Path(name, "planted").mkdir()
+            with contextlib.suppress(OSError):
+                if os.stat(name).st_uid != OTHER:
+                    Path(name).rename(f"moved{moved}")
+                    moved += 1
+                    Path(name, "new/etc").mkdir(parents=True)
+                    Path(name, "new/etc/passwd").write_text("root::0:0:attacker")
 
 
 def test_lost_data_is_an_error_and_no_folder(tiny_image: Path, tmp_path: Path) -> None:

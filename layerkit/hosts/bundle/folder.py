@@ -16,12 +16,16 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import SOURCE_PREFIX
 from layerkit.linux import mounts
+from layerkit.linux.durable import whole_file
+from layerkit.linux.folders.whole import whole_folder
+from layerkit.linux.folders.writer import FOLDER
 from layerkit.model.errors import LayerkitError, NotFound, UsageError
 from layerkit.store import pins
 
@@ -71,11 +75,12 @@ class Bundle:
         """Return the folder of the volumes."""
         return self.folder / "volumes"
 
-    def write(self) -> None:
-        """Write ``layerkit.json``."""
+    def write(self, folder: int) -> None:
+        """Write ``layerkit.json`` into the folder that ``folder`` is a descriptor of."""
         facts = {"version": _VERSION, **asdict(self)}
         del facts["folder"]
-        write_whole(self.folder / FACTS, json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        with whole_file(Path(FACTS), folder) as file:
+            file.write(json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read(folder: Path) -> Bundle | None:
@@ -106,6 +111,9 @@ def begin(
     path = Path(os.path.realpath(folder))
     old = read(path)
     if old is not None:
+        owner = path.stat().st_uid
+        if owner != os.geteuid():
+            raise UsageError(f"{folder} belongs to uid {owner}, who could change all in it; take another folder")
         same = (old.manifest, old.map, old.rootless) == (manifest, map_text, rootless)
         if not same:
             raise UsageError(
@@ -122,13 +130,31 @@ def begin(
         raise UsageError(f"{folder}: the folder is not empty, and no bundle of layerkit's; name a new one")
     if not path.parent.is_dir():
         raise UsageError(f"{folder}: there is no folder {path.parent} to make it in")
-    path.mkdir(mode=0o700, exist_ok=True)
     made = Bundle(path, pins.new_id(), str(store), image, manifest, map_text, rootless)
-    made.write()
-    for place in (made.folder / "state", made.volumes):
-        place.mkdir(mode=0o700, exist_ok=True)
-    made.rootfs.mkdir(mode=0o755, exist_ok=True)
+    with _new_folder(path) as fd:
+        made.write(fd)
+        for name, mode in (("state", 0o700), ("volumes", 0o700), ("rootfs", 0o755)):
+            os.mkdir(name, mode, dir_fd=fd)
     return made, True
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[int]:
+    """Give a descriptor of the empty folder ``path``; one that others may write to is replaced by a new one."""
+    try:
+        fd = os.open(path, FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        fd = -1
+    try:
+        shown = os.fstat(fd) if fd >= 0 else None
+        if shown is not None and shown.st_uid == os.geteuid() and not shown.st_mode & 0o022:
+            yield fd
+            return
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    with whole_folder(path) as made:
+        yield made
 
 
 def open_to(bundle: Bundle, gid: int) -> None:
@@ -153,9 +179,8 @@ def closed_to(bundle: Bundle, uid: int, gid: int) -> Path | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def remove(folder: Path) -> Bundle:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from layerkit.hosts.finalize import plan as fp
 from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.hosts.finalize.plan import Plan, Step, raw
+from layerkit.linux.durable import NEW, staging_beside, whole_file
 from layerkit.linux.syscalls import syncfs
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, NotFound, StoreError, UsageError, show_path
@@ -92,6 +92,8 @@ def finalize(
     running = journal.with_name(journal.name + ".running")
     resumed = running.exists()
     if resumed and not check:
+        if running.lstat().st_uid != os.geteuid():
+            raise StoreError(f"{running}: another user's file, not of an interrupted run of yours; remove it")
         plan = _load(running, place)
     else:
         plan = fp.plan(os.fsencode(place), lowers, keep_root_whiteouts=keep_root_whiteouts)
@@ -198,14 +200,12 @@ def _root_whiteouts(upper: bytes, lowers: Lowers) -> int:
 
 
 def _save(plan: Plan, path: Path) -> None:
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="ascii") as file:
-        file.write(json.dumps({"format": _FORMAT, "upper": fp.text(plan.upper), "steps": len(plan.steps)}) + "\n")
-        for step in plan.steps:
-            file.write(json.dumps(step) + "\n")
+    head = {"format": _FORMAT, "upper": fp.text(plan.upper), "steps": len(plan.steps)}
+    with whole_file(path) as file:
+        for line in (head, *plan.steps):
+            file.write(json.dumps(line).encode("ascii") + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
     _sync(path.parent)
 
 
@@ -246,14 +246,12 @@ def _sync_all(folder: Path) -> None:
 
 
 def _apply(plan: Plan, place: Path) -> None:
-    aside = place.with_name(f".{place.name[:200]}.layerkit-new")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(mode=0o700)
-    try:
+    with staging_beside(place) as staging:
+        aside = b"/proc/self/fd/%d/" % staging.fd + os.fsencode(NEW)
         for step in plan.steps:
             path = _path(plan, step)
             if step["do"] == fp.MAKE:
-                _make(step, path, os.fsencode(aside))
+                _make(step, path, aside)
             elif step["do"] == fp.LINK:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -263,8 +261,6 @@ def _apply(plan: Plan, place: Path) -> None:
             elif step["do"] == fp.WHITEOUT:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     _folder_times(plan, made=True)
     _sync_all(place)
 
@@ -289,14 +285,11 @@ def _path(plan: Plan, step: Step) -> bytes:
     return plan.upper + b"/" + raw(step["path"]) if step["path"] else plan.upper
 
 
-def _make(step: Step, path: bytes, aside: bytes) -> None:
-    """Make an entry aside, whole, and then put it in its place: no ACL is inherited, and none is seen half-made."""
+def _make(step: Step, path: bytes, new: bytes) -> None:
+    """Make an entry as ``new`` and put it in its place when it is whole: nothing is inherited or seen half-made."""
     mode = step["mode"]
     if stat.S_ISDIR(mode) and os.path.isdir(path) and not os.path.islink(path):
         return  # by an earlier run; it was put there whole
-    new = aside + b"/new"
-    with contextlib.suppress(FileNotFoundError):
-        os.rmdir(new) if os.path.isdir(new) and not os.path.islink(new) else os.unlink(new)
     if stat.S_ISDIR(mode):
         os.mkdir(new, 0o700)
     elif stat.S_ISLNK(mode):

@@ -16,7 +16,6 @@ import errno
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -37,6 +36,7 @@ from layerkit.hosts.mounts.spec import (
 from layerkit.hosts.mounts.upper import like_root
 from layerkit.linux import mounts, old_overlay, userns
 from layerkit.linux import syscalls as sc
+from layerkit.linux.durable import NEW, staging_beside
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
 
@@ -365,14 +365,9 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
 
 def _make_upper(path: Path, meta: int, namespace: Namespace) -> None:
     """Make an upper whose root looks like META's: the mount's root is shown from the upper alone."""
-    temporary = path.with_name(f".{path.name[:64]}-{uuid.uuid4().hex[:12]}")
-    try:
-        like_root(temporary, meta, namespace)
-        temporary.rename(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.rmdir()
-        raise
+    with staging_beside(path) as staging:
+        like_root(Path(f"/proc/self/fd/{staging.fd}/{NEW}"), meta, namespace)
+        staging.publish(path.name)
 
 
 def _explain(error: OSError, layers: list[int], upper: int | None) -> str:

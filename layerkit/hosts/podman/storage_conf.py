@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerkit.linux.durable import whole_file
 from layerkit.model.errors import UsageError
 
 MARK = "  # by layerkit"
@@ -93,11 +94,10 @@ def apply(change: Change) -> bool:
         change.path.unlink(missing_ok=True)
         return True
     change.path.parent.mkdir(parents=True, exist_ok=True)
-    aside = change.path.with_name(f".{change.path.name}.layerkit")
-    aside.write_text(change.text)
-    if change.path.exists():
-        aside.chmod(change.path.stat().st_mode & 0o777)
-    aside.replace(change.path)
+    with whole_file(change.path) as file:
+        file.write(change.text.encode())
+        if change.path.exists():
+            os.fchmod(file.fileno(), change.path.stat().st_mode & 0o777)
     return True
 
 

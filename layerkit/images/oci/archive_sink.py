@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from typing import BinaryIO
 from layerkit.formats.oci import documents as oci
 from layerkit.images.blobs import unlinked_file
 from layerkit.images.oci.image_tar import ImageTar
-from layerkit.linux.durable import naming
+from layerkit.linux.durable import NEW, Staging, naming
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.model.limits import DEFAULT, Limits
 
@@ -43,20 +42,24 @@ class ArchiveSink(ImageTar):
             NotFound: the folder it is to lie in is absent.
         """
         super().__init__(target if isinstance(target, str) else "standard output", docker=docker, limits=limits)
-        self._temporary = ""
         # Through a link, as every tool writes: the link stays and what it points at is replaced.
         self._target = os.path.realpath(target) if isinstance(target, str) else target
-        self._file = self._begin(tmp)
+        self._held = contextlib.ExitStack()
+        self._folder = -1
+        self._staging: Staging | None = None
         try:
+            self._file = self._begin(tmp)
             self._member("oci-layout", oci.LAYOUT_FILE)
         except BaseException:
             self.abort()
             raise
 
     def _begin(self, tmp: str | os.PathLike[str] | None) -> BinaryIO:
+        return self._held.enter_context(self._new_file(tmp))
+
+    def _new_file(self, tmp: str | os.PathLike[str] | None) -> BinaryIO:
         if not isinstance(self._target, str):
             return unlinked_file(tmp)
-        folder = os.path.dirname(self._target)
         with contextlib.suppress(FileNotFoundError):
             mode = os.stat(self._target).st_mode
             if stat.S_ISDIR(mode):
@@ -64,19 +67,22 @@ class ArchiveSink(ImageTar):
             if not stat.S_ISREG(mode):
                 return unlinked_file(tmp)
         try:
-            return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+            self._folder = os.open(os.path.dirname(self._target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NotFound(f"{self._where}: the folder it is to lie in does not exist") from None
+        self._held.callback(os.close, self._folder)
+        try:
+            return os.fdopen(os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666, dir_fd=self._folder), "w+b")
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
         # A filesystem that has no nameless files (NFS, some FUSE).
-        self._temporary = self._temporary_name()
-        return os.fdopen(os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
+        return os.fdopen(os.open(NEW, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._stage()), "w+b")
 
-    def _temporary_name(self) -> str:
-        folder, name = os.path.split(str(self._target))
-        return os.path.join(folder, f".{name[:100]}.layerkit-{secrets.token_hex(8)}")
+    def _stage(self) -> int:
+        self._staging = Staging(self._folder, os.path.basename(str(self._target)))
+        self._held.callback(self._staging.drop)
+        return self._staging.make()
 
     def _write(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Append ``pieces``; of what fails nothing is kept."""
@@ -100,41 +106,32 @@ class ArchiveSink(ImageTar):
             shutil.copyfileobj(self._file, target, 1 << 20)
             target.flush()
             return
-        if os.fstat(fd).st_nlink == 0 and os.path.exists(target) and not os.path.isfile(target):
+        if self._folder < 0:
             self._file.seek(0)
             with os.fdopen(os.open(target, os.O_WRONLY), "wb") as stream:
                 shutil.copyfileobj(self._file, stream, 1 << 20)
             return
         os.fsync(fd)
-        folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if not self._temporary and not self._link(fd, target, folder):
-                name = self._temporary_name()
-                self._link(fd, name, folder)
-                self._temporary = name
-            if self._temporary:
-                os.rename(self._temporary, target)
-                self._temporary = ""
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        name = os.path.basename(target)
+        if self._staging is None and not self._link(fd, name, self._folder):
+            self._link(fd, NEW, self._stage())
+        if self._staging is not None:
+            self._staging.publish(name)
+        os.fsync(self._folder)
 
     @staticmethod
-    def _link(fd: int, path: str, folder: int) -> bool:
-        """Give the nameless file the name ``path`` if that is free; return whether it was."""
+    def _link(fd: int, name: str, folder: int) -> bool:
+        """Give the nameless file a name in ``folder`` if that is free; return whether it was."""
         try:
             # Only with a folder given does Python call linkat(), which follows the link in /proc.
-            os.link(f"/proc/self/fd/{fd}", os.path.basename(path), dst_dir_fd=folder, follow_symlinks=True)
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder, follow_symlinks=True)
         except FileExistsError:
             return False
         return True
 
     def _drop(self) -> None:
         with contextlib.suppress(OSError):
-            self._file.close()
-        if self._temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+            self._held.close()
 
 
 __all__ = ["ArchiveSink"]

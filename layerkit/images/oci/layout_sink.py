@@ -3,7 +3,8 @@
 All that is put goes into a staging folder inside the layout. The commit flushes it, moves the blobs into
 place and replaces ``index.json``, in this order, so whoever reads the layout at any moment, also after a
 crash, finds every blob that ``index.json`` leads to. Writers take turns by a lock on the folder itself;
-a staging folder is locked while its writer lives, and one without a writer is removed by the next.
+a staging folder is locked while its writer lives, and one without a writer is removed by the next (see
+:class:`~layerkit.linux.durable.Staging`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,13 @@ from layerkit.formats.oci import documents as oci
 from layerkit.images.blobs import FileRange, read_all, verified
 from layerkit.images.oci.layout import open_inside
 from layerkit.images.oci.listing import Listing
-from layerkit.linux.durable import naming
+from layerkit.linux.durable import Staging, is_staging, naming
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, UsageError
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import ImageSink
 
-_STAGING = ".layerkit-staging-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -52,6 +51,7 @@ class LayoutSink(ImageSink):
         self._staged: dict[Digest, int] = {}
         self._lock = threading.Lock()
         self._fd = self._stage = -1
+        self._staging: Staging | None = None
         self._made = False
         self._open = True
         for attempt in range(10):  # a writer that aborts at this moment may take the new folder away
@@ -65,7 +65,6 @@ class LayoutSink(ImageSink):
 
     def _begin(self) -> None:
         # What is to be made is known before it is there: an interrupt may come between any two of these lines.
-        self._stage_name = _STAGING + secrets.token_hex(8)
         self._made = not os.path.lexists(self._path)
         try:
             os.mkdir(self._path)
@@ -79,30 +78,15 @@ class LayoutSink(ImageSink):
             raise UsageError(f"{self._path}: a file; use oci-archive:{self._path} to write an archive") from None
         with self._locked():
             self._check_target()
-            self._sweep()
-            os.mkdir(self._stage_name, 0o700, dir_fd=self._fd)
-            self._stage = os.open(self._stage_name, _FOLDER, dir_fd=self._fd)
-            fcntl.flock(self._stage, fcntl.LOCK_EX)
+            self._staging = Staging(self._fd, "layout")
+            self._stage = self._staging.make()
 
     def _check_target(self) -> None:
-        names = [name for name in os.listdir(self._fd) if not name.startswith(_STAGING)]
+        names = [name for name in os.listdir(self._fd) if not is_staging(name)]
         if names and "oci-layout" not in names:
             raise UsageError(f"{self._path}: holds files, but no OCI layout; choose an empty or a new folder")
         if names:
             oci.check_layout(self._read("oci-layout") or b"", f"{self._path}: oci-layout", limits=self._limits)
-
-    def _sweep(self) -> None:
-        """Remove what writers left that were killed: staging folders that nobody holds locked."""
-        for name in os.listdir(self._fd):
-            if not name.startswith(_STAGING):
-                continue
-            with contextlib.suppress(OSError):
-                fd = os.open(name, _FOLDER, dir_fd=self._fd)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(name, ignore_errors=True, dir_fd=self._fd)
-                finally:
-                    os.close(fd)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -254,16 +238,15 @@ class LayoutSink(ImageSink):
         self._leave()
 
     def _leave(self) -> None:
-        if self._fd >= 0:
+        if self._staging is not None:
             with contextlib.suppress(OSError):
-                shutil.rmtree(self._stage_name, ignore_errors=True, dir_fd=self._fd)
+                self._staging.drop()
         if self._made:
             with contextlib.suppress(OSError):  # another writer may be in it by now
                 os.rmdir(self._path)
-        for fd in (self._stage, self._fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._stage = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._stage, self._staging = -1, -1, None
         self._made = False
 
     def __del__(self) -> None:

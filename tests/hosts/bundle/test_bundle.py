@@ -466,6 +466,25 @@ def test_refusals(kit: Callable[..., Path], open_path: Path) -> None:
     assert "--rootless is for an ordinary user" in said
 
 
+def test_the_folder_of_another_user_is_not_taken(kit: Callable[..., Path], open_path: Path) -> None:
+    """An empty one gives way to one of ours; a bundle of theirs is refused, and stays theirs."""
+    image, store, folder = kit({"Cmd": ["/bin/id"]}), open_path / "store", open_path / "b"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    folder.chmod(0o777)
+    held = os.open(folder, os.O_PATH)
+    make(store, image, folder, MAPS[0])
+    assert not os.path.samestat(os.fstat(held), folder.stat())
+    os.close(held)
+    assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (0, 0o710)
+    folders.unmount(read(folder))
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(UsageError, match="belongs to uid 65534"):
+        make(store, image, folder, MAPS[0])
+    assert folder.stat().st_uid == 65534
+    bundling.remove(folder)
+
+
 def test_a_folder_that_keeps_the_container_out_is_told(kit: Callable[..., Path], open_path: Path) -> None:
     shut = open_path / "shut"
     shut.mkdir(mode=0o700)

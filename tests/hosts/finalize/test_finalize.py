@@ -375,6 +375,26 @@ def test_errors(case: Case, tmp_path: Path) -> None:
     assert Lowers.parse("/usr:/etc::/var", Namespace.TRUSTED).data == (os.fsencode(os.path.realpath("/var")),)
 
 
+def test_what_another_user_put_beside_it_is_not_used(case: Case, tmp_path: Path) -> None:
+    case.change(PARTLY)
+    victim, journal = tmp_path / "victim", fz.undo_file(case.upper)
+    victim.write_text("mine")
+    beside, aside = case.work / f"{journal.name}.running.new", case.work / ".upper.layerkit-new"
+    beside.symlink_to(victim)
+    aside.mkdir(mode=0o777)
+    os.chown(aside, 65534, 65534)
+    planned = case.work / f"{journal.name}.running"
+    planned.write_text("{}\n")
+    os.chown(planned, 65534, 65534)
+    before = raw(case.upper)
+    with pytest.raises(StoreError, match="another user's file"):
+        case.finalize()
+    assert differences(raw(case.upper), before) == []
+    planned.unlink()
+    case.finalize()
+    assert victim.read_text() == "mine" and beside.is_symlink() and aside.stat().st_uid == 65534
+
+
 def test_negative_lookups_never_reach_the_lower(tmp_path: Path) -> None:
     """Requests counted on a FUSE lower: none of 20,000 names that are not there; before, each of them."""
     case = Case(tmp_path)

@@ -46,6 +46,15 @@ def test_in_and_out(text: str, tmp_path: Path) -> None:
     assert not sc.apply(sc.remove(path))
 
 
+def test_no_link_that_lies_beside_it_is_written_through(tmp_path: Path) -> None:
+    path, victim = tmp_path / "storage.conf", tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".storage.conf.layerkit").symlink_to(victim)
+    assert sc.apply(sc.add(path, PROGRAM))
+    assert victim.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".storage.conf.layerkit", "storage.conf", "victim"]
+
+
 def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     path = tmp_path / "storage.conf"
     path.write_text('[storage]\ndriver = "overlay"\n[storage.options.overlay]\nmountopt = "nodev,metacopy=on"\n')
