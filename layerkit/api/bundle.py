@@ -207,7 +207,7 @@ def _leave_to_the_runtime(made: Bundle, run: Path) -> None:
 
 
 def _used(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return (record.label["meta"],), tuple(x for x in record.label["layers"].split(",") if x)
+    return (record.label["meta"],), record.indexes
 
 
 def _report(

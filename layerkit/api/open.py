@@ -184,7 +184,7 @@ def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
         {
             "target": record.target,
             **{k: record.label.get(k, "") for k in ("image", "manifest", "map")},
-            "lost": "\n".join(p for p in record.label.get("folders", "").split("\n") if p and not os.path.isdir(p)),
+            "lost": "\n".join(folder for folder in record.folders if not os.path.isdir(folder)),
             "server": "killed" if record in unserved else "",
         }
         for record in mounter.active(run)

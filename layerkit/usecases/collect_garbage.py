@@ -25,12 +25,12 @@ def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict
             cleared += pins.clear(path)
 
         def in_use() -> tuple[set[str], set[str]]:
-            labels = [record.label for record in mounter.active(run)]
+            records = mounter.active(run)
             layers, metas = pins.used(pins.live(path))
             over_folders = storage_layers.in_use(held.metas())
             return (
-                {x for label in labels for x in label.get("layers", "").split(",") if x} | layers | over_folders[0],
-                {label["meta"] for label in labels if "meta" in label} | metas | over_folders[1],
+                {diff_id for record in records for diff_id in record.indexes} | layers | over_folders[0],
+                {record.label["meta"] for record in records if "meta" in record.label} | metas | over_folders[1],
             )
 
         report = held.gc(in_use=in_use, dry_run=dry_run)

@@ -20,6 +20,7 @@ from layerkit.hosts.adopted.unpacked import Unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import Ways, choose
 from layerkit.hosts.mounts.layers import meta_layer
+from layerkit.hosts.mounts.records import UNPACKED
 from layerkit.hosts.mounts.spec import FolderData, MountSpec
 from layerkit.idmap import Mapping
 from layerkit.linux import userns
@@ -30,9 +31,6 @@ from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import Progress
 from layerkit.store.local import LocalStore
 from layerkit.store.preparation import Rendering
-
-LABEL = "unpacked"
-"""The backend that the record of such a mount names."""
 
 _PAGE_BYTES = 4096
 
@@ -167,7 +165,7 @@ def mount_unpacked(
                 classic=way is Stacking.CLASSIC,
                 label={
                     "image": unpacked.name, "manifest": unpacked.digest, "map": map_text, "meta": entry.key,
-                    "layers": ",".join(map(str, image.diff_ids)), "backend": LABEL, "runtime": unpacked.runtime,
+                    "layers": ",".join(map(str, image.diff_ids)), "backend": UNPACKED, "runtime": unpacked.runtime,
                     "folders": "\n".join(str(layer.folder.path) for layer in image.layers),
                     "diff_ids": ",".join(unpacked.diff_ids), "blobs": ",".join(unpacked.blobs),
                 },
@@ -294,4 +292,4 @@ def _mount_line(folder: Path, data: Sequence[Path], way: Stacking) -> str:
     return f"mount -t overlay overlay -o '{options}' TARGET"
 
 
-__all__ = ["LABEL", "AdoptReport", "Rendering", "choose_stacking", "mount_unpacked", "write_upper"]
+__all__ = ["AdoptReport", "Rendering", "choose_stacking", "mount_unpacked", "write_upper"]

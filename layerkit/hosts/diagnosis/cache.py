@@ -7,27 +7,28 @@ same object, the same file of a folder. A mount that somebody else made is looke
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from layerkit.hosts.adopted.mount import LABEL as UNPACKED
-from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
+from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, overlay_layers, record_of
+from layerkit.hosts.mounts.records import UNPACKED, Record
 from layerkit.linux import mounts, pagecache
 from layerkit.linux import syscalls as sc
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
 from layerkit.model.ports import Progress
+from layerkit.model.reports import Report
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
 
 Key = tuple[object, ...]
 """What stands for one file's pages; equal keys are one memory."""
+KeyOf = Callable[[bytes, os.stat_result], tuple[Key, str]]
+"""From a path below a root, and what stat says of it, to the key of its pages and the layer that has them."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -68,7 +69,7 @@ class CachedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheReport:
+class CacheReport(Report):
     """What several mounts have in the page cache.
 
     Attributes:
@@ -92,9 +93,9 @@ class CacheReport:
         """Return the bytes that copies for each mount would take more."""
         return self.seen - self.memory
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
-        return asdict(self) | {"saved": self.saved}
+        return Report.to_dict(self) | {"saved": self.saved}
 
 
 @dataclass(slots=True)
@@ -163,17 +164,9 @@ def _sums(
     rows = []
     for root, image, mapping, keys in found:
         own = [pages[key] for key in keys]
-        rows.append(
-            MountCache(
-                target=str(root),
-                image=image,
-                map=mapping,
-                files=len(own),
-                size=sum(page.size for page in own),
-                resident=sum(page.resident for page in own),
-                shared=sum(page.resident for page in own if len(page.mounts) > 1),
-            )
-        )
+        shared = sum(page.resident for page in own if len(page.mounts) > 1)
+        size, resident = sum(page.size for page in own), sum(page.resident for page in own)
+        rows.append(MountCache(str(root), image, mapping, len(own), size, resident, shared))
     sharers: dict[int, int] = {}
     for page in pages.values():
         if page.resident:
@@ -233,9 +226,7 @@ def _opened(name: bytes, folder: int) -> int:
         return os.open(name, _FILE, dir_fd=folder)
 
 
-def _look_through(
-    target: Path, store: Path, warnings: list[str]
-) -> tuple[Path, str, str, Callable[[bytes, os.stat_result], tuple[Key, str]]]:
+def _look_through(target: Path, store: Path, warnings: list[str]) -> tuple[Path, str, str, KeyOf]:
     """Return (root, image, map, function from a path to what its pages belong to)."""
     try:
         root = target.resolve(strict=True)
@@ -246,61 +237,48 @@ def _look_through(
     mount = mounts.mount_of(root)
     if mount is None or mount.fstype != "overlay":
         return root, "", mount.fstype if mount else "", lambda path, st: (("file", st.st_dev, st.st_ino), "")
-    if mount.source.startswith(SOURCE_PREFIX):
-        run = mounter.default_run(store)
-        record = next((r for r in mounter.active(run) if r.source == mount.source), None)
+    ours = True
+    with contextlib.suppress(NotFound):
+        record = record_of(mount, store)
+        ours = record is not None
         if record is not None and str(root) == record.target:
-            return root, record.label.get("image", ""), record.label.get("map", ""), _of_record(record, store)
+            return root, record.image, record.map, _of_record(record, store)
+    if ours:
         warnings.append(f"{root}: a mount over another store (or a folder in one); its sharing is not known")
     return root, "", mount.fstype, _of_overlay(root, mount)
 
 
-def _of_record(record: Record, store: Path) -> Callable[[bytes, os.stat_result], tuple[Key, str]]:
-    from layerkit.hosts.diagnosis.which import layers_of
-    from layerkit.model.trees.merge import merge
-
+def _of_record(record: Record, store: Path) -> KeyOf:
     with LocalStore.open(store, create=False) as held:
         layers = layers_of(record, held)
-        tree = merge([index for _, index in layers.layers], limits=held.limits)
-    rows = dict(zip(tree.paths(), tree.inode.tolist(), strict=True))
-    at, offset, sha256 = tree.layer.tolist(), tree.offset.tolist(), tree.sha256
+    tree = layers.tree
+    at, inodes, offset, first = (
+        column.tolist() for column in (tree.layer, tree.inode, tree.offset, tree.first_name())
+    )
     regular = (tree.kind == Kind.REG).tolist()
-    names = [str(diff_id) for diff_id, _ in layers.layers]
+    names = [str(index.diff_id) for index in layers.indexes]
     shown = [name or internal for name, internal in zip(layers.diff_ids, names, strict=True)]
-    backend = record.label.get("backend")
-    folders = record.label.get("folders", "").split("\n") if backend == UNPACKED else []
-    first = tree.first_name().tolist()
 
     def key_of(path: bytes, st: os.stat_result) -> tuple[Key, str]:
-        if record.upper is not None and (own := _in_upper(record, path)) is not None:
-            return own, "upper"
-        inode = rows.get(path, -1)
-        if inode < 0 or not regular[inode]:
+        own = in_upper(record, path)
+        if own is not None and stat.S_ISREG(own[0].st_mode) and not own[1]:
+            return ("file", own[0].st_dev, own[0].st_ino), "upper"
+        row = layers.rows.get(path, -1)
+        if row < 0 or not regular[inodes[row]]:
             return ("mount", record.id, st.st_ino), ""
+        inode = inodes[row]
         layer = at[inode]
-        if backend == UNPACKED:
-            below = os.path.join(os.fsencode(folders[layer]), tree.path(first[inode]))
-            real = os.lstat(below)
+        if record.backend == UNPACKED:
+            real = os.lstat(os.path.join(os.fsencode(record.folders[layer]), tree.path(first[inode])))
             return ("file", real.st_dev, real.st_ino), shown[layer]
-        if backend == DataBackend.OBJECTS:
-            return ("object", sha256[inode].tobytes()), shown[layer]
+        if record.backend == DataBackend.OBJECTS:
+            return ("object", tree.sha256[inode].tobytes()), shown[layer]
         return ("tar", names[layer], offset[inode]), shown[layer]
 
     return key_of
 
 
-def _in_upper(record: Record, path: bytes) -> Key | None:
-    try:
-        full = os.path.join(os.fsencode(record.upper or ""), path)
-        st = os.lstat(full)
-        if stat.S_ISREG(st.st_mode) and f"{record.namespace}.overlay.metacopy" not in os.listxattr(full):
-            return ("file", st.st_dev, st.st_ino)
-    except OSError:
-        pass
-    return None
-
-
-def _of_overlay(root: Path, mount: mounts.Mount) -> Callable[[bytes, os.stat_result], tuple[Key, str]]:
+def _of_overlay(root: Path, mount: mounts.Mount) -> KeyOf:
     """Return the same for somebody else's overlay, by looking for the path in its layers, top first."""
     upper, lower = overlay_layers(mount.super_options)
     layers = [os.fsencode(path) for path in ([upper] if upper else []) + lower]
@@ -318,19 +296,3 @@ def _of_overlay(root: Path, mount: mounts.Mount) -> Callable[[bytes, os.stat_res
         return ("mount", mount.mount_id, st.st_ino), ""
 
     return key_of
-
-
-def overlay_layers(options: str) -> tuple[str, list[str]]:
-    """Return (upper or "", lower folders top first) of an overlay's options as mountinfo shows them."""
-    upper, lower = "", list[str]()
-    for option in re.split(r"(?<!\\),", options):
-        key, _, value = option.partition("=")
-        value = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), value)
-        if key == "upperdir":
-            upper = re.sub(r"\\(.)", r"\1", value)
-        elif key in ("lowerdir", "lowerdir+", "datadir+"):
-            lower += [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):+", value) if part]
-    return upper, lower
-
-
-__all__ = ["CacheReport", "CachedFile", "MountCache", "cache_report", "overlay_layers"]

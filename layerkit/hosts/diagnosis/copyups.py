@@ -11,17 +11,17 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from layerkit.hosts.diagnosis.cache import overlay_layers
-from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.records import SOURCE_PREFIX
+from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, overlay_layers, record_of
 from layerkit.linux import blocks as extents
 from layerkit.linux import fanotify, mounts
+from layerkit.metaonly import Namespace
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
+from layerkit.model.reports import Report
 from layerkit.store.local import LocalStore
 
 METADATA, DATA, MADE = "metadata", "data", "made"
@@ -72,7 +72,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class CopyUpReport:
+class CopyUpReport(Report):
     """The upper of a mount.
 
     Attributes:
@@ -108,13 +108,11 @@ class CopyUpReport:
         """Return what of :attr:`copied_bytes` a copy at the first write would have saved."""
         return sum(file.copied for file in self.files if not file.written)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
-        sums = {
-            "copied_bytes": self.copied_bytes, "cloned_bytes": self.cloned_bytes,
-            "needless_bytes": self.needless_bytes,
-        }  # fmt: skip
-        return asdict(self) | sums
+        sums = (self.copied_bytes, self.cloned_bytes, self.needless_bytes)
+        names = ("copied_bytes", "cloned_bytes", "needless_bytes")
+        return Report.to_dict(self) | dict(zip(names, sums, strict=True))
 
 
 class Below(NamedTuple):
@@ -128,7 +126,7 @@ class Below(NamedTuple):
 class _Writable:
     target: Path
     upper: Path
-    prefixes: tuple[str, ...]
+    namespace: Namespace
     below: Callable[[bytes], Below | None]
 
 
@@ -195,9 +193,7 @@ def watch(
         opened.append(
             Opened(name, times, was_written, came, file.size if file else 0, tuple(sorted(programs[path] - {""})))
         )
-    return CopyUpReport(
-        report.mount, report.upper, report.filesystem, report.files, tuple(opened), (*report.warnings, *warnings)
-    )
+    return replace(report, opened=tuple(opened), warnings=(*report.warnings, *warnings))
 
 
 def _inside(path: bytes, target: Path) -> bytes:
@@ -222,34 +218,28 @@ def _writable(target: Path, store: Path) -> _Writable:
     if mount is None or mount.fstype != "overlay":
         what = f"lies on {mount.fstype}" if mount else "is not in the mount table"
         raise UsageError(f"{target}: {what}; name the mount point of an overlay")
-    if mount.source.startswith(SOURCE_PREFIX):
-        run = mounter.default_run(store)
-        record = next((r for r in mounter.active(run) if r.source == mount.source), None)
-        if record is None:
-            raise NotFound(f"{target}: a mount of layerkit over another store than {store}; name it with --store")
+    record = record_of(mount, store)
+    if record is not None:
         if record.upper is None:
             raise UsageError(f"{target}: mounted read-only, so nothing was ever copied up")
-        from layerkit.hosts.diagnosis.which import layers_of
-        from layerkit.model.trees.merge import merge
-
         with LocalStore.open(store, create=False) as held:
-            tree = merge([index for _, index in layers_of(record, held).layers], limits=held.limits)
-        inodes = dict(zip(tree.paths(), tree.inode.tolist(), strict=True))
+            layers = layers_of(record, held)
+        tree = layers.tree
 
         def in_tree(path: bytes) -> Below | None:
-            inode = inodes.get(path, -1)
-            if inode < 0 or tree.mode[inode] >> 12 != Kind.REG:
+            row = layers.rows.get(path, -1)
+            inode = tree.inode[row]
+            if row < 0 or tree.mode[inode] >> 12 != Kind.REG:
                 return None
             return Below(int(tree.size[inode]), int(tree.mtime[inode]) * 1_000_000_000 + int(tree.mtime_ns[inode]))
 
-        return _Writable(Path(mount.point), Path(record.upper), (f"{record.namespace}.overlay.",), in_tree)
+        return _Writable(Path(mount.point), Path(record.upper), Namespace(record.namespace), in_tree)
     upper, lower = overlay_layers(mount.super_options)
     if not upper:
         raise UsageError(f"{target}: an overlay without an upper, so nothing was ever copied up")
-    layers = [os.fsencode(path) for path in lower]
 
     def in_folders(path: bytes) -> Below | None:
-        for layer in layers:
+        for layer in map(os.fsencode, lower):
             try:
                 st = os.lstat(os.path.join(layer, path))
             except OSError:
@@ -257,20 +247,19 @@ def _writable(target: Path, store: Path) -> _Writable:
             return Below(st.st_size, st.st_mtime_ns) if stat.S_ISREG(st.st_mode) else None
         return None
 
-    prefixes = ("user.overlay.",) if "userxattr" in mount.super_options else ("trusted.overlay.",)
-    return _Writable(Path(mount.point), Path(upper), prefixes, in_folders)
+    namespace = Namespace.USER if "userxattr" in mount.super_options else Namespace.TRUSTED
+    return _Writable(Path(mount.point), Path(upper), namespace, in_folders)
 
 
 def _report(found: _Writable) -> CopyUpReport:
     files = []
     warnings = []
     for path, full, st in _upper_files(found.upper):
-        names = set(os.listxattr(full, follow_symlinks=False))
-        below = found.below(path)
-        moved = any(prefix + "origin" in names for prefix in found.prefixes)
-        if any(prefix + "metacopy" in names for prefix in found.prefixes):
+        if is_stub(full, found.namespace):
             files.append(CopyUp(show_path(path), METADATA, st.st_size, st.st_blocks * 512, 0, False))
             continue
+        below = found.below(path)
+        moved = os.fsdecode(found.namespace.prefix + b"origin") in os.listxattr(full, follow_symlinks=False)
         kind = DATA if below is not None or moved else MADE
         written = kind == MADE or below is None or (st.st_size, st.st_mtime_ns) != below
         told = extents.blocks_of(full) if st.st_size and kind == DATA else None
@@ -300,6 +289,3 @@ def _upper_files(upper: Path) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
                     waiting.append(below)
                 elif entry.is_file(follow_symlinks=False):
                     yield below, entry.path, entry.stat(follow_symlinks=False)
-
-
-__all__ = ["DATA", "MADE", "METADATA", "CopyUp", "CopyUpReport", "Opened", "look", "watch"]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerkit.hosts.diagnosis.runtimes import Runtime, examine_runtimes
 from layerkit.hosts.mounts.choose import Ways, choose
 from layerkit.linux.probe import Features, Row
+from layerkit.model.reports import Report
 from layerkit.store.layout import DataBackend
 from layerkit.store.preparation import Rendering
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HostReport(Report):
     """What ``layerkit doctor`` says.
 
     Attributes:
@@ -47,9 +47,9 @@ class Report:
     copy_up_why: str
     runtimes: tuple[Runtime, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
-        return asdict(self) | {"rows": [row._asdict() for row in self.rows]}
+        return Report.to_dict(self) | {"rows": [row._asdict() for row in self.rows]}
 
     def conclusions(self) -> list[tuple[str, str]]:
         """Return what follows from the rows, as (name, text)."""
@@ -63,7 +63,7 @@ class Report:
         ]
 
 
-def examine(store: Path, *, upper: Path | None = None) -> Report:
+def examine(store: Path, *, upper: Path | None = None) -> HostReport:
     """Probe the host for ``store``, which need not exist yet.
 
     Args:
@@ -79,7 +79,7 @@ def examine(store: Path, *, upper: Path | None = None) -> Report:
         features.erofs_idmap if ways.rendering is Rendering.EROFS else features.store_idmap
     )
     clone, clone_why = _copy_up(features, ways, upper)
-    return Report(
+    return HostReport(
         store=os.fspath(store),
         filesystem=features.filesystem,
         kernel=platform.release(),

@@ -12,22 +12,24 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerkit.linux import userns
 from layerkit.linux.probe import Features
 from layerkit.model.errors import UsageError
+from layerkit.model.reports import Report
 
 IDMAPPED, LAYERKIT, NEITHER, UNKNOWN = "idmapped mounts", "layerkit", "neither", "not known"
 _VERSION_SECONDS = 10
+Verdict = tuple[str, str, str]
+"""(answer, why, how) of a :class:`Runtime`."""
+_AS_ROOT = "run `layerkit doctor` as root"
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class Runtime(Report):
     """What is best for one runtime.
 
     Attributes:
@@ -51,42 +53,49 @@ class Runtime:
     clone: bool | None
     clone_why: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
-
 
 def examine_runtimes(store: Path) -> tuple[Runtime, ...]:
     """Return what is best for each runtime that this host has or could have; ``store`` is for bundles."""
-    places = _Places()
-    return (
-        _podman_rootful(places),
-        _podman_rootless(places),
-        _containerd(places),
-        _docker(places),
-        *(_bundle(places, name, store) for name in ("runc", "crun")),
-    )
-
-
-class _Places:
-    """Features of the filesystems that runtimes use, each asked once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, str], Features | None] = {}
-
-    def at(self, folder: Path) -> Features | None:
-        """Return the features where ``folder`` is or would be, None if this user cannot try them there."""
-        place = probe_place(folder)
+    known: dict[tuple[int, str], Features | None] = {}
+    found = []
+    for name, program, layers, judge in (
+        ("podman, rootful", "podman", storage_root(rootful=True) / "overlay", _podman_rootful),
+        ("podman, rootless", "podman", storage_root(rootful=False) / "overlay", _podman_rootless),
+        ("containerd", "containerd", Path("/var/lib/containerd"), _containerd),
+        ("docker", "dockerd", Path("/var/lib/docker"), _docker),
+        ("runc, bundles", "runc", store, _bundle),
+        ("crun, bundles", "crun", store, _bundle),
+    ):
+        version = version_of(program)
+        # Features of a filesystem that several use are asked once.
+        place = probe_place(layers)
         key = (place.stat().st_dev, "" if os.access(place, os.W_OK) else str(place))
-        if key not in self._known:
-            features: Features | None = Features(place)
-            with suppress(UsageError):
-                assert features is not None
-                _ = features.reflink
-                self._known[key] = features
-                return features
-            self._known[key] = None
-        return self._known[key]
+        features = known[key] = known[key] if key in known else _features(place)
+        if features is None:
+            why, how = (
+                f"this user cannot write near {layers}, to try it",
+                f"{_AS_ROOT}, or as the user whose runtime it is",
+            )
+            found.append(Runtime(name, version, str(layers), "", UNKNOWN, why, how, None, ""))
+            continue
+        verdict, reflink = judge(features, version), features.reflink
+        said = (
+            "shares blocks: an open for writing copies nothing"
+            if reflink
+            else "cannot share blocks: an open for writing copies the file (xfs and btrfs would not)"
+        )
+        clone_why = f"uppers and layers lie on {features.filesystem}, which {said}"
+        found.append(Runtime(name, version, str(layers), features.filesystem, *verdict, reflink, clone_why))
+    return tuple(found)
+
+
+def _features(place: Path) -> Features | None:
+    """Return the features at ``place``, None if this user cannot try them there."""
+    features = Features(place)
+    with suppress(UsageError):
+        _ = features.reflink
+        return features
+    return None
 
 
 def probe_place(folder: Path) -> Path:
@@ -107,109 +116,78 @@ def probe_place(folder: Path) -> Path:
     return best
 
 
-def _podman_rootful(places: _Places) -> Runtime:
-    version = version_of("podman")
-    layers = storage_root(rootful=True) / "overlay"
-
-    def judge(features: Features) -> tuple[str, str, str]:
-        if not features.privileged:
-            return UNKNOWN, "only root can try what root's podman can do", "run `layerkit doctor` as root"
-        if features.store_idmap and (not version or _at_least(version, 4, 3)):
-            return (
-                IDMAPPED,
-                f"podman 4.3 and later idmaps its layers on {features.filesystem}: free, and one page cache",
-                "nothing to set up: `podman run --uidmap 0:100000:65536 ...`, --userns=auto",
-            )
-        why = (
-            f"podman {version or 'before 4.3'} copies each image for each map"
-            if features.store_idmap
-            else f"{features.filesystem} cannot be mounted idmapped, so podman copies each image for each map"
-        )
-        return _if_mountable(
-            features.overlay_trusted or features.overlay_classic, why, "layerkit setup podman (as root)"
-        )
-
-    return _runtime(places, "podman, rootful", version, layers, judge)
-
-
-def _podman_rootless(places: _Places) -> Runtime:
-    version = version_of("podman")
-    layers = storage_root(rootful=False) / "overlay"
-
-    def judge(features: Features) -> tuple[str, str, str]:
-        why = "the kernel lets no ordinary user map a mount, so podman copies each image for each map"
-        if not _has_subids():
-            return NEITHER, "no user of this host has subordinate ids", "add lines to /etc/subuid and /etc/subgid"
-        if features.overlay_unprivileged:
-            return LAYERKIT, why, "layerkit setup podman (as the user)"
+def _podman_rootful(features: Features, version: str) -> Verdict:
+    if not features.privileged:
+        return UNKNOWN, "only root can try what root's podman can do", _AS_ROOT
+    if features.store_idmap and (not version or _at_least(version, 4, 3)):
         return (
-            NEITHER,
-            why + "; and an unprivileged overlay over data-only layers was refused when it was tried",
-            "Linux 6.16 or newer with user namespaces allowed (user.max_user_namespaces, AppArmor); until then "
-            "layerkit remap --form portable makes an image for one map",
+            IDMAPPED,
+            f"podman 4.3 and later idmaps its layers on {features.filesystem}: free, and one page cache",
+            "nothing to set up: `podman run --uidmap 0:100000:65536 ...`, --userns=auto",
         )
-
-    return _runtime(places, "podman, rootless", version, layers, judge)
-
-
-def _containerd(places: _Places) -> Runtime:
-    version = version_of("containerd")
-    layers = Path("/var/lib/containerd")
-
-    def judge(features: Features) -> tuple[str, str, str]:
-        if not features.privileged:
-            return UNKNOWN, "only root can try what containerd can do", "run `layerkit doctor` as root"
-        if features.store_idmap and version and _at_least(version, 2, 1):
-            return (
-                IDMAPPED,
-                f"containerd 2.1 and later maps snapshots on {features.filesystem} with idmapped mounts",
-                'in config.toml: [plugins."io.containerd.snapshotter.v1.overlayfs"] and capabilities '
-                '["remap-ids"]; pods with hostUsers: false',
-            )
-        old = f"containerd {version or 'before 2.1'} copies the image for each map (1.6 loses setuid by it)"
-        why = old if features.store_idmap else f"{features.filesystem} cannot be mounted idmapped"
-        return _if_mountable(features.overlay_trusted, why, "layerkit setup containerd")
-
-    return _runtime(places, "containerd", version, layers, judge)
+    why = (
+        f"podman {version or 'before 4.3'} copies each image for each map"
+        if features.store_idmap
+        else f"{features.filesystem} cannot be mounted idmapped, so podman copies each image for each map"
+    )
+    mountable = features.overlay_trusted or features.overlay_classic
+    return _if_mountable(mountable, why, "layerkit setup podman (as root)")
 
 
-def _docker(places: _Places) -> Runtime:
-    version = version_of("dockerd")
+def _podman_rootless(features: Features, version: str) -> Verdict:
+    why = "the kernel lets no ordinary user map a mount, so podman copies each image for each map"
+    if not _has_subids():
+        return NEITHER, "no user of this host has subordinate ids", "add lines to /etc/subuid and /etc/subgid"
+    if features.overlay_unprivileged:
+        return LAYERKIT, why, "layerkit setup podman (as the user)"
+    return (
+        NEITHER,
+        why + "; and an unprivileged overlay over data-only layers was refused when it was tried",
+        "Linux 6.16 or newer with user namespaces allowed (user.max_user_namespaces, AppArmor); until then "
+        "layerkit remap --form portable makes an image for one map",
+    )
 
-    def judge(features: Features) -> tuple[str, str, str]:
+
+def _containerd(features: Features, version: str) -> Verdict:
+    if not features.privileged:
+        return UNKNOWN, "only root can try what containerd can do", _AS_ROOT
+    if features.store_idmap and version and _at_least(version, 2, 1):
         return (
-            LAYERKIT,
-            "dockerd maps no mounts: userns-remap keeps a store for each map; and it takes plain images only",
-            "layerkit remap IMAGE docker-archive:OUT --form portable, or optimize and flatten; docker load",
+            IDMAPPED,
+            f"containerd 2.1 and later maps snapshots on {features.filesystem} with idmapped mounts",
+            'in config.toml: [plugins."io.containerd.snapshotter.v1.overlayfs"] and capabilities '
+            '["remap-ids"]; pods with hostUsers: false',
         )
+    old = f"containerd {version or 'before 2.1'} copies the image for each map (1.6 loses setuid by it)"
+    why = old if features.store_idmap else f"{features.filesystem} cannot be mounted idmapped"
+    return _if_mountable(features.overlay_trusted, why, "layerkit setup containerd")
 
-    return _runtime(places, "docker", version, Path("/var/lib/docker"), judge)
+
+def _docker(features: Features, version: str) -> Verdict:
+    return (
+        LAYERKIT,
+        "dockerd maps no mounts: userns-remap keeps a store for each map; and it takes plain images only",
+        "layerkit remap IMAGE docker-archive:OUT --form portable, or optimize and flatten; docker load",
+    )
 
 
-def _bundle(places: _Places, name: str, store: Path) -> Runtime:
-    def judge(features: Features) -> tuple[str, str, str]:
-        if features.privileged and features.store_idmap:
-            return (
-                IDMAPPED,
-                f"{features.filesystem} and layerkit's own metadata can be mounted idmapped: 0 bytes a map",
-                "layerkit bundle IMAGE DIR --uid-map C:H:N does it by itself",
-            )
-        if not features.privileged:
-            return _if_mountable(
-                features.overlay_userxattr if features.can_mount else features.overlay_unprivileged,
-                "the kernel lets no ordinary user map a mount",
-                "layerkit bundle IMAGE DIR --rootless",
-            )
-        return _if_mountable(
-            features.overlay_trusted or features.overlay_classic,
-            f"{features.filesystem} cannot be mounted idmapped",
-            "layerkit bundle IMAGE DIR --uid-map C:H:N",
+def _bundle(features: Features, version: str) -> Verdict:
+    if features.privileged and features.store_idmap:
+        return (
+            IDMAPPED,
+            f"{features.filesystem} and layerkit's own metadata can be mounted idmapped: 0 bytes a map",
+            "layerkit bundle IMAGE DIR --uid-map C:H:N does it by itself",
         )
+    if not features.privileged:
+        mountable = features.overlay_userxattr if features.can_mount else features.overlay_unprivileged
+        why = "the kernel lets no ordinary user map a mount"
+        return _if_mountable(mountable, why, "layerkit bundle IMAGE DIR --rootless")
+    mountable = features.overlay_trusted or features.overlay_classic
+    why = f"{features.filesystem} cannot be mounted idmapped"
+    return _if_mountable(mountable, why, "layerkit bundle IMAGE DIR --uid-map C:H:N")
 
-    return _runtime(places, f"{name}, bundles", version_of(name), store, judge)
 
-
-def _if_mountable(mountable: bool, why: str, how: str) -> tuple[str, str, str]:
+def _if_mountable(mountable: bool, why: str, how: str) -> Verdict:
     if mountable:
         return LAYERKIT, why, how
     return (
@@ -217,25 +195,6 @@ def _if_mountable(mountable: bool, why: str, how: str) -> tuple[str, str, str]:
         why + "; and overlayfs refused metadata over data when it was tried",
         "keep the layers on ext4, xfs or btrfs with Linux 4.19 or newer; `layerkit unpack` copies",
     )
-
-
-def _runtime(
-    places: _Places, name: str, version: str, layers: Path, judge: Callable[[Features], tuple[str, str, str]]
-) -> Runtime:
-    features = places.at(layers)
-    if features is None:
-        return Runtime(
-            name, version, str(layers), "", UNKNOWN, f"this user cannot write near {layers}, to try it",
-            "run `layerkit doctor` as root, or as the user whose runtime it is", None, "",
-        )  # fmt: skip
-    answer, why, how = judge(features)
-    where = f"uppers and layers lie on {features.filesystem}"
-    clone_why = (
-        f"{where}, which shares blocks: an open for writing copies nothing"
-        if features.reflink
-        else f"{where}, which cannot share blocks: an open for writing copies the file (xfs and btrfs would not)"
-    )
-    return Runtime(name, version, str(layers), features.filesystem, answer, why, how, features.reflink, clone_why)
 
 
 def version_of(program: str) -> str:
@@ -290,15 +249,3 @@ def _has_subids() -> bool:
         return all(Path(name).read_text().strip() for name in ("/etc/subuid", "/etc/subgid"))
     except OSError:
         return False
-
-
-__all__ = [
-    "IDMAPPED",
-    "LAYERKIT",
-    "NEITHER",
-    "UNKNOWN",
-    "Runtime",
-    "examine_runtimes",
-    "probe_place",
-    "storage_root",
-]

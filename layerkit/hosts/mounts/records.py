@@ -25,6 +25,8 @@ from layerkit.linux import syscalls as sc
 from layerkit.model.errors import StoreError
 
 SOURCE_PREFIX = "layerkit:"
+UNPACKED = "unpacked"
+"""The backend of a mount over folders that another runtime unpacked, beside those of ``store.layout``."""
 _VERSION = 1
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO
 
@@ -61,6 +63,31 @@ class Record:
     def source(self) -> str:
         """Return what the mount table shows as the mount's source."""
         return SOURCE_PREFIX + self.id
+
+    @property
+    def image(self) -> str:
+        """Return the name of the image, "" where it has none."""
+        return self.label.get("image", "")
+
+    @property
+    def map(self) -> str:
+        """Return the canonical text of the id map, "" for none."""
+        return self.label.get("map", "")
+
+    @property
+    def backend(self) -> str:
+        """Return what keeps the data: ``tar``, ``objects`` or :data:`UNPACKED`."""
+        return self.label.get("backend", "")
+
+    @property
+    def indexes(self) -> tuple[str, ...]:
+        """Return the diff_ids under which the store keeps the indexes of the layers with data."""
+        return tuple(text for text in self.label.get("layers", "").split(",") if text)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Return the layer folders of another runtime, bottom first; none for layers in the store."""
+        return tuple(path for path in self.label.get("folders", "").split("\n") if path)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""

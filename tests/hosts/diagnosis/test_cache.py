@@ -19,7 +19,8 @@ import layerkit
 from layerkit.cli.cache_html import cache_html
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
-from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report, overlay_layers
+from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report
+from layerkit.hosts.diagnosis.mounted import overlay_layers
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.linux import pagecache
 from layerkit.store.local import LocalStore
