@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show every run of equal lines that stands twice in the tests: repeated_lines.py [FOLDER] [LINES].
 
-FOLDER is tests/ and LINES is 15 where they are not given. Blank lines do not count, nor does white space at either end
+FOLDER is tests/ and LINES is 15 where they are not given. Blank lines do not count, nor does white space at the ends
 of a line. Exits with 1 if there is such a run.
 """
 
@@ -18,7 +18,8 @@ def repeated(folder: Path, count: int) -> list[str]:
     seen: dict[tuple[str, ...], tuple[Path, int]] = {}
     found: list[str] = []
     for path in sorted(folder.rglob("*.py")):
-        lines = [(n, text.strip()) for n, text in enumerate(path.read_text("utf-8").splitlines(), 1) if text.strip()]
+        every = enumerate(map(str.strip, path.read_text("utf-8").splitlines()), 1)
+        lines = [(number, text) for number, text in every if text]
         last = 0  # of a run that was told already
         for at in range(len(lines) - count + 1):
             window = tuple(text for _, text in lines[at : at + count])
