@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show every run of equal lines that stands twice in the tests: repeated_lines.py [FOLDER] [LINES].
 
-FOLDER is tests/ and LINES is 15 where they are not given. Blank lines do not count, nor does white space at the ends
-of a line. Exits with 1 if there is such a run.
+FOLDER is tests/ and LINES is 15 where they are not given. Blank lines do not count, nor does white space around
+a line. Exits with 1 if there is such a run.
 """
 
 from __future__ import annotations
