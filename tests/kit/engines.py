@@ -99,6 +99,25 @@ class Engine:
         return "\n" + self.log.read_text(errors="replace")[-2000:] if self.log and self.log.exists() else ""
 
 
+class Ctr(Engine):
+    """The client of a containerd, whose containers say what they say into a file."""
+
+    def run(self, *words: object, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+        """Run ``ctr``; where it runs a container in the foreground, return what the container said.
+
+        That does not come through ctr itself: before 1.6.22 and 1.7.2 it closes its end of the pipes as soon as it
+        hears that the container has ended, and drops what is still in them (containerd's pull request 8643). The
+        shim writes both streams to the file, and has them whole before ctr ends.
+        """
+        if "run" not in words or "--detach" in words:
+            return super().run(*words, stdin=stdin)
+        at = words.index("run") + 1
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="said-") as said:
+            done = super().run(*words[:at], "--log-uri", f"file://{said.name}", *words[at:], stdin=stdin)
+            done.stdout += said.read()
+            return done
+
+
 @contextlib.contextmanager
 def podman(folder: Path | None = None, *, storage: str = "", driver: str = "overlay") -> Iterator[Engine]:
     """Give a podman with stores of its own below ``folder``; its containers use runc and no network.
@@ -185,7 +204,7 @@ def containerd(folder: Path | None = None, *, config: str = "") -> Iterator[Engi
         folder = folder or stack.enter_context(short_folder())
         address, file, log = f"{folder}/c.sock", folder / "config.toml", folder / "containerd.log"
         file.write_text(_CONTAINERD_CONF.format(folder=folder, extra=config))
-        engine = Engine(folder, (_containerd_program("ctr"), "--address", address), address=address, log=log)
+        engine = Ctr(folder, (_containerd_program("ctr"), "--address", address), address=address, log=log)
         stack.callback(_end_shims, address)
         # It takes its shim from the PATH.
         env = {"PATH": f"{_CONTAINERD_BIN}:{os.environ['PATH']}"} if _CONTAINERD_BIN else {}

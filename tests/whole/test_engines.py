@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,16 @@ def test_runs_and_leaves_nothing(start: Callable[..., AbstractContextManager[Eng
     assert not mounts_below(folder.parent / folder.name)
     seen = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(folder) not in seen
+
+
+def test_containerd_loses_nothing_that_a_container_said() -> None:
+    """Its client may be as slow as it likes: what fills its own pipe is not what the container's end waits for."""
+    need_root()
+    need_tool("containerd", "ctr", "runc", "busybox", "setpriv")
+    with containerd() as engine:
+        (engine.folder / "box").mkdir()
+        shutil.copy(shutil.which("busybox") or "", engine.folder / "box/busybox")
+        # Nobody reads from ctr until the container has long ended.
+        slow = replace(engine, command=("sh", "-c", '"$@" | { sleep 3; cat; }', "sh", *engine.command))
+        said = slow("run", "--rm", "--rootfs", engine.folder / "box", "one", "/busybox", "seq", "22000")
+        assert said.split() == [str(number) for number in range(1, 22001)]
