@@ -12,6 +12,9 @@ from layerkit.formats.strict_json import load_object
 from layerkit.model.errors import LayerkitError, RegistryError, show_path
 
 _TEMPORARY = frozenset((408, 429, 500, 502, 503, 504))
+_NOT_SEEN_YET = "MANIFEST_BLOB_UNKNOWN"
+"""A manifest is sent when its blobs are there. One that others send too is gone for a moment in some registries:
+docker-registry empties the file that leads to a blob before it writes the same into it again."""
 _ERROR_BYTES = 64 << 10
 _ERROR_CHARS = 300
 _SHORTEST_SECRET = 3
@@ -52,10 +55,10 @@ class Words:
         """Return the error that an answer is; its body is read and it is closed."""
         status = response.status_code
         try:
-            said = _said(read_body(response, _ERROR_BYTES, what))
+            errors = _errors(read_body(response, _ERROR_BYTES, what))
         except (httpx2.TransportError, LayerkitError):
-            said = ""
-        said = show_path(self.redact(said))[:_ERROR_CHARS]
+            errors = []
+        said = show_path(self.redact("; ".join(errors[:5])))[:_ERROR_CHARS]
         message = {
             401: "the registry wants other credentials; log in with `skopeo login`, or give --authfile",
             403: "the registry denies this to the credentials in use",
@@ -63,7 +66,8 @@ class Words:
             413: "the registry takes no blob of this size",
             429: "the registry is asked too often; wait, or log in, as accounts often have higher limits",
         }.get(status, "the registry failed" if status >= 500 else "the registry refused")
-        return RegistryError(what, status, message + (f": {said}" if said else ""), temporary=status in _TEMPORARY)
+        temporary = status in _TEMPORARY or any(each.startswith(_NOT_SEEN_YET) for each in errors)
+        return RegistryError(what, status, message + (f": {said}" if said else ""), temporary=temporary)
 
     def warnings(self, response: httpx2.Response, host: str) -> None:
         """Log what a registry warns of, each text once."""
@@ -112,17 +116,14 @@ def read_body(response: httpx2.Response, most: int, what: str) -> bytes:
     return bytes(out)
 
 
-def _said(data: bytes) -> str:
-    """Return the messages in an error body (distribution-spec, "Error codes")."""
-    try:
-        errors = load_object(data, "error").get("errors")
-    except LayerkitError:
-        return ""
-    found = []
-    for each in errors if isinstance(errors, list) else ():
-        if isinstance(each, dict):
-            found.append(": ".join(str(each[name]) for name in ("code", "message") if each.get(name)))
-    return "; ".join(found[:5])
+def _errors(data: bytes) -> list[str]:
+    """Return the codes and messages in an error body (distribution-spec, "Error codes")."""
+    errors = load_object(data, "error").get("errors")
+    return [
+        ": ".join(str(each[name]) for name in ("code", "message") if each.get(name))
+        for each in (errors if isinstance(errors, list) else ())
+        if isinstance(each, dict)
+    ]
 
 
 def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException | None:
