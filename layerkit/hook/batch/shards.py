@@ -42,6 +42,8 @@ _BEAT_KEY = "io.layerkit.wanted.beat"
 _PLAN_BYTES = 256 << 20
 _ASKED_AT_ONCE = 16
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_LOOKS = 4
+"""So often within ``wait_seconds`` a shard shows itself, and is looked for: one look that fails is no silence."""
 _PATIENCE = 30
 """So many times ``wait_seconds`` a shard may show life and get nothing done; one that hangs holds up nobody."""
 
@@ -113,9 +115,10 @@ class Meeting:
         self._needed: set[Digest] = set()
         self._alive = set(range(shard.parts))
         self._heard = {shard.part}
-        self._sign = dict.fromkeys(range(shard.parts), self._start)
-        self._progress = dict(self._sign)
-        self._said, self._shown = oci.EMPTY_DESCRIPTOR, False
+        self._looked = dict.fromkeys(range(shard.parts), self._start)
+        self._silent = dict.fromkeys(range(shard.parts), 0)
+        self._progress = dict(self._looked)
+        self._said, self._shown, self._showing = oci.EMPTY_DESCRIPTOR, False, threading.Lock()
         self._beats: dict[int, float] = {}
         self._moved: set[Digest] = set()
         self._waiting: dict[int, deque[Digest]] = {}
@@ -131,7 +134,7 @@ class Meeting:
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(self._shard.wait_seconds / 4):
+            while not over.wait(self._shard.wait_seconds / _LOOKS):
                 with contextlib.suppress(LayerkitError):  # there is another beat before this one is missed
                     self._show()
 
@@ -166,16 +169,18 @@ class Meeting:
             self._shared.repository.put_blob(blob, [data])
 
     def _show(self) -> None:
-        if not self._shown:
-            self._put(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
-            self._shown = True
-        manifest = oci.manifest_json(
-            oci.EMPTY_DESCRIPTOR,
-            [self._said],
-            artifact_type=PLAN_TYPE,
-            annotations={_BEAT_KEY: repr(self._clock())},
-        )
-        self._shared.repository.put_manifest(manifest, oci.MANIFEST, self._shard.tag(self._shard.part))
+        # One at a time: a beat that was begun before the list was there must not arrive after it, and hide it.
+        with self._showing:
+            if not self._shown:
+                self._put(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
+                self._shown = True
+            manifest = oci.manifest_json(
+                oci.EMPTY_DESCRIPTOR,
+                [self._said],
+                artifact_type=PLAN_TYPE,
+                annotations={_BEAT_KEY: repr(self._clock())},
+            )
+            self._shared.repository.put_manifest(manifest, oci.MANIFEST, self._shard.tag(self._shard.part))
 
     def meet(self, submit: Callable[[Want], Future[bool]]) -> int:
         """Index the layers that are this shard's, and wait for those of others that it needs.
@@ -204,7 +209,7 @@ class Meeting:
             if not changed and not self._needed and not running and self._heard >= self._alive:
                 return len(given)
             if not progress:
-                pause = min(2 * pause, _LONGEST_PAUSE, self._shard.wait_seconds / 4)
+                pause = min(2 * pause, _LONGEST_PAUSE, self._shard.wait_seconds / _LOOKS)
                 self._sleep(pause)
             else:
                 pause = _FIRST_PAUSE
@@ -230,7 +235,7 @@ class Meeting:
             wants = self._plan(part)
             if wants is not None:
                 self._heard.add(part)
-                self._sign[part] = self._progress[part] = self._clock()
+                self._works([part])
                 for diff_id, want in wants.items():
                     self._wanted.setdefault(diff_id, want)
                 new = True
@@ -287,7 +292,7 @@ class Meeting:
                 diff_id = waiting.popleft()
                 if self._shared.has(diff_id):
                     self._needed.discard(diff_id)
-                    self._sign[part] = self._progress[part] = self._clock()
+                    self._works([part])
                     some = True
                 else:
                     waiting.append(diff_id)
@@ -298,14 +303,18 @@ class Meeting:
         now, changed = self._clock(), False
         for part in sorted(self._alive - {self._shard.part}):
             waiting = self._waiting.get(part, ())
-            silent = now - self._sign[part] > self._shard.wait_seconds
-            if not silent or (part in self._heard and not waiting):
+            if now - self._looked[part] < self._shard.wait_seconds / _LOOKS or (
+                part in self._heard and not waiting
+            ):
                 continue
-            hangs = now - self._progress[part] > _PATIENCE * self._shard.wait_seconds
-            seen = None if hangs else self._seen(part)
+            seen, self._looked[part] = self._seen(part), now
             if seen is not None and seen[0] > self._beats.get(part, self._start - self._shard.wait_seconds):
                 # It reads a large layer, or looks through many images.
-                self._beats[part], self._sign[part] = seen[0], now
+                self._beats[part], self._silent[part] = seen[0], 0
+            else:
+                self._silent[part] += 1
+            hangs = now - self._progress[part] > _PATIENCE * self._shard.wait_seconds
+            if self._silent[part] < _LOOKS and not hangs:
                 continue
             _log.warning("a shard shows no sign of life; going on without it", extra={"shard": part})
             self._alive.discard(part)
@@ -314,9 +323,14 @@ class Meeting:
             self._needed -= self._moved & set(waiting)
             self._moved |= set(waiting)
         if changed:
-            self._sign = dict.fromkeys(self._sign, now)
-            self._progress = dict(self._sign)
+            self._works(self._progress)
         return changed
+
+    def _works(self, parts: Iterable[int]) -> None:
+        """Take note that these shards are at work: their time begins anew."""
+        now = self._clock()
+        for part in parts:
+            self._looked[part], self._silent[part], self._progress[part] = now, 0, now
 
 
 __all__ = ["PLAN_TYPE", "Meeting", "Shard", "Want", "owner"]
