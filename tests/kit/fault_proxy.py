@@ -39,6 +39,7 @@ class Fault:
         path: a regular expression that is searched for in path and query.
         status: answered without asking the server (0: the server is asked).
         headers: of that answer.
+        body: of that answer.
         reset_after: bytes of the answer's body after which the connection is reset (RST).
         truncate_after: bytes after which it is closed, as if the body ended there.
         reset_upload_after: bytes of the request's body that the server gets before both sides are cut.
@@ -54,6 +55,7 @@ class Fault:
     path: str = ""
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
     reset_after: int | None = None
     truncate_after: int | None = None
     reset_upload_after: int | None = None
@@ -152,8 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(fault.status)
             for name, value in fault.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(fault.body)))
             self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else fault.body)
             return 0
         host, _, port = self.proxy.upstream.rpartition(":")
         upstream = http.client.HTTPConnection(host, int(port), timeout=60)

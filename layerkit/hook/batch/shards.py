@@ -303,9 +303,8 @@ class Meeting:
         now, changed = self._clock(), False
         for part in sorted(self._alive - {self._shard.part}):
             waiting = self._waiting.get(part, ())
-            if now - self._looked[part] < self._shard.wait_seconds / _LOOKS or (
-                part in self._heard and not waiting
-            ):
+            early = now - self._looked[part] < self._shard.wait_seconds / _LOOKS
+            if early or (part in self._heard and not waiting):
                 continue
             seen, self._looked[part] = self._seen(part), now
             if seen is not None and seen[0] > self._beats.get(part, self._start - self._shard.wait_seconds):

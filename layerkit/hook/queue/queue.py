@@ -9,6 +9,7 @@ changes nothing.
 from __future__ import annotations
 
 import json
+import math
 import random
 import secrets
 import sqlite3
@@ -273,9 +274,10 @@ class Queue:
         if not lost:
             return 0
         with self._data.write() as db:
-            for job, _, token, _, losses in lost:
-                still = "SELECT 1 FROM jobs WHERE id = ? AND token = ? AND state = 'running'"
-                if db.execute(still, (job, token)).fetchone():
+            for job, owner, token, _, losses in lost:
+                # A holder that lives may have renewed its lease since.
+                still = "SELECT 1 FROM jobs WHERE id = ? AND token = ? AND state = 'running' AND lease_until < ?"
+                if db.execute(still, (job, token, now if alive[owner] else math.inf)).fetchone():
                     self._lost(db, str(job), int(str(losses)) + 1)
                     freed += 1
         return freed

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zstandard
 from image_kit import LAYER, tar
-from registry_fake import Fake, fake_registry
+from registry_fake import Fake, Handler, fake_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.hook.batch.shards import PLAN_TYPE, Meeting, Shard, Want, owner
@@ -157,6 +157,75 @@ def test_a_registry_that_is_away_for_a_moment_ends_no_sign_of_life(
     with one.present():
         for _ in range(5):
             assert shown.acquire(timeout=10)
+
+
+def test_a_blob_that_the_registry_does_not_see_for_a_moment_ends_nothing(site: Site) -> None:
+    """docker-registry, while others write the same blob: neither lists nor indexes are refused for good."""
+    refused: list[str] = []
+
+    def before(handler: Handler) -> bool:
+        if handler.command != "PUT" or "/manifests/" not in handler.path or handler.path in refused:
+            return False
+        refused.append(handler.path)
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.error(400, "MANIFEST_BLOB_UNKNOWN")
+        return True
+
+    site.fake.before = before
+    one = site.meeting(0)
+    one.say(site.by_id)
+    assert site.meeting(1)._plan(0) == site.by_id
+    want = next(iter(site.by_id.values()))
+    site.publish(want)
+    assert site.shared.has(want.diff_id) and len(refused) == 2
+
+
+def test_a_beat_that_comes_late_does_not_hide_what_is_needed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, put = site.meeting(0), site.shared.repository.put_manifest
+    one._show()
+    slow, said = threading.Event(), threading.Event()
+
+    def put_manifest(data: bytes, media_type: str, tag: str = "") -> Descriptor:
+        if threading.current_thread() is beat:
+            slow.set()
+            said.wait(0.5)
+        return put(data, media_type, tag)
+
+    monkeypatch.setattr(site.shared.repository, "put_manifest", put_manifest)
+    beat = threading.Thread(target=one._show)
+    beat.start()
+    assert slow.wait(10)
+    one.say(site.by_id)
+    said.set()
+    beat.join()
+    assert site.meeting(1)._plan(0) == site.by_id
+
+
+def test_one_look_that_fails_makes_nobody_lost(site: Site) -> None:
+    """The registry fails for a while just when all of the wait has passed; the other one is at work."""
+    start, one, other = site.clock.now, site.meeting(0), site.meeting(1)
+
+    def before(handler: Handler) -> bool:
+        away = handler.command == "GET" and "/manifests/wanted-" in handler.path
+        if not away or not WAIT <= site.clock.now - start < WAIT + 10:
+            return False
+        handler.error(500, "UNKNOWN")
+        return True
+
+    def works() -> None:
+        other._show()
+        if site.clock.now - start > 1.5 * WAIT and (left := sorted(site.owned(1) - set(published))):
+            published.append(left[0])
+            site.publish(site.by_id[left[0]])
+
+    published: list[Digest] = []
+    site.fake.before = before
+    other.say({})
+    site.clock.then.append(works)
+    with one.present():
+        one.say(site.by_id)
+        assert one.meet(site.submit) == len(site.owned(0))
+    assert sorted(site.done) == sorted(site.owned(0)) and sorted(published) == sorted(site.owned(1))
 
 
 def test_one_who_never_comes_is_waited_for_once(site: Site) -> None:

@@ -111,6 +111,16 @@ def test_three_shards_read_each_layer_once(site: Site) -> None:
     assert [len(artifacts(site.registry.host, each)) for each in site.images] == [2] * IMAGES
 
 
+def test_a_registry_that_misses_a_blob_for_a_moment_sends_no_shard_off_alone(site: Site) -> None:
+    """What docker-registry answers where three begin at once: it writes the link of the same empty blob anew."""
+    unknown = json.dumps({"errors": [{"code": "DIGEST_INVALID"}, {"code": "MANIFEST_BLOB_UNKNOWN"}]}).encode()
+    site.wire.add(*[Fault("PUT", f"{INDEXES}/manifests/{what}", status=400, body=unknown)
+                    for what in ("wanted-", "sha256-")])  # fmt: skip
+    done = ended(*[site.start(part, "--wait", "600") for part in range(PARTS)])
+    assert site.wire.hits == 2 and [each["failed"] for each in done] == [[]] * PARTS
+    assert site.reads() == Counter(dict.fromkeys(site.layers, 1))
+
+
 def test_what_shards_publish_is_what_one_machine_publishes(site: Site, tmp_path: Path) -> None:
     """The artifacts of images whose layers others have read are, to the byte, those of one who read them all."""
     ended(*[site.start(part, "--wait", "120") for part in range(PARTS)])

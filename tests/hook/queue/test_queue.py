@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from layerkit.hook.queue.holders import Holders
 from layerkit.hook.queue.jobs import Claim, Key, Outcome, Policy, Target, Wish, options_text
 from layerkit.hook.queue.queue import Queue
 from layerkit.model.digest import Digest
@@ -141,6 +142,25 @@ def test_a_lease_ends_without_heartbeat_and_its_old_holder_changes_nothing(queue
     assert queue.job(second.job).state == "running"
     assert queue.finish(again, DONE) == "done"
     assert queue.finish(again, FAILED) == ""
+
+
+def test_a_lease_that_is_renewed_in_the_last_moment_is_kept(
+    queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder was slow, and beats after another one has read that its lease is over."""
+    queue.add([wish(1)])
+    claims = queue.claim(1)
+    clock.now += 31
+
+    def alive(_: Holders, __: str) -> bool:
+        assert queue.heartbeat(claims) == set()
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Holders, "sweep", lambda _: None)
+        patch.setattr(Holders, "alive", alive)
+        assert queue.recover() == 0
+    assert queue.finish(claims[0], DONE) == "done"
 
 
 def test_a_job_that_kills_its_worker_each_time_is_dead_in_the_end(queue: Queue, clock: Clock) -> None:
