@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,10 +27,10 @@ from layerkit.formats.tar.reader import TarReader
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
-from layerkit.model.image import Image
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
-from layerkit.model.ports import BlobReader, DataSink, ImageSource, Progress
+from layerkit.model.ports import BlobReader, DataSink, Progress
+from layerkit.model.work import Kept, Work
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -41,6 +42,7 @@ PIECES = 2
 """Of the blob, at most 2 MiB each, that may wait to be hashed."""
 
 _STOP = -1
+_CHUNK_BYTES = 1 << 20
 _SHA256_OF_NOTHING = Digest.of(b"")
 
 
@@ -314,44 +316,14 @@ def _write_all(sink: DataSink, view: memoryview) -> None:
         view = view[n:]
 
 
-# ---- from layerkit/indexes.py
-def read_indexes(
-    source: ImageSource,
-    image: Image,
-    load: Callable[[Digest], Index | None],
-    *,
-    limits: Limits,
-    progress: Progress | None = None,
-) -> tuple[list[Index], int]:
+def read_indexes(work: Work) -> tuple[list[Index], int]:
     """Return the index of every layer, bottom first, and how many blobs were read because none was kept.
-
-    Args:
-        source: where the blobs are.
-        image: whose layers are meant.
-        load: gives the kept index of a layer, or None.
-        limits: bounds on input.
-        progress: told of the bytes of each blob.
 
     Raises:
         InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
     """
-    limits.check("layers_per_image", len(image.layers), image.name or "image")
-    indexes: list[Index] = []
-    read = 0
-    for place, layer in enumerate(image.layers):
-        index = load(layer.diff_id)
-        if index is None:
-            reader = source.open_blob(layer.descriptor)
-            try:
-                index = index_layer(
-                    reader, layer.descriptor, layer.diff_id, limits=limits,
-                    progress=labelled(progress, place, len(image.layers)),
-                )  # fmt: skip
-            finally:
-                reader.close()
-            read += 1
-        indexes.append(index)
-    return indexes, read
+    with Contents(work, need=()) as contents:
+        return contents.indexes, contents.read
 
 
 def labelled(progress: Progress | None, place: int, count: int) -> Progress | None:
@@ -359,16 +331,6 @@ def labelled(progress: Progress | None, place: int, count: int) -> Progress | No
     if progress is None:
         return None
     return lambda _what, done, total: progress(f"layer {place + 1}/{count}", done, total)
-
-
-# ---- from layerkit/contents.py
-_CHUNK_BYTES = 1 << 20
-
-LoadIndex = Callable[[Digest], Index | None]
-"""Gives the kept index of a layer, or None."""
-
-OpenTar = Callable[[Digest], BinaryIO | None]
-"""Opens the kept raw tar of a layer, or gives None."""
 
 
 class Contents:
@@ -382,34 +344,19 @@ class Contents:
         read: how many blobs were read.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image: Image,
-        *,
-        limits: Limits,
-        load: LoadIndex = lambda _: None,
-        open_tar: OpenTar = lambda _: None,
-        need: Collection[int] | None = None,
-        tmp: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Read the layers of ``image``.
+    def __init__(self, work: Work, need: Collection[int] | None = None) -> None:
+        """Read the layers of the image.
 
         Args:
-            source: where the blobs are.
-            image: whose layers are meant.
-            limits: bounds on input.
-            load: gives kept indexes.
-            open_tar: gives kept tars.
+            work: the image, and what is kept of it.
             need: places of the layers whose content will be asked for; None is all.
-            tmp: folder of temporary files, default the system's.
-            progress: told of the bytes of each blob.
 
         Raises:
             InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
         """
+        image, limits = work.image, work.limits
         limits.check("layers_per_image", len(image.layers), image.name or "image")
+        self._work = work
         self.indexes: list[Index] = []
         self.read = 0
         self._tars: dict[Digest, BinaryIO] = {}
@@ -421,18 +368,18 @@ class Contents:
                 if diff_id in known:
                     self.indexes.append(known[diff_id])
                     continue
-                index = load(diff_id)
-                tar = open_tar(diff_id) if index is not None and diff_id in wanted else None
+                index = work.kept.load_index(diff_id)
+                tar = work.kept.open_tar(diff_id) if index is not None and diff_id in wanted else None
                 if tar is not None:
                     stack.callback(tar.close)
                 if index is None or (tar is None and diff_id in wanted):
                     if diff_id in wanted:
-                        tar = stack.enter_context(tempfile.TemporaryFile(dir=tmp, prefix="layerkit-", buffering=0))
-                    reader = source.open_blob(layer.descriptor)
+                        tar = stack.enter_context(tempfile.TemporaryFile(prefix="layerkit-", buffering=0))
+                    reader = work.source.open_blob(layer.descriptor)
                     try:
                         index = index_layer(
                             reader, layer.descriptor, diff_id, limits=limits, data=_Sink(tar) if tar else None,
-                            progress=labelled(progress, place, len(image.layers)),
+                            progress=labelled(work.progress, place, len(image.layers)),
                         )  # fmt: skip
                     finally:
                         reader.close()
@@ -442,6 +389,10 @@ class Contents:
                 known[diff_id] = index
                 self.indexes.append(index)
             self._stack = stack.pop_all()
+
+    def more(self, need: Collection[int]) -> Contents:
+        """Return the content of the layers at ``need``, each read again where it is not kept; to be closed too."""
+        return Contents(replace(self._work, kept=Indexed(self.indexes, self._work.kept)), need)
 
     def stored(self, layer: int, offset: int, size: int) -> Iterator[memoryview]:
         """Yield ``size`` bytes at ``offset`` of a layer's tar; a piece is good until the next is asked for."""
@@ -474,6 +425,22 @@ class Contents:
         self.close()
 
 
+class Indexed(Kept):
+    """What is kept, and indexes that were read just now."""
+
+    def __init__(self, indexes: Collection[Index], kept: Kept) -> None:
+        self._indexes = {index.diff_id: index for index in indexes}
+        self._kept = kept
+
+    def load_index(self, diff_id: Digest) -> Index | None:
+        """See the port."""
+        return self._indexes.get(diff_id)
+
+    def open_tar(self, diff_id: Digest) -> BinaryIO | None:
+        """See the port."""
+        return self._kept.open_tar(diff_id)
+
+
 class _Sink:
     """A file as a :class:`~layerkit.model.ports.DataSink`."""
 
@@ -482,6 +449,3 @@ class _Sink:
 
     def write(self, chunk: memoryview, /) -> int:
         return self._file.write(chunk)
-
-
-__all__ = ["Contents", "LoadIndex", "OpenTar"]

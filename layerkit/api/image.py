@@ -7,7 +7,6 @@ light; numpy and the rest come when a call needs them.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,21 +14,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from layerkit.model.errors import UsageError
-from layerkit.model.limits import Limits
-from layerkit.usecases.settings import Settings, default_store, store_at, usable_store
+from layerkit.model.work import Work
+from layerkit.usecases.settings import RewriteOptions, Settings, default_store, kept
 
 if TYPE_CHECKING:
     from layerkit.idmap import Mapping
-    from layerkit.images.reference import Reference
     from layerkit.model.image import Image
     from layerkit.model.index import Index
-    from layerkit.model.ports import ImageSink, ImageSource, Progress
+    from layerkit.model.ports import ImageSource, Progress
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
     from layerkit.model.tree import Tree
     from layerkit.pack import Packing
-    from layerkit.store.local import LocalStore
     from layerkit.usecases.from_folder import PackReport
-    from layerkit.usecases.into_store import Brought
     from layerkit.usecases.published_indexes import Found
     from layerkit.usecases.to_folder import UnpackReport
     from layerkit.usecases.waste.analyze import AnalyzeReport
@@ -62,20 +58,23 @@ class Mounted:
 
 
 class OpenImage:
-    """An image that was opened for reading."""
+    """An image that was opened for reading.
+
+    Attributes:
+        name: the one that the image has, or gets, in the store.
+        source: where its blobs are.
+        image: manifest, config and layers.
+        settings: what it was opened with.
+        limits: the bounds on what is read of it.
+    """
 
     def __init__(
-        self,
-        name: str,
-        source: ImageSource,
-        image: Image,
-        settings: Settings,
-        limits: Limits,
-        resources: contextlib.ExitStack,
+        self, name: str, source: ImageSource, image: Image, settings: Settings, resources: contextlib.ExitStack
     ) -> None:
-        """Use :func:`open_image`. ``name`` is the one that the image has, or gets, in the store."""
+        """Use :func:`open_image`."""
         self.name, self.source, self.image = name, source, image
-        self._settings, self._limits, self._resources = settings, limits, resources
+        self.settings, self.limits = settings, settings.bounds
+        self._resources = resources
 
     def __enter__(self) -> OpenImage:
         return self
@@ -86,39 +85,39 @@ class OpenImage:
         self.close()
 
     @property
-    def settings(self) -> Settings:
-        """Return what it was opened with."""
-        return self._settings
-
-    @property
-    def limits(self) -> Limits:
-        """Return the bounds on what is read of it."""
-        return self._limits
-
-    @property
     def store_path(self) -> Path:
         """Return the folder of the store that this image is brought into."""
-        return self._settings.store_path
+        return self.settings.store_path
 
     def close(self) -> None:
         """Release files and temporary data."""
         self._resources.close()
 
+    def work(self, progress: Progress | None = None) -> Work:
+        """Return the image as the use cases take it, with nothing kept of its layers."""
+        return Work(
+            self.source, self.image, self.name, limits=self.limits, progress=progress,
+            strict=self.settings.strict, jobs=self.settings.jobs,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def kept(self, progress: Progress | None = None) -> Iterator[Work]:
+        """Give the image as the use cases take it, with what the store keeps of its layers."""
+        with kept(self.settings) as layers:
+            yield replace(self.work(progress), kept=layers)
+
     def indexes(self, *, progress: Progress | None = None) -> list[Index]:
         """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
         from layerkit.unpack import read_indexes
 
-        with self.kept() as store:
-            return read_indexes(
-                self.source, self.image, store.load_index if store else lambda _: None,
-                limits=self._limits, progress=progress,
-            )[0]  # fmt: skip
+        with self.kept(progress) as work:
+            return read_indexes(work)[0]
 
     def tree(self, *, progress: Progress | None = None) -> Tree:
         """Return the merged root filesystem, with container ids. Nothing is stored."""
         from layerkit.model.trees.merge import merge
 
-        return merge(self.indexes(progress=progress), limits=self._limits)
+        return merge(self.indexes(progress=progress), limits=self.limits)
 
     def inspect(self, mapping: Mapping | None = None, *, progress: Progress | None = None) -> InspectReport:
         """Return what the image holds and what ``mapping`` would do to it.
@@ -127,9 +126,7 @@ class OpenImage:
         """
         from layerkit.usecases.inspect import inspect
 
-        found = self._find_indexes(progress)
-        report = inspect(self.name, self.image, found.indexes, mapping, self._limits)
-        return replace(report, warnings=found.warnings(report.warnings))
+        return inspect(self.work(), self._find_indexes(progress), mapping)
 
     def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
         """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
@@ -137,7 +134,7 @@ class OpenImage:
 
         indexes = self.indexes(progress=progress)
         history = layer_history(self.image.config, len(indexes))
-        return analyze(self.name, self.image, indexes, history, limits=self._limits), indexes
+        return analyze(self.name, self.image, indexes, history, limits=self.limits), indexes
 
     def verify(self, *, progress: Progress | None = None) -> VerifyReport:
         """Read every blob and check it; make every attached remap artifact again and compare.
@@ -145,14 +142,9 @@ class OpenImage:
         Raises:
             InvalidImage: something is not what it promises to be.
         """
-        from layerkit.formats.oci.remap_artifact import ARTIFACT_TYPE
-        from layerkit.unpack import read_indexes
-        from layerkit.usecases.attach import renderer
         from layerkit.usecases.verify import verify
 
-        indexes, _ = read_indexes(self.source, self.image, lambda _: None, limits=self._limits, progress=progress)
-        attached = self.source.referrers(self.image.descriptor.digest, ARTIFACT_TYPE)
-        return verify(self.name, self.image, indexes, self.source, attached, renderer, self._limits)
+        return verify(self.work(progress))
 
     def remap(
         self,
@@ -175,8 +167,12 @@ class OpenImage:
         Raises:
             UnmappedId: an owner outside the map.
         """
-        with store_at(self._settings.store_path, self._limits) as store:
-            return self._bring(store, mapping, rendering, namespace, own_meta, progress).report
+        from layerkit.hosts.mounts.choose import MountOptions
+        from layerkit.usecases.into_store import bring
+
+        options = MountOptions(rendering, self.settings.data, namespace, own_meta)
+        with self.settings.open_store() as store:
+            return bring(self.work(progress), store, mapping, options).report
 
     def mount(
         self,
@@ -196,32 +192,13 @@ class OpenImage:
         Raises:
             UnsupportedHost: this host or user cannot mount it so; the hint says what can.
         """
-        from layerkit.hosts.mounts import mount as mounter
-        from layerkit.hosts.mounts.layers import data_layers, meta_layer
+        from layerkit.hosts.mounts.choose import MountOptions
+        from layerkit.usecases.into_store import mount
 
-        path = Path(target)
-        # Held until the mount's record says what it uses: gc must not come in between.
-        with store_at(self._settings.store_path, self._limits) as store, store.hold():
-            report, ways, facts, entry = self._bring(store, mapping, rendering, "auto", own_meta, progress)
-            extents = (mapping.uid.extents, mapping.gid.extents) if mapping else None
-            mounter.mount(
-                mounter.MountSpec(
-                    meta=meta_layer(entry, mapping),
-                    data=data_layers(store, ways.backend, facts),
-                    namespace=ways.namespace,
-                    target=path,
-                    idmap=extents if ways.idmap else None,
-                    upper=upper,
-                    work=work,
-                    read_only=upper is None,
-                    label={
-                        "image": self.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
-                        "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
-                    },
-                ),
-                run=mounter.default_run(store.root),
-            )  # fmt: skip
-        return Mounted(path, report, self._settings.store_path)
+        options = MountOptions(rendering, self.settings.data, own_meta=own_meta, upper=upper, work=work)
+        with self.settings.open_store() as store:
+            report = mount(self.work(progress), store, Path(target), mapping, options)
+        return Mounted(Path(target), report, self.store_path)
 
     def unpack(
         self,
@@ -244,13 +221,11 @@ class OpenImage:
             LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
             UnmappedId: an owner outside the map.
         """
-        from layerkit.usecases.to_folder import unpack
+        from layerkit.usecases.to_folder import UnpackOptions, unpack
 
-        with store_at(self._settings.store_path, self._limits) as store:
-            return unpack(
-                self.source, self.image, self.name, store, Path(target), mapping, copy=copy,
-                data=self._settings.data, limits=self._limits, jobs=self._settings.jobs, progress=progress,
-            )  # fmt: skip
+        options = UnpackOptions(mapping, copy, self.settings.data)
+        with self.settings.open_store() as store:
+            return unpack(self.work(progress), store, Path(target), options)
 
     def pack(
         self,
@@ -281,20 +256,14 @@ class OpenImage:
             UnmappedId: an owner in the folder that is outside the map.
             LossyResult: something that a layer cannot hold.
         """
-        from layerkit.images import reference
-        from layerkit.pack import Packing, creation_time
-        from layerkit.usecases.from_folder import pack
+        from layerkit.usecases.from_folder import PackOptions, pack
 
-        how, when = packing or Packing(), creation_time(created, os.environ.get("SOURCE_DATE_EPOCH"))
-        if not Path(folder).is_dir():
-            raise UsageError(f"{folder}: no such folder; DIR is a root filesystem, as `layerkit unpack` writes it")
-        indexes = self.indexes(progress=progress)
-        parsed = reference.parse(dst)
-        return pack(
-            Path(folder), self.source, self.image, indexes, self._sink(parsed),
-            name=self.name, dst_name=parsed.name or self.image.name, mapping=mapping, packing=how, created=when,
-            message=message, checksum=checksum, limits=self._limits, progress=progress,
-        )  # fmt: skip
+        rewrite = RewriteOptions.of(created=created)
+        if packing is not None:
+            rewrite = replace(rewrite, packing=packing)
+        options = PackOptions(rewrite, mapping, message, checksum)
+        with self.kept(progress) as work:
+            return pack(Path(folder), work, self.settings.destination(dst, self.source), options)
 
     def attach(
         self,
@@ -309,6 +278,8 @@ class OpenImage:
     ) -> RemapReport:
         """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
 
+        Indexes that are published are taken at their word; the report's warnings say so.
+
         Args:
             mapping: the id map.
             dst: ``docker://…``, ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard
@@ -319,40 +290,16 @@ class OpenImage:
             sign_key: a private key; the statement is then signed, in a sigstore bundle.
             progress: told about the bytes read.
 
-        Indexes that are published are taken at their word; the report's warnings say so.
+        Raises:
+            UnmappedId: an owner outside the map.
         """
         if mapping is None:
             raise UsageError("nothing to remap: give a map with --uid-map C:H:N, or --subuid-name NAME")
-        from layerkit.images import reference
-        from layerkit.metaonly import Namespace
-        from layerkit.model.trees.merge import merge
-        from layerkit.usecases.attach import attach, attester, renderer
+        from layerkit.usecases.attach import AttachOptions, attach
 
-        if rendering not in ("auto", "erofs", "tar"):
-            raise UsageError(f"--rendering {rendering!r}: an artifact holds erofs (the default) or tar")
-        if namespace not in ("auto", *Namespace):
-            raise UsageError(f"--namespace {namespace!r}: want auto, trusted or user")
-        form = "erofs" if rendering == "auto" else rendering
-        attest = None
-        if statement or sign_key is not None:
-            attest = attester(self.image, self.source.where, sign_key, self._limits)
+        options = AttachOptions(mapping, rendering, namespace, self.settings.strict, statement, sign_key)
         found = self._find_indexes(progress)
-        parsed = reference.parse(dst)
-        # The image is copied as it is: only META and its manifest are made here.
-        report = attach(
-            self.image, merge(found.indexes, limits=self._limits), mapping, self.source,
-            self._sink(parsed),
-            name=self.name, dst_name=parsed.name or self.image.name, render=renderer(form), rendering=form,
-            namespace=Namespace.TRUSTED if namespace == "auto" else Namespace(namespace),
-            strict=self._settings.strict, layers_read=found.layers_read, limits=self._limits, attest=attest,
-            progress=progress,
-        )  # fmt: skip
-        return replace(report, warnings=found.warnings(report.warnings))
-
-    def _sink(self, dst: Reference) -> ImageSink:
-        from layerkit.images import reference
-
-        return reference.open_sink(dst, limits=self._limits, registry=self._settings.registry, near=self.source)
+        return attach(self.work(progress), self.settings.destination(dst, self.source), options, found)
 
     def _find_indexes(self, progress: Progress | None) -> Found:
         """Return the indexes for something that is looked at or published, and not mounted by it."""
@@ -360,42 +307,11 @@ class OpenImage:
         from layerkit.store.unproven import UnprovenIndexes
         from layerkit.usecases.published_indexes import find_indexes
 
-        published = self._settings.published
+        published = self.settings.published
         if published is None:
             published = flag("LAYERKIT_PUBLISHED") is not False
-        with self.kept() as store:
-            return find_indexes(
-                self.source, self.image, store.load_index if store else lambda _: None, limits=self._limits,
-                published=published, load_unproven=UnprovenIndexes(limits=self._limits).load, progress=progress,
-            )  # fmt: skip
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[LocalStore | None]:
-        """Give the store if there is one that can be used; looking at an image makes none, and needs none."""
-        path = self._settings.store_path
-        if not usable_store(path):
-            yield None
-            return
-        with store_at(path, self._limits, create=False) as store:
-            yield store
-
-    def _bring(
-        self,
-        store: LocalStore,
-        mapping: Mapping | None,
-        rendering: str,
-        namespace: str,
-        own_meta: bool,
-        progress: Progress | None,
-    ) -> Brought:
-        from layerkit.usecases.into_store import bring
-
-        chosen = self._settings
-        return bring(
-            store, self.source, self.image, self.name, mapping, rendering=rendering, namespace=namespace,
-            own_meta=own_meta, data=chosen.data, jobs=chosen.jobs, strict=chosen.strict, limits=self._limits,
-            progress=progress,
-        )  # fmt: skip
+        with self.kept(progress) as work:
+            return find_indexes(work, UnprovenIndexes(limits=self.limits).load if published else None)
 
 
 def umount(target: str | Path, *, store: Path | None = None) -> None:

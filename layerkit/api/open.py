@@ -7,7 +7,7 @@
         with image.mount("/mnt", mapping):
             ...
 
-What can be done with an open image is in ``opened``; what makes images out of images, in ``rewrites``.
+What can be done with an open image is in ``image``; what makes images out of images, in ``rewrite``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerkit.api.image import Mounted, OpenImage, umount
-from layerkit.model import limits as bounds
-from layerkit.model.errors import UsageError
-from layerkit.usecases.collect_garbage import collect_garbage
-from layerkit.usecases.settings import Settings, default_store, open_store, store_at
+from layerkit.usecases.settings import MapOptions, Settings, default_store, open_store
 
 if TYPE_CHECKING:
     from layerkit.hosts.adopted.mount import AdoptReport
@@ -50,25 +47,7 @@ def mapping(
     Raises:
         UsageError: malformed, overlapping or contradictory.
     """
-    if not uid_map and not gid_map and subuid_name is None:
-        if overflow_id is not None or squash:
-            raise UsageError("--overflow-id and --squash mean something only with a map; add --uid-map C:H:N")
-        return None
-    from layerkit.idmap import IdMap, Mapping
-
-    if subuid_name is not None:
-        if uid_map or gid_map:
-            raise UsageError(
-                "--subuid-name takes the whole map from /etc/subuid; leave --uid-map and --gid-map out"
-            )
-        from layerkit.linux.subids import subid_map
-
-        return Mapping(subid_map(subuid_name, "uid"), subid_map(subuid_name, "gid"), overflow_id)
-    if not uid_map:
-        raise UsageError("--gid-map without --uid-map: give the users' map too")
-    uid = IdMap.parse(uid_map, what="--uid-map", squash=squash)
-    gid = IdMap.parse(gid_map, what="--gid-map", squash=squash) if gid_map else uid
-    return Mapping(uid, gid, overflow_id)
+    return MapOptions(tuple(uid_map or ()), tuple(gid_map or ()), subuid_name, overflow_id, squash).mapping()
 
 
 def open_image(ref: str, *, platform: str | None = None, settings: Settings | None = None) -> OpenImage:
@@ -89,7 +68,6 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
     from layerkit.model.descriptor import Platform
 
     chosen = settings or Settings()
-    limits = chosen.limits or bounds.from_environment()
     parsed = reference.with_choice(reference.parse(ref))
     with contextlib.ExitStack() as stack:
         source: ImageSource
@@ -97,17 +75,15 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
         if parsed.transport == "store":
             from layerkit.store.source import StoreSource
 
-            store = stack.enter_context(store_at(chosen.store_path, limits, create=False))
+            store = stack.enter_context(chosen.open_store(create=False))
             source = StoreSource(store, parsed.name)
             names = store.stored_image(parsed.name).names
             name = parsed.name if parsed.name in names or not names else names[0]
         else:
-            source = reference.open_source(parsed, limits=limits, registry=chosen.registry)
+            source = reference.open_source(parsed, limits=chosen.bounds, registry=chosen.registry)
         stack.callback(source.close)
         image = source.image(Platform.parse(platform) if platform else None)
-        return OpenImage(
-            name or _store_name(parsed.path, image.name), source, image, chosen, limits, stack.pop_all()
-        )
+        return OpenImage(name or _store_name(parsed.path, image.name), source, image, chosen, stack.pop_all())
 
 
 def _store_name(path: str, name: str) -> str:
@@ -160,13 +136,23 @@ def mount_unpacked(
     """
     from layerkit.hosts.adopted import mount as adopt
     from layerkit.hosts.adopted.sources import find_unpacked
+    from layerkit.hosts.mounts.choose import MountOptions
 
-    limits = bounds.from_environment()
-    with store_at(store or default_store(), limits) as held:
+    options = MountOptions(rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking, reread=reread)
+    settings = Settings(store)
+    with settings.open_store() as held:
         return adopt.mount_unpacked(
-            find_unpacked(ref), Path(target), mapping, held, stacking=stacking, rendering=rendering,
-            own_meta=own_meta, upper=upper, work=work, reread=reread, limits=limits, progress=progress,
-        )  # fmt: skip
+            find_unpacked(ref), Path(target), mapping, held, options, limits=settings.bounds, progress=progress
+        )
+
+
+def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
+    """Free what no image, mount or bundle uses of ``store`` (None: the default one); return what was freed."""
+    from layerkit.usecases import collect_garbage as use_case
+
+    with open_store(store) as held:
+        report = use_case.collect_garbage(held, dry_run=dry_run)
+    return {"removed": list(report.removed), "freed_bytes": report.freed_bytes}
 
 
 def mounts(*, store: Path | None = None) -> list[dict[str, str]]:

@@ -98,14 +98,13 @@ def adopt(
     from layerkit.api import open as api
     from layerkit.hosts.adopted import mount as adopting
     from layerkit.hosts.adopted.sources import find_unpacked
-    from layerkit.model.limits import from_environment
-    from layerkit.usecases.settings import store_at
+    from layerkit.usecases.settings import Settings
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
     if mapping is None:
         raise UsageError("adopt without a map would write nothing: add --uid-map C:H:N or --subuid-name NAME")
-    limits = from_environment()
-    with store_at(o.store_dir(store), limits) as held, progress(quiet) as step:
+    settings = Settings(o.store_dir(store))
+    with settings.open_store() as held, progress(quiet) as step:
         report = adopting.write_upper(
             find_unpacked(ref),
             folder,
@@ -113,7 +112,7 @@ def adopt(
             held,
             stacking=stacking,
             reread=reread,
-            limits=limits,
+            limits=settings.bounds,
             progress=step,
         )
     _tell(report, "adopt", json, quiet, [("written", str(folder))])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Dst, Level, Threads, no_choice
+from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Dst, Level, Threads, one_platform
 from layerkit.cli.render import emit_json, fields, human, note, progress, show_platforms
 
 if TYPE_CHECKING:
@@ -56,24 +56,21 @@ def flatten(
 
     `layerkit flatten oci:images:multi oci:images:multi-flat --all-platforms`
     """
-    from layerkit.api import open as api
-    from layerkit.api import rewrite as rewrites
+    from layerkit.api.rewrite import Route, base_of
+    from layerkit.usecases.each_platform import PlatformsReport
+    from layerkit.usecases.flatten import FlattenOptions
+    from layerkit.usecases.flatten import flatten as use_case
+    from layerkit.usecases.settings import RewriteOptions, Settings
 
-    settings = api.Settings(store=o.store_dir(store))
-    if all_platforms:
-        no_choice(platform)
-        with progress(quiet) as step:
-            whole = rewrites.flatten_every_platform(
-                src, dst, from_layer=from_layer, to_layer=to_layer, keep_base=keep_base, settings=settings,
-                compression=compression, level=level, jobs=jobs, created=created, progress=step,
-            )  # fmt: skip
-        show_platforms("flatten-platforms", whole, dst, json=json, quiet=quiet)
-        return
+    settings = Settings(o.store_dir(store))
+    rewrite = RewriteOptions.of(compression, level, jobs, created)
+    options = FlattenOptions(rewrite, from_layer, to_layer, base_of(keep_base, settings))
     with progress(quiet) as step:
-        report = rewrites.flatten(
-            src, dst, from_layer=from_layer, to_layer=to_layer, keep_base=keep_base, platform=platform,
-            settings=settings, compression=compression, level=level, jobs=jobs, created=created, progress=step,
-        )  # fmt: skip
+        route = Route(src, dst, settings, one_platform(platform, all_platforms), all_platforms, step)
+        report = route.go(lambda work, to: use_case(work, to, options))
+    if isinstance(report, PlatformsReport):
+        show_platforms("flatten-platforms", report, dst, json=json, quiet=quiet)
+        return
     for warning in report.warnings:
         note(f"warning: {warning}", quiet=quiet)
     if json:

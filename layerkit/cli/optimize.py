@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level, Threads, no_choice
+from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level, Threads, one_platform
 from layerkit.cli.render import emit_json, fields, human, note, progress, show_platforms, table
 from layerkit.model.errors import UsageError
 
@@ -72,28 +72,25 @@ def optimize(
 
     `layerkit optimize oci:images:multi oci:images:multi-small --all-platforms`
     """
-    from layerkit.api import open as api
-    from layerkit.api import optimize as optimizing
+    from layerkit.api.rewrite import Route, base_of
+    from layerkit.usecases.each_platform import PlatformsReport
+    from layerkit.usecases.optimize import OptimizeOptions
+    from layerkit.usecases.optimize import optimize as use_case
+    from layerkit.usecases.settings import RewriteOptions, Settings
 
     if dst is None and not dry_run:
         raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
-    settings = api.Settings(store=o.store_dir(store))
-    if all_platforms:
-        no_choice(platform)
-        with progress(quiet) as step:
-            whole = optimizing.optimize_every_platform(
-                src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
-                stock_media_type=stock_media_type, settings=settings, compression=compression, level=level,
-                jobs=jobs, created=created, progress=step,
-            )  # fmt: skip
-        show_platforms("optimize-platforms", whole, dst or "", json=json, quiet=quiet)
-        return
+    settings = Settings(o.store_dir(store))
+    rewrite = RewriteOptions.of(compression, level, jobs, created)
+    options = OptimizeOptions(rewrite, base_of(keep_base, settings), metadata_only, stock_media_type)
     with progress(quiet) as step:
-        report = optimizing.optimize_to(
-            src, None if dry_run else dst, keep_base=keep_base, metadata_only=metadata_only,
-            stock_media_type=stock_media_type, platform=platform, settings=settings, compression=compression,
-            level=level, jobs=jobs, created=created, progress=step,
-        )  # fmt: skip
+        route = Route(
+            src, None if dry_run else dst, settings, one_platform(platform, all_platforms), all_platforms, step
+        )
+        report = route.go(lambda work, to: use_case(work, to, options))
+    if isinstance(report, PlatformsReport):
+        show_platforms("optimize-platforms", report, dst or "", json=json, quiet=quiet)
+        return
     for warning in report.warnings:
         note(f"warning: {warning}", quiet=quiet)
     if json:

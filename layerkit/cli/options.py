@@ -155,12 +155,15 @@ Created = Annotated[
 ]  # fmt: skip
 
 
-def no_choice(platform: str | None) -> None:
-    """Raise if --all-platforms stands beside --platform.
+def one_platform(platform: str | None, all_platforms: bool) -> str | None:
+    """Return the platform that is meant, None for this host's or all.
 
     Raises:
-        UsageError: it does.
+        UsageError: --all-platforms stands beside --platform.
     """
     # The environment's variable is a default, which --all-platforms overrides.
-    if platform is not None and platform != os.environ.get("LAYERKIT_PLATFORM"):
+    if all_platforms and platform == os.environ.get("LAYERKIT_PLATFORM"):
+        return None
+    if all_platforms and platform is not None:
         raise UsageError("--all-platforms and --platform exclude each other; give one of them")
+    return platform

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +11,11 @@ from layerkit.cli import options as o
 from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level
 from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
 from layerkit.model.errors import UsageError
+from layerkit.usecases.settings import RewriteOptions
 
 if TYPE_CHECKING:
-    from layerkit.idmap import Mapping
     from layerkit.model.reports import RemapReport
+    from layerkit.usecases.each_platform import PlatformsReport
 
 
 def remap(
@@ -135,20 +136,21 @@ def remap(
         )
     settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
-        from layerkit.api import rewrite as rewrites
+        from layerkit.api.rewrite import Route
+        from layerkit.usecases.each_platform import PlatformsReport
+        from layerkit.usecases.remap import RemapOptions
+        from layerkit.usecases.remap import remap as use_case
 
-        if all_platforms:
-            _remap_all(
-                src, dst, mapping, platform, json=json, quiet=quiet, form=form, stock_media_type=stock_media_type,
-                settings=settings, compression=compression, level=level, jobs=jobs, created=created,
-            )  # fmt: skip
-            return
+        options = RemapOptions(
+            mapping, RewriteOptions.of(compression, level, jobs, created), form, stock_media_type
+        )
         with progress(quiet) as step:
-            result = rewrites.remap(
-                src, dst, mapping, form=form, stock_media_type=stock_media_type, platform=platform,
-                settings=settings, compression=compression, level=level, jobs=jobs, created=created, progress=step,
-            )  # fmt: skip
-        _show(result, dst, json, quiet)
+            route = Route(src, dst, settings, o.one_platform(platform, all_platforms), all_platforms, step)
+            made = route.go(lambda work, to: use_case(work, to, options))
+        if isinstance(made, PlatformsReport):
+            _show_all(made, dst, json, quiet)
+        else:
+            _show(made, dst, json, quiet)
         return
     with api.open_image(src, platform=platform, settings=settings) as image:
         if dry_run:
@@ -168,15 +170,7 @@ def remap(
     _show(result, dst, json, quiet)
 
 
-def _remap_all(
-    src: str, dst: str, mapping: Mapping, platform: str | None, *, json: bool, quiet: bool, **how: Any
-) -> None:
-    from layerkit.api.rewrite import remap_every_platform
-    from layerkit.cli.options import no_choice
-
-    no_choice(platform)
-    with progress(quiet) as step:
-        whole = remap_every_platform(src, dst, mapping, progress=step, **how)
+def _show_all(whole: PlatformsReport, dst: str, json: bool, quiet: bool) -> None:
     for warning in dict.fromkeys(warning for one in whole.images for warning in one.warnings):
         note(f"warning: {warning}", quiet=quiet)
     if json:

@@ -16,7 +16,7 @@ import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.linux.durable import disk_errors
 from layerkit.model.digest import Digest
@@ -213,6 +213,13 @@ class LocalStore:
             NotFound: the layer is not kept as a tar.
         """
         return self._existing(self._layout.tar(diff_id), diff_id)
+
+    def open_tar(self, diff_id: Digest) -> BinaryIO | None:
+        """Open the raw uncompressed tar of a layer, None where none is kept; see the port."""
+        try:
+            return open(self.tar_path(diff_id), "rb", buffering=0)  # noqa: PTH123
+        except (NotFound, FileNotFoundError):
+            return None
 
     def data_image(self, diff_id: Digest) -> Path:
         """Return the EROFS image that maps the files of a layer's tar.

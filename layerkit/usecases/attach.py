@@ -6,123 +6,115 @@ import contextlib
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from layerkit.formats.compression.compress import compress
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import intoto
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.formats.oci.intoto import Attestation
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
-from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
+from layerkit.images.transfer import Chunks, copy_image
+from layerkit.metaonly import Namespace, metadata_layer
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
+from layerkit.model.errors import UsageError
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.ports import ImageSink
 from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
-from layerkit.pack import copy_image
-
-if TYPE_CHECKING:
-    from layerkit.formats.oci.intoto import Attestation, Signer
-    from layerkit.images.registry.client import Repository
-    from layerkit.model.descriptor import Descriptor
-    from layerkit.model.image import Image
-    from layerkit.model.limits import Limits
+from layerkit.model.trees.merge import merge
+from layerkit.model.work import Destination, Work
+from layerkit.usecases.published_indexes import Found
 
 UNCOMPRESSED_KEY = "io.layerkit.remap.uncompressed-digest"
 """Annotation of the META's descriptor: the digest of its bytes before compression."""
 
 _CHUNK_BYTES = 1 << 20
 
-Render = Callable[[MetadataLayer, BinaryIO], object]
-"""Writes a rendering of a metadata layer to a file."""
 
-Attest = Callable[[Descriptor, bytes], Attestation]
-"""Makes a statement about the artifact with this descriptor and manifest."""
+@dataclass(frozen=True, slots=True)
+class AttachOptions:
+    """The artifact that is wanted.
+
+    Attributes:
+        mapping: the id map.
+        rendering: ``erofs`` or ``tar``; ``auto`` is erofs.
+        namespace: of the stubs' xattrs, ``trusted`` or ``user``; ``auto`` is trusted.
+        strict: refuse overlay xattrs that the image brings, instead of escaping them.
+        statement: attach an in-toto statement of what was done to the artifact.
+        sign_key: a private key; the statement, made then in any case, is signed, in a sigstore bundle.
+    """
+
+    mapping: Mapping
+    rendering: str = "auto"
+    namespace: str = "auto"
+    strict: bool = False
+    statement: bool = False
+    sign_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse words that are none of the choices, and a key that cannot be used."""
+        if self.rendering not in ("auto", "erofs", "tar"):
+            raise UsageError(f"--rendering {self.rendering!r}: an artifact holds erofs (the default) or tar")
+        if self.namespace not in ("auto", *Namespace):
+            raise UsageError(f"--namespace {self.namespace!r}: want auto, trusted or user")
+        if self.sign_key is not None:
+            signer_of(self.sign_key)
+
+    @property
+    def form(self) -> str:
+        """Return the rendering that is meant."""
+        return "erofs" if self.rendering == "auto" else self.rendering
+
+    @property
+    def xattrs(self) -> Namespace:
+        """Return the namespace that is meant."""
+        return Namespace.TRUSTED if self.namespace == "auto" else Namespace(self.namespace)
 
 
-def attach(
-    image: Image,
-    tree: Tree,
-    mapping: Mapping,
-    source: ImageSource,
-    sink: ImageSink,
-    *,
-    name: str,
-    dst_name: str,
-    render: Render,
-    rendering: str,
-    namespace: Namespace,
-    strict: bool,
-    layers_read: int,
-    limits: Limits,
-    attest: Attest | None = None,
-    progress: Progress | None = None,
-) -> RemapReport:
-    """Copy ``image`` from ``source`` to ``sink`` and attach META for ``mapping``; the sink is committed.
+def attach(work: Work, dst: Destination, options: AttachOptions, found: Found) -> RemapReport:
+    """Copy the image to ``dst`` and attach META for the map to it; the image keeps its digest.
 
     Args:
-        image: what to copy; its manifest keeps its digest.
-        tree: of the image, with container ids.
-        mapping: the id map.
-        source: where the blobs are.
-        sink: where it all goes; on an error it is aborted and nothing of it is visible.
-        name: of the image, for the report.
-        dst_name: name of the image in the sink.
-        render: writes META in the form ``rendering``.
-        rendering: ``erofs`` or ``tar``.
-        namespace: of the stubs' xattrs.
-        strict: refuse overlay xattrs of the image.
-        layers_read: for the report.
-        limits: bounds on input.
-        attest: makes a statement about the artifact, which is attached to it.
-        progress: told about the bytes copied.
+        work: the image.
+        dst: where it all goes; on an error nothing of it is visible.
+        options: the artifact.
+        found: the indexes of the image's layers.
+
+    Raises:
+        UnmappedId: the map does not cover an owner.
     """
-    start = time.monotonic()
-    with made(
-        image, tree, mapping, render=render, rendering=rendering, namespace=namespace, strict=strict
-    ) as artifact_made:
-        blob, descriptor = artifact_made.blob, artifact_made.descriptor
-        try:
-            copy_image(source, sink, image, dst_name, progress=progress)
-            if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
-                sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
-            if not sink.has_blob(blob.digest):
-                sink.put_blob(blob, artifact_made.chunks())
-            sink.put_manifest(descriptor, artifact_made.manifest)
-            if attest is not None:
-                said = attest(descriptor, artifact_made.manifest)
-                sink.put_blob(said.blob, [said.data])
-                sink.put_manifest(said.descriptor, said.manifest)
-            sink.commit()
-        except BaseException:
-            sink.abort()
-            raise
+    start, image, mapping = time.monotonic(), work.image, options.mapping
+    tree = merge(found.indexes, limits=work.limits)
+    name = dst.name or image.name
+    with dst.sink() as sink, made(image, tree, options) as result:
+        copy_image(work.source, sink, image, name, progress=work.progress)
+        wanted = options.statement or options.sign_key is not None
+        put(result, sink, statement(image, work.source.where, result, options.sign_key) if wanted else None)
     return RemapReport(
-        name=name,
+        name=work.name,
         manifest=str(image.descriptor.digest),
         map_text=mapping.canonical(),
         map_flags=mapping.flags(),
-        next_ref=dst_name,
+        next_ref=name,
         entries=len(tree),
         layers=len(image.layers),
-        layers_read=layers_read,
+        layers_read=found.layers_read,
         data_bytes=tree.data_bytes,
         data_backend="",
-        rendering=rendering,
-        how=f"artifact with {namespace.value}.overlay xattrs",
-        meta_bytes=blob.size,
+        rendering=options.form,
+        how=f"artifact with {options.xattrs.value}.overlay xattrs",
+        meta_bytes=result.blob.size,
         shared_meta_bytes=0,
         seconds=time.monotonic() - start,
-        warnings=tree.warnings,
-        artifact=str(descriptor.digest),
+        warnings=found.warnings(tree.warnings),
+        artifact=str(result.descriptor.digest),
     )
 
 
@@ -141,42 +133,100 @@ class Made:
     descriptor: Descriptor
     _packed: BinaryIO
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the blob's bytes; may be called again."""
-        return _chunks(self._packed)
+    @property
+    def chunks(self) -> Chunks:
+        """Return the blob's bytes, as often as an upload begins again."""
+        return Chunks(lambda: map(memoryview, _chunks(self._packed)))
 
 
 @contextlib.contextmanager
-def made(
-    image: Image,
-    tree: Tree,
-    mapping: Mapping,
-    *,
-    render: Render,
-    rendering: str,
-    namespace: Namespace,
-    strict: bool,
-) -> Iterator[Made]:
-    """Make the remap artifact of ``image`` for ``mapping``, kept in temporary files while the block runs.
+def made(image: Image, tree: Tree, options: AttachOptions) -> Iterator[Made]:
+    """Make the remap artifact of ``image``, whose tree is ``tree``, in temporary files while the block runs.
 
-    See :func:`attach` for the arguments. The same arguments give the same bytes.
+    The same arguments give the same bytes.
 
     Raises:
         UnmappedId: the map does not cover an owner.
     """
-    layer = metadata_layer(apply_map(tree, mapping), namespace, strict=strict)
+    form, space = options.form, options.xattrs.value
     with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
-        render(layer, plain)
-        blob = _compress(plain, packed, rendering)
+        render(tree, options, plain)
+        blob = _compress(plain, packed, form)
         manifest, descriptor = artifact.build(
-            image, blobs=[blob], mapping_text=mapping.canonical(), namespace=namespace.value, rendering=rendering
+            image, blobs=[blob], mapping_text=options.mapping.canonical(), namespace=space, rendering=form
         )
         yield Made(blob, manifest, descriptor, packed)
 
 
-def _compress(plain: BinaryIO, packed: BinaryIO, rendering: str) -> Descriptor:
+def put(result: Made, sink: ImageSink, said: intoto.Attestation | None = None) -> None:
+    """Put an artifact into ``sink``, which is not committed, with what is said of it."""
+    if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
+        sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
+    if not sink.has_blob(result.blob.digest):
+        sink.put_blob(result.blob, result.chunks)
+    # A statement may come before what it is about (distribution-spec, "Pushing Manifests with Subject"): then
+    # nobody sees the artifact without it.
+    if said is not None:
+        sink.put_blob(said.blob, [said.data])
+        sink.put_manifest(said.descriptor, said.manifest)
+    sink.put_manifest(result.descriptor, result.manifest)
+
+
+def statement(image: Image, where: str, result: Made, sign_key: Path | None) -> intoto.Attestation:
+    """Return what is said of an artifact.
+
+    Args:
+        image: what it is attached to.
+        where: where that image was read from.
+        result: the artifact.
+        sign_key: a private key, None for an unsigned statement.
+    """
+    from importlib.metadata import version
+
+    found = artifact.parse(result.manifest, f"artifact {result.descriptor.digest}")
+    payload = intoto.statement(image, where, result.descriptor, found, version("layerkit"))
+    return intoto.attestation(payload, result.descriptor, signer_of(sign_key) if sign_key else None)
+
+
+@cache
+def signer_of(key: Path) -> intoto.Signer:
+    """Return what signs with the private key in the file ``key``; read once in each process.
+
+    Raises:
+        UsageError: no key that can be used.
+    """
+    from layerkit.images.signing_keys import FileSigner
+
+    return FileSigner(key)
+
+
+def render(tree: Tree, options: AttachOptions, file: BinaryIO) -> None:
+    """Write the META of ``tree`` for the map to ``file``."""
+    layer = metadata_layer(apply_map(tree, options.mapping), options.xattrs, strict=options.strict)
+    if options.form == "tar":
+        from layerkit.formats.meta.tar import write_tar
+
+        write_tar(layer, file)
+    else:
+        from layerkit.formats.meta.erofs import build_meta
+
+        build_meta(layer, file)
+
+
+def plain_digest(tree: Tree, found: artifact.RemapArtifact) -> Digest:
+    """Return the digest of the META that ``found`` should hold, made anew from the image's ``tree``."""
+    options = AttachOptions(Mapping.parse_canonical(found.mapping), found.rendering, found.namespace)
+    h = hashlib.sha256()
+    with tempfile.TemporaryFile() as plain:
+        render(tree, options, plain)
+        for chunk in _chunks(plain):
+            h.update(chunk)
+    return Digest("sha256", h.hexdigest())
+
+
+def _compress(plain: BinaryIO, packed: BinaryIO, form: str) -> Descriptor:
     """Compress ``plain`` into ``packed``, and return the blob's descriptor."""
-    media_type = artifact.META_EROFS if rendering == "erofs" else artifact.META_TAR
+    media_type = artifact.META_EROFS if form == "erofs" else artifact.META_TAR
     whole, compressed, size = hashlib.sha256(), hashlib.sha256(), 0
 
     def hashed() -> Iterator[bytes]:
@@ -199,94 +249,3 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
     file.seek(0)
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
-
-
-def plain_digest(tree: Tree, found: artifact.RemapArtifact, render: Render, *, strict: bool = False) -> Digest:
-    """Return the digest of the META that ``found`` should hold, made anew from the image's ``tree``."""
-    mapping = Mapping.parse_canonical(found.mapping)
-    layer = metadata_layer(apply_map(tree, mapping), Namespace(found.namespace), strict=strict)
-    h = hashlib.sha256()
-    with tempfile.TemporaryFile() as plain:
-        render(layer, plain)
-        for chunk in _chunks(plain):
-            h.update(chunk)
-    return Digest("sha256", h.hexdigest())
-
-
-__all__: Sequence[str] = ["Made", "Render", "attach", "made", "plain_digest"]
-
-
-# ---- from layerkit/attaching.py
-def attester(image: Image, where: str, sign_key: Path | None, limits: Limits) -> Attest:
-    """Return what makes the statement about an artifact; a key that cannot be read is found out now.
-
-    Args:
-        image: what the artifact is attached to.
-        where: where that image was read from.
-        sign_key: a private key, None for an unsigned statement.
-        limits: bounds on the artifact's manifest.
-    """
-    from importlib.metadata import version
-
-    from layerkit.formats.oci import intoto
-    from layerkit.formats.oci import remap_artifact as artifact
-
-    signer = None
-    if sign_key is not None:
-        from layerkit.images.signing_keys import FileSigner
-
-        signer = FileSigner(sign_key)
-
-    def attest(made: Descriptor, manifest: bytes) -> Attestation:
-        found = artifact.parse(manifest, f"artifact {made.digest}", limits=limits)
-        payload = intoto.statement(image, where, made, found, version("layerkit"))
-        return intoto.attestation(payload, made, signer)
-
-    return attest
-
-
-def renderer(form: str) -> Render:
-    """Return what writes META in the form ``erofs`` or ``tar``."""
-    if form == "tar":
-        from layerkit.formats.meta.tar import write_tar
-
-        return write_tar
-    from layerkit.formats.meta.erofs import build_meta
-
-    return build_meta
-
-
-def _publish(result: Made, sink: Repository, near: Sequence[str], said: Attestation | None) -> None:
-    """Bring an artifact into a repository: blobs first, the manifest last, so that what is visible is whole."""
-    if sink.blob_size(oci.EMPTY_DESCRIPTOR.digest) is None:
-        sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON], mount_from=near)
-    if sink.blob_size(result.blob.digest) is None:
-        sink.put_blob(result.blob, _Chunks(result), mount_from=near)
-    # A statement may come before what it is about (distribution-spec, "Pushing Manifests with Subject"): then
-    # nobody sees the artifact without it.
-    if said is not None and not sink.referrers(result.descriptor.digest, said.descriptor.artifact_type):
-        sink.put_blob(said.blob, [said.data])
-        sink.put_manifest(said.manifest, said.descriptor.media_type)
-    sink.put_manifest(result.manifest, result.descriptor.media_type)
-
-
-@cache
-def signer_of(key: Path) -> Signer:
-    """Return what signs with the private key in the file ``key``; read once in each process.
-
-    Raises:
-        UsageError: no key that can be used.
-    """
-    from layerkit.images.signing_keys import FileSigner
-
-    return FileSigner(key)
-
-
-class _Chunks:
-    """The bytes of an artifact's blob, as often as an upload begins again."""
-
-    def __init__(self, result: Made) -> None:
-        self._result = result
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._result.chunks()

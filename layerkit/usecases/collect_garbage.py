@@ -1,37 +1,29 @@
-"""TODO."""
+"""Use case: free what no image, no mount and no bundle of a store uses."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from layerkit.usecases.settings import default_store, open_store
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.podman import layers as storage_layers
+from layerkit.store import pins
+from layerkit.store.gc import GcReport
+from layerkit.store.local import LocalStore
 
-if TYPE_CHECKING:
-    pass
 
+def collect_garbage(store: LocalStore, *, dry_run: bool = False) -> GcReport:
+    """Free what no image and no mount of ``store`` uses."""
+    run = mounter.default_run(store.root)
+    cleared = [] if dry_run else [*mounter.clear_stale(run), *pins.clear(store.root)]
 
-def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
-    """Free what no image and no mount of ``store`` uses; return what was freed."""
-    from layerkit.hosts.mounts import mount as mounter
-    from layerkit.hosts.podman import layers as storage_layers
-    from layerkit.store import pins
+    def in_use() -> tuple[set[str], set[str]]:
+        records = mounter.active(run)
+        layers, metas = pins.used(pins.live(store.root))
+        over_folders = storage_layers.in_use(store.metas())
+        return (
+            {diff_id for record in records for diff_id in record.indexes} | layers | over_folders[0],
+            {record.label["meta"] for record in records if "meta" in record.label} | metas | over_folders[1],
+        )
 
-    path = store or default_store()
-    run = mounter.default_run(path)
-    cleared = [] if dry_run else mounter.clear_stale(run)
-    with open_store(path) as held:
-        if not dry_run:
-            cleared += pins.clear(path)
-
-        def in_use() -> tuple[set[str], set[str]]:
-            records = mounter.active(run)
-            layers, metas = pins.used(pins.live(path))
-            over_folders = storage_layers.in_use(held.metas())
-            return (
-                {diff_id for record in records for diff_id in record.indexes} | layers | over_folders[0],
-                {record.label["meta"] for record in records if "meta" in record.label} | metas | over_folders[1],
-            )
-
-        report = held.gc(in_use=in_use, dry_run=dry_run)
-    return {"removed": [*cleared, *report.removed], "freed_bytes": report.freed_bytes}
+    report = store.gc(in_use=in_use, dry_run=dry_run)
+    return replace(report, removed=(*cleared, *report.removed))

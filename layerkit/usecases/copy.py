@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
@@ -26,6 +26,8 @@ from layerkit.model.image import Image
 from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
+from layerkit.model.work import Destination, Work
+from layerkit.usecases.each_platform import nameless
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,44 +55,40 @@ class CopyReport(Report):
     seconds: float
 
 
-def copy(
-    source: ImageSource,
-    sink: ImageSink,
-    image: Image | None,
-    *,
-    dst_name: str,
-    limits: Limits,
-    progress: Progress | None = None,
-) -> CopyReport:
-    """Copy ``image``, or with None all platforms of what ``source`` names; the sink is committed.
-
-    Args:
-        source: where the blobs are.
-        sink: where they go; on an error it is aborted and nothing of it is visible.
-        image: one that ``source.image()`` returned. None needs a source with indexes.
-        dst_name: what it is to be called, "" for the name it has.
-        limits: bounds on input.
-        progress: told of each blob.
+def copy(work: Work, dst: Destination) -> CopyReport:
+    """Copy the image byte for byte, with what is attached to it.
 
     Raises:
         InvalidImage: a blob is missing or not what its descriptor promises.
     """
-    work = _Copy(source, sink, limits, progress)
+    return _copied(work.source, work.image, dst, work.limits, work.progress)
+
+
+def copy_whole(source: ImageSource, dst: Destination, limits: Limits, progress: Progress | None) -> CopyReport:
+    """Copy all that the reference of ``source`` names, an index with all its platforms, and what is attached to it.
+
+    Raises:
+        InvalidImage: a blob is missing or not what its descriptor promises.
+    """
+    # A docker archive has no index: there is one image to copy.
+    return _copied(source, None if source.chosen() else source.image(), dst, limits, progress)
+
+
+def _copied(
+    source: ImageSource, image: Image | None, dst: Destination, limits: Limits, progress: Progress | None
+) -> CopyReport:
     start = time.monotonic()
-    try:
+    with dst.sink() as sink:
+        work = _Copy(source, sink, limits, progress)
         if image is not None:
-            name, top = dst_name or image.name, image.descriptor
+            name, top = dst.name or image.name, image.descriptor
             copy_image(source, work, image, name, progress=progress)
             work.images.append(top.digest)
         else:
-            name, top = work.all_platforms(source, dst_name)
+            name, top = work.all_platforms(dst.name)
         if sink.keeps_attached:
-            work.attached_to(source)
-        left = work.left_of(source)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
+            work.attached_to()
+        left = work.left()
     return CopyReport(
         name=name,
         manifest=str(top.digest),
@@ -103,7 +101,7 @@ def copy(
     )
 
 
-class _Copy:
+class _Copy(ImageSink):
     """One copy: a sink that counts what passes, and what was brought so far."""
 
     def __init__(self, source: ImageSource, sink: ImageSink, limits: Limits, progress: Progress | None) -> None:
@@ -112,43 +110,50 @@ class _Copy:
         self.indexes: list[Digest] = []
         self.attached: list[Digest] = []
         self.blobs = self.bytes = 0
-        self.parallel = sink.parallel
+        self.parallel, self.keeps_attached, self.mounted = sink.parallel, sink.keeps_attached, sink.mounted
         self._lock = threading.Lock()
-        self.keeps_attached, self.mounted = sink.keeps_attached, sink.mounted
-        self.has_blob = sink.has_blob
-        self.put_manifest = sink.put_manifest
-        self.commit, self.abort = sink.commit, sink.abort
 
-    def put_blob(self, descriptor: Descriptor, chunks: object) -> None:
-        self._sink.put_blob(descriptor, chunks)  # type: ignore[arg-type]
+    def has_blob(self, digest: Digest) -> bool:
+        return self._sink.has_blob(digest)
+
+    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
+        self._sink.put_blob(descriptor, chunks)
         if descriptor.digest in self.mounted:
             return  # no byte of it was read or sent
         with self._lock:
             self.blobs += 1
             self.bytes += descriptor.size
 
-    def all_platforms(self, source: ImageSource, dst_name: str) -> tuple[str, Descriptor]:
+    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
+        self._sink.put_manifest(descriptor, data, name)
+
+    def commit(self) -> None:
+        self._sink.commit()
+
+    def abort(self) -> None:
+        self._sink.abort()
+
+    def all_platforms(self, dst_name: str) -> tuple[str, Descriptor]:
         """Copy what the reference names whole; return its name and descriptor."""
-        chosen = list(source.chosen())
+        chosen = list(self._source.chosen())
         name = dst_name or next((e.annotations[oci.REF_NAME] for e in chosen if oci.REF_NAME in e.annotations), "")
         if len(chosen) == 1:
             top = chosen[0]
-            self._sink.put_manifest(top, self._below(source, top, 0), name)
+            self._sink.put_manifest(top, self._below(top, 0), name)
             return name, top
         # Entries of one name for several platforms are an index in all but form; an index says so.
         for entry in chosen:
-            data = self._below(source, entry, 0)
+            data = self._below(entry, 0)
             if not self._sink.has_blob(entry.digest):
                 self.put_blob(entry, [data])
-        names = (oci.REF_NAME, oci.CONTAINERD_NAME)
-        plain = [replace(e, annotations={k: v for k, v in e.annotations.items() if k not in names}) for e in chosen]
-        data = oci.index_json(plain)
+        data = oci.index_json([nameless(entry) for entry in chosen])
         top = Descriptor(oci.INDEX, Digest.of(data), len(data))
         self._sink.put_manifest(top, data, name)
         return name, top
 
-    def _below(self, source: ImageSource, entry: Descriptor, depth: int) -> bytes:
+    def _below(self, entry: Descriptor, depth: int) -> bytes:
         """Copy all that a manifest or index leads to, and return its own bytes."""
+        source = self._source
         self._limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
         data = oci_images.fetch_manifest(source.fetch, entry, source.where, self._limits)
         what = f"{source.where}: manifest {entry.digest}"
@@ -162,7 +167,7 @@ class _Copy:
         blobs = []
         for part in oci.references(data, entry.media_type, what, limits=self._limits):
             if is_index and part.media_type in oci.INDEX_TYPES | oci.MANIFEST_TYPES:
-                below = self._below(source, part, depth + 1)
+                below = self._below(part, depth + 1)
                 if not self._sink.has_blob(part.digest):
                     self.put_blob(part, [below])
             else:
@@ -170,28 +175,28 @@ class _Copy:
         put_blobs(source, self, blobs, self._progress)
         return data
 
-    def attached_to(self, source: ImageSource) -> None:
+    def attached_to(self) -> None:
         """Copy what is attached to what was copied, and to that in turn."""
         todo = [*self.images, *self.indexes]
         seen = {*todo, *self.attached}
         while todo:
-            for entry, name in attached(source, todo.pop(0), self._limits):
+            for entry, name in attached(self._source, todo.pop(0), self._limits):
                 if entry.digest in seen:
                     continue
                 seen.add(entry.digest)
                 images = list(self.images)
-                data = self._below(source, entry, 0)
+                data = self._below(entry, 0)
                 self.images = images
                 self._sink.put_manifest(entry, data, name)
                 self.attached.append(entry.digest)
                 todo.append(entry.digest)
 
-    def left_of(self, source: ImageSource) -> list[Descriptor]:
+    def left(self) -> list[Descriptor]:
         """Return what is attached to something that the reference names and was not copied."""
         there = {*self.images, *self.indexes, *self.attached}
         found: dict[Digest, Descriptor] = {}
-        for subject in [*there, *(entry.digest for entry in source.chosen())]:
-            found |= {entry.digest: entry for entry, _ in attached(source, subject, self._limits)}
+        for subject in [*there, *(entry.digest for entry in self._source.chosen())]:
+            found |= {entry.digest: entry for entry, _ in attached(self._source, subject, self._limits)}
         return [entry for digest, entry in found.items() if digest not in there]
 
 
@@ -239,6 +244,3 @@ def left_behind(source: ImageSource, image: Image, limits: Limits) -> tuple[str,
         f"{len(digests)} attached to {image.descriptor.digest} or its index (signatures, attestations, remaps) "
         f"stay there, they do not cover what was written: {', '.join(digests)}",
     )
-
-
-__all__ = ["CopyReport", "attached", "copy", "left_behind"]

@@ -1,7 +1,7 @@
-"""The Python API for multi-platform images: what is done to one image, done to that of every platform.
+"""Use case: what is done to one image, done to that of every platform; the results are one index.
 
-The result is one index. What is attached to the source (signatures, attestations) stays behind: it speaks for
-digests that the result does not have.
+What is attached to the source (signatures, attestations) stays behind: it speaks for digests that the result does
+not have.
 """
 
 from __future__ import annotations
@@ -9,25 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any
 
-from layerkit.model import limits as bounds
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import images as oci_images
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, UsageError
+from layerkit.model.image import Image
+from layerkit.model.limits import Limits
+from layerkit.model.ports import ImageSink, ImageSource
 from layerkit.model.reports import Report
-from layerkit.usecases.settings import Settings
-
-if TYPE_CHECKING:
-    from layerkit.model.digest import Digest
-    from layerkit.model.image import Image
-    from layerkit.model.ports import ImageSink, ImageSource
-
-
-OpenSink = Callable[[], "ImageSink"]
-"""Opens the sink of one result."""
-
-_Report = TypeVar("_Report", covariant=True)
+from layerkit.model.work import Destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,50 +42,42 @@ class PlatformsReport(Report):
     seconds: float
 
 
-def every_platform(src: str, dst: str | None, work: Work[Any], settings: Settings) -> PlatformsReport:
-    """Do ``work`` to the image of every platform in ``src``; one index of them goes to ``dst``, None for none."""
-    from layerkit.images import reference
+def each_platform(
+    source: ImageSource, dst: Destination, do: Callable[[Image, Destination], object], limits: Limits
+) -> PlatformsReport:
+    """Do ``do`` to the image of every platform that the reference of ``source`` names.
 
+    Args:
+        source: with an index.
+        dst: gets one index of the results.
+        do: writes what becomes of an image to a destination.
+        limits: bounds on input.
+
+    Raises:
+        UsageError: no index, or a destination without room for one.
+        NotFound: the index holds no image.
+    """
     start = time.monotonic()
-    limits = settings.limits or bounds.from_environment()
-    if reference.parse(src).transport == "store":
-        raise UsageError(f"{src}: the store holds images of one platform; --all-platforms wants an index")
-    source = reference.open_source(src, limits=limits, registry=settings.registry)
-    try:
-        if not source.chosen():
-            raise UsageError(f"{src}: holds the image of one platform; leave out --all-platforms")
-        name, images, annotations = _images(source, limits)
-        if not images:
-            raise NotFound(f"{src}: holds no image")
-        if dst is None:
-            reports = [work(source, image, _no_sink, name) for image in images]
-            return _report(name, "", images, reports, start)
-        open_sink, dst_name = sink_to(dst, settings, source)
-        if reference.parse(dst).transport in ("docker-archive", "docker-daemon") and len(images) > 1:
-            raise UsageError(f"{dst}: has room for one platform; choose it with --platform")
-        sink = open_sink()
-        try:
-            parts = _Parts(sink)
-            reports = [work(source, image, parts.open, name) for image in images]
-            top = parts.put_index(annotations, dst_name or name)
-            sink.commit()
-        except BaseException:
-            sink.abort()
-            raise
-        return _report(dst_name or name, str(top.digest), images, reports, start)
-    finally:
-        source.close()
+    if not source.chosen():
+        raise UsageError(f"{source.where}: holds the image of one platform; leave out --all-platforms")
+    name, images, annotations = _images(source, limits)
+    if not images:
+        raise NotFound(f"{source.where}: holds no image")
+    platforms = tuple(str(image.platform) for image in images)
+    if dst.open is None:
+        reports = [do(image, dst) for image in images]
+        return PlatformsReport(name, "", platforms, tuple(reports), time.monotonic() - start)
+    if dst.one_image and len(images) > 1:
+        raise UsageError(f"{dst.where}: has room for one platform; choose it with --platform")
+    with dst.sink() as sink:
+        parts = _Parts(sink)
+        reports = [do(image, Destination(lambda: parts, name)) for image in images]
+        top = parts.put_index(annotations, dst.name or name)
+    return PlatformsReport(dst.name or name, str(top.digest), platforms, tuple(reports), time.monotonic() - start)
 
 
-def _no_sink() -> ImageSink:
-    raise AssertionError("a plan needs no sink")
-
-
-def _images(source: ImageSource, limits: bounds.Limits) -> tuple[str, list[Image], dict[str, str]]:
+def _images(source: ImageSource, limits: Limits) -> tuple[str, list[Image], dict[str, str]]:
     """Return the name, the images and the index's annotations of what the reference of ``source`` names."""
-    from layerkit.formats.oci import documents as oci
-    from layerkit.formats.oci import images as oci_images
-
     entries = list(source.chosen())
     name = next((e.annotations[oci.REF_NAME] for e in entries if oci.REF_NAME in e.annotations), "")
     annotations: dict[str, str] = {}
@@ -105,39 +90,27 @@ def _images(source: ImageSource, limits: bounds.Limits) -> tuple[str, list[Image
     return name, oci_images.every(source.fetch, entries, name, source.where, limits=limits), annotations
 
 
-def _report(name: str, manifest: str, images: list[Image], reports: list[Any], start: float) -> PlatformsReport:
-    platforms = tuple(str(image.platform) for image in images)
-    return PlatformsReport(name, manifest, platforms, tuple(reports), time.monotonic() - start)
-
-
-class _Parts:
+class _Parts(ImageSink):
     """The sink of one platform's image: its manifest waits for the index; the whole is committed elsewhere."""
 
     def __init__(self, sink: ImageSink) -> None:
         self._sink = sink
         self._manifests: list[Descriptor] = []
-        self.has_blob = sink.has_blob
         self.parallel, self.keeps_attached, self.mounted = sink.parallel, sink.keeps_attached, sink.mounted
 
-    def open(self) -> ImageSink:
-        return self
+    def has_blob(self, digest: Digest) -> bool:
+        return self._sink.has_blob(digest)
 
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
         self._sink.put_blob(descriptor, chunks)
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        from layerkit.formats.oci import documents as oci
-
         if not self._sink.has_blob(descriptor.digest):
             self._sink.put_blob(descriptor, [data])
-        names = (oci.REF_NAME, oci.CONTAINERD_NAME)
-        kept = {key: value for key, value in descriptor.annotations.items() if key not in names}
-        self._manifests.append(replace(descriptor, annotations=kept))
+        self._manifests.append(nameless(descriptor))
 
     def put_index(self, annotations: dict[str, str], name: str) -> Descriptor:
         """Put the index of all manifests under ``name`` and return its descriptor."""
-        from layerkit.formats.oci import documents as oci
-
         more: dict[str, Any] = {"annotations": dict(annotations)} if annotations else {}
         data = oci.index_json(self._manifests, {"schemaVersion": 2, "mediaType": oci.INDEX, **more})
         top = Descriptor(oci.INDEX, Digest.of(data), len(data))
@@ -151,21 +124,7 @@ class _Parts:
         """Do nothing: the whole is aborted with the error."""
 
 
-class Work(Protocol[_Report]):
-    """What is done to one image."""
-
-    def __call__(self, source: ImageSource, image: Image, open_sink: OpenSink, name: str, /) -> _Report:
-        """Write what becomes of ``image`` to a sink, which is committed, under ``name`` (or the image's own)."""
-        ...
-
-
-def sink_to(dst: str, settings: Settings, near: ImageSource) -> tuple[OpenSink, str]:
-    """Return what opens the destination ``dst``, and the name that the image gets there, "" to keep its own."""
-    from layerkit.images import reference
-
-    parsed = reference.parse(dst)
-    limits = settings.limits or bounds.from_environment()
-    return lambda: reference.open_sink(parsed, limits=limits, registry=settings.registry, near=near), parsed.name
-
-
-__all__ = ["OpenSink", "PlatformsReport", "Work", "every_platform", "sink_to"]
+def nameless(entry: Descriptor) -> Descriptor:
+    """Return an entry of an index without the names that only a top index gives."""
+    names = (oci.REF_NAME, oci.CONTAINERD_NAME)
+    return replace(entry, annotations={key: value for key, value in entry.annotations.items() if key not in names})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.trees.squash import Squashed, squash
-from layerkit.pack import NewLayer, Packing, check_tree, put_image, rewrite_image, write_layer
-from layerkit.unpack import Contents, LoadIndex, OpenTar
+from layerkit.model.work import Destination, Work
+from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.unpack import Contents
+from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
+from layerkit.usecases.settings import RewriteOptions
 
 _DIGEST_PREFIX_CHARS = 6
 
@@ -65,106 +65,79 @@ class FlattenReport(Report):
     warnings: tuple[str, ...] = ()
 
 
-def flatten(
-    source: ImageSource,
-    image: Image,
-    sink: ImageSink,
-    *,
-    dst_name: str,
-    limits: Limits,
-    first: int = 0,
-    last: int | None = None,
-    packing: Packing | None = None,
-    created: str | None = None,
-    load: LoadIndex = lambda _: None,
-    open_tar: OpenTar = lambda _: None,
-    tmp: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> FlattenReport:
-    """Merge the layers ``first`` to ``last`` of ``image`` into one; the sink is committed.
+@dataclass(frozen=True, slots=True)
+class FlattenOptions:
+    """Which layers become one.
 
-    Before that the new layer is read back, and the root filesystem of the result must have the digest of the
-    input's.
+    Attributes:
+        rewrite: how the result is written.
+        from_layer: the lowest, as :func:`place_of` takes it; None is the lowest of all.
+        to_layer: the topmost; None is the top.
+        keep_base: gives the number of layers from the bottom that stay, of an image.
+    """
 
-    Args:
-        source: where the blobs are.
-        image: what to flatten.
-        sink: where the result goes; on an error it is aborted and nothing of it is visible.
-        dst_name: name of the image there.
-        limits: bounds on input.
-        first: place of the lowest layer that is merged, from 0.
-        last: place of the topmost one; None is the top.
-        packing: compression of the new layer.
-        created: RFC 3339 time of the result; None keeps that of the image.
-        load: gives kept indexes.
-        open_tar: gives kept tars.
-        tmp: folder of temporary files.
-        progress: told of the bytes read and written.
+    rewrite: RewriteOptions
+    from_layer: str | None = None
+    to_layer: str | None = None
+    keep_base: KeptBase | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two beginnings."""
+        if self.keep_base is not None and self.from_layer is not None:
+            raise UsageError("--keep-base and --from both say where to begin; give one of them")
+
+
+def flatten(work: Work, dst: Destination, options: FlattenOptions) -> FlattenReport:
+    """Merge layers of the image into one and write it to ``dst``.
+
+    Before it becomes visible the new layer is read back, and the root filesystem of the result must have the
+    digest of the input's.
 
     Raises:
         UsageError: no such range of layers.
         InvalidImage: a layer is malformed, or the result has another root filesystem (nothing is written then).
         LossyResult: something that a layer cannot hold.
     """
-    start, packing = time.monotonic(), packing or Packing()
-    try:
-        count = len(image.layers)
-        last = count - 1 if last is None else last
-        if not 0 <= first <= last < count:
-            raise UsageError(f"layers {first + 1} to {last + 1}: the image has the layers 1 to {count}")
-        places = range(first, last + 1)
-        with contextlib.ExitStack() as stack:
-            contents = stack.enter_context(
-                Contents(
-                    source, image, limits=limits, load=load, open_tar=open_tar, need=places, tmp=tmp,
-                    progress=progress,
-                )
+    start, image, packing, limits = time.monotonic(), work.image, options.rewrite.packing, work.limits
+    places = _places(work, options)
+    first, after = places.start, places.stop
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(dst.sink())
+        contents = stack.enter_context(Contents(work, places))
+        indexes = contents.indexes
+        below, above = indexes[:first], indexes[after:]
+        base, top = merge(below, limits=limits), merge(indexes[:after], limits=limits)
+        made = squash(base, top, root=any(map(has_root, indexes[:after])))
+        want = (top if not above else merge(indexes, limits=limits)).digest()
+        tars = dict.fromkeys(places, contents)
+        if lower := _layers_of_data(made, top) - tars.keys():
+            # A file of the base with one more name above it: all its names are in the new layer, and its data.
+            tars |= dict.fromkeys(lower, stack.enter_context(contents.more(lower)))
+        new: list[Layer | NewLayer] = []
+        got = list[Index]()
+        # An image without any layer is one that many tools refuse.
+        if len(made.index) or len(image.layers) == len(places):
+
+            def content(row: int) -> Iterator[memoryview]:
+                inode = int(made.inode[row])
+                layer = int(top.layer[inode])
+                return tars[layer].stored(layer, int(top.offset[inode]), stored_bytes(made.index, row))
+
+            descriptor, diff_id = write_layer(
+                made.index, content, sink, packing=packing, check=got.append, limits=limits, progress=work.progress,
             )  # fmt: skip
-            indexes = contents.indexes
-            below, above = indexes[:first], indexes[last + 1 :]
-            base, top = merge(below, limits=limits), merge(indexes[: last + 1], limits=limits)
-            made = squash(base, top, root=any(map(_has_root, indexes[: last + 1])))
-            whole = top if not above else merge(indexes, limits=limits)
-            want = whole.digest()
-            tars = dict.fromkeys(places, contents)
-            if lower := _layers_of_data(made, top) - tars.keys():
-                # A file of the base with one more name above it: all its names are in the new layer, and its data.
-                known = {index.diff_id: index for index in indexes}
-                base_tars = stack.enter_context(
-                    Contents(source, image, limits=limits, load=known.get, open_tar=open_tar, need=lower, tmp=tmp)
-                )
-                tars |= dict.fromkeys(lower, base_tars)
-            new: list[Layer | NewLayer] = []
-            got = list[Index]()
-            # An image without any layer is one that many tools refuse.
-            if len(made.index) or count == len(places):
-
-                def content(row: int) -> Iterator[memoryview]:
-                    inode = int(made.inode[row])
-                    layer = int(top.layer[inode])
-                    return tars[layer].stored(layer, int(top.offset[inode]), stored_bytes(made.index, row))
-
-                descriptor, diff_id = write_layer(
-                    made.index, content, sink, packing=packing,
-                    check=got.append, limits=limits, progress=progress, tmp=tmp,
-                )  # fmt: skip
-                text = f"layerkit flatten: layers {first + 1} to {last + 1} of {image.descriptor.digest}"
-                new.append(NewLayer(descriptor, diff_id, text, tuple(places)))
-            # The new index stands in for the layers it replaces: what it says was read from the finished blob.
-            check_tree(want, merge([*below, *got, *above], limits=limits))
-        result = rewrite_image(
-            image, [*image.layers[:first], *new, *image.layers[last + 1 :]], created=created, limits=limits
-        )
-        put_image(source, sink, result, dst_name, progress=progress)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
+            text = f"layerkit flatten: layers {first + 1} to {after} of {image.descriptor.digest}"
+            new.append(NewLayer(descriptor, diff_id, text, tuple(places)))
+        # The new index stands in for the layers it replaces: what it says was read from the finished blob.
+        check_tree(want, merge([*below, *got, *above], limits=limits))
+        layers = [*image.layers[:first], *new, *image.layers[after:]]
+        result = rewrite_image(image, layers, created=options.rewrite.created, limits=limits)
+        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
     return FlattenReport(
-        name=dst_name,
+        name=dst.name or image.name,
         manifest=str(result.descriptor.digest),
         source=str(image.descriptor.digest),
-        layers_before=count,
+        layers_before=len(image.layers),
         layers_after=len(result.layers),
         merged=tuple(place + 1 for place in places),
         layer=str(descriptor.digest) if new else "",
@@ -176,8 +149,28 @@ def flatten(
         tree_digest=str(want),
         compressor=packing.compressor,
         seconds=time.monotonic() - start,
-        warnings=left_behind(source, image, limits),
+        warnings=left_behind(work.source, image, limits),
     )
+
+
+def _places(work: Work, options: FlattenOptions) -> range:
+    """Return the places of the layers to merge, from 0.
+
+    Raises:
+        UsageError: there are none.
+    """
+    image, count = work.image, len(work.image.layers)
+    first = 0 if options.from_layer is None else place_of(image, options.from_layer)
+    if options.keep_base is not None:
+        first = options.keep_base(image)
+    last = count - 1 if options.to_layer is None else place_of(image, options.to_layer)
+    if not count:
+        raise UsageError(f"{work.name}: nothing to flatten: the image has no layers")
+    if first == count:
+        raise UsageError(f"{work.name}: nothing to flatten above the base, whose {first} layers are all there are")
+    if first > last:
+        raise UsageError(f"layers {first + 1} to {last + 1}: the image has the layers 1 to {count}")
+    return range(first, last + 1)
 
 
 def _layers_of_data(made: Squashed, top: Tree) -> set[int]:
@@ -211,26 +204,6 @@ def place_of(image: Image, text: str) -> int:
     return found[0]
 
 
-def base_layers(image: Image, base: Image, ref: str) -> int:
-    """Return how many layers of ``image`` are those of ``base``.
-
-    Raises:
-        UsageError: ``image`` does not begin with the layers of ``base``.
-    """
-    count = len(base.layers)
-    if image.diff_ids[:count] != base.diff_ids:
-        same = 0
-        while same < min(count, len(image.layers)) and image.diff_ids[same] == base.diff_ids[same]:
-            same += 1
-        raise UsageError(
-            f"--keep-base {ref}: only {same} of its {count} layers are the lowest ones of the image; "
-            "it was built on another version of it"
-        )
-    return count
-
-
-def _has_root(index: Index) -> bool:
+def has_root(index: Index) -> bool:
+    """Return whether the layer has an entry of the root itself; only the root's markers come before it."""
     return any(not index.path[row] and index.kind[row] == Kind.DIR for row in range(min(3, len(index))))
-
-
-__all__ = ["FlattenReport", "base_layers", "check_tree", "flatten", "place_of"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,17 @@ from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.tree import as_on_disk, read_folder, read_runs
 from layerkit.linux.folders.writer import FOLDER
 from layerkit.model.entry import Kind
-from layerkit.model.errors import InvalidImage, NotFound, UsageError, show_path
-from layerkit.model.image import Image
+from layerkit.model.errors import InvalidImage, UsageError, show_path
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
 from layerkit.model.trees.diff import diff, diff_and_carried
 from layerkit.model.trees.merge import merge
-from layerkit.pack import NewLayer, Packing, put_image, rewrite_image, write_layer
+from layerkit.model.work import Destination, Work
+from layerkit.pack import NewLayer, put_image, rewrite_image, write_layer
+from layerkit.unpack import read_indexes
 from layerkit.usecases.copy import left_behind
+from layerkit.usecases.flatten import has_root
+from layerkit.usecases.settings import RewriteOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,90 +66,76 @@ class PackReport(Report):
     warnings: tuple[str, ...] = ()
 
 
-def pack(
-    folder: Path,
-    source: ImageSource,
-    image: Image,
-    indexes: Sequence[Index],
-    sink: ImageSink,
-    *,
-    name: str,
-    dst_name: str,
-    mapping: Mapping | None = None,
-    packing: Packing,
-    created: str | None = None,
-    message: str = "",
-    checksum: bool = False,
-    limits: Limits,
-    progress: Progress | None = None,
-) -> PackReport:
-    """Put ``image`` with the changes in ``folder`` as one more layer into ``sink``, which is committed.
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """What the new layer is to be like.
+
+    Attributes:
+        rewrite: how it is written.
+        mapping: the id map that the folder was unpacked with; owners are mapped back.
+        message: for the history; "" names the command.
+        checksum: read every file, also those whose size and time are those of the base.
+    """
+
+    rewrite: RewriteOptions
+    mapping: Mapping | None = None
+    message: str = ""
+    checksum: bool = False
+
+
+def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> PackReport:
+    """Put the image with the changes in ``folder`` as one more layer to ``dst``.
 
     The blob is read back before anything is visible: the base with it on top is the folder, or it is an error.
 
     Args:
         folder: a root filesystem, as ``unpack`` writes it.
-        source: where ``image`` was read from.
-        image: what the folder was made from.
-        indexes: of the layers of ``image``.
-        sink: where the result goes.
-        name: what the source calls ``image``.
-        dst_name: name of the result in the sink.
-        mapping: the id map that the folder was unpacked with; owners are mapped back.
-        packing: compression of the layer.
-        created: RFC 3339 time of the result; None keeps that of the base.
-        message: for the history; "" names the command.
-        checksum: read every file, also those whose size and time are those of the base.
-        limits: bounds on input.
-        progress: told of entries and bytes.
+        work: the image that the folder was made from.
+        dst: where the result goes.
+        options: what the layer is to be like.
 
     Raises:
         UnmappedId: an owner in the folder that is outside the map.
         LossyResult: something that a layer cannot hold.
         InvalidImage: the folder changed meanwhile.
-        UsageError: ``folder`` is no folder, or ``mapping`` has no inverse.
-        NotFound: there is no ``folder``.
+        UsageError: there is no such folder, or ``mapping`` has no inverse.
     """
-    start = time.monotonic()
-    try:
-        old = as_on_disk(merge(indexes, limits=limits), mapping)
+    start, image, limits, mapping = time.monotonic(), work.image, work.limits, options.mapping
+    with contextlib.ExitStack() as stack:
         root = _open(folder)
-        try:
-            read = read_folder(root, old, checksum=checksum, limits=limits, progress=progress)
-            new = read.tree
-            if mapping is not None:
-                new = apply_map(new, mapping.inverse())
-            change, carried = diff_and_carried(old, new, root=any(map(_lists_root, indexes)))
+        stack.callback(os.close, root)
+        indexes, _ = read_indexes(work)
+        sink = stack.enter_context(dst.sink())
+        old = as_on_disk(merge(indexes, limits=limits), mapping)
+        read = read_folder(root, old, checksum=options.checksum, limits=limits, progress=work.progress)
+        new = read.tree
+        if mapping is not None:
+            new = apply_map(new, mapping.inverse())
+        change, carried = diff_and_carried(old, new, root=any(map(has_root, indexes)))
 
-            def content(row: int) -> Iterator[memoryview]:
-                return read_runs(root, change.entry(row))
+        def content(row: int) -> Iterator[memoryview]:
+            return read_runs(root, change.entry(row))
 
-            def check(written: Index) -> None:
-                left = diff(as_on_disk(merge([*indexes, written], limits=limits), None), new)
-                if len(left):
-                    raise InvalidImage(
-                        f"{show_path(left.path[0]) or '/'}: the layer that was written does not show it as the "
-                        "folder has it; nothing was kept"
-                    )
+        def check(written: Index) -> None:
+            left = diff(as_on_disk(merge([*indexes, written], limits=limits), None), new)
+            if len(left):
+                raise InvalidImage(
+                    f"{show_path(left.path[0]) or '/'}: the layer that was written does not show it as the "
+                    "folder has it; nothing was kept"
+                )
 
-            descriptor, diff_id = write_layer(
-                change, content, sink, packing=packing, check=check,
-                limits=limits, progress=progress,
-            )  # fmt: skip
-        finally:
-            os.close(root)
-        layer = NewLayer(descriptor, diff_id, message or "layerkit pack")
-        result = rewrite_image(image, [*image.layers, layer], created=created, limits=limits)
-        put_image(source, sink, result, dst_name, progress=progress)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
+        descriptor, diff_id = write_layer(
+            change, content, sink, packing=options.rewrite.packing, check=check, limits=limits,
+            progress=work.progress,
+        )  # fmt: skip
+        layer = NewLayer(descriptor, diff_id, options.message or "layerkit pack")
+        result = rewrite_image(image, [*image.layers, layer], created=options.rewrite.created, limits=limits)
+        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
     there = set(old.paths())
     shown = [path in there for path in change.path.tolist()]
     removed = int(np.count_nonzero(change.kind == Kind.WHITEOUT))
     return PackReport(
-        name=name,
+        name=work.name,
         base=str(image.descriptor.digest),
         manifest=str(result.descriptor.digest),
         layer=str(descriptor.digest),
@@ -160,21 +148,14 @@ def pack(
         removed=removed,
         hashed_bytes=read.hashed_bytes,
         seconds=time.monotonic() - start,
-        warnings=(*read.warnings, *left_behind(source, image, limits)),
+        warnings=(*read.warnings, *left_behind(work.source, image, limits)),
     )
-
-
-def _lists_root(index: Index) -> bool:
-    # Only its own markers come before the root's entry.
-    return any(not index.path[row] and index.kind[row] == Kind.DIR for row in range(min(3, len(index))))
 
 
 def _open(folder: Path) -> int:
     try:
         return os.open(folder, FOLDER & ~os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise NotFound(f"{folder}: no such folder") from None
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"{folder}: not a folder; DIR is a root filesystem, as `layerkit unpack` writes it"
+            f"{folder}: no such folder; DIR is a root filesystem, as `layerkit unpack` writes it"
         ) from None

@@ -1,9 +1,8 @@
-"""Use cases that only look: what an image holds, and whether it is what it promises to be."""
+"""Use case: look at what an image holds, and what a map would do to it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +13,11 @@ from layerkit.model.entry import Kind
 from layerkit.model.errors import LayerkitError, show_path
 from layerkit.model.image import Image
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
 from layerkit.model.reports import IdRow, InspectReport, LayerRow
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
+from layerkit.model.work import Work
+from layerkit.usecases.published_indexes import Found
 
 _KIND_NAMES = {
     Kind.REG: "files", Kind.DIR: "directories", Kind.SYMLINK: "symlinks", Kind.FIFO: "fifos",
@@ -25,11 +25,10 @@ _KIND_NAMES = {
 }  # fmt: skip
 
 
-def inspect(
-    name: str, image: Image, indexes: Sequence[Index], mapping: Mapping | None, limits: Limits
-) -> InspectReport:
-    """Return what ``image``, whose layers have ``indexes``, holds, and what ``mapping`` would do to it."""
-    tree = merge(indexes, limits=limits)
+def inspect(work: Work, found: Found, mapping: Mapping | None) -> InspectReport:
+    """Return what the image with the indexes ``found`` holds, and what ``mapping`` would do to it."""
+    image, indexes = work.image, found.indexes
+    tree = merge(indexes, limits=work.limits)
     kinds = np.bincount(tree.kind, minlength=16)
     problems: list[str] = []
     if mapping is not None:
@@ -38,7 +37,7 @@ def inspect(
         except LayerkitError as error:
             problems.append(str(error))
     return InspectReport(
-        name=name,
+        name=work.name,
         manifest=str(image.descriptor.digest),
         platform=str(image.platform),
         entries=len(tree),
@@ -52,7 +51,7 @@ def inspect(
         xattrs=_xattr_counts(tree),
         map_text=mapping.canonical() if mapping else "",
         problems=tuple(problems),
-        warnings=tree.warnings,
+        warnings=found.warnings(tree.warnings),
     )
 
 

@@ -1,17 +1,19 @@
-"""Use case: an image into the store, with what a mount under a map needs."""
+"""Use case: an image into the store, with what a mount under a map needs; and that mount."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from layerkit.hosts.mounts import choose
+from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.choose import MountOptions
+from layerkit.hosts.mounts.layers import data_layers, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.model.facts import TreeFacts
-from layerkit.model.image import Image
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSource, Progress
 from layerkit.model.reports import RemapReport
+from layerkit.model.work import Work
 from layerkit.store import import_layers as importing
 from layerkit.store import preparation as prepare
 from layerkit.store.local import LocalStore, MetaEntry
@@ -26,70 +28,40 @@ class Brought(NamedTuple):
     meta: MetaEntry
 
 
-def bring(
-    store: LocalStore,
-    source: ImageSource,
-    image: Image,
-    name: str,
-    mapping: Mapping | None,
-    *,
-    rendering: str,
-    namespace: str,
-    own_meta: bool,
-    data: str,
-    jobs: int,
-    strict: bool,
-    limits: Limits,
-    progress: Progress | None,
-) -> Brought:
-    """Bring ``image`` into ``store`` under ``name``, and make META for ``mapping`` if it needs one of its own.
+def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: MountOptions) -> Brought:
+    """Bring the image into ``store`` under its name, and make META for ``mapping`` if it needs one of its own.
 
     Args:
+        work: the image; only those of its blobs are read that the store lacks.
         store: where to.
-        source: where the blobs are; only those are read that the store lacks.
-        image: what to bring.
-        name: its name in the store.
         mapping: the id map; None keeps the owners.
-        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``.
-        namespace: ``auto``, ``trusted`` or ``user``.
-        own_meta: write META for this map even where an idmapped mount of the shared one would do.
-        data: ``auto``, ``tar`` or ``objects``.
-        jobs: layers read at the same time.
-        strict: refuse overlay xattrs that the image brings.
-        limits: bounds on input.
-        progress: told about the bytes read.
+        options: what the mount will be like.
 
     Raises:
         UnmappedId: an owner outside the map.
     """
-    start = time.monotonic()
-    ways = choose.choose(
-        store.root,
-        mapping,
-        rendering=rendering,
-        data=data,
-        namespace=namespace,
-        own_meta=own_meta,
-    )
+    start, image = time.monotonic(), work.image
+    ways = choose.choose(store.root, mapping, options)
     # gc must not take layers between their import and the row that says who needs them.
     with store.hold():
         read = importing.import_layers(
-            source, image, store, ways.backend,
-            limits=limits, jobs=jobs, progress=progress,
-        )  # fmt: skip
-        work = prepare.Preparation(store, image, limits=limits, strict=strict)
-        facts = work.facts()
+            work.source, image, store, ways.backend, limits=work.limits, jobs=work.jobs, progress=work.progress
+        )
+        ready = prepare.Preparation(store, image, limits=work.limits, strict=work.strict)
+        facts = ready.facts()
         if ways.one_meta and mapping is not None:
-            work.check(mapping)
-        entry = work.meta(None if ways.one_meta else mapping, ways.rendering, ways.namespace, progress=progress)
-        store.add_image(image, [name], metas=[entry.key])
+            ready.check(mapping)
+        entry = ready.meta(
+            None if ways.one_meta else mapping, ways.rendering, ways.namespace, progress=work.progress
+        )
+        store.add_image(image, [work.name], metas=[entry.key])
     own = 0 if ways.one_meta or mapping is None else entry.allocated_bytes
     report = RemapReport(
-        name=name,
+        name=work.name,
         manifest=str(image.descriptor.digest),
         map_text=mapping.canonical() if mapping else "",
         map_flags=mapping.flags() if mapping else "",
-        next_ref=f"store:{name}",
+        next_ref=f"store:{work.name}",
         entries=facts.names,
         layers=len(image.layers),
         layers_read=read,
@@ -109,3 +81,36 @@ def bring(
         warnings=facts.warnings,
     )
     return Brought(report, ways, facts, entry)
+
+
+def mount(
+    work: Work, store: LocalStore, target: Path, mapping: Mapping | None, options: MountOptions
+) -> RemapReport:
+    """Mount the image under ``mapping`` at ``target``; see :func:`bring` for the other arguments.
+
+    Raises:
+        UnmappedId: an owner outside the map.
+        UnsupportedHost: this host or user cannot mount it so; the hint says what can.
+    """
+    # Held until the mount's record says what it uses: gc must not come in between.
+    with store.hold():
+        report, ways, facts, entry = bring(work, store, mapping, options)
+        extents = (mapping.uid.extents, mapping.gid.extents) if mapping else None
+        mounter.mount(
+            mounter.MountSpec(
+                meta=meta_layer(entry, mapping),
+                data=data_layers(store, ways.backend, facts),
+                namespace=ways.namespace,
+                target=target,
+                idmap=extents if ways.idmap else None,
+                upper=options.upper,
+                work=options.work,
+                read_only=options.upper is None,
+                label={
+                    "image": work.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
+                    "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
+                },
+            ),
+            run=mounter.default_run(store.root),
+        )  # fmt: skip
+    return report

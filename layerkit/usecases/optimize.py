@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.model.errors import UsageError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
 from layerkit.model.trees.merge import merge
-from layerkit.pack import NewLayer, Packing, check_tree, put_image, rewrite_image, write_layer
-from layerkit.unpack import Contents, OpenTar
+from layerkit.model.work import Destination, Work
+from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.unpack import Contents, Indexed, read_indexes
+from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
+from layerkit.usecases.settings import RewriteOptions
 from layerkit.usecases.stub_layers import STOCK_WARNINGS, VENDOR_WARNINGS, filled, plan_stubs
 from layerkit.usecases.waste import Action, Plan, PlannedLayer, plan
 
@@ -85,127 +85,109 @@ class OptimizeReport(Report):
     warnings: tuple[str, ...] = ()
 
 
-class Planned(NamedTuple):
-    """A plan, and the file bytes that could go besides if the base were touched."""
+@dataclass(frozen=True, slots=True)
+class OptimizeOptions:
+    """What may go, and how.
 
+    Attributes:
+        rewrite: how the result is written.
+        keep_base: gives the number of layers from the bottom that must not be touched, of an image.
+        metadata_only: make stubs of doubled files, for hosts with ``metacopy=on``, and touch nothing else.
+        stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
+    """
+
+    rewrite: RewriteOptions
+    keep_base: KeptBase | None = None
+    metadata_only: bool = False
+    stock_media_type: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a media type for layers that are not made."""
+        if self.stock_media_type and not self.metadata_only:
+            raise UsageError("--stock-media-type means something only with --metadata-only")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """What an optimize would do to an image.
+
+    Attributes:
+        indexes: of the layers as they are, bottom first.
+        plan: what would become of them.
+        base_cost_bytes: of files that could go besides if the base were touched.
+    """
+
+    indexes: Sequence[Index]
     plan: Plan
     base_cost_bytes: int
 
 
-def make_plan(indexes: Sequence[Index], *, keep_base: int, metadata_only: bool, limits: Limits) -> Planned:
-    """Return what :func:`optimize` would do to layers with these indexes; see there for the arguments.
+def plan_optimize(work: Work, options: OptimizeOptions) -> Planned:
+    """Return what :func:`optimize` would do; the layers are read for it.
 
     Raises:
-        UsageError: fewer layers than ``keep_base``.
+        UsageError: fewer layers than the base has.
+        UnsafeEntry: ``metadata_only``, and a layer brings overlay xattrs of its own.
+        InvalidImage: a layer is malformed.
     """
-    planner = plan_stubs if metadata_only else plan
-    made = planner(indexes, keep_base, limits=limits)
-    cost = made.bytes_after - planner(indexes, limits=limits).bytes_after if keep_base else 0
-    return Planned(made, cost)
+    base = 0 if options.keep_base is None else options.keep_base(work.image)
+    indexes, _ = read_indexes(work)
+    planner = plan_stubs if options.metadata_only else plan
+    made = planner(indexes, base, limits=work.limits)
+    cost = made.bytes_after - planner(indexes, limits=work.limits).bytes_after if base else 0
+    return Planned(indexes, made, cost)
 
 
 def optimize(
-    source: ImageSource,
-    image: Image,
-    indexes: Sequence[Index],
-    open_sink: Callable[[], ImageSink] | None,
-    *,
-    dst_name: str,
-    limits: Limits,
-    keep_base: int = 0,
-    metadata_only: bool = False,
-    stock_media_type: bool = False,
-    planned: Planned | None = None,
-    packing: Packing | None = None,
-    created: str | None = None,
-    open_tar: OpenTar = lambda _: None,
-    tmp: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    work: Work, dst: Destination, options: OptimizeOptions, planned: Planned | None = None
 ) -> OptimizeReport:
-    """Write ``image`` without doubled and hidden bytes; the sink is committed.
+    """Write the image without doubled and hidden bytes to ``dst``; a dry run tells the plan.
 
-    Before that every new layer is read back, and the root filesystem must have the digest of the input's.
-    Layers that need no change, and the whole image where none needs one, keep their digests.
-
-    Args:
-        source: where the blobs are.
-        image: what to optimize.
-        indexes: of its layers, bottom first.
-        open_sink: opens the place where the result goes; on an error nothing of it is visible. None plans only.
-        dst_name: name of the image there.
-        limits: bounds on input.
-        keep_base: layers from the bottom that must not be touched.
-        metadata_only: make stubs of doubled files, for hosts with ``metacopy=on``, and touch nothing else.
-        stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
-        planned: what :func:`make_plan` returned for the same indexes and arguments; None plans here.
-        packing: compression of new layers.
-        created: RFC 3339 time of a changed image; None keeps that of the image.
-        open_tar: gives kept tars.
-        tmp: folder of temporary files; the largest rewritten layer has to fit, uncompressed.
-        progress: told of the bytes read and written.
+    Before it becomes visible every new layer is read back, and the root filesystem must have the digest of the
+    input's. Layers that need no change, and the whole image where none needs one, keep their digests. At most one
+    rewritten layer at a time lies uncompressed in a temporary file.
 
     Raises:
-        UsageError: fewer layers than ``keep_base``.
+        UsageError: fewer layers than the base has.
         InvalidImage: a layer is malformed, or the result has another root filesystem (nothing is written then).
         LossyResult: something that a layer cannot hold.
     """
-    start, packing = time.monotonic(), packing or Packing()
-    made, cost = planned or make_plan(indexes, keep_base=keep_base, metadata_only=metadata_only, limits=limits)
-    warnings = (STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS) if metadata_only and made.changes else ()
-
-    def report(
-        written: tuple[Image, dict[int, Layer]] | None, warnings: tuple[str, ...] = warnings
-    ) -> OptimizeReport:
-        return _report(image, indexes, made, written, cost, dst_name, start, packing.compressor, warnings)
-
-    if open_sink is None:
-        return report(None)
-    sink = open_sink()
-    try:
-        new: dict[int, NewLayer | Layer] = {}
-        got: list[Index] = []
-        known = {index.diff_id: index for index in indexes}
-        stub_type = "" if stock_media_type else artifact.META_TAR + packing.suffix
-        steps = _steps(made)
-        for layer in steps:
+    start = time.monotonic()
+    planned = planned or plan_optimize(work, options)
+    told = _Told(work, planned, options, start)
+    name = dst.name or work.image.name
+    if dst.open is None:
+        return told.report(None, {}, name)
+    image, made, limits, packing = work.image, planned.plan, work.limits, options.rewrite.packing
+    new: dict[int, NewLayer | Layer] = {}
+    got: list[Index] = []
+    stub_type = "" if options.stock_media_type else artifact.META_TAR + packing.suffix
+    known = replace(work, kept=Indexed(planned.indexes, work.kept))
+    with dst.sink() as sink:
+        for layer in _steps(made):
             if layer.action is Action.KEEP:
                 new[layer.place] = image.layers[layer.place]
                 got.append(layer.index)
                 continue
+            stubs = layer.action is Action.STUBS
             # One layer's tar at a time, and only of those whose content is read.
-            need = [layer.place] if (layer.content >= 0).any() else []
-            with Contents(
-                source,
-                image,
-                limits=limits,
-                load=known.get,
-                open_tar=open_tar,
-                need=need,
-                tmp=tmp,
-                progress=progress,
-            ) as contents:
+            with Contents(known, [layer.place] if (layer.content >= 0).any() else []) as contents:
                 descriptor, diff_id = write_layer(
                     layer.index, _moved(contents, layer), sink,
-                    packing=packing, media_type=stub_type if layer.action is Action.STUBS else "",
-                    check=got.append, limits=limits, progress=progress, tmp=tmp,
+                    packing=packing, media_type=stub_type if stubs else "",
+                    check=got.append, limits=limits, progress=work.progress,
                     label=f"writing layer {layer.place + 1}/{len(image.layers)}",
                 )  # fmt: skip
-            if layer.action is Action.STUBS:
+            if stubs:
                 got[-1] = filled(got[-1], merge(got[:-1], limits=limits))
             new[layer.place] = NewLayer(descriptor, diff_id, replaces=(layer.place,))
         # What was read back from the finished blobs stands in for the layers that they replace.
         check_tree(made.tree, merge(got, limits=limits))
-        result = image
+        result, created = image, options.rewrite.created
         if made.changes or created is not None:
             result = rewrite_image(image, [new[place] for place in sorted(new)], created=created, limits=limits)
-        put_image(source, sink, result, dst_name, progress=progress)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
-    after = dict(zip(sorted(new), result.layers, strict=True))
-    left = left_behind(source, image, limits) if result is not image else ()
-    return report((result, after), (*warnings, *left))
+        put_image(work.source, sink, result, name, progress=work.progress)
+    return told.report(result, dict(zip(sorted(new), result.layers, strict=True)), name)
 
 
 def _steps(made: Plan) -> list[PlannedLayer]:
@@ -225,52 +207,60 @@ def _moved(contents: Contents, layer: PlannedLayer) -> Callable[[int], Iterator[
     return read
 
 
-def _report(
-    image: Image,
-    indexes: Sequence[Index],
-    made: Plan,
-    written: tuple[Image, dict[int, Layer]] | None,
-    cost: int,
-    dst_name: str,
-    start: float,
-    compressor: str,
-    warnings: tuple[str, ...],
-) -> OptimizeReport:
-    rows = []
-    for place, (old, index, layer) in enumerate(zip(image.layers, indexes, made.layers, strict=True)):
-        new = old if layer.action is Action.KEEP else written[1].get(place) if written else None
-        rows.append(OptimizedLayer(
-            action=layer.action.value,
-            digest_before=str(old.descriptor.digest),
-            digest_after=str(new.descriptor.digest) if new else "",
-            blob_bytes_before=old.descriptor.size,
-            blob_bytes_after=new.descriptor.size if new else 0,
-            file_bytes_before=layer.bytes_before,
-            file_bytes_after=layer.bytes_after,
-            entries_before=len(index),
-            entries_after=len(layer.index),
-        ))  # fmt: skip
-    before = sum(layer.descriptor.size for layer in image.layers)
-    after = sum(layer.descriptor.size for layer in written[0].layers) if written else 0
-    return OptimizeReport(
-        name=dst_name,
-        manifest=str(written[0].descriptor.digest) if written else "",
-        source=str(image.descriptor.digest),
-        layers=tuple(rows),
-        layers_before=len(image.layers),
-        layers_after=len(_steps(made)),
-        bytes_before=before,
-        bytes_after=after,
-        saved_percent=round(100 * (before - after) / before, 2) if written and before else 0.0,
-        file_bytes_before=made.bytes_before,
-        file_bytes_after=made.bytes_after,
-        kept_base=made.keep_base,
-        base_cost_bytes=cost,
-        tree_digest=str(made.tree),
-        compressor=compressor,
-        seconds=time.monotonic() - start,
-        warnings=warnings,
-    )
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the report on an optimize is made of."""
 
+    work: Work
+    planned: Planned
+    options: OptimizeOptions
+    start: float
 
-__all__ = ["OptimizeReport", "OptimizedLayer", "optimize"]
+    def report(self, result: Image | None, written: Mapping[int, Layer], name: str) -> OptimizeReport:
+        """Return the report; ``written`` has the layers of ``result``, by the places of those they come from."""
+        image, made = self.work.image, self.planned.plan
+        rows = []
+        for place, (old, index, layer) in enumerate(
+            zip(image.layers, self.planned.indexes, made.layers, strict=True)
+        ):
+            new = old if layer.action is Action.KEEP else written.get(place)
+            rows.append(OptimizedLayer(
+                action=layer.action.value,
+                digest_before=str(old.descriptor.digest),
+                digest_after=str(new.descriptor.digest) if new else "",
+                blob_bytes_before=old.descriptor.size,
+                blob_bytes_after=new.descriptor.size if new else 0,
+                file_bytes_before=layer.bytes_before,
+                file_bytes_after=layer.bytes_after,
+                entries_before=len(index),
+                entries_after=len(layer.index),
+            ))  # fmt: skip
+        before = sum(layer.descriptor.size for layer in image.layers)
+        after = sum(layer.descriptor.size for layer in result.layers) if result else 0
+        return OptimizeReport(
+            name=name,
+            manifest=str(result.descriptor.digest) if result else "",
+            source=str(image.descriptor.digest),
+            layers=tuple(rows),
+            layers_before=len(image.layers),
+            layers_after=len(_steps(made)),
+            bytes_before=before,
+            bytes_after=after,
+            saved_percent=round(100 * (before - after) / before, 2) if result and before else 0.0,
+            file_bytes_before=made.bytes_before,
+            file_bytes_after=made.bytes_after,
+            kept_base=made.keep_base,
+            base_cost_bytes=self.planned.base_cost_bytes,
+            tree_digest=str(made.tree),
+            compressor=self.options.rewrite.packing.compressor,
+            seconds=time.monotonic() - self.start,
+            warnings=self._warnings(result),
+        )
+
+    def _warnings(self, result: Image | None) -> tuple[str, ...]:
+        warnings: tuple[str, ...] = ()
+        if self.options.metadata_only and self.planned.plan.changes:
+            warnings = STOCK_WARNINGS if self.options.stock_media_type else VENDOR_WARNINGS
+        if result is None or result is self.work.image:
+            return warnings
+        return (*warnings, *left_behind(self.work.source, self.work.image, self.work.limits))

@@ -9,35 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from layerkit.formats.index import toc
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact
+from layerkit.images.transfer import copy_image
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import (
-    InvalidImage,
-    LayerkitError,
-    NotFound,
-    RegistryError,
-)
+from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, RegistryError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.ports import ImageSink
 from layerkit.model.reports import Report
+from layerkit.model.work import Destination, Work
+from layerkit.store.unproven import UnprovenIndexes
 from layerkit.unpack import VerifiedBlob, index_layer, labelled
-
-if TYPE_CHECKING:
-    from layerkit.images.registry.client import Repository
-    from layerkit.model.index import Index
 
 _BLOB_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
 
-Load = Callable[[Digest], Index | None]
-"""Gives the kept index of a layer, or None."""
+LoadUnproven = Callable[[Digest], Index | None]
+"""Gives an index that was published and kept since, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,91 +65,85 @@ class Found:
         return self.origins.count("layer")
 
 
-def find_indexes(
-    source: ImageSource,
-    image: Image,
-    load: Load,
-    *,
-    limits: Limits,
-    published: bool = True,
-    layers: bool = True,
-    load_unproven: Load = lambda _: None,
-    progress: Progress | None = None,
-) -> Found:
-    """Return the index of every layer of ``image`` with as few bytes read as can be.
+def find_indexes(work: Work, load_unproven: LoadUnproven | None, *, layers: bool = True) -> Found:
+    """Return the index of every layer of the image with as few bytes read as can be.
 
     Args:
-        source: where the image is.
-        image: whose layers are meant.
-        load: gives the kept index of a layer, or None.
-        limits: bounds on input.
-        published: take indexes from artifacts and tables of contents too.
+        work: the image, and what is kept of it.
+        load_unproven: asked before the network. None takes nothing unproven: no artifacts, no tables of contents.
         layers: read layers where there is nothing else; if not, that is an error.
-        load_unproven: gives an index that was published and kept since, or None; asked where ``published``.
-        progress: told of the bytes of each layer that is read.
 
     Raises:
         NotFound: not ``layers``, and a layer that nothing is published of.
         InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
     """
-    limits.check("layers_per_image", len(image.layers), image.name or "image")
-    notes: list[str] = []
-    attached: _Attached | None = None
-    indexes: list[Index] = []
-    origins: list[str] = []
+    image = work.image
+    work.limits.check("layers_per_image", len(image.layers), image.name or "image")
+    published = None if load_unproven is None else _Published(work, load_unproven)
     known: dict[Digest, tuple[Index, str]] = {}
     for place, layer in enumerate(image.layers):
-        got = known.get(layer.diff_id)
-        if got is None and (kept := load(layer.diff_id)) is not None:
+        if layer.diff_id in known:
+            continue
+        got = None
+        if (kept := work.kept.load_index(layer.diff_id)) is not None:
             got = kept, "store"
-        if got is None and published and (cached := load_unproven(layer.diff_id)) is not None:
-            got = cached, "cache"
-        if got is None and published:
-            if attached is None:
-                attached = _Attached(source, image, limits, notes)
-            found = attached.index(layer.diff_id, {d: i for d, (i, _) in known.items()})
-            got = None if found is None else (found, "artifact")
-            if got is None:
-                found = _from_toc(source, layer, limits, notes)
-                got = None if found is None else (found, "toc")
+        elif published is not None:
+            got = published.index(layer, {diff_id: index for diff_id, (index, _) in known.items()})
         if got is None:
             if not layers:
                 raise NotFound(f"{image.name}: no index is published of layer {layer.descriptor.digest}")
-            reader = source.open_blob(layer.descriptor)
+            reader = work.source.open_blob(layer.descriptor)
             try:
-                step = labelled(progress, place, len(image.layers))
-                index = index_layer(reader, layer.descriptor, layer.diff_id, limits=limits, progress=step)
+                step = labelled(work.progress, place, len(image.layers))
+                index = index_layer(reader, layer.descriptor, layer.diff_id, limits=work.limits, progress=step)
             finally:
                 reader.close()
             got = index, "layer"
         known[layer.diff_id] = got
-        indexes.append(got[0])
-        origins.append(got[1])
-    return Found(tuple(indexes), tuple(origins), tuple(notes))
+    indexes, origins = zip(*(known[diff_id] for diff_id in image.diff_ids), strict=True) if known else ((), ())
+    return Found(indexes, origins, tuple(published.notes) if published else ())
 
 
-class _Attached:
-    """The index artifacts that are attached to an image; looked up once, blobs read when they are asked for."""
+class _Published:
+    """What is published of an image's layers; artifacts are looked up once, blobs read when they are asked for."""
 
-    def __init__(self, source: ImageSource, image: Image, limits: Limits, notes: list[str]) -> None:
-        self._source, self._limits, self._notes = source, limits, notes
-        self._blobs: dict[Digest, list[Descriptor]] = {}
+    def __init__(self, work: Work, load_unproven: LoadUnproven) -> None:
+        self._source, self._limits, self._load = work.source, work.limits, load_unproven
+        self._image = work.image
+        self._attached: dict[Digest, list[Descriptor]] | None = None
+        self.notes: list[str] = []
+
+    def index(self, layer: Layer, below: dict[Digest, Index]) -> tuple[Index, str] | None:
+        """Return the index of a layer and where it came from, None where nothing usable is published of it."""
+        if (index := self._load(layer.diff_id)) is not None:
+            return index, "cache"
+        if (index := self._from_artifact(layer.diff_id, below)) is not None:
+            return index, "artifact"
+        if (index := self._from_toc(layer)) is not None:
+            return index, "toc"
+        return None
+
+    def _blobs(self) -> dict[Digest, list[Descriptor]]:
+        out: dict[Digest, list[Descriptor]] = {}
         try:
-            found = source.referrers(image.descriptor.digest, index_artifact.ARTIFACT_TYPE)
+            found = self._source.referrers(self._image.descriptor.digest, index_artifact.ARTIFACT_TYPE)
         except (InvalidImage, RegistryError) as error:
-            notes.append(f"published indexes are not to be had: {error}")
-            return
+            self.notes.append(f"published indexes are not to be had: {error}")
+            return out
         for entry, data in found:
             try:
-                parsed = index_artifact.parse(data, f"artifact {entry.digest}", limits=limits)
+                parsed = index_artifact.parse(data, f"artifact {entry.digest}", limits=self._limits)
             except InvalidImage as error:
-                notes.append(str(error))
+                self.notes.append(str(error))
                 continue
             for diff_id, blob in parsed.blobs.items() if parsed else ():
-                self._blobs.setdefault(diff_id, []).append(blob)
+                out.setdefault(diff_id, []).append(blob)
+        return out
 
-    def index(self, diff_id: Digest, known: dict[Digest, Index]) -> Index | None:
-        for blob in self._blobs.get(diff_id, ()):
+    def _from_artifact(self, diff_id: Digest, known: dict[Digest, Index]) -> Index | None:
+        if self._attached is None:
+            self._attached = self._blobs()
+        for blob in self._attached.get(diff_id, ()):
             what = f"index {blob.digest}"
             try:
                 below = [known[each] for each in index_artifact.needs(blob, what)]
@@ -165,10 +152,10 @@ class _Attached:
                     data, diff_id, what, origin="a published index", below=below, limits=self._limits
                 )
             except KeyError:
-                self._notes.append(f"{what}: is compressed against layers that are not below it here")
+                self.notes.append(f"{what}: is compressed against layers that are not below it here")
             except LayerkitError as error:
                 # Whoever may push can attach nonsense; the layer itself says what is right.
-                self._notes.append(f"{what} is not used: {error}")
+                self.notes.append(f"{what} is not used: {error}")
         return None
 
     def _read(self, blob: Descriptor, what: str) -> bytes:
@@ -185,17 +172,15 @@ class _Attached:
             reader.close()
         return bytes(out)
 
-
-def _from_toc(source: ImageSource, layer: Layer, limits: Limits, notes: list[str]) -> Index | None:
-    place = toc.locate(layer.descriptor)
-    ranges = source.ranges(layer.descriptor)
-    if place is None or ranges is None:
-        return None
-    try:
-        return toc.read(ranges, place, layer.descriptor, layer.diff_id, limits=limits)
-    except (LayerkitError, NotFound) as error:
-        notes.append(f"the table of contents of layer {layer.descriptor.digest} is not used: {error}")
-        return None
+    def _from_toc(self, layer: Layer) -> Index | None:
+        place, ranges = toc.locate(layer.descriptor), self._source.ranges(layer.descriptor)
+        if place is None or ranges is None:
+            return None
+        try:
+            return toc.read(ranges, place, layer.descriptor, layer.diff_id, limits=self._limits)
+        except LayerkitError as error:
+            self.notes.append(f"the table of contents of layer {layer.descriptor.digest} is not used: {error}")
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,63 +208,119 @@ class PublishReport(Report):
     image_bytes: int
 
 
-def publish_indexes(
-    image: Image, indexes: Sequence[Index], sink: ImageSink, *, name: str, layers_read: int
-) -> PublishReport:
-    """Attach the indexes of ``image`` to it in ``sink``, which has the image and is committed.
+def push_indexes(work: Work, dst: Destination, *, copy: bool) -> PublishReport:
+    """Attach the indexes of the image's layers to it in ``dst``, where the image is, or with ``copy`` comes too.
 
-    Args:
-        image: whose manifest the artifact refers to.
-        indexes: of its layers, bottom first, all proven.
-        sink: where it goes; on an error it is aborted.
-        name: of the image, for the report.
-        layers_read: for the report.
+    Layers whose index is kept are not read.
+
+    Raises:
+        InvalidImage: a layer is damaged.
     """
-    try:
-        blobs, sent = [], 0
-        for place, index in enumerate(indexes):
-            blob, data = index_artifact.encode(index, indexes[:place])
-            blobs.append(blob)
-            if not sink.has_blob(blob.digest):
-                sink.put_blob(blob, [data])
-                sent += 1
-        manifest, descriptor = index_artifact.build(image, blobs)
-        if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
-            sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
-        sink.put_manifest(descriptor, manifest)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
+    image = work.image
+    found = find_indexes(work, None)
+    with dst.sink() as sink:
+        if copy:
+            copy_image(work.source, sink, image, dst.name or image.name, progress=work.progress)
+        sent = put_indexes(image, found.indexes, sink)
     return PublishReport(
-        name=name,
+        name=work.name,
         manifest=str(image.descriptor.digest),
-        artifact=str(descriptor.digest),
+        artifact=str(sent.artifact.digest),
         layers=len(image.layers),
-        layers_read=layers_read,
-        blobs=sent,
-        bytes=sum({blob.digest: blob.size for blob in blobs}.values()),
-        image_bytes=sum({x.descriptor.digest: x.descriptor.size for x in image.layers}.values()),
+        layers_read=found.layers_read,
+        blobs=sent.blobs,
+        bytes=sent.bytes,
+        image_bytes=_blob_bytes(image),
     )
 
 
-__all__ = ["Found", "PublishReport", "find_indexes", "publish_indexes"]
+class Sent(NamedTuple):
+    """The index artifact of an image, how many of its blobs were sent, and the bytes of all of them."""
+
+    artifact: Descriptor
+    blobs: int
+    bytes: int
 
 
-def _publish_indexes(image: Image, indexes: Sequence[Index], sink: Repository, near: Sequence[str]) -> None:
-    """Attach the indexes of an image's layers to it, so that others need not read them either.
+def put_indexes(image: Image, indexes: Sequence[Index], sink: ImageSink, *, vouched: bool = False) -> Sent:
+    """Put the artifact of an image's indexes into ``sink``, which has the image, or gets it, and is not committed.
 
-    Those that came from others of this fleet are vouched for by the repository it keeps them in.
+    Args:
+        image: whose manifest the artifact refers to.
+        indexes: of its layers, bottom first.
+        sink: where it goes.
+        vouched: some of them came from others, and whoever keeps them in a place of its own vouches for them.
     """
-    from layerkit.formats.oci import index_artifact
-
-    if sink.referrers(image.descriptor.digest, index_artifact.ARTIFACT_TYPE):
-        return
-    blobs = []
+    blobs, sent = [], 0
     for place, index in enumerate(indexes):
-        blob, data = index_artifact.encode(index, indexes[:place], vouched=True)
+        blob, data = index_artifact.encode(index, indexes[:place], vouched=vouched)
         blobs.append(blob)
-        if sink.blob_size(blob.digest) is None:
-            sink.put_blob(blob, [data], mount_from=near)
+        if not sink.has_blob(blob.digest):
+            sink.put_blob(blob, [data])
+            sent += 1
     manifest, descriptor = index_artifact.build(image, blobs)
-    sink.put_manifest(manifest, descriptor.media_type)
+    if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
+        sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
+    sink.put_manifest(descriptor, manifest)
+    return Sent(descriptor, sent, sum({blob.digest: blob.size for blob in blobs}.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class PulledLayer(Report):
+    """The index of one layer: its ``digest``, ``diff_id``, ``entries``, and the ``origin`` it came from."""
+
+    digest: str
+    diff_id: str
+    entries: int
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPullReport(Report):
+    """What :func:`pull_indexes` found.
+
+    Attributes:
+        name: of the image.
+        manifest: of the image.
+        layers: bottom first; the origin is ``store``, ``cache``, ``artifact`` or ``toc``.
+        bytes: that were read from the registry for it, manifests included.
+        image_bytes: of the layers' blobs, for comparison.
+        notes: why something that is published was not used.
+    """
+
+    name: str
+    manifest: str
+    layers: tuple[PulledLayer, ...]
+    bytes: int
+    image_bytes: int
+    notes: tuple[str, ...]
+
+
+def pull_indexes(work: Work) -> IndexPullReport:
+    """Fetch what is published of the indexes of the image's layers, and keep it for later remaps.
+
+    No layer is read. What comes is unproven, and kept apart from the store, so nothing of it is ever mounted.
+
+    Raises:
+        NotFound: nothing is published of a layer, neither an index nor a table of contents.
+    """
+    cache = UnprovenIndexes(limits=work.limits)
+    found = find_indexes(work, cache.load, layers=False)
+    for index, origin in zip(found.indexes, found.origins, strict=True):
+        if origin in ("artifact", "toc"):
+            cache.save(index)
+    return IndexPullReport(
+        name=work.name,
+        manifest=str(work.image.descriptor.digest),
+        layers=tuple(
+            PulledLayer(str(layer.descriptor.digest), str(layer.diff_id), len(index), origin)
+            for layer, index, origin in zip(work.image.layers, found.indexes, found.origins, strict=True)
+        ),
+        bytes=work.source.bytes_read(),
+        image_bytes=_blob_bytes(work.image),
+        notes=found.notes,
+    )
+
+
+def _blob_bytes(image: Image) -> int:
+    return sum({layer.descriptor.digest: layer.descriptor.size for layer in image.layers}.values())

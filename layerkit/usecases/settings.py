@@ -1,23 +1,28 @@
-"""What holds for every operation on an image, and the store that it is about."""
+"""What a user can set: the values that command line, API and settings files fill, and that are passed on whole.
+
+What belongs to one use case alone stands beside it (``FlattenOptions`` in ``flatten``), and what a mount takes in
+:class:`layerkit.hosts.mounts.choose.MountOptions`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from layerkit.model import limits as bounds
-from layerkit.model.digest import Digest
-from layerkit.model.errors import NotFound
+from layerkit.model.errors import UsageError
+from layerkit.model.work import NOTHING_KEPT, NOWHERE, Destination, Kept
 
 if TYPE_CHECKING:
+    from layerkit.idmap import Mapping
     from layerkit.images.registry.options import RegistryOptions
-    from layerkit.model.digest import Digest
-    from layerkit.model.index import Index
     from layerkit.model.limits import Limits
+    from layerkit.model.ports import ImageSource
+    from layerkit.pack import Packing
     from layerkit.store.local import LocalStore
 
 
@@ -61,6 +66,118 @@ class Settings:
         """Return the store's folder."""
         return self.store if self.store is not None else default_store()
 
+    @property
+    def bounds(self) -> Limits:
+        """Return the bounds on input that hold."""
+        return self.limits or bounds.from_environment()
+
+    def open_store(self, *, create: bool = True) -> LocalStore:
+        """Open the store, made if there is none and ``create``; close it, or use it in ``with``."""
+        from layerkit.store.local import LocalStore
+
+        return LocalStore.open(self.store_path, create=create, limits=self.bounds)
+
+    def destination(self, dst: str | None, near: ImageSource | None = None) -> Destination:
+        """Return the place that the reference ``dst`` names, for blobs that come from ``near``; None is nowhere.
+
+        Raises:
+            UsageError: no reference.
+        """
+        from layerkit.images import reference
+
+        if dst is None:
+            return NOWHERE
+        parsed = reference.parse(dst)
+        return Destination(
+            lambda: reference.open_sink(parsed, limits=self.bounds, registry=self.registry, near=near),
+            parsed.name,
+            dst,
+            parsed.transport in ("docker-archive", "docker-daemon"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MapOptions:
+    """How an id map is spelled.
+
+    Attributes:
+        uid_map: ``C:H:N`` texts (container id, host id, count), each may hold several with commas.
+        gid_map: the same for groups; none takes the uid map.
+        subuid_name: take the map from /etc/subuid and /etc/subgid instead.
+        overflow_id: host id for owners outside the map; None makes them an error.
+        squash: allow several container ids on one host id.
+    """
+
+    uid_map: tuple[str, ...] = ()
+    gid_map: tuple[str, ...] = ()
+    subuid_name: str | None = None
+    overflow_id: int | None = None
+    squash: bool = False
+
+    def mapping(self) -> Mapping | None:
+        """Return the id map, None where nothing asks for one.
+
+        Raises:
+            UsageError: malformed, overlapping or contradictory.
+        """
+        if not self.uid_map and not self.gid_map and self.subuid_name is None:
+            if self.overflow_id is not None or self.squash:
+                raise UsageError("--overflow-id and --squash mean something only with a map; add --uid-map C:H:N")
+            return None
+        from layerkit.idmap import IdMap, Mapping
+
+        if self.subuid_name is not None:
+            if self.uid_map or self.gid_map:
+                raise UsageError(
+                    "--subuid-name takes the whole map from /etc/subuid; leave --uid-map and --gid-map out"
+                )
+            from layerkit.linux.subids import subid_map
+
+            uid, gid = (subid_map(self.subuid_name, kind) for kind in ("uid", "gid"))
+            return Mapping(uid, gid, self.overflow_id)
+        if not self.uid_map:
+            raise UsageError("--gid-map without --uid-map: give the users' map too")
+        uid = IdMap.parse(self.uid_map, what="--uid-map", squash=self.squash)
+        gid = IdMap.parse(self.gid_map, what="--gid-map", squash=self.squash) if self.gid_map else uid
+        return Mapping(uid, gid, self.overflow_id)
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteOptions:
+    """How the layers and the config that are made here are written.
+
+    Attributes:
+        packing: compression of new layers.
+        created: RFC 3339 time of a changed image; None keeps that of the image.
+    """
+
+    packing: Packing
+    created: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        compression: str = "gzip",
+        level: int | None = None,
+        jobs: int | None = None,
+        created: str | None = None,
+    ) -> RewriteOptions:
+        """Return the options that the words of a user mean.
+
+        Args:
+            compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
+            level: of the compression: gzip 1 to 9, zstd 1 to 22; None is the default.
+            jobs: threads that compress; None is one for each core. The result does not depend on it.
+            created: RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, where that is set.
+
+        Raises:
+            UsageError: another compression, a level that it does not have, or no time.
+        """
+        from layerkit.pack import creation_time, packing
+
+        how = packing(compression, level, jobs)
+        return cls(how, creation_time(created, os.environ.get("SOURCE_DATE_EPOCH")))
+
 
 def usable_store(path: Path) -> bool:
     """Return whether there is a store at ``path``, of this user and to be written to."""
@@ -69,35 +186,15 @@ def usable_store(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def store_at(path: Path, limits: Limits, *, create: bool = True) -> Iterator[LocalStore]:
-    """Open the store at ``path``, made if there is none and ``create``; closed at the end of the block."""
-    from layerkit.store.local import LocalStore
-
-    store = LocalStore.open(path, create=create, limits=limits)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-@contextlib.contextmanager
-def kept(path: Path) -> Iterator[tuple[Callable[[Digest], Index | None], Callable[[Digest], BinaryIO | None]]]:
-    """Give what loads indexes and opens tars that the store at ``path`` has; one that cannot be used has none."""
-    if not usable_store(path):
-        yield (lambda _: None), (lambda _: None)
+def kept(settings: Settings) -> Iterator[Kept]:
+    """Give what the store keeps of layers, and hold it; looking at an image makes no store, and needs none."""
+    if not usable_store(settings.store_path):
+        yield NOTHING_KEPT
         return
-    with open_store(path) as store:
-
-        def open_tar(diff_id: Digest) -> BinaryIO | None:
-            try:
-                return open(store.tar_path(diff_id), "rb", buffering=0)  # noqa: PTH123
-            except (NotFound, FileNotFoundError):
-                return None
-
-        with store.hold():
-            yield store.load_index, open_tar
+    with settings.open_store(create=False) as store, store.hold():
+        yield store
 
 
-def open_store(path: Path | None = None) -> contextlib.AbstractContextManager[LocalStore]:
-    """Open the local store at ``path`` (None: the default one), which must exist."""
-    return store_at(path or default_store(), bounds.from_environment(), create=False)
+def open_store(path: Path | None = None) -> LocalStore:
+    """Open the local store at ``path`` (None: the default one), which must exist; to be closed."""
+    return Settings(path).open_store(create=False)

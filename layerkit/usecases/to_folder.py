@@ -27,10 +27,10 @@ from layerkit.metaonly import data_path
 from layerkit.model.entry import Extent
 from layerkit.model.errors import StoreError, UnsupportedHost, UsageError
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSource, Progress
+from layerkit.model.ports import Progress
 from layerkit.model.reports import Report
 from layerkit.model.tree import Tree
+from layerkit.model.work import Work
 from layerkit.store.import_layers import import_layers
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
@@ -96,36 +96,36 @@ class UnpackReport(Report):
     warnings: tuple[str, ...] = ()
 
 
-def unpack(
-    source: ImageSource,
-    image: Image,
-    name: str,
-    store: LocalStore,
-    target: Path,
-    mapping: Mapping | None,
-    *,
-    copy: str = "auto",
-    data: str = "auto",
-    limits: Limits,
-    jobs: int = 1,
-    progress: Progress | None = None,
-) -> UnpackReport:
-    """Bring the layers of ``image`` into ``store`` and write its root filesystem to the new folder ``target``.
+@dataclass(frozen=True, slots=True)
+class UnpackOptions:
+    """What the folder is to be like.
+
+    Attributes:
+        mapping: the id map; None keeps the owners.
+        copy: see :class:`Copy`.
+        data: ``auto``, ``tar`` or ``objects``: where the layers are kept meanwhile.
+    """
+
+    mapping: Mapping | None = None
+    copy: str = "auto"
+    data: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse a word that is none of the choices."""
+        if self.copy not in tuple(Copy):
+            raise UsageError(f"--copy {self.copy!r}: want auto, reflink or bytes")
+
+
+def unpack(work: Work, store: LocalStore, target: Path, options: UnpackOptions) -> UnpackReport:
+    """Bring the layers of the image into ``store`` and write its root filesystem to the new folder ``target``.
 
     The layers stay in the store until its next gc, unless an image with a name needs them.
 
     Args:
-        source: where ``image`` was read from.
-        image: the image.
-        name: what the source calls it.
+        work: the image.
         store: takes the layers that it lacks.
         target: a folder that does not exist yet, or is empty; it appears whole or not at all.
-        mapping: the id map; None keeps the owners.
-        copy: ``auto``, ``reflink`` or ``bytes``, see :class:`Copy`.
-        data: ``auto``, ``tar`` or ``objects``.
-        limits: bounds on input.
-        jobs: layers read at the same time.
-        progress: told about bytes read and entries written.
+        options: what it is to be like.
 
     Raises:
         UsageError: ``target`` or a word is not to be had.
@@ -133,22 +133,22 @@ def unpack(
         LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
         UnsupportedHost: ``copy`` is ``reflink``, and blocks cannot be shared.
     """
-    start = time.monotonic()
-    if copy not in tuple(Copy):
-        raise UsageError(f"--copy {copy!r}: want auto, reflink or bytes")
+    start, image, mapping, copy = time.monotonic(), work.image, options.mapping, Copy(options.copy)
     # Not resolve(): that would follow a link at the end.
     target = Path(os.path.abspath(target))
     check_target(target)
     with store.hold():
-        backend = choose_backend(store, image, target.parent, Copy(copy), data)
-        read = import_layers(source, image, store, backend, limits=limits, jobs=jobs, progress=progress)
-        tree = Preparation(store, image, limits=limits).tree()
+        backend = choose_backend(store, image, target.parent, copy, options.data)
+        read = import_layers(
+            work.source, image, store, backend, limits=work.limits, jobs=work.jobs, progress=work.progress
+        )
+        tree = Preparation(store, image, limits=work.limits).tree()
         if mapping is not None:
             tree = apply_map(tree, mapping)
-        with whole_folder(target) as root, Contents(store, tree, backend, Copy(copy)) as contents:
-            write_rootfs(tree, root, contents, progress=progress)
+        with whole_folder(target) as root, Contents(store, tree, backend, copy) as contents:
+            write_rootfs(tree, root, contents, progress=work.progress)
     return UnpackReport(
-        name=name,
+        name=work.name,
         manifest=str(image.descriptor.digest),
         target=str(target),
         map_text=mapping.canonical() if mapping else "",

@@ -106,7 +106,7 @@ def make(command: str, lab: Lab, dst: str, store: Path) -> None:
     if command == "copy":
         rewrites.copy(lab.image, dst, settings=settings)
     elif command == "optimize":
-        report = optimizing.optimize(lab.image, dst, settings=settings)
+        report = optimizing.optimize_to(lab.image, dst, settings=settings)
         assert report.bytes_after < report.bytes_before
     elif command == "flatten":
         rewrites.flatten(lab.image, dst, settings=settings)

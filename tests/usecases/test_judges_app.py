@@ -61,7 +61,7 @@ def test_the_real_image(
     image, tree, seen = source
     assert len(seen) > 1000 and "1000" in seen
     archive, name = tmp_path / "out.tar", "judge.example/app:v1"
-    report = optimizing.optimize(image, f"docker-archive:{archive}:{name}")
+    report = optimizing.optimize_to(image, f"docker-archive:{archive}:{name}")
     assert report.saved_percent >= 40
     oci_schemas.check(archive)
     before = json.loads(tool("skopeo", "inspect", "--config", image))

@@ -74,7 +74,7 @@ def test_the_tiny_image(tiny_image: Path, tmp_path: Path, settings: Settings) ->
     need_root()
     need_tool("umoci", "skopeo")
     out = tmp_path / "out"
-    report = optimizing.optimize(f"oci:{tiny_image}", f"oci:{out}:s", settings=settings)
+    report = optimizing.optimize_to(f"oci:{tiny_image}", f"oci:{out}:s", settings=settings)
     with open_image(f"oci:{out}:s") as new, open_image(str(tiny_image)) as old:
         assert str(new.tree().digest()) == str(old.tree().digest()) == report.tree_digest
         kept = {layer.descriptor.digest for layer in old.image.layers}
@@ -96,13 +96,13 @@ def test_the_same_input_gives_the_same_bytes_and_a_second_run_changes_nothing(
 ) -> None:
     for compression in ("gzip", "zstd", "none"):
         one, two = (
-            optimizing.optimize(
+            optimizing.optimize_to(
                 str(tiny_image), f"oci:{tmp_path / compression}{i}:s", compression=compression, settings=settings
             )
             for i in range(2)
         )
         assert one.manifest == two.manifest
-        again = optimizing.optimize(
+        again = optimizing.optimize_to(
             f"oci:{tmp_path / compression}0:s", f"oci:{tmp_path / compression}3:s", settings=settings
         )
         assert again.manifest == one.manifest
@@ -114,17 +114,17 @@ def test_a_kept_base(tiny_image: Path, tmp_path: Path, settings: Settings) -> No
     with open_image(str(tiny_image)) as image:
         count = len(image.image.layers)
         base = image.image.layers[:2]
-    report = optimizing.optimize(str(tiny_image), out, keep_base=2, settings=settings)
+    report = optimizing.optimize_to(str(tiny_image), out, keep_base=2, settings=settings)
     assert [layer.action for layer in report.layers[:2]] == ["keep", "keep"]
     with open_image(out) as image:
         assert image.image.layers[:2] == base
     assert report.base_cost_bytes >= 0
-    all_kept = optimizing.optimize(str(tiny_image), None, keep_base=str(tiny_image), settings=settings)
+    all_kept = optimizing.optimize_to(str(tiny_image), None, keep_base=str(tiny_image), settings=settings)
     assert all_kept.kept_base == count
     assert all_kept.file_bytes_after == all_kept.file_bytes_before
     for wrong in (-1, count + 1, "99"):
         with pytest.raises(UsageError, match="keep-base"):
-            optimizing.optimize(str(tiny_image), None, keep_base=wrong, settings=settings)
+            optimizing.optimize_to(str(tiny_image), None, keep_base=wrong, settings=settings)
 
 
 def test_a_dry_run_writes_nothing(tiny_image: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_error_leaves_no_output(
     dst = tmp_path / "d/x.tar"
     dst.parent.mkdir()
     with pytest.raises((OSError, InvalidImage)):
-        optimizing.optimize(str(tiny_image), f"{kind}:{dst}", settings=settings)
+        optimizing.optimize_to(str(tiny_image), f"{kind}:{dst}", settings=settings)
     assert list(dst.parent.iterdir()) == []
 
 
@@ -171,5 +171,5 @@ def test_a_stopped_run_leaves_no_output(tiny_image: Path, tmp_path: Path, settin
     dst = tmp_path / "d/x.tar"
     dst.parent.mkdir()
     with pytest.raises(Cancelled):
-        optimizing.optimize(str(tiny_image), f"oci-archive:{dst}", settings=settings, progress=stop)
+        optimizing.optimize_to(str(tiny_image), f"oci-archive:{dst}", settings=settings, progress=stop)
     assert list(dst.parent.iterdir()) == []

@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
+from layerkit.formats.oci import index_artifact
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.formats.oci.images import no_image, wanted
 from layerkit.hook.queue.jobs import Outcome
 from layerkit.hook.work.access import Access, client_of
 from layerkit.hook.work.layers import index_of, layer_tasks
 from layerkit.idmap import Mapping
+from layerkit.images.registry.names import RegistryRef
+from layerkit.images.registry.sink import RegistrySink
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, LossyResult, NotFound, UnmappedId, UnsafeEntry, UsageError
 from layerkit.model.image import Image
 from layerkit.model.limits import Limits, from_environment
-from layerkit.usecases.attach import _publish, signer_of
-from layerkit.usecases.published_indexes import _publish_indexes
+from layerkit.usecases.attach import AttachOptions, made, put, signer_of, statement
+from layerkit.usecases.published_indexes import put_indexes
 
 if TYPE_CHECKING:
     from layerkit.formats.oci.intoto import Attestation
@@ -118,12 +121,8 @@ def _execute(task: Task) -> Outcome:
 
 
 def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits) -> dict[str, object]:
-    from layerkit.formats.meta.erofs import build_meta
-    from layerkit.formats.meta.tar import write_tar
-    from layerkit.metaonly import Namespace
     from layerkit.model.trees.merge import merge
     from layerkit.store.local import LocalStore
-    from layerkit.usecases.attach import made
 
     limits.check("layers_per_image", len(image.layers), image.name)
     access, name = task.targets[0]
@@ -132,17 +131,25 @@ def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits
         got = [index_of(each, store, limits) for each in wanted]
         indexes, origins = [index for index, _ in got], [origin for _, origin in got]
         tree = merge(indexes, limits=limits)
-        render = build_meta if task.rendering == "erofs" else write_tar
-        with made(
-            image, tree, Mapping.parse_canonical(task.mapping), render=render, rendering=task.rendering,
-            namespace=Namespace(task.namespace), strict=False,
-        ) as result:  # fmt: skip
-            for at, sink in enumerate(sinks):
-                near = [each.repository for each in sinks[:at] if each.host == sink.host]
-                _publish(result, sink, near, _statement(task, image, result, sink) if task.statement else None)
-                if task.indexes:
-                    ours = [task.shared] if task.shared and sink.host == access.host else []
-                    _publish_indexes(image, indexes, sink, [*near, *ours])
+        options = AttachOptions(
+            Mapping.parse_canonical(task.mapping), task.rendering, task.namespace,
+            statement=task.statement, sign_key=task.sign_key,
+        )  # fmt: skip
+        with made(image, tree, options) as result:
+            for at, repository in enumerate(sinks):
+                near = [each.repository for each in sinks[:at] if each.host == repository.host]
+                ours = [task.shared] if task.shared and repository.host == access.host else []
+                ref = RegistryRef(repository.host, repository.repository, digest=image.descriptor.digest)
+                with RegistrySink(
+                    repository, ref, mount_from=[*near, *ours], attach_only=True, limits=limits
+                ) as sink:
+                    put(result, sink, _statement(options, image, result, repository))
+                    if task.indexes and not repository.referrers(
+                        image.descriptor.digest, index_artifact.ARTIFACT_TYPE
+                    ):
+                        # Those that came from others of this fleet are vouched for by where it keeps them.
+                        put_indexes(image, indexes, sink, vouched=True)
+                    sink.commit()
             return {
                 "artifact": str(result.descriptor.digest),
                 "meta_bytes": result.blob.size,
@@ -160,15 +167,12 @@ def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits
             }
 
 
-def _statement(task: Task, image: Image, result: Made, sink: Repository) -> Attestation:
-    from importlib.metadata import version
-
-    from layerkit.formats.oci import intoto
-
-    found = artifact.parse(result.manifest, f"artifact {result.descriptor.digest}")
-    where = f"docker://{sink.name}@{image.descriptor.digest}"
-    payload = intoto.statement(image, where, result.descriptor, found, version("layerkit"))
-    return intoto.attestation(payload, result.descriptor, signer_of(task.sign_key) if task.sign_key else None)
+def _statement(options: AttachOptions, image: Image, result: Made, repository: Repository) -> Attestation | None:
+    """Return what is to be said of an artifact, None where nothing is, or something of the kind is there."""
+    if not options.statement:
+        return None
+    said = statement(image, f"docker://{repository.name}@{image.descriptor.digest}", result, options.sign_key)
+    return None if repository.referrers(result.descriptor.digest, said.descriptor.artifact_type) else said
 
 
 def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:

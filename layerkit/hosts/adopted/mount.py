@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from layerkit.hosts.adopted.meta import (
 )
 from layerkit.hosts.adopted.unpacked import Unpacked
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import Ways, choose
+from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.hosts.mounts.layers import meta_layer
 from layerkit.hosts.mounts.records import UNPACKED
 from layerkit.hosts.mounts.spec import FolderData, MountSpec
@@ -101,13 +101,8 @@ def mount_unpacked(
     target: Path,
     mapping: Mapping | None,
     store: LocalStore,
+    options: MountOptions = MountOptions(),  # noqa: B008
     *,
-    stacking: str = "auto",
-    rendering: str = "auto",
-    own_meta: bool = False,
-    upper: Path | None = None,
-    work: Path | None = None,
-    reread: bool = False,
     limits: Limits = DEFAULT,
     progress: Progress | None = None,
 ) -> AdoptReport:
@@ -118,12 +113,7 @@ def mount_unpacked(
         target: an existing folder.
         mapping: the id map; None keeps the owners.
         store: keeps indexes and METAs.
-        stacking: ``auto``, ``data-only`` or ``classic``.
-        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; the last is for the data-only stacking.
-        own_meta: write META for this map even where an idmapped mount of the shared one would do.
-        upper: makes the mount writable.
-        work: overlayfs's own folder beside ``upper``.
-        reread: accept folders that changed.
+        options: how; the rendering ``fuse`` is for the data-only stacking, and ``data`` means nothing.
         limits: bounds on what is read.
         progress: told of entries.
 
@@ -134,14 +124,14 @@ def mount_unpacked(
         UnsupportedHost: this host or user cannot mount it so.
     """
     start = time.monotonic()
-    way = choose_stacking(store.root, stacking)
-    ways = choose(store.root, mapping, rendering=rendering, data="objects", own_meta=own_meta)
+    way = choose_stacking(store.root, options.stacking)
+    ways = choose(store.root, mapping, replace(options, data="objects"))
     if ways.rendering is Rendering.FUSE and way is Stacking.CLASSIC:
         raise UsageError(
             "--rendering fuse: for --stacking data-only; the classic one holds only what a map changes"
         )
     with store.hold():
-        image = adopt_layers(store, unpacked.folders, limits=limits, reread=reread, progress=progress)
+        image = adopt_layers(store, unpacked.folders, limits=limits, reread=options.reread, progress=progress)
         preparation = FolderPreparation(store, image, way, limits=limits)
         if mapping is not None:
             preparation.check(mapping)
@@ -159,9 +149,9 @@ def mount_unpacked(
                 namespace=ways.namespace,
                 target=target,
                 idmap=extents,
-                upper=upper,
-                work=work,
-                read_only=upper is None,
+                upper=options.upper,
+                work=options.work,
+                read_only=options.upper is None,
                 classic=way is Stacking.CLASSIC,
                 label={
                     "image": unpacked.name, "manifest": unpacked.digest, "map": map_text, "meta": entry.key,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.hosts.diagnosis.runtimes import Runtime, examine_runtimes
-from layerkit.hosts.mounts.choose import Ways, choose
+from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.linux.probe import Features, Row
 from layerkit.model.reports import Report
 from layerkit.store.layout import DataBackend
@@ -74,7 +74,7 @@ def examine(store: Path, *, upper: Path | None = None) -> HostReport:
         UsageError: nothing can be written where the store is to be.
     """
     features = Features(store)
-    ways = choose(store, None)
+    ways = choose(store, None, MountOptions())
     idmapped = features.privileged and (
         features.erofs_idmap if ways.rendering is Rendering.EROFS else features.store_idmap
     )

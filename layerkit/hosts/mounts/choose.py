@@ -36,24 +36,41 @@ class Ways:
         return self.idmap or self.rendering is Rendering.FUSE
 
 
-def choose(
-    store: Path,
-    mapping: Mapping | None,
-    *,
-    rendering: str = "auto",
-    data: str = "auto",
-    namespace: str = "auto",
-    own_meta: bool = False,
-) -> Ways:
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What a user can ask of a mount.
+
+    Attributes:
+        rendering: of META: ``auto``, ``erofs``, ``directory`` or ``fuse``.
+        data: ``auto``, ``tar`` or ``objects``: how file data is kept.
+        namespace: of the stubs' xattrs: ``auto``, ``trusted`` or ``user``.
+        own_meta: write META for this map even where an idmapped mount of the shared one would do.
+        upper: makes the mount writable; changes go to this folder.
+        work: overlayfs's own folder beside ``upper``; None takes its name with ``.work``.
+        stacking: over layers that a runtime unpacked: ``auto``, ``data-only`` or ``classic``.
+        reread: accept such layers that changed since they were read.
+    """
+
+    rendering: str = "auto"
+    data: str = "auto"
+    namespace: str = "auto"
+    own_meta: bool = False
+    upper: Path | None = None
+    work: Path | None = None
+    stacking: str = "auto"
+    reread: bool = False
+
+
+def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
     """Return the best way that the host offers within what the caller asks for.
 
     Raises:
         UsageError: a word that is none of the choices, or a contradiction.
         UnsupportedHost: what was asked for by name is not to be had here.
     """
-    wanted_rendering = _word(rendering, "--rendering", ("auto", *Rendering))
-    wanted_data = _word(data, "--data", ("auto", *DataBackend))
-    wanted_namespace = _word(namespace, "--namespace", ("auto", *Namespace))
+    wanted_rendering = _word(options.rendering, "--rendering", ("auto", *Rendering))
+    wanted_data = _word(options.data, "--data", ("auto", *DataBackend))
+    wanted_namespace = _word(options.namespace, "--namespace", ("auto", *Namespace))
     privileged = userns.is_privileged()
     features = Features(store)
 
@@ -80,7 +97,7 @@ def choose(
         backend = DataBackend(wanted_data)
     idmapped = (
         mapping is not None
-        and not own_meta
+        and not options.own_meta
         and privileged
         and form is not Rendering.FUSE
         and mapping.fits_kernel

@@ -24,6 +24,7 @@ from layerkit.hosts.adopted.meta import FolderChanged
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.adopted.unpacked import Unpacked
 from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.linux import mounts
 from layerkit.linux.folders.layer import LayerFolder, Marks
 from layerkit.model.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
@@ -90,10 +91,7 @@ def adopted(
             target,
             layerkit.mapping(MAP),
             held,
-            stacking=stacking,
-            rendering=rendering,
-            own_meta=own,
-            **more,
+            MountOptions(stacking=stacking, rendering=rendering, own_meta=own, **more),
         )
     try:
         yield report

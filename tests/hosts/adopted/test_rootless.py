@@ -30,6 +30,7 @@ import layerkit
 from layerkit.model.errors import UnsupportedHost
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.store.local import LocalStore
 from treecompare import snapshot
@@ -52,12 +53,13 @@ seen = {}
 with LocalStore.open(work / "store") as store:
     unpacked = find_unpacked(f"folders:{top}:{bottom}")
     report = adopt.mount_unpacked(unpacked, work / "m", layerkit.mapping(["0:1:65535"]), store,
-                                  rendering=rendering)
+                                  MountOptions(rendering))
     seen["tree"] = snapshot(work / "m")
     seen["report"] = report.to_dict()
     mounter.umount(work / "m", run=mounter.default_run(store.root))
     try:
-        adopt.mount_unpacked(unpacked, work / "m", layerkit.mapping(["0:1:65535"]), store, stacking="classic")
+        adopt.mount_unpacked(unpacked, work / "m", layerkit.mapping(["0:1:65535"]), store,
+                             MountOptions(stacking="classic"))
     except UnsupportedHost as error:
         seen["classic"] = str(error)
 (work / "seen").write_bytes(pickle.dumps(seen))

@@ -21,6 +21,7 @@ from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis import copyups
 from layerkit.hosts.mounts import mount as mounter
+from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.linux import blocks as extents
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.store.local import LocalStore
@@ -60,7 +61,7 @@ def writable(place: Path) -> Iterator[Path]:
             target,
             layerkit.mapping(["0:100000:65536"]),
             store,
-            upper=place / "up",
+            MountOptions(upper=place / "up"),
         )
     try:
         yield target

@@ -174,7 +174,7 @@ class StoreChains:
             UnmappedId: the map leaves an owner out.
             SnapshotError: failed_precondition, the store lost a layer.
         """
-        from layerkit.hosts.mounts.choose import choose
+        from layerkit.hosts.mounts.choose import MountOptions, choose
         from layerkit.hosts.mounts.layers import data_layers, meta_layer
         from layerkit.hosts.mounts.spec import FuseMeta
         from layerkit.store.layout import DataBackend
@@ -191,7 +191,7 @@ class StoreChains:
                 )
             stored = store.stored_image(image).image
             work = Preparation(store, replace(stored, layers=stored.layers[: len(diff_ids)]), limits=self._limits)
-            ways = choose(self._root, mapping, data=backend, own_meta=True)
+            ways = choose(self._root, mapping, MountOptions(data=backend, own_meta=True))
             entry = work.meta(mapping, ways.rendering, ways.namespace)
             store.add_image(stored, [self._pin_name(image)], metas=[entry.key])
             meta = meta_layer(entry)

@@ -1,4 +1,4 @@
-"""Use cases: an image whose layers hold mapped owners, and one with META as one more layer.
+"""Use case: an image with mapped owners as another image: in the headers of its layers, or as one more layer.
 
 The *portable* form is plain OCI: every layer is written anew, with the ids in its tar headers, ACLs and
 capabilities mapped, and its data streamed through. The form *layer* appends stubs: files of zeros with the
@@ -8,10 +8,10 @@ layers below (Documentation/filesystems/overlayfs.rst, "Metadata only copy up").
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +23,20 @@ from layerkit.idmap import apply as apply_map
 from layerkit.metaonly import Namespace, metadata_layer
 from layerkit.model import acl_caps
 from layerkit.model.entry import Entry, Kind, XattrSet
-from layerkit.model.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry
-from layerkit.model.image import Image, Layer
+from layerkit.model.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry, UsageError
+from layerkit.model.image import Layer
 from layerkit.model.index import Index
 from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.ports import ImageSink
 from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.trees.squash import layer_of
-from layerkit.pack import NewLayer, Packing, check_tree, put_image, rewrite_image, write_layer
-from layerkit.unpack import Contents, LoadIndex, OpenTar
+from layerkit.model.work import Destination, Work
+from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.unpack import Contents
 from layerkit.usecases.copy import left_behind
+from layerkit.usecases.settings import RewriteOptions
 from layerkit.usecases.stub_layers import STOCK_WARNINGS, VENDOR_WARNINGS, as_stubs, refuse_overlay
 
 
@@ -156,72 +158,99 @@ def _where_made(indexes: list[Index], path: bytes) -> int:
     )
 
 
-def portable(
-    source: ImageSource,
-    image: Image,
-    sink: ImageSink,
-    mapping: Mapping,
-    *,
-    dst_name: str,
-    limits: Limits,
-    strict: bool = False,
-    packing: Packing | None = None,
-    created: str | None = None,
-    load: LoadIndex = lambda _: None,
-    open_tar: OpenTar = lambda _: None,
-    tmp: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> RemapReport:
-    """Write ``image`` with mapped owners in every layer, layer by layer; the sink is committed.
+@dataclass(frozen=True, slots=True)
+class RemapOptions:
+    """What an image that holds mapped owners is to look like.
 
-    A layer in which the map changes nothing keeps its blob. The written ones are read back, and the root
-    filesystem they make must be the mapped one before anything becomes visible. ``strict`` refuses overlay
-    xattrs that the image brings. See :func:`layerkit.usecases.flatten.flatten` for the other arguments.
+    Attributes:
+        mapping: the id map.
+        rewrite: how the result is written.
+        form: ``portable`` (every layer written anew) or ``layer`` (META as one more layer).
+        stock_media_type: for the form ``layer``: its standard media type; see :data:`.stub_layers.STOCK_WARNINGS`.
+    """
+
+    mapping: Mapping
+    rewrite: RewriteOptions
+    form: str = "portable"
+    stock_media_type: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a form that there is not, and a media type for a layer that is not made."""
+        if self.form not in ("portable", "layer"):
+            raise UsageError(f"--form {self.form!r}: want artifact, layer or portable")
+        if self.stock_media_type and self.form != "layer":
+            raise UsageError("--stock-media-type means something only with --form layer")
+
+
+def remap(work: Work, dst: Destination, options: RemapOptions) -> RemapReport:
+    """Write the image with mapped owners to ``dst``, in a form that needs no layerkit to run.
+
+    In the portable form layer by layer: one in which the map changes nothing keeps its blob, the written ones are
+    read back, and the root filesystem they make must be the mapped one before anything becomes visible.
 
     Raises:
-        UnsafeEntry: ``strict``, and the image brings overlay xattrs of its own.
+        UnsafeEntry: ``work.strict``, and the image brings overlay xattrs of its own.
         UnmappedId: an id outside the map and no overflow id.
+        LossyResult: form ``layer``: something that overlayfs cannot show through a stub.
         InvalidImage: a damaged image, or a result that is not right; nothing is written then.
     """
-    start, packing = time.monotonic(), packing or Packing()
-    try:
-        with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as all_layers:
-            indexes, read = all_layers.indexes, all_layers.read
-        for index in indexes if strict else ():
-            refuse_overlay(index, list(Namespace), "refused under --strict")
-        mapped, want = map_layers(indexes, mapping, limits=limits)
-        known = {index.diff_id: index for index in indexes}
-        layers: list[Layer | NewLayer] = []
-        got: list[Index] = []
-        for place, (layer, old, new) in enumerate(zip(image.layers, indexes, mapped, strict=True)):
-            if _same_owners(old, new):
-                layers.append(layer)
-                got.append(old)
-                continue
-            # One layer at a time, so that no more than one lies uncompressed in a temporary file.
-            one = replace(image, layers=(layer,))
-            with Contents(
-                source, one, limits=limits, load=known.get, open_tar=open_tar, tmp=tmp, progress=progress
-            ) as contents:
-                descriptor, diff_id = write_layer(
-                    new, _content(contents, new), sink, packing=packing,
-                    check=got.append, limits=limits, progress=progress, tmp=tmp,
-                    label=f"writing {place + 1}/{len(image.layers)}",
-                )  # fmt: skip
-            layers.append(NewLayer(descriptor, diff_id, replaces=(place,)))
-        check_tree(want.digest(), merge(got, limits=limits))
-        result = rewrite_image(image, layers, created=created, limits=limits)
-        put_image(source, sink, result, dst_name, progress=progress)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
+    start, image, mapping = time.monotonic(), work.image, options.mapping
+    with dst.sink() as sink, Contents(work, need=()) as contents:
+        made = (_portable if options.form == "portable" else _with_meta)(work, sink, contents, options)
+        result = rewrite_image(image, made.layers, created=options.rewrite.created, limits=work.limits)
+        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
+    return RemapReport(
+        name=dst.name or image.name,
+        manifest=str(result.descriptor.digest),
+        map_text=mapping.canonical(),
+        map_flags=mapping.flags(),
+        next_ref=dst.name or image.name,
+        entries=len(made.tree),
+        layers=len(result.layers),
+        layers_read=contents.read,
+        data_bytes=made.tree.data_bytes,
+        data_backend="",
+        rendering="tar",
+        how=made.how,
+        meta_bytes=made.meta_bytes,
+        shared_meta_bytes=0,
+        seconds=time.monotonic() - start,
+        warnings=(*made.warnings, *made.tree.warnings, *left_behind(work.source, image, work.limits)),
+    )
+
+
+class _Made(NamedTuple):
+    """The layers of a result, its tree, and what the report says of it."""
+
+    layers: Sequence[Layer | NewLayer]
+    tree: Tree
+    how: str
+    meta_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def _portable(work: Work, sink: ImageSink, contents: Contents, options: RemapOptions) -> _Made:
+    indexes, limits = contents.indexes, work.limits
+    for index in indexes if work.strict else ():
+        refuse_overlay(index, list(Namespace), "refused under --strict")
+    mapped, want = map_layers(indexes, options.mapping, limits=limits)
+    layers: list[Layer | NewLayer] = []
+    got: list[Index] = []
+    for place, (layer, old, new) in enumerate(zip(work.image.layers, indexes, mapped, strict=True)):
+        if _same_owners(old, new):
+            layers.append(layer)
+            got.append(old)
+            continue
+        # One layer at a time, so that no more than one lies uncompressed in a temporary file.
+        with contents.more([place]) as one:
+            descriptor, diff_id = write_layer(
+                new, _content(one, place, new), sink, packing=options.rewrite.packing, check=got.append,
+                limits=limits, progress=work.progress, label=f"writing {place + 1}/{len(indexes)}",
+            )  # fmt: skip
+        layers.append(NewLayer(descriptor, diff_id, replaces=(place,)))
+    check_tree(want.digest(), merge(got, limits=limits))
     rewritten = sum(isinstance(layer, NewLayer) for layer in layers)
-    return _report(
-        result, want, mapping, name=dst_name, read=read, start=start,
-        how=f"portable: {rewritten} layers written anew",
-        warnings=(*want.warnings, *left_behind(source, image, limits)),
-    )  # fmt: skip
+    return _Made(layers, want, f"portable: {rewritten} layers written anew")
 
 
 def _same_owners(old: Index, new: Index) -> bool:
@@ -233,9 +262,9 @@ def _same_owners(old: Index, new: Index) -> bool:
     )
 
 
-def _content(contents: Contents, index: Index) -> Content:
+def _content(contents: Contents, place: int, index: Index) -> Content:
     # A row's place can differ from that in the layer's own index, where folders were added.
-    return lambda row: contents.stored(0, int(index.offset[row]), stored_bytes(index, row))
+    return lambda row: contents.stored(place, int(index.offset[row]), stored_bytes(index, row))
 
 
 def stub_layer(tree: Tree, *, strict: bool = False) -> Index:
@@ -250,103 +279,20 @@ def stub_layer(tree: Tree, *, strict: bool = False) -> Index:
     return replace(as_stubs(index, dict.fromkeys(stubs, b"")), offset=np.full(len(index), -1, np.int64))
 
 
-def append_meta(
-    source: ImageSource,
-    image: Image,
-    sink: ImageSink,
-    mapping: Mapping,
-    *,
-    dst_name: str,
-    limits: Limits,
-    stock_media_type: bool = False,
-    strict: bool = False,
-    packing: Packing | None = None,
-    created: str | None = None,
-    load: LoadIndex = lambda _: None,
-    tmp: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> RemapReport:
-    """Write ``image`` with META for ``mapping`` as one more layer; the sink is committed.
-
-    Args:
-        source: where the blobs are.
-        image: it keeps its layers.
-        sink: where the result goes; on an error it is aborted and nothing of it is visible.
-        mapping: the id map.
-        dst_name: name of the image in the sink.
-        limits: bounds on input.
-        stock_media_type: use the standard media type of layers; see :data:`.stub_layers.STOCK_WARNINGS`.
-        strict: refuse overlay xattrs that the image brings, instead of escaping them.
-        packing: compression of the layer.
-        created: RFC 3339 time of the result; None keeps that of the image.
-        load: gives kept indexes.
-        tmp: folder of temporary files.
-        progress: told of the bytes read and written.
-
-    Raises:
-        UnmappedId: an id outside the map and no overflow id.
-        LossyResult: something that overlayfs cannot show through a stub.
-    """
-    start, packing = time.monotonic(), packing or Packing()
-    try:
-        with Contents(source, image, limits=limits, load=load, need=(), progress=progress) as contents:
-            indexes, read = contents.indexes, contents.read
-        tree = apply_map(merge(indexes, limits=limits), mapping)
-        descriptor, diff_id = write_layer(
-            stub_layer(tree, strict=strict), _no_content, sink, packing=packing,
-            media_type="" if stock_media_type else artifact.META_TAR + packing.suffix,
-            limits=limits, progress=progress, tmp=tmp,
-        )  # fmt: skip
-        text = f"layerkit remap --form layer: {mapping.canonical()}"
-        layers: list[Layer | NewLayer] = [*image.layers, NewLayer(descriptor, diff_id, text)]
-        result = rewrite_image(image, layers, created=created, limits=limits)
-        put_image(source, sink, result, dst_name, progress=progress)
-        sink.commit()
-    except BaseException:
-        sink.abort()
-        raise
-    warnings = STOCK_WARNINGS if stock_media_type else VENDOR_WARNINGS
-    return _report(
-        result, tree, mapping, name=dst_name, read=read, start=start, meta_bytes=descriptor.size,
-        how=f"META as a layer of type {descriptor.media_type}",
-        warnings=(*warnings, *tree.warnings, *left_behind(source, image, limits)),
+def _with_meta(work: Work, sink: ImageSink, contents: Contents, options: RemapOptions) -> _Made:
+    tree, packing = apply_map(merge(contents.indexes, limits=work.limits), options.mapping), options.rewrite.packing
+    descriptor, diff_id = write_layer(
+        stub_layer(tree, strict=work.strict), _no_content, sink, packing=packing,
+        media_type="" if options.stock_media_type else artifact.META_TAR + packing.suffix,
+        limits=work.limits, progress=work.progress,
+    )  # fmt: skip
+    text = f"layerkit remap --form layer: {options.mapping.canonical()}"
+    return _Made(
+        [*work.image.layers, NewLayer(descriptor, diff_id, text)], tree,
+        f"META as a layer of type {descriptor.media_type}", descriptor.size,
+        STOCK_WARNINGS if options.stock_media_type else VENDOR_WARNINGS,
     )  # fmt: skip
 
 
 def _no_content(row: int) -> Iterator[memoryview]:
     raise AssertionError(f"a stub has no content (row {row})")
-
-
-def _report(
-    result: Image,
-    tree: Tree,
-    mapping: Mapping,
-    *,
-    name: str,
-    read: int,
-    start: float,
-    how: str,
-    meta_bytes: int = 0,
-    warnings: tuple[str, ...] = (),
-) -> RemapReport:
-    return RemapReport(
-        name=name,
-        manifest=str(result.descriptor.digest),
-        map_text=mapping.canonical(),
-        map_flags=mapping.flags(),
-        next_ref=name,
-        entries=len(tree),
-        layers=len(result.layers),
-        layers_read=read,
-        data_bytes=tree.data_bytes,
-        data_backend="",
-        rendering="tar",
-        how=how,
-        meta_bytes=meta_bytes,
-        shared_meta_bytes=0,
-        seconds=time.monotonic() - start,
-        warnings=warnings,
-    )
-
-
-__all__ = ["append_meta", "map_index", "map_layers", "portable", "stub_layer"]

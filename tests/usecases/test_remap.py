@@ -16,7 +16,7 @@ from layerkit.model.errors import LossyResult, UnmappedId
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT
 from layerkit.model.trees.merge import merge
-from layerkit.usecases.portable import map_index, map_layers, stub_layer
+from layerkit.usecases.remap import map_index, map_layers, stub_layer
 
 EXAMPLES = 30 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 
