@@ -1,8 +1,9 @@
-"""Tree to metadata layer. The only place where overlay xattrs are minted.
+"""Tree to metadata layer. The only place where names and values of overlay xattrs are written.
 
 A metadata layer (META) is a tree whose non-empty regular files are *stubs*: no data, but the two xattrs
 ``overlay.metacopy`` and ``overlay.redirect`` that send the kernel to the data (Documentation/filesystems/
-overlayfs.rst, "Metadata only copy up" and "Data-only lower layers"). Its renderings are in ``emit``.
+overlayfs.rst, "Metadata only copy up" and "Data-only lower layers"). Its renderings are in ``formats.meta``.
+numpy is loaded where a tree is: programs that only name xattrs have to start quickly.
 """
 
 from __future__ import annotations
@@ -10,25 +11,48 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, replace
 from enum import StrEnum
-
-import numpy as np
-from numpy.typing import NDArray
+from stat import S_IFCHR, S_ISCHR
+from typing import TYPE_CHECKING
 
 from layerkit.model import acl_caps
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult, UnsafeEntry, show_path
-from layerkit.model.strings import Strings
-from layerkit.model.tree import Tree
-from layerkit.model.trees.as_kept import as_kept
 
-REDIRECT_BYTES = 24
-"""Length of every redirect: short enough to stay inside an ext4 inode of 256 bytes."""
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from layerkit.model.strings import Strings
+    from layerkit.model.tree import Tree
+
+METACOPY, REDIRECT, OPAQUE, ORIGIN, IMPURE, WHITEOUT = (
+    b"metacopy", b"redirect", b"opaque", b"origin", b"impure", b"whiteout",
+)  # fmt: skip
+"""What overlayfs calls its xattrs; :meth:`Namespace.xattr` makes whole names of them."""
+
+OWNERS = b"layerkit"
+"""Our own among them, which a mount hides: the map that the owners of an upper on disk were made under."""
 
 METACOPY_VALUE = b"\0\4\0\0"
 """``{version 0, length 4, flags 0, no digest}``: an EMPTY value is lost by several runtimes' unpackers."""
 
-_ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", np.uint8)
-_OVERLAY = (b"trusted.overlay.", b"user.overlay.")
+METACOPY_EMPTY = b""
+"""The same in four bytes less, for a folder of ours: with more, xattrs would leave an ext4 inode of 256 bytes."""
+
+YES = b"y"
+"""Of OPAQUE: what is below is hidden. Of IMPURE: entries may have been copied up."""
+
+HOLDS_WHITEOUTS = b"x"
+"""Of OPAQUE: empty files in the folder that are marked WHITEOUT are whiteouts."""
+
+WHITEOUT_MODE, WHITEOUT_DEVICE = S_IFCHR, 0
+"""What a whiteout is made of: a character device 0:0."""
+
+REDIRECT_BYTES = 24
+"""Length of every redirect: short enough to stay inside an ext4 inode of 256 bytes."""
+
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_ESCAPE = b"overlay."
 _XATTR_NAME_MAX = 255
 _REDIRECT_MAX = 4095
 _MAJOR_MAX, _MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1
@@ -43,7 +67,49 @@ class Namespace(StrEnum):
     @property
     def prefix(self) -> bytes:
         """Return ``trusted.overlay.`` or ``user.overlay.``."""
-        return self.value.encode() + b".overlay."
+        return self.value.encode() + b"." + _ESCAPE
+
+    def xattr(self, mark: bytes) -> bytes:
+        """Return the whole name of METACOPY and so on."""
+        return self.prefix + mark
+
+    def stub(self, redirect: bytes = b"") -> dict[bytes, bytes]:
+        """Return the xattrs of a stub whose data lies at ``redirect``, or at the stub's own path below it."""
+        xattrs = {self.xattr(METACOPY): METACOPY_VALUE}
+        return xattrs | {self.xattr(REDIRECT): redirect} if redirect else xattrs
+
+    def escaped(self, name: bytes) -> bytes:
+        """Return the name under which a layer holds the image's xattr ``name`` for a mount to show it."""
+        return self.prefix + _ESCAPE + name[len(self.prefix) :] if name.startswith(self.prefix) else name
+
+
+_PREFIXES = tuple(namespace.prefix for namespace in Namespace)
+
+
+def own_mark(name: bytes, namespace: Namespace | None = None) -> bytes | None:
+    """Return METACOPY and so on for an xattr of overlayfs itself, None for what is the image's.
+
+    Args:
+        name: as it lies in a layer on disk.
+        namespace: the one that counts; None for either.
+    """
+    for prefix in _PREFIXES if namespace is None else (namespace.prefix,):
+        if name.startswith(prefix) and not name.startswith(_ESCAPE, len(prefix)):
+            return name[len(prefix) :]
+    return None
+
+
+def unescaped(name: bytes) -> bytes:
+    """Return the image's name of an xattr that lies as ``name`` in a layer on disk."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix + _ESCAPE):
+            return prefix + name[len(prefix) + len(_ESCAPE) :]
+    return name
+
+
+def is_whiteout(mode: int, device: int) -> bool:
+    """Return whether an entry with this ``st_mode`` and ``st_rdev`` is a whiteout to the kernel."""
+    return S_ISCHR(mode) and device == WHITEOUT_DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +141,16 @@ class MetadataLayer:
     @property
     def redirect_bytes(self) -> NDArray[np.int64]:
         """Return int64 (m,): the length of the redirect of each inode, 0 for one that has none."""
+        import numpy as np
+
         if self.places is None:
             return np.where(self.is_stub, REDIRECT_BYTES, 0).astype(np.int64)
         return np.where(self.is_stub, self.places.lengths, 0)
 
     def redirects_of(self, inodes: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Return uint8 (k, bytes): the redirects of stubs that are all equally long."""
+        import numpy as np
+
         if self.places is None:
             return redirects(self.tree.sha256[inodes])
         return np.frombuffer(self.places.take(inodes).blob, np.uint8).reshape(len(inodes), -1)
@@ -99,7 +169,10 @@ def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
     ``/:x/`` + 20 characters: the first 126 bits of the digest in base64url, the first character in the
     place of ``x``, so that data spreads over 64 folders.
     """
+    import numpy as np
+
     high, low = _words(sha256)
+    alphabet = np.frombuffer(_ALPHABET, np.uint8)
     out = np.empty((len(sha256), REDIRECT_BYTES), np.uint8)
     out[:, 0] = out[:, 3] = ord("/")
     out[:, 1] = ord(":")
@@ -112,7 +185,7 @@ def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
             code = (high << np.uint64(-shift)) | (low >> np.uint64(64 + shift))
         else:
             code = low >> np.uint64(64 + shift)
-        out[:, 2 if place == 0 else 3 + place] = _ALPHABET[code & six]
+        out[:, 2 if place == 0 else 3 + place] = alphabet[code & six]
     return out
 
 
@@ -151,6 +224,8 @@ def metadata_layer(
             overlay xattr whose escaped name is above 255 bytes or whose own name is empty.
         InvalidImage: two contents whose short names are equal.
     """
+    from layerkit.model.trees.as_kept import as_kept
+
     _check_expressible(tree)
     tree = as_kept(tree)
     if places is None:
@@ -163,7 +238,7 @@ def metadata_layer(
         try:
             sets.append(_escaped(pairs, namespace, strict))
         except ValueError as reason:
-            path = tree.inode_path(int(np.argmax(tree.xattr == row)))
+            path = tree.inode_path(int((tree.xattr == row).argmax()))
             if strict:
                 raise UnsafeEntry("image", path, str(reason)) from None
             raise LossyResult(path, str(reason)) from None
@@ -174,11 +249,11 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
     """Return ``pairs`` with overlay names of ``namespace`` escaped one level and capabilities as v3."""
     out = []
     for name, value in pairs:
-        if name.startswith(_OVERLAY):
+        if name.startswith(_PREFIXES):
             if strict:
                 raise ValueError(f"brings the overlay xattr {show_path(name)} of its own, refused under --strict")
             if name.startswith(namespace.prefix):
-                name = _escaped_name(name, namespace.prefix)
+                name = _escaped_name(name, namespace)
         elif name == acl_caps.CAPABILITY_NAME:
             # Patching a map into a rendered META needs the room from the start.
             try:
@@ -189,9 +264,9 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
     return tuple(sorted(out))
 
 
-def _escaped_name(name: bytes, prefix: bytes) -> bytes:
-    escaped = prefix + b"overlay." + name[len(prefix) :]
-    if name == prefix:
+def _escaped_name(name: bytes, namespace: Namespace) -> bytes:
+    escaped = namespace.escaped(name)
+    if name == namespace.prefix:
         # The kernel lists it through an overlay and refuses to read it: EINVAL, there is no suffix.
         raise ValueError(f"the xattr {show_path(name)} cannot be read through an overlay mount")
     if len(escaped) > _XATTR_NAME_MAX:
@@ -200,22 +275,24 @@ def _escaped_name(name: bytes, prefix: bytes) -> bytes:
 
 
 def _check_expressible(tree: Tree) -> None:
+    import numpy as np
+
     kind = tree.kind
     device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
     whiteout = (kind == Kind.CHAR) & (tree.major == 0) & (tree.minor == 0)
     if whiteout.any():
-        path = tree.inode_path(int(np.argmax(whiteout)))
+        path = tree.inode_path(int(whiteout.argmax()))
         raise LossyResult(path, "a character device 0:0 is a whiteout to overlayfs and would be invisible")
     beyond = device & ((tree.major > _MAJOR_MAX) | (tree.minor > _MINOR_MAX))
     if beyond.any():
-        i = int(np.argmax(beyond))
+        i = int(beyond.argmax())
         raise LossyResult(
             tree.inode_path(i), f"the kernel has no device {tree.major[i]}:{tree.minor[i]} (12 and 20 bits)"
         )
     users = [row for row, pairs in enumerate(tree.xattr_sets) if any(n.startswith(b"user.") for n, _ in pairs)]
     odd = np.isin(tree.xattr, users) & (kind != Kind.REG) & (kind != Kind.DIR)
     if odd.any():
-        path = tree.inode_path(int(np.argmax(odd)))
+        path = tree.inode_path(int(odd.argmax()))
         raise LossyResult(path, "the kernel has no user xattrs on anything but files and directories")
 
 
@@ -223,26 +300,30 @@ def _check_places(tree: Tree, places: Strings) -> None:
     stub = (tree.kind == Kind.REG) & (tree.size > 0)
     beyond = stub & (places.lengths > _REDIRECT_MAX)
     if beyond.any():
-        path = tree.inode_path(int(np.argmax(beyond)))
+        path = tree.inode_path(int(beyond.argmax()))
         raise LossyResult(
             path, f"its data lies under a path above {_REDIRECT_MAX} bytes, which no redirect can hold"
         )
 
 
 def _check_top_names(tree: Tree) -> None:
-    for row in np.flatnonzero(tree.parent == 0).tolist():
+    for row in (tree.parent == 0).nonzero()[0].tolist():
         name = tree.name[row]
-        if len(name) == 2 and name[:1] == b":" and name[1:] in _ALPHABET.tobytes():
+        if len(name) == 2 and name[:1] == b":" and name[1:] in _ALPHABET:
             raise LossyResult(name, "a top folder of this name is reserved for the data of stubs")
 
 
 def _words(sha256: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return the first 16 bytes of each (k, 32) digest as two big-endian words of native type."""
+    import numpy as np
+
     pairs = np.ascontiguousarray(sha256[:, :16]).view(">u8").astype(np.uint64)
     return pairs[:, 0], pairs[:, 1] & ~np.uint64(3)
 
 
 def _check_names_unique(tree: Tree) -> None:
+    import numpy as np
+
     stubs = np.flatnonzero((tree.kind == Kind.REG) & (tree.size > 0))
     high, low = _words(tree.sha256[stubs])
     # One sort of the first word leaves almost nothing: only rows that share it go through the rest.
@@ -257,7 +338,7 @@ def _check_names_unique(tree: Tree) -> None:
     equal_names = (high[a] == high[b]) & (low[a] == low[b])
     clash = equal_names & (tree.sha256[stubs[a]] != tree.sha256[stubs[b]]).any(axis=1)
     if clash.any():
-        at = int(np.argmax(clash))
+        at = int(clash.argmax())
         first, second = (show_path(tree.inode_path(int(stubs[side[at]]))) for side in (a, b))
         raise InvalidImage(
             f"{first} and {second} differ but share the first 126 bits of their sha256: "

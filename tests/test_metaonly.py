@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 from trees import file, folder, tree_of
 
+from layerkit import metaonly
 from layerkit.metaonly import REDIRECT_BYTES, Namespace, data_path, metadata_layer, redirects
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import InvalidImage, LossyResult, UnsafeEntry
@@ -177,3 +183,42 @@ def test_the_tree_is_left_alone() -> None:
     before = tree.digest()
     metadata_layer(tree)
     assert tree.digest() == before
+
+
+def test_no_other_module_writes_overlay_xattrs() -> None:
+    marks = {b"metacopy", b"redirect", b"opaque", b"origin", b"impure", b"whiteout"}
+    found = []
+    for path in sorted((ROOT / "layerkit").rglob("*.py")):
+        if path.name == "metaonly.py":
+            continue
+        module = ast.parse(path.read_text("utf-8"))
+        texts = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(module):
+            if not isinstance(node, ast.Constant) or id(node) in texts:
+                continue
+            value = node.value
+            if (isinstance(value, bytes) and (value in marks or b"overlay." in value)) or (
+                isinstance(value, str) and re.search(r"(trusted|user|^)\.overlay\.", value)
+            ):
+                found.append(f"{path}:{node.lineno}: {value!r}")
+    assert found == []
+
+
+def test_names_of_overlay_xattrs() -> None:
+    trusted, user = Namespace.TRUSTED, Namespace.USER
+    assert trusted.xattr(metaonly.OPAQUE) == b"trusted.overlay.opaque"
+    assert user.stub(b"/d") == {b"user.overlay.metacopy": b"\0\4\0\0", b"user.overlay.redirect": b"/d"}
+    assert list(user.stub()) == [b"user.overlay.metacopy"]
+    for name in (b"user.overlay.x", b"user.overlay.overlay.x"):
+        assert (metaonly.own_mark(user.escaped(name)), metaonly.unescaped(user.escaped(name))) == (None, name)
+        assert (trusted.escaped(name), metaonly.unescaped(trusted.escaped(name))) == (
+            name, metaonly.unescaped(name),
+        )  # fmt: skip
+    assert metaonly.own_mark(b"user.overlay.origin") == metaonly.ORIGIN
+    assert metaonly.own_mark(b"user.overlay.origin", trusted) is None
+    assert metaonly.own_mark(b"user.other") is None and metaonly.unescaped(b"user.other") == b"user.other"
+
+
+def test_names_come_without_numpy() -> None:
+    program = "import sys, layerkit.metaonly, layerkit.linux.fuse; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

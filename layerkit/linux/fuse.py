@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from layerkit.formats.meta.fuse_tree import NONE, FuseTree, Inode
+from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, Namespace
 from layerkit.model.acl_caps import ACL_NAMES
 from layerkit.model.entry import XattrSet
 
@@ -37,8 +38,6 @@ _ROOT_NODE, _FIRST_NODE = 1, 2
 TREE_NAME = b"m"
 """The tree's root is one folder down. The kernel makes the root of a mount before INIT tells it that there are
 ACLs, and then asks for those of the root at every path that anybody walks."""
-METACOPY_VALUE = b"\0\4\0\0"
-"""``metaonly.METACOPY_VALUE``; that module is of those that would cost time to import."""
 
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
@@ -89,8 +88,8 @@ class Answers:
         """
         self._tree, self._uids, self._gids = tree, uids, gids
         self._sets = [dict(pairs) for pairs in xattr_sets]
-        prefix = tree.facts.namespace.encode() + b".overlay."
-        self._redirect_name, self._metacopy_name = prefix + b"redirect", prefix + b"metacopy"
+        xattr = Namespace(tree.facts.namespace).xattr
+        self._redirect_name, self._metacopy_name = xattr(REDIRECT), xattr(METACOPY)
         self._data, self._open = data, dict[int, int]()
         # For a tree without ACLs nobody need ask for them.
         acls = any(name in ACL_NAMES for pairs in self._sets for name in pairs)

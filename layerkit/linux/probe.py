@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from layerkit.linux import mounts, old_overlay, tiny_erofs, userns
 from layerkit.linux import syscalls as sc
+from layerkit.metaonly import METACOPY, METACOPY_EMPTY, Namespace
 from layerkit.model.errors import LayerkitError, UnsupportedHost, UsageError
 
 _SHIFT = 100_000
@@ -86,12 +87,12 @@ class Features:
     @cached_property
     def overlay_trusted(self) -> bool:
         """Whether an overlay of data-only layers works with ``trusted.overlay`` xattrs."""
-        return self._try(lambda place, stack: _data_only(place, stack, "trusted"))
+        return self._try(lambda place, stack: _data_only(place, stack, Namespace.TRUSTED))
 
     @cached_property
     def overlay_userxattr(self) -> bool:
         """The same with ``user.overlay`` xattrs and ``userxattr``, for this process."""
-        return self._try(lambda place, stack: _data_only(place, stack, "user"))
+        return self._try(lambda place, stack: _data_only(place, stack, Namespace.USER))
 
     @cached_property
     def overlay_classic(self) -> bool:
@@ -298,7 +299,7 @@ def _content(mount: int, name: str) -> bytes:
     return Path(f"/proc/self/fd/{mount}", name).read_bytes()
 
 
-def _data_only(place: Path, stack: ExitStack, namespace: str) -> bool:
+def _data_only(place: Path, stack: ExitStack, namespace: Namespace) -> bool:
     meta, data = place / "meta", place / "data"
     meta.mkdir()
     data.mkdir()
@@ -306,10 +307,10 @@ def _data_only(place: Path, stack: ExitStack, namespace: str) -> bool:
     stub = meta / "stub"
     stub.touch()
     os.truncate(stub, len(tiny_erofs.CONTENT))
-    os.setxattr(stub, f"{namespace}.overlay.metacopy", b"\0\4\0\0")
-    os.setxattr(stub, f"{namespace}.overlay.redirect", f"/{_DATA_NAME}".encode())
+    for name, value in namespace.stub(f"/{_DATA_NAME}".encode()).items():
+        os.setxattr(stub, name, value)
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
-    merged = mounts.overlay(layers[:1], layers[1:], userxattr=namespace == "user")
+    merged = mounts.overlay(layers[:1], layers[1:], userxattr=namespace is Namespace.USER)
     return _content(_enter(stack, merged), "stub") == tiny_erofs.CONTENT
 
 
@@ -320,7 +321,7 @@ def _classic(place: Path, stack: ExitStack) -> bool:
         (folder / _DATA_NAME).touch()
     (data / _DATA_NAME).write_bytes(tiny_erofs.CONTENT)
     os.truncate(meta / _DATA_NAME, len(tiny_erofs.CONTENT))
-    os.setxattr(meta / _DATA_NAME, "trusted.overlay.metacopy", b"")
+    os.setxattr(meta / _DATA_NAME, Namespace.TRUSTED.xattr(METACOPY), METACOPY_EMPTY)
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
     try:
         merged = mounts.overlay(layers, metacopy=True)

@@ -30,6 +30,11 @@ class Kind(IntEnum):
     """``.wh..wh..opq``: the row's path is that of the directory whose lower content is removed."""
 
 
+WHITEOUT_PREFIX = b".wh."
+"""How a layer's tar names what it removes (OCI image-spec, layer.md, "Whiteouts")."""
+OPAQUE_NAME = b".wh..wh..opq"
+
+
 class Entry(NamedTuple):
     """One row of an index: a tar member, decoded and normalised.
 

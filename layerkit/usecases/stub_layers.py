@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.metaonly import METACOPY_VALUE, Namespace
+from layerkit.metaonly import METACOPY, REDIRECT, Namespace
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, UnsafeEntry, UsageError, show_path
 from layerkit.model.index import Index
@@ -40,8 +40,7 @@ VENDOR_WARNINGS = (
 )
 """What they do under layerkit's own."""
 
-_METACOPY = Namespace.TRUSTED.prefix + b"metacopy"
-_REDIRECT = Namespace.TRUSTED.prefix + b"redirect"
+_METACOPY, _REDIRECT = Namespace.TRUSTED.xattr(METACOPY), Namespace.TRUSTED.xattr(REDIRECT)
 _AMONG_STUBS = "which would mean something else among stubs; leave out --metadata-only"
 # A stub has a PAX header and a map of its hole: no smaller than a file of so many bytes.
 _LEAST_BYTES = 2048
@@ -58,7 +57,7 @@ def as_stubs(index: Index, rows: Mapped[int, bytes]) -> Index:
     all_sets = list(index.xattr_sets)
     xattr, sparse, offset = index.xattr.copy(), index.sparse.copy(), index.offset.copy()
     for row, redirect in rows.items():
-        mine = [(_METACOPY, METACOPY_VALUE), *([(_REDIRECT, redirect)] if redirect else [])]
+        mine = Namespace.TRUSTED.stub(redirect).items()
         pairs = tuple(sorted((*index.xattr_sets[int(index.xattr[row])], *mine)))
         at = sets.setdefault(pairs, len(all_sets))
         if at == len(all_sets):

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 
 from layerkit.formats.tar import names as tar_names
-from layerkit.model.entry import Kind
+from layerkit.model.entry import WHITEOUT_PREFIX, Kind
 from layerkit.model.errors import InvalidImage, UnsafeEntry, show_path
 from layerkit.model.index import Index, path_key
 from layerkit.model.limits import Limits
@@ -66,7 +66,7 @@ def _check_paths(index: Index, what: str, limits: Limits) -> None:
         if not before < after:
             raise InvalidImage(f"{what}: {show_path(paths[place + 1])}: rows out of order, or twice the same")
     for path, kind in zip(paths, index.kind.tolist(), strict=True):
-        if b".wh." in path and any(p.startswith(tar_names.WHITEOUT_PREFIX) for p in path.split(b"/")):
+        if WHITEOUT_PREFIX in path and any(p.startswith(WHITEOUT_PREFIX) for p in path.split(b"/")):
             raise UnsafeEntry(what, path, "a whiteout's name as that of an entry")
         if not path and kind not in (Kind.DIR, Kind.OPAQUE):
             raise UnsafeEntry(what, path, "the root is no folder")

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from layerkit.formats.strict_json import JsonObject, load_object
 from layerkit.formats.tar import names as tar_names
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Entry, Kind, XattrSet
+from layerkit.model.entry import WHITEOUT_PREFIX, Entry, Kind, XattrSet
 from layerkit.model.errors import InvalidImage, UnsafeEntry
 from layerkit.model.limits import DEFAULT, Limits
 
@@ -51,7 +51,7 @@ def _entry(value: JsonObject, what: str, limits: Limits) -> Entry | None:
     if kind is None:
         raise InvalidImage(f"{what}: type {value.get('type')!r}: not known")
     path = tar_names.normalise(_name(value.get("name"), what), what)
-    if b".wh." in path:
+    if WHITEOUT_PREFIX in path:
         meant = tar_names.whiteout(path, kind, what)
         if meant is None:
             return None

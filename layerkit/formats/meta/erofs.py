@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from layerkit.formats.erofs import data, writer
 from layerkit.formats.erofs.patch import Fixups
-from layerkit.metaonly import METACOPY_VALUE, MetadataLayer, redirects
+from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, MetadataLayer, redirects
 from layerkit.model.index import Index
 
 __all__ = ["Fixups", "build_data", "build_meta"]
@@ -23,9 +23,9 @@ def build_meta(meta: MetadataLayer, file: BinaryIO) -> Fixups:
     Raises:
         LossyResult: an entry that EROFS cannot express.
     """
-    prefix = meta.namespace.prefix
+    xattr = meta.namespace.xattr
     form = writer.StubForm(
-        (prefix + b"metacopy", METACOPY_VALUE), prefix + b"redirect", meta.redirect_bytes, meta.redirects_of
+        (xattr(METACOPY), METACOPY_VALUE), xattr(REDIRECT), meta.redirect_bytes, meta.redirects_of
     )
     return writer.write(meta.tree, meta.is_stub, form, file)
 

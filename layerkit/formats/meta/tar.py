@@ -13,7 +13,7 @@ import numpy as np
 
 from layerkit.formats.tar import writer as tar_writer
 from layerkit.formats.tar.writer import BLOCK, blank_header, record, seal, xattr_records
-from layerkit.metaonly import METACOPY_VALUE, REDIRECT_BYTES, MetadataLayer, redirects
+from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, REDIRECT_BYTES, MetadataLayer, redirects
 from layerkit.model.entry import Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
@@ -34,8 +34,8 @@ def write_tar(meta: MetadataLayer, file: BinaryIO) -> None:
     # Unpackers that chown a hard link take the inode's capability away, and then set what its entry has.
     link_xattrs = [xattr_records(tuple(p for p in pairs if p[0] == _CAPABILITY)) for pairs in tree.xattr_sets]
     sparse = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
-    metacopy = record(b"SCHILY.xattr." + meta.namespace.prefix + b"metacopy", METACOPY_VALUE)
-    example = record(b"SCHILY.xattr." + meta.namespace.prefix + b"redirect", bytes(REDIRECT_BYTES))
+    metacopy = record(b"SCHILY.xattr." + meta.namespace.xattr(METACOPY), METACOPY_VALUE)
+    example = record(b"SCHILY.xattr." + meta.namespace.xattr(REDIRECT), bytes(REDIRECT_BYTES))
     # Every redirect has the same length, so all but its own bytes is the same in every record.
     stub_tail = sparse + metacopy + example[: -REDIRECT_BYTES - 1]
     first_name = tree.first_name()

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from layerkit.formats.tar import writer as tar_writer
-from layerkit.formats.tar.names import OPAQUE_NAME, WHITEOUT_PREFIX
 from layerkit.formats.tar.writer import BLOCK, blank_header, padding, record, seal, xattr_records
-from layerkit.model.entry import Kind
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Kind
 from layerkit.model.errors import InvalidImage, LossyResult, show_path
 from layerkit.model.index import Index
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerkit.model.entry import Kind
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Kind
 from layerkit.model.errors import UnsafeEntry
 from layerkit.model.limits import Limits
 
-WHITEOUT_PREFIX = b".wh."
-OPAQUE_NAME = b".wh..wh..opq"
 _AUFS_PREFIX = b".wh..wh."
 _NUL_TO_SLASH = bytes((0x2F,)) + bytes(range(1, 256))
 

@@ -16,7 +16,7 @@ from layerkit.formats.tar.acl import ACL_XATTRS
 from layerkit.formats.tar.pax import Records
 from layerkit.model import sparse as sparse_maps
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Extent, Kind, XattrSet
+from layerkit.model.entry import WHITEOUT_PREFIX, Extent, Kind, XattrSet
 from layerkit.model.errors import UnsafeEntry, show_path
 from layerkit.model.index import Index
 from layerkit.model.limits import Limits
@@ -278,7 +278,7 @@ class Table:
 
     def _whiteouts(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> NDArray[np.bool_]:
         kept = np.ones(len(paths), np.bool_)
-        prefix = tar_names.WHITEOUT_PREFIX
+        prefix = WHITEOUT_PREFIX
         for i, path in enumerate(paths if prefix in b"\0".join(paths) else []):
             if prefix not in path:
                 continue

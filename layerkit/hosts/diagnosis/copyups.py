@@ -18,7 +18,7 @@ from typing import NamedTuple
 from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, overlay_layers, record_of
 from layerkit.linux import blocks as extents
 from layerkit.linux import fanotify, mounts
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import ORIGIN, Namespace
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
 from layerkit.model.reports import Report
@@ -259,7 +259,7 @@ def _report(found: _Writable) -> CopyUpReport:
             files.append(CopyUp(show_path(path), METADATA, st.st_size, st.st_blocks * 512, 0, False))
             continue
         below = found.below(path)
-        moved = os.fsdecode(found.namespace.prefix + b"origin") in os.listxattr(full, follow_symlinks=False)
+        moved = os.fsdecode(found.namespace.xattr(ORIGIN)) in os.listxattr(full, follow_symlinks=False)
         kind = DATA if below is not None or moved else MADE
         written = kind == MADE or below is None or (st.st_size, st.st_mtime_ns) != below
         told = extents.blocks_of(full) if st.st_size and kind == DATA else None

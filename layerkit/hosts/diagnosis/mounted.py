@@ -10,7 +10,7 @@ from pathlib import Path
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, UNPACKED, Record
 from layerkit.linux import mounts
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import METACOPY, Namespace
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
 from layerkit.model.index import Index
@@ -99,7 +99,7 @@ def in_upper(record: Record, path: bytes) -> tuple[os.stat_result, bool] | None:
 
 def is_stub(path: bytes, namespace: str) -> bool:
     """Return whether the file at ``path`` has its data in another layer."""
-    metacopy = os.fsdecode(Namespace(namespace).prefix + b"metacopy")
+    metacopy = os.fsdecode(Namespace(namespace).xattr(METACOPY))
     return metacopy in os.listxattr(path, follow_symlinks=False)
 
 

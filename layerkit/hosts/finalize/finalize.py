@@ -19,7 +19,7 @@ from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.hosts.finalize.plan import Plan, Step, raw
 from layerkit.linux.durable import NEW, staging_beside, whole_file
 from layerkit.linux.syscalls import syncfs
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import METACOPY, Namespace, own_mark
 from layerkit.model.errors import LayerkitError, NotFound, StoreError, UsageError, show_path
 from layerkit.model.reports import Report
 
@@ -339,7 +339,7 @@ def _folder_times(plan: Plan, *, made: bool) -> None:
 
 def _lost_its_stub(step: Step, path: bytes) -> bool:
     """Return whether data was copied up into what was made as a stub: the kernel removes the mark then."""
-    marks = [raw(name) for name in step["xattrs"] if name.endswith(".overlay.metacopy")]
+    marks = [name for name in map(raw, step["xattrs"]) if own_mark(name) == METACOPY]
     have = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=False)]
     return any(mark not in have for mark in marks)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import HOLDS_WHITEOUTS, METACOPY, OPAQUE, REDIRECT, WHITEOUT, YES, Namespace, is_whiteout
 from layerkit.model.errors import LossyResult, UsageError, show_path
 
 
@@ -81,9 +81,9 @@ class Lowers:
             if self.is_whiteout(full, shown, self.full(parent)) or (found and not here.is_dir):
                 break
             found.append(here)
-            if not here.is_dir or self.opaque(full) == b"y":
+            if not here.is_dir or self.opaque(full) == YES:
                 break
-            if self.xattr(full, b"redirect") is not None:
+            if self.xattr(full, REDIRECT) is not None:
                 raise LossyResult(full, "a renamed folder in a lower layer; flatten the lower layers first")
         return found
 
@@ -108,8 +108,8 @@ class Lowers:
         """
         path, first = found.path, found.layer
         full = self.full(found)
-        while self.xattr(full, b"metacopy") is not None:
-            redirect = self.xattr(full, b"redirect")
+        while self.xattr(full, METACOPY) is not None:
+            redirect = self.xattr(full, REDIRECT)
             if redirect is not None:
                 path = redirect[1:] if redirect.startswith(b"/") else os.path.join(os.path.dirname(path), redirect)
             below = [root + b"/" + path for root in (*self.roots[first + 1 :], *self.data)]
@@ -131,19 +131,19 @@ class Lowers:
 
     def is_whiteout(self, full: bytes, shown: os.stat_result, parent: bytes) -> bool:
         """Return whether a name hides what lies below: a device 0:0, or an empty file marked so."""
-        if stat.S_ISCHR(shown.st_mode) and shown.st_rdev == 0:
+        if is_whiteout(shown.st_mode, shown.st_rdev):
             return True
         marked = stat.S_ISREG(shown.st_mode) and shown.st_size == 0
-        return marked and self.opaque(parent) == b"x" and self.xattr(full, b"whiteout") is not None
+        return marked and self.opaque(parent) == HOLDS_WHITEOUTS and self.xattr(full, WHITEOUT) is not None
 
     def opaque(self, full: bytes) -> bytes | None:
         """Return the folder's overlay.opaque: ``y``, ``x`` (it holds marked whiteouts) or None."""
-        return self.xattr(full, b"opaque")
+        return self.xattr(full, OPAQUE)
 
     def xattr(self, full: bytes, name: bytes) -> bytes | None:
         """Return an overlay xattr, None where there is none."""
         try:
-            return os.getxattr(full, self.namespace.prefix + name, follow_symlinks=False)
+            return os.getxattr(full, self.namespace.xattr(name), follow_symlinks=False)
         except OSError:
             return None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerkit.hosts.finalize.overlay_view import Found, Lowers, is_file
-from layerkit.metaonly import METACOPY_VALUE
+from layerkit.metaonly import IMPURE, METACOPY, OPAQUE, REDIRECT, YES, own_mark
 from layerkit.model.errors import LossyResult
 
 Step = dict[str, Any]
@@ -44,10 +44,10 @@ class Plan:
     def counts(self) -> Counter[str]:
         """Return how many steps of each kind there are, by the words of the report."""
         words = {LINK: "made", MAKE: "made", WHITEOUT: "whiteouts", TIMES: "times"}
-        named = {"opaque": "opaque", "redirect": "redirects"}
+        named = {OPAQUE: "opaque", REDIRECT: "redirects"}
         return Counter(
             words.get(s["do"])
-            or ("dropped" if s["new"] is None else named.get(s["name"].rpartition(".")[2], "marks"))
+            or ("dropped" if s["new"] is None else named.get(own_mark(raw(s["name"])) or b"", "marks"))
             for s in self.steps
         )
 
@@ -101,10 +101,10 @@ class _Planner:
         marks = []
         for parent in sorted(parents):
             if parent in made:
-                name = text(self._lowers.namespace.prefix + b"impure")
-                marks.append({"do": SET, "path": parent, "name": name, "old": None, "new": "y"})
-            elif self._lowers.xattr(self._full(raw(parent)), b"impure") != b"y":
-                marks.append(self._set(raw(parent), self._full(raw(parent)), b"impure", b"y"))
+                name = text(self._lowers.namespace.xattr(IMPURE))
+                marks.append({"do": SET, "path": parent, "name": name, "old": None, "new": text(YES)})
+            elif self._lowers.xattr(self._full(raw(parent)), IMPURE) != YES:
+                marks.append(self._set(raw(parent), self._full(raw(parent)), IMPURE, YES))
         return marks
 
     def _folder(self, path: bytes, below: list[Found]) -> Iterator[tuple[bytes, list[Found]]]:
@@ -122,24 +122,24 @@ class _Planner:
                     self._touched.add(path)
             elif stat.S_ISDIR(shown.st_mode):
                 yield child, self._below(place, below, name)
-            elif stat.S_ISREG(shown.st_mode) and self._lowers.xattr(place, b"metacopy") is not None:
+            elif stat.S_ISREG(shown.st_mode) and self._lowers.xattr(place, METACOPY) is not None:
                 self._stub(child, place, shown, below, name)
         if below:
             # A whiteout or a file of the upper hides what is below under the same name.
             for name in sorted(self._lowers.names(below) - set(there)):
                 self._make(path, name, below)
                 self._touched.add(path)
-        if self._lowers.opaque(full) != b"y":
-            self._opaque.append(self._set(path, full, b"opaque", b"y"))
-        if self._lowers.xattr(full, b"redirect") is not None:
+        if self._lowers.opaque(full) != YES:
+            self._opaque.append(self._set(path, full, OPAQUE, YES))
+        if self._lowers.xattr(full, REDIRECT) is not None:
             # After opaque: in between, it must not merge with what has the folder's own name below.
-            self._opaque.append(self._set(path, full, b"redirect", None))
+            self._opaque.append(self._set(path, full, REDIRECT, None))
 
     def _below(self, place: bytes, parents: list[Found], name: bytes) -> list[Found]:
         """Return the lower folders that the kernel merges a folder of the upper with."""
-        if self._lowers.opaque(place) == b"y":
+        if self._lowers.opaque(place) == YES:
             return []
-        redirect = self._lowers.xattr(place, b"redirect")
+        redirect = self._lowers.xattr(place, REDIRECT)
         if redirect is not None and redirect.startswith(b"/"):
             found = self._lowers.walk(redirect[1:])
         else:
@@ -151,7 +151,7 @@ class _Planner:
         if key in self._stubs:
             return
         self._stubs.add(key)
-        redirect = self._lowers.xattr(place, b"redirect")
+        redirect = self._lowers.xattr(place, REDIRECT)
         if redirect is not None and redirect.startswith(b"/") and self._is_data(redirect):
             return
         if redirect is not None and redirect.startswith(b"/"):
@@ -164,7 +164,7 @@ class _Planner:
             )
         wanted = b"/" + self._lowers.data_path(found[0])
         if redirect != wanted:
-            self._redirects.append(self._set(child, place, b"redirect", wanted))
+            self._redirects.append(self._set(child, place, REDIRECT, wanted))
 
     def _is_data(self, redirect: bytes) -> bool:
         """Return whether a data-only layer has the path, which is then looked up nowhere else."""
@@ -183,8 +183,8 @@ class _Planner:
             if top.is_dir:
                 self._made.append(self._entry(path, full, top))
                 # Only once it is whole: until then it merges with the one below.
-                name_of = text(self._lowers.namespace.prefix + b"opaque")
-                self._opaque.append({"do": SET, "path": text(path), "name": name_of, "old": None, "new": "y"})
+                name_of = text(self._lowers.namespace.xattr(OPAQUE))
+                self._opaque.append({"do": SET, "path": text(path), "name": name_of, "old": None, "new": text(YES)})
                 folders = [each for each in found if each.is_dir]
                 pending += [
                     (path + b"/" + inner, self._lowers.lookup(folders, inner))
@@ -197,20 +197,18 @@ class _Planner:
                 continue
             step = self._entry(path, full, top)
             if top.is_file and top.stat.st_size:
-                prefix = self._lowers.namespace.prefix
-                step["xattrs"][text(prefix + b"metacopy")] = text(METACOPY_VALUE)
-                step["xattrs"][text(prefix + b"redirect")] = text(b"/" + self._lowers.data_path(top))
+                stub = self._lowers.namespace.stub(b"/" + self._lowers.data_path(top))
+                step["xattrs"] |= {text(key): text(value) for key, value in stub.items()}
             self._links[key] = path
             self._made.append(step)
 
     def _entry(self, path: bytes, full: bytes, found: Found) -> Step:
-        prefix = os.fsdecode(self._lowers.namespace.prefix)
         shown = found.stat
         xattrs = {
             text(os.fsencode(name)): text(os.getxattr(full, name, follow_symlinks=False))
             for name in _xattrs(full)
             # The kernel's own of the lower layer say nothing here; what is escaped is the image's.
-            if not name.startswith(prefix) or name.startswith(prefix + "overlay.")
+            if own_mark(os.fsencode(name), self._lowers.namespace) is None
         }
         step: Step = {
             "do": MAKE, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
@@ -224,7 +222,7 @@ class _Planner:
     def _set(self, path: bytes, full: bytes, name: bytes, value: bytes | None) -> Step:
         old = self._lowers.xattr(full, name)
         return {
-            "do": SET, "path": text(path), "name": text(self._lowers.namespace.prefix + name),
+            "do": SET, "path": text(path), "name": text(self._lowers.namespace.xattr(name)),
             "old": None if old is None else text(old), "new": None if value is None else text(value),
         }  # fmt: skip
 

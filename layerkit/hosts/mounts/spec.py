@@ -13,7 +13,7 @@ from layerkit.idmap import Mapping
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
 from layerkit.linux.mounts import MAX_LAYERS, mount_id
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import METACOPY, Namespace
 from layerkit.model.errors import UnsupportedHost, UsageError
 
 IdExtents = tuple[tuple[int, int, int], ...]
@@ -305,10 +305,10 @@ def check_stubs(meta: str, namespace: Namespace, where: str) -> None:
 def _check_stub(path: str, namespace: Namespace, where: str) -> None:
     attributes = set(os.listxattr(path, follow_symlinks=False))
     name = os.fsencode(path).rpartition(b"/")[2].decode("utf-8", "replace")
-    if os.fsdecode(namespace.prefix + b"metacopy") in attributes:
+    if os.fsdecode(namespace.xattr(METACOPY)) in attributes:
         return
     for other in Namespace:
-        if os.fsdecode(other.prefix + b"metacopy") in attributes:
+        if os.fsdecode(other.xattr(METACOPY)) in attributes:
             raise UsageError(
                 f"{where}: {name!r} is a stub for {other.value}.overlay, not {namespace.value}.overlay; mounted "
                 f"this way it would read as zeros. Have META made for the namespace {namespace.value}"

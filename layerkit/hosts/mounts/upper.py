@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import Namespace, own_mark
 
 
 def like_root(folder: Path, root: int, namespace: Namespace) -> None:
@@ -21,8 +21,7 @@ def like_root(folder: Path, root: int, namespace: Namespace) -> None:
     os.chown(folder, shown.st_uid, shown.st_gid)
     folder.chmod(shown.st_mode & 0o7777)
     like = f"/proc/self/fd/{root}"
-    own = os.fsdecode(namespace.prefix)
     for name in os.listxattr(like):
-        if (not name.startswith(own) or name.startswith(f"{own}overlay.")) and name != "security.selinux":
+        if own_mark(os.fsencode(name), namespace) is None and name != "security.selinux":
             os.setxattr(folder, name, os.getxattr(like, name))
     os.utime(folder, ns=(shown.st_atime_ns, shown.st_mtime_ns))

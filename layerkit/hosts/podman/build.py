@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from layerkit.formats.meta.fuse_tree import TREE_FILE
 from layerkit.hosts.podman.layers import StorageLayer, tree_key
 from layerkit.hosts.podman.mount_options import parse_shift, shifted_back
+from layerkit.metaonly import OPAQUE, YES, Namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from layerkit.store.local import LocalStore
 
 
-def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str) -> Path:
+def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: Namespace) -> Path:
     """Make the META of ``layers`` (top first, all fixed) in the store unless it is there; return its file.
 
     Raises:
@@ -29,7 +30,6 @@ def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str)
     from layerkit.formats.meta.fuse import write_tree
     from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
     from layerkit.hosts.podman.marks import marks_in, write_marks
-    from layerkit.metaonly import Namespace
     from layerkit.model import limits as bounds
     from layerkit.model.trees.merge import merge
     from layerkit.store.local import LocalStore
@@ -42,7 +42,7 @@ def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: str)
             return kept.path / TREE_FILE
         diff_ids, indexes = read_indexes(store, layers, limits)
         tree = merge(indexes, limits=limits)
-        meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
+        meta = metadata_over_folders(tree, None, namespace, Stacking.DATA_ONLY)
         paths = [os.fspath(layer.path) for layer in layers]
         with store.begin_meta(key) as writer:
             marks = list(map(marks_in, layers, reversed(indexes)))
@@ -78,7 +78,7 @@ def read_indexes(
     return [str(diff_id) for diff_id in image.diff_ids], [index for index in indexes if index is not None]
 
 
-def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
+def write_view(layer: StorageLayer, namespace: Namespace, out: BinaryIO) -> None:
     """Write to ``out`` what a container's writable folder holds at this moment, with the owners of an image.
 
     The result stands for the folder as a layer: deletions are in it, and its files' bytes are to be read from the
@@ -96,7 +96,6 @@ def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
     from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
     from layerkit.idmap import apply as apply_map
     from layerkit.linux.folders.layer import Marks, index_layer_folder
-    from layerkit.metaonly import Namespace
     from layerkit.model import limits as bounds
     from layerkit.model.entry import Kind
     from layerkit.model.trees.merge import merge
@@ -111,10 +110,10 @@ def write_view(layer: StorageLayer, namespace: str, out: BinaryIO) -> None:
     kind = index.kind.copy()
     kind[kind == Kind.WHITEOUT] = Kind.FIFO
     tree = merge([_rows(replace(index, kind=kind), kind != Kind.OPAQUE)], limits=limits)
-    meta = metadata_over_folders(tree, None, Namespace(namespace), Stacking.DATA_ONLY)
+    meta = metadata_over_folders(tree, None, namespace, Stacking.DATA_ONLY)
     tree = meta.tree
     mode, xattr, sets = tree.mode.copy(), tree.xattr.copy(), list(tree.xattr_sets)
-    opaque = (f"{namespace}.overlay.opaque".encode(), b"y")
+    opaque = (namespace.xattr(OPAQUE), YES)
     for row, path in enumerate(tree.paths()):
         inode = int(tree.inode[row])
         if path in removed:

@@ -11,19 +11,20 @@ from layerkit.hosts.podman import layers as sl
 from layerkit.hosts.podman.build import read_indexes
 from layerkit.hosts.podman.mount_options import shift_text
 from layerkit.idmap import Mapping
+from layerkit.metaonly import Namespace
 
 
-def place(store: Path, layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> Path:
+def place(store: Path, layers: Sequence[sl.StorageLayer], namespace: Namespace, mapping: Mapping) -> Path:
     """Return the folder of this META, made or not."""
     return store / "meta" / _key(layers, namespace, mapping) / "root"
 
 
-def _key(layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> str:
+def _key(layers: Sequence[sl.StorageLayer], namespace: Namespace, mapping: Mapping) -> str:
     text = f"{sl.tree_key(layers, namespace)} {shift_text(mapping)} {mapping.overflow}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, mapping: Mapping) -> None:
+def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: Namespace, mapping: Mapping) -> None:
     """Write it unless it is there.
 
     Raises:
@@ -31,7 +32,6 @@ def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, m
     """
     from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
     from layerkit.linux.folders.stubs import write_directory
-    from layerkit.metaonly import Namespace
     from layerkit.model import limits as bounds
     from layerkit.model.trees.merge import merge
     from layerkit.store.local import LocalStore
@@ -44,7 +44,7 @@ def build(store_root: Path, layers: Sequence[sl.StorageLayer], namespace: str, m
         diff_ids, indexes = read_indexes(store, layers, limits)
         tree = merge(indexes, limits=limits)
         shift = shift_text(mapping)
-        meta = metadata_over_folders(tree, mapping if shift else None, Namespace(namespace), Stacking.DATA_ONLY)
+        meta = metadata_over_folders(tree, mapping if shift else None, namespace, Stacking.DATA_ONLY)
         with store.begin_meta(key) as writer:
             writer.root.mkdir()
             write_directory(meta, writer.root)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.metaonly import OWNERS, Namespace
 from layerkit.model.errors import NotFound, UnsupportedHost
 
 if TYPE_CHECKING:
     from layerkit.store.metas import MetaEntry
 
 FORMAT_VERSION = 2
-MARKER = "layerkit"
-"""Of an upper: its private xattr ``overlay.layerkit`` holds the map that its owners on disk were made under."""
 
 _MAPPED = re.compile(r"(.*/[^/]+/mapped/\d+)(/.*)?")
 
@@ -46,7 +45,9 @@ class StorageLayer:
     fixed: bool = True
 
 
-def storage_layers(folders: Sequence[str], namespace: str, *, top_may_change: bool) -> tuple[StorageLayer, ...]:
+def storage_layers(
+    folders: Sequence[str], namespace: Namespace, *, top_may_change: bool
+) -> tuple[StorageLayer, ...]:
     """Return the layers in ``folders``, top first.
 
     Args:
@@ -63,7 +64,7 @@ def storage_layers(folders: Sequence[str], namespace: str, *, top_may_change: bo
     return tuple(_layer(folder, namespace, top_may_change and not place) for place, folder in enumerate(folders))
 
 
-def _layer(folder: str, namespace: str, may_change: bool) -> StorageLayer:
+def _layer(folder: str, namespace: Namespace, may_change: bool) -> StorageLayer:
     path = os.path.realpath(folder)
     try:
         seen = os.stat(path)
@@ -96,10 +97,10 @@ def _is_writable(path: str) -> bool:
     return any(layer.encode() in file.read_bytes() for file in lists if file.exists())
 
 
-def marker(path: str, namespace: str) -> str:
+def marker(path: str, namespace: Namespace) -> str:
     """Return the map that an upper was written under, "" where it says none."""
     try:
-        return os.getxattr(path, f"{namespace}.overlay.{MARKER}").decode()
+        return os.getxattr(path, namespace.xattr(OWNERS)).decode()
     except OSError:
         return ""
 
@@ -130,7 +131,7 @@ def _unmapped(path: str, seen: os.stat_result) -> str:
     )
 
 
-def tree_key(layers: Sequence[StorageLayer], namespace: str) -> str:
+def tree_key(layers: Sequence[StorageLayer], namespace: Namespace) -> str:
     """Return the key of the META of a chain of layers (top first); no map is in it."""
     parts = ("layerkit.storage-layers", FORMAT_VERSION, namespace, *(layer.identity for layer in layers))
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerkit.metaonly import OPAQUE, WHITEOUT_DEVICE, WHITEOUT_MODE, YES, Namespace
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX
+
 if TYPE_CHECKING:
     from layerkit.hosts.podman.layers import StorageLayer
     from layerkit.model.index import Index
     from layerkit.model.tree import Tree
 
 TOP = "top"
-_PREFIX, _OPAQUE = b".wh.", b".wh..wh..opq"
 
 
 def stack(root: Path, layers: Sequence[StorageLayer], below: Iterable[int]) -> list[Path]:
@@ -46,17 +48,17 @@ def marks_in(layer: StorageLayer, index: Index) -> tuple[list[bytes], list[bytes
     )
     return (
         [path for path in removed if os.path.lexists(os.path.join(base, _mark(path)))],
-        [path for path in opaque if os.path.lexists(os.path.join(base, path, _OPAQUE))],
+        [path for path in opaque if os.path.lexists(os.path.join(base, path, OPAQUE_NAME))],
     )
 
 
 def _mark(path: bytes) -> bytes:
     folder, _, name = path.rpartition(b"/")
-    return os.path.join(folder, _PREFIX + name)
+    return os.path.join(folder, WHITEOUT_PREFIX + name)
 
 
 def write_marks(
-    root: Path, marks: Sequence[tuple[list[bytes], list[bytes]]], tree: Tree, namespace: str
+    root: Path, marks: Sequence[tuple[list[bytes], list[bytes]]], tree: Tree, namespace: Namespace
 ) -> tuple[int, ...]:
     """Write the folders below ``root``; return the places of the layers (top first) that have one below them.
 
@@ -75,13 +77,13 @@ def write_marks(
                 _whiteout(os.path.join(folder, path))
             for path in opaque:
                 os.makedirs(os.path.join(folder, path), exist_ok=True)
-                os.setxattr(os.path.join(folder, path), f"{namespace}.overlay.opaque", b"y")
+                os.setxattr(os.path.join(folder, path), namespace.xattr(OPAQUE), YES)
     top = os.fsencode(root / TOP)
     os.mkdir(top)
     rows = {path: row for row, path in enumerate(tree.paths()) if int(tree.mode[tree.inode[row]]) >> 12 == 4}
     covered: set[bytes] = {b""}
     for removed, opaque in marks:
-        for path in (*map(_mark, removed), *(os.path.join(folder, _OPAQUE) for folder in opaque)):
+        for path in (*map(_mark, removed), *(os.path.join(folder, OPAQUE_NAME) for folder in opaque)):
             folder = os.path.dirname(path)
             # A folder that another layer deletes must not come back.
             if folder in rows:
@@ -97,16 +99,14 @@ def write_marks(
 def _whiteout(path: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not os.path.lexists(path):
-        os.mknod(path, 0o020000, 0)
+        os.mknod(path, WHITEOUT_MODE, WHITEOUT_DEVICE)
 
 
-def _look_like(path: bytes, tree: Tree, inode: int, namespace: str) -> None:
+def _look_like(path: bytes, tree: Tree, inode: int, namespace: Namespace) -> None:
     """Give a folder the attributes of an inode of ``tree``."""
     os.chown(path, int(tree.uid[inode]), int(tree.gid[inode]))
     os.chmod(path, int(tree.mode[inode]) & 0o7777)
-    private = f"{namespace}.overlay.".encode()
     for name, value in tree.xattr_sets[int(tree.xattr[inode])]:
-        escaped = private + b"overlay." + name[len(private) :] if name.startswith(private) else name
-        os.setxattr(path, escaped, value)
+        os.setxattr(path, namespace.escaped(name), value)
     moment = int(tree.mtime[inode]) * 1_000_000_000 + int(tree.mtime_ns[inode])
     os.utime(path, ns=(moment, moment))

@@ -28,6 +28,7 @@ from layerkit.hosts.podman import marks as storage_marks
 from layerkit.hosts.podman.mount_options import Options
 from layerkit.linux import fuse, mounts, userns
 from layerkit.linux import syscalls as sc
+from layerkit.metaonly import OWNERS, Namespace
 from layerkit.model.errors import LayerkitError, StoreError, UnsupportedHost, UsageError
 
 _ATTRIBUTES = {
@@ -95,7 +96,7 @@ class _Mount:
     def __init__(self, options: Options, target: Path, store: Path) -> None:
         self.options, self.target, self.store = options, target, store
         self.privileged = userns.is_privileged()
-        self.namespace = "trusted" if self.privileged else "user"
+        self.namespace = Namespace.TRUSTED if self.privileged else Namespace.USER
         self.mapping, self.shift = options.mapping, mount_options.shift_text(options.mapping)
         self.upper = "" if options.read_only else options.upper
 
@@ -237,7 +238,7 @@ class _Mount:
         """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
         if root is None or not _is_empty(self.upper):
             return
-        name = f"{self.namespace}.overlay.{sl.MARKER}"
+        name = self.namespace.xattr(OWNERS)
         if self.shift:
             os.setxattr(self.upper, name, self.shift.encode())
         elif sl.marker(self.upper, self.namespace):

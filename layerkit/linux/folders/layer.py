@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.linux.folders.layer_walk import OPAQUE_NAME, SOCKET, STAT_FIELDS, WHITEOUT_PREFIX, Marks, Walk
+from layerkit.linux.folders.layer_walk import SOCKET, STAT_FIELDS, Marks, Walk
 from layerkit.linux.folders.writer import FOLDER
 from layerkit.model import sparse as sparse_maps
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Kind, XattrSet
 from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits

@@ -15,16 +15,13 @@ from enum import StrEnum
 
 from layerkit.linux import syscalls as sc
 from layerkit.linux.folders.writer import FOLDER
-from layerkit.model.entry import Kind, XattrSet
+from layerkit.metaonly import METACOPY, OPAQUE, REDIRECT, WHITEOUT, YES, is_whiteout, own_mark, unescaped
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult, show_path
 from layerkit.model.limits import Limits
 from layerkit.model.ports import Progress
 
 _CLONE_FS = 0x200
-WHITEOUT_PREFIX = b".wh."
-OPAQUE_NAME = b".wh..wh..opq"
-_PRIVATE = (b"trusted.overlay.", b"user.overlay.")
-_ESCAPE = b"overlay."
 _KEPT = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 _OF_THE_HOST = (b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor", b"trusted.SGI_")
 """Labels that the host gives by its own rules, and the second names under which xfs shows ACLs."""
@@ -143,7 +140,7 @@ class Walk:
         kind = st.st_mode >> 12
         if kind == Kind.SYMLINK:
             self.targets[row] = os.readlink(prefix + self.names[row])
-        elif kind == Kind.CHAR and st.st_rdev == 0:
+        elif is_whiteout(st.st_mode, st.st_rdev):
             self.whiteouts.add(row)
         elif kind in (Kind.CHAR, Kind.BLOCK):
             self.devices[row] = st.st_rdev
@@ -154,35 +151,32 @@ class Walk:
         pairs = []
         for text in found:
             key = os.fsencode(text)
-            own = next((prefix for prefix in _PRIVATE if key.startswith(prefix)), None)
-            if own is not None:
-                rest = key[len(own) :]
-                if not rest.startswith(_ESCAPE):
-                    self._take_private(row, path, rest, full, text)
-                    continue
-                key = own + rest[len(_ESCAPE) :]
-            elif key.startswith(_OF_FUSE_OVERLAYFS):
+            mark = own_mark(key)
+            if mark is not None:
+                self._take_private(row, path, mark, full, text)
+                continue
+            if key.startswith(_OF_FUSE_OVERLAYFS):
                 self._take_fuse(row, path, key)
                 continue
-            elif not key.startswith(_KEPT) or key.startswith(_OF_THE_HOST):
+            if not key.startswith(_KEPT) or key.startswith(_OF_THE_HOST):
                 continue
-            pairs.append((key, os.getxattr(full, text, follow_symlinks=False)))
+            pairs.append((unescaped(key), os.getxattr(full, text, follow_symlinks=False)))
         if pairs:
             self.xattrs[row] = tuple(sorted(pairs))
 
     def _take_private(self, row: int, path: bytes, what: bytes, full: bytes, text: str) -> None:
         kind = self.stats[row * STAT_FIELDS] >> 12
-        if what == b"opaque" and kind == Kind.DIR:
-            if os.getxattr(full, text, follow_symlinks=False) == b"y":
+        if what == OPAQUE and kind == Kind.DIR:
+            if os.getxattr(full, text, follow_symlinks=False) == YES:
                 self.opaque.add(row)
-        elif what == b"whiteout" and kind == Kind.REG and self.stats[row * STAT_FIELDS + 6] == 0:
+        elif what == WHITEOUT and kind == Kind.REG and self.stats[row * STAT_FIELDS + 6] == 0:
             self.whiteouts.add(row)
-        elif what == b"redirect" and kind == Kind.DIR:
+        elif what == REDIRECT and kind == Kind.DIR:
             raise InvalidImage(
                 f"{show_path(path)}: overlayfs moved this folder (overlay.redirect): what it shows lies "
                 "elsewhere; unmount, and have the runtime unpack the image anew without redirect_dir=on"
             )
-        elif what == b"metacopy" and kind == Kind.REG and self.metacopy is None:
+        elif what == METACOPY and kind == Kind.REG and self.metacopy is None:
             self.metacopy = path
 
     def _take_fuse(self, row: int, path: bytes, key: bytes) -> None:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.metaonly import REDIRECT_BYTES, Namespace
+from layerkit.metaonly import METACOPY, REDIRECT, REDIRECT_BYTES, Namespace
 from layerkit.model.errors import StoreError, show_path
 
 _MODULUS = 1 << 256
@@ -85,8 +85,8 @@ def _entry(path: bytes, facts: os.stat_result, target: bytes) -> int:
 
 def _check_stub(place: bytes, path: bytes, namespace: Namespace) -> None:
     try:
-        metacopy = os.getxattr(place, namespace.prefix + b"metacopy")
-        redirect = os.getxattr(place, namespace.prefix + b"redirect")
+        metacopy = os.getxattr(place, namespace.xattr(METACOPY))
+        redirect = os.getxattr(place, namespace.xattr(REDIRECT))
     except OSError as error:
         raise StoreError(f"root: {show_path(path)}: not a stub ({error.strerror})") from error
     if len(metacopy) not in (0, 4) or len(redirect) != REDIRECT_BYTES or not redirect.startswith(b"/:"):

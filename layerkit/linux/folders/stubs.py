@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from layerkit.linux.folders.writer import FOLDER, FolderWriter, StepFailed, Written, check_names
 from layerkit.linux.folders.writer_errors import Advice
-from layerkit.metaonly import MetadataLayer
+from layerkit.metaonly import METACOPY, METACOPY_EMPTY, REDIRECT, MetadataLayer
 from layerkit.model.errors import UnsupportedHost
 from layerkit.model.ports import Progress
 
@@ -63,8 +63,8 @@ class _Stubs:
 
     def __init__(self, meta: MetadataLayer) -> None:
         self._meta, self._namespace = meta, meta.namespace
-        self._redirect = meta.namespace.prefix + b"redirect"
-        self._metacopy = meta.namespace.prefix + b"metacopy"
+        self._redirect = meta.namespace.xattr(REDIRECT)
+        self._metacopy = meta.namespace.xattr(METACOPY)
 
     def begin(self, inodes: NDArray[np.integer]) -> Callable[[int, int, int], None]:
         places = iter(self._meta.redirect_list(inodes))
@@ -78,8 +78,7 @@ class _Stubs:
                 step = "set the redirect of"
                 if place:
                     os.setxattr(fd, redirect, place)
-                # Empty here: 4 bytes more and the xattrs would leave an ext4 inode of 256 bytes.
-                os.setxattr(fd, metacopy, b"")
+                os.setxattr(fd, metacopy, METACOPY_EMPTY)
             except OSError as error:
                 if step == "set the redirect of" and error.errno in _NO_XATTRS:
                     raise UnsupportedHost(

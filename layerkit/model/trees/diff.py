@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Entry, Kind
+from layerkit.model.entry import WHITEOUT_PREFIX, Entry, Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 
-_WHITEOUT_PREFIX = b".wh."
 _UNWRITTEN = Digest("sha256", hashlib.sha256(b"").hexdigest())
 
 
@@ -112,7 +111,7 @@ def _entries(new: Tree, paths: list[bytes], listed: NDArray[np.bool_]) -> list[E
     out = []
     for row in np.flatnonzero(listed).tolist():
         path, i = paths[row], int(new.inode[row])
-        if new.name[row].startswith(_WHITEOUT_PREFIX):
+        if new.name[row].startswith(WHITEOUT_PREFIX):
             raise LossyResult(path, "a layer cannot hold a name that begins with '.wh.', it would hide a file")
         if i in first:
             out.append(Entry(path, Kind.HARDLINK, link=first[i]))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.model.entry import Kind
+from layerkit.model.entry import OPAQUE_NAME, Kind
 from layerkit.model.errors import InvalidImage, UnsafeEntry, show_path
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
@@ -190,7 +190,7 @@ def _check_layer(index: Index) -> None:
         # A whiteout of the same path may stand between the marker and the entry.
         for later in range(row + 1, min(row + 3, len(index))):
             if plain[later] and path[later] == path[row]:
-                raise _not_a_directory(where, path[row] + b"/.wh..wh..opq", path[row])
+                raise _not_a_directory(where, path[row] + b"/" + OPAQUE_NAME, path[row])
 
 
 def _not_a_directory(where: str, path: bytes, above: bytes) -> UnsafeEntry:

@@ -257,7 +257,7 @@ def test_a_mount_in_another_namespace_is_refused(case: Case) -> None:
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from layerkit.hosts import finalize as fz
+from layerkit.hosts.finalize import finalize as fz
 real = {"count": 0}
 def dying(function):
     def call(*a, **k):
