@@ -296,10 +296,12 @@ def closing(fd: int) -> Iterator[int]:
 
 
 class Mount(NamedTuple):
-    """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+    """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5)); ``root`` is the folder of ``device`` that it shows."""
 
     mount_id: int
     parent_id: int
+    device: str
+    root: str
     point: str
     fstype: str
     source: str
@@ -307,15 +309,15 @@ class Mount(NamedTuple):
     super_options: str
 
 
-def mount_table() -> list[Mount]:
-    """Return the mounts of our mount namespace, in the order in which they were made."""
+def mount_table(process: int | str = "self") -> list[Mount]:
+    """Return the mounts in the mount namespace of a process, in the order in which they were made."""
     table = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in Path(f"/proc/{process}/mountinfo").read_bytes().splitlines():
         left, _, right = line.partition(b" - ")
         first, last = left.split(b" "), right.split(b" ")
         table.append(
             Mount(
-                int(first[0]), int(first[1]), _unescape(first[4]),
+                int(first[0]), int(first[1]), os.fsdecode(first[2]), _unescape(first[3]), _unescape(first[4]),
                 _unescape(last[0]), _unescape(last[1]), _unescape(first[5]), os.fsdecode(last[2]),
             )
         )  # fmt: skip

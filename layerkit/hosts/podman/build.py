@@ -1,81 +1,88 @@
-"""TODO."""
+"""What the mount program makes of podman's layers, in a process of its own: METAs over them, views of containers.
+
+With a mount program podman unpacks whiteouts as ``.wh.`` files, which mean nothing to the kernel: its overlay of
+such layers would show both the ``.wh.`` files and what they delete. A few small folders between the layers, the
+*marks*, put that right, so that a mount without a map, a build or a commit needs no server: below each layer one
+that deletes in its name (a whiteout acts on lower layers alone), and on top one that hides the ``.wh.`` files, in
+folders that look like those they cover.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
+
+from layerkit.formats.meta.fuse import write_tree
 from layerkit.formats.meta.fuse_tree import TREE_FILE
-from layerkit.hosts.podman.layers import StorageLayer, tree_key
-from layerkit.hosts.podman.mount_options import parse_shift, shifted_back
-from layerkit.metaonly import OPAQUE, YES, Namespace
+from layerkit.hosts.adopted.meta import Stacking, adopt_layers, metadata_over_folders
+from layerkit.hosts.podman.layers import TOP, StorageLayer, folder_key, tree_key
+from layerkit.hosts.podman.mount_options import parse_shift, shift_text, shifted_back
+from layerkit.idmap import Mapping
+from layerkit.idmap import apply as apply_map
+from layerkit.linux.folders.layer import LayerFolder, Marks, index_layer_folder
+from layerkit.linux.folders.stubs import write_directory
+from layerkit.metaonly import OPAQUE, WHITEOUT_DEVICE, WHITEOUT_MODE, YES, MetadataLayer, Namespace
+from layerkit.model import limits as bounds
+from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Kind
+from layerkit.model.index import Index
+from layerkit.model.tree import Tree
+from layerkit.model.trees.merge import merge
+from layerkit.store.local import LocalStore
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from layerkit.model.index import Index
-    from layerkit.model.limits import Limits
-    from layerkit.store.local import LocalStore
+Deleted = tuple[list[bytes], list[bytes]]
+"""What podman's files in a layer delete: (paths in lower layers, folders whose lower content goes)."""
 
 
-def build_tree(store_root: Path, layers: Sequence[StorageLayer], namespace: Namespace) -> Path:
-    """Make the META of ``layers`` (top first, all fixed) in the store unless it is there; return its file.
+def build_meta(
+    store_root: Path, layers: Sequence[StorageLayer], namespace: Namespace, mapping: Mapping | None = None
+) -> None:
+    """Make the META of ``layers`` (top first, all fixed) in the store unless it is there.
+
+    Args:
+        store_root: of the store, made if it is missing.
+        layers: what it is over.
+        namespace: of its stubs.
+        mapping: None: a tree to serve under every map, and marks; else a folder of stubs for this map.
 
     Raises:
-        LayerkitError: a folder that cannot be adopted, or a disk that refuses.
+        LayerkitError: a folder that cannot be adopted, an owner outside the map, or a disk that refuses.
     """
-    from layerkit.formats.meta.fuse import write_tree
-    from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
-    from layerkit.hosts.podman.marks import marks_in, write_marks
-    from layerkit.model import limits as bounds
-    from layerkit.model.trees.merge import merge
-    from layerkit.store.local import LocalStore
-
     limits = bounds.from_environment()
-    key = tree_key(layers, namespace)
+    tree_name = tree_key(layers, namespace)
+    key = tree_name if mapping is None else folder_key(layers, namespace, mapping)
     with LocalStore.open(store_root, limits=limits) as store, store.hold(), store.meta_lock(key):
-        kept = store.meta(key)
-        if kept is not None:
-            return kept.path / TREE_FILE
-        diff_ids, indexes = read_indexes(store, layers, limits)
+        if store.meta(key) is not None:
+            return
+        folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
+        # podman itself may touch a layer (to compare it, it mounts it writable): then it is read again.
+        image = adopt_layers(store, folders, limits=limits, reread=True)
+        indexes = [index for index in map(store.load_index, image.diff_ids) if index is not None]
         tree = merge(indexes, limits=limits)
-        meta = metadata_over_folders(tree, None, namespace, Stacking.DATA_ONLY)
-        paths = [os.fspath(layer.path) for layer in layers]
+        shift = "" if mapping is None else shift_text(mapping)
+        meta = metadata_over_folders(tree, mapping if shift else None, namespace, Stacking.DATA_ONLY)
         with store.begin_meta(key) as writer:
-            marks = list(map(marks_in, layers, reversed(indexes)))
-            below: tuple[int, ...] | None = None
-            if any(removed or opaque for removed, opaque in marks):
+            if mapping is None:
+                marks = list(map(_deleted_by, layers, reversed(indexes)))
+                below = _write_marks(writer.root, marks, meta)
+                with (writer.path / TREE_FILE).open("xb") as file:
+                    write_tree(meta, file, {"marks_below": below})
+            else:
                 writer.root.mkdir()
-                below = write_marks(writer.root, marks, tree, namespace)
-            with (writer.path / TREE_FILE).open("xb") as file:
-                write_tree(meta, file, {"marks_below": below})
-            info: dict[str, Any] = {
-                "tree": f"sha256:{key}", "map": "", "rendering": "fuse", "namespace": namespace,
-                "names": len(tree), "folders": paths, "identities": [layer.identity for layer in layers],
-                "diff_ids": diff_ids,
-            }  # fmt: skip
-            return writer.commit(info).path / TREE_FILE
-
-
-def read_indexes(
-    store: LocalStore, layers: Sequence[StorageLayer], limits: Limits
-) -> tuple[list[str], list[Index]]:
-    """Return the names and the indexes of ``layers`` (top first), bottom first, read and kept where they are not.
-
-    Raises:
-        LayerkitError: a folder that cannot be adopted.
-    """
-    from layerkit.hosts.adopted.meta import adopt_layers
-    from layerkit.linux.folders.layer import LayerFolder, Marks
-
-    folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
-    # podman itself may touch a layer (to compare it, it mounts it writable): then it is read again.
-    image = adopt_layers(store, folders, limits=limits, reread=True)
-    indexes = [store.load_index(diff_id) for diff_id in image.diff_ids]
-    return [str(diff_id) for diff_id in image.diff_ids], [index for index in indexes if index is not None]
+                write_directory(meta, writer.root)
+            writer.commit(
+                {
+                    "tree": f"sha256:{tree_name}", "map": shift, "namespace": namespace, "names": len(tree),
+                    "rendering": "fuse" if mapping is None else "directory",
+                    "folders": [os.fspath(layer.path) for layer in layers],
+                    "identities": [layer.identity for layer in layers],
+                    "diff_ids": [str(diff_id) for diff_id in image.diff_ids],
+                }
+            )  # fmt: skip
 
 
 def write_view(layer: StorageLayer, namespace: Namespace, out: BinaryIO) -> None:
@@ -88,29 +95,19 @@ def write_view(layer: StorageLayer, namespace: Namespace, out: BinaryIO) -> None
     Raises:
         LayerkitError: the folder cannot be read as a layer.
     """
-    from dataclasses import replace
-
-    import numpy as np
-
-    from layerkit.formats.meta.fuse import write_tree
-    from layerkit.hosts.adopted.meta import Stacking, metadata_over_folders
-    from layerkit.idmap import apply as apply_map
-    from layerkit.linux.folders.layer import Marks, index_layer_folder
-    from layerkit.model import limits as bounds
-    from layerkit.model.entry import Kind
-    from layerkit.model.trees.merge import merge
-
     limits = bounds.from_environment()
     index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
-    index = apply_map(index, shifted_back(parse_shift(layer.shifted)))
-    removed, cut = (
-        set(index.path.take(np.flatnonzero(index.kind == k)).tolist()) for k in (Kind.WHITEOUT, Kind.OPAQUE)
-    )
-    # A merge would act on deletions. As fifos they come through it, and get their kind back behind it.
-    kind = index.kind.copy()
-    kind[kind == Kind.WHITEOUT] = Kind.FIFO
-    tree = merge([_rows(replace(index, kind=kind), kind != Kind.OPAQUE)], limits=limits)
-    meta = metadata_over_folders(tree, None, namespace, Stacking.DATA_ONLY)
+    removed, cut, entries = set[bytes](), set[bytes](), list[Entry]()
+    for entry in apply_map(index, shifted_back(parse_shift(layer.shifted))).entries():
+        # A merge would act on deletions. As fifos they come through it, and get their kind back behind it.
+        if entry.kind is Kind.WHITEOUT:
+            removed.add(entry.path)
+        elif entry.kind is Kind.OPAQUE:
+            cut.add(entry.path)
+            continue
+        entries.append(entry._replace(kind=Kind.FIFO) if entry.kind is Kind.WHITEOUT else entry)
+    merged = merge([Index.of(entries, index.diff_id, index.tar_size)], limits=limits)
+    meta = metadata_over_folders(merged, None, namespace, Stacking.DATA_ONLY)
     tree = meta.tree
     mode, xattr, sets = tree.mode.copy(), tree.xattr.copy(), list(tree.xattr_sets)
     opaque = (namespace.xattr(OPAQUE), YES)
@@ -122,17 +119,79 @@ def write_view(layer: StorageLayer, namespace: Namespace, out: BinaryIO) -> None
             sets.append(tuple(sorted((*sets[int(xattr[inode])], opaque))))
             xattr[inode] = len(sets) - 1
     write_tree(replace(meta, tree=replace(tree, mode=mode, xattr=xattr, xattr_sets=tuple(sets))), out)
+    out.flush()
 
 
-def _rows(index: Index, keep: NDArray[np.bool_]) -> Index:
-    """Return an index with the rows ``keep`` only."""
-    from dataclasses import replace
+# Marks
 
-    import numpy as np
 
-    rows = np.flatnonzero(keep)
-    columns = (
-        "kind", "perm", "uid", "gid", "mtime", "mtime_ns", "size", "major", "minor", "link", "xattr", "offset",
-        "sha256", "sparse",
-    )  # fmt: skip
-    return replace(index, path=index.path.take(rows), **{name: getattr(index, name)[rows] for name in columns})
+def _deleted_by(layer: StorageLayer, index: Index) -> Deleted:
+    base = os.fsencode(layer.path)
+    removed, opaque = (
+        index.path.take(np.flatnonzero(index.kind == kind)).tolist() for kind in (Kind.WHITEOUT, Kind.OPAQUE)
+    )
+    return (
+        [path for path in removed if os.path.lexists(os.path.join(base, _mark(path)))],
+        [path for path in opaque if os.path.lexists(os.path.join(base, path, OPAQUE_NAME))],
+    )
+
+
+def _mark(path: bytes) -> bytes:
+    folder, _, name = path.rpartition(b"/")
+    return os.path.join(folder, WHITEOUT_PREFIX + name)
+
+
+def _write_marks(root: Path, marks: Sequence[Deleted], meta: MetadataLayer) -> tuple[int, ...] | None:
+    """Write the folders into the new folder ``root``; return the places of the layers that have one below them.
+
+    Args:
+        root: made if there is anything to write; None is returned where there is not.
+        marks: of each layer, top first.
+        meta: what the layers show together.
+    """
+    tree, namespace = meta.tree, meta.namespace
+    if not any(removed or opaque for removed, opaque in marks):
+        return None
+    root.mkdir()
+    below = []
+    for place, (removed, opaque) in enumerate(marks[:-1]):
+        if removed or opaque:
+            below.append(place)
+            folder = os.fsencode(root / str(place))
+            for path in removed:
+                _whiteout(os.path.join(folder, path))
+            for path in opaque:
+                os.makedirs(os.path.join(folder, path), exist_ok=True)
+                os.setxattr(os.path.join(folder, path), namespace.xattr(OPAQUE), YES)
+    top = os.fsencode(root / TOP)
+    os.mkdir(top)
+    rows = {path: row for row, path in enumerate(tree.paths()) if tree.mode[tree.inode[row]] >> 12 == Kind.DIR}
+    covered: set[bytes] = {b""}
+    for removed, opaque in marks:
+        for path in (*map(_mark, removed), *(os.path.join(folder, OPAQUE_NAME) for folder in opaque)):
+            folder = os.path.dirname(path)
+            # A folder that another layer deletes must not come back.
+            if folder in rows:
+                _whiteout(os.path.join(top, path))
+                while folder not in covered:
+                    covered.add(folder)
+                    folder = os.path.dirname(folder)
+    for path in sorted(covered, reverse=True):
+        _look_like(os.path.join(top, path), tree, int(tree.inode[rows[path]]))
+    return tuple(below)
+
+
+def _whiteout(path: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.lexists(path):
+        os.mknod(path, WHITEOUT_MODE, WHITEOUT_DEVICE)
+
+
+def _look_like(path: bytes, tree: Tree, inode: int) -> None:
+    """Give a folder the attributes of an inode of ``tree``."""
+    os.chown(path, int(tree.uid[inode]), int(tree.gid[inode]))
+    os.chmod(path, int(tree.mode[inode]) & 0o7777)
+    for name, value in tree.xattr_sets[int(tree.xattr[inode])]:
+        os.setxattr(path, name, value)
+    moment = int(tree.mtime[inode]) * 1_000_000_000 + int(tree.mtime_ns[inode])
+    os.utime(path, ns=(moment, moment))

@@ -16,15 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.hosts.podman.mount_options import shift_text
+from layerkit.linux import mounts
 from layerkit.metaonly import OWNERS, Namespace
 from layerkit.model.errors import NotFound, UnsupportedHost
 
 if TYPE_CHECKING:
+    from layerkit.idmap import Mapping
     from layerkit.store.metas import MetaEntry
 
 FORMAT_VERSION = 2
 
+TOP = "top"
+"""The folder of marks that lies over all layers; those between them are called by the place of the layer above."""
 _MAPPED = re.compile(r"(.*/[^/]+/mapped/\d+)(/.*)?")
 
 
@@ -45,23 +49,21 @@ class StorageLayer:
     fixed: bool = True
 
 
-def storage_layers(
-    folders: Sequence[str], namespace: Namespace, *, top_may_change: bool
-) -> tuple[StorageLayer, ...]:
+def storage_layers(folders: Sequence[str], namespace: Namespace, *, top_changes: bool) -> tuple[StorageLayer, ...]:
     """Return the layers in ``folders``, top first.
 
     Args:
         folders: as in ``lowerdir``; links, and paths through the idmapped mounts that a rootful podman makes
             (``CONTAINER/mapped/N/LAYER/diff``), are followed to the folder itself: a map is applied once.
         namespace: ``trusted`` or ``user``.
-        top_may_change: the first may be a container's writable folder. All others have a layer on them, and what
+        top_changes: the first may be a container's writable folder. All others have a layer on them, and what
             has one never changes again.
 
     Raises:
         NotFound: one is not there.
         UnsupportedHost: an idmapped mount whose source cannot be found.
     """
-    return tuple(_layer(folder, namespace, top_may_change and not place) for place, folder in enumerate(folders))
+    return tuple(_layer(folder, namespace, top_changes and not place) for place, folder in enumerate(folders))
 
 
 def _layer(folder: str, namespace: Namespace, may_change: bool) -> StorageLayer:
@@ -107,42 +109,62 @@ def marker(path: str, namespace: Namespace) -> str:
 
 def _unmapped(path: str, seen: os.stat_result) -> str:
     """Return the folder that ``path`` shows through an idmapped mount of a folder above it."""
-    rows = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        _, _, device, root, point, *_ = line.split(" ")
-        rows.append((device, root.rstrip("/"), point.rstrip("/")))
+    table = mounts.mount_table()
     # The last mount at the longest point is the one that is seen.
-    above = [row for row in rows if path == row[2] or path.startswith(row[2] + "/")]
-    if above:
-        device, root, point = max(reversed(above), key=lambda row: len(row[2]))
-        inside = root + path[len(point) :]
-        for other, other_root, other_point in rows:
-            if other == device and other_point != point and (inside + "/").startswith(other_root + "/"):
-                candidate = other_point + inside[len(other_root) :]
-                try:
-                    found = os.stat(candidate)
-                except OSError:
-                    continue
-                same = (found.st_dev, found.st_ino) == (seen.st_dev, seen.st_ino)
-                if same and not _MAPPED.fullmatch(candidate):
-                    return candidate
+    above = [mount for mount in table if path == mount.point or path.startswith(mount.point.rstrip("/") + "/")]
+    shown = max(reversed(above), key=lambda mount: len(mount.point), default=None)
+    for mount in table if shown is not None else ():
+        if shown is None or mount.device != shown.device or mount.point == shown.point:
+            continue
+        inside = os.path.join(shown.root, os.path.relpath(path, shown.point))
+        if not (inside + "/").startswith(mount.root.rstrip("/") + "/"):
+            continue
+        candidate = os.path.normpath(os.path.join(mount.point, os.path.relpath(inside, mount.root)))
+        try:
+            same = os.path.samestat(os.stat(candidate), seen)
+        except OSError:
+            continue
+        if same and not _MAPPED.fullmatch(candidate):
+            return candidate
     raise UnsupportedHost(
         f"the folder behind {path}", "podman's idmapped mount hides it; take mount_program out of storage.conf"
     )
 
 
 def tree_key(layers: Sequence[StorageLayer], namespace: Namespace) -> str:
-    """Return the key of the META of a chain of layers (top first); no map is in it."""
+    """Return the key of the META to serve over a chain of layers (top first); no map is in it."""
     parts = ("layerkit.storage-layers", FORMAT_VERSION, namespace, *(layer.identity for layer in layers))
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def tree_path(store: Path, key: str) -> Path:
-    """Return where the META with this key lies in a store, made or not.
+def folder_key(layers: Sequence[StorageLayer], namespace: Namespace, mapping: Mapping) -> str:
+    """Return the key of the META over a chain of layers that is written as a folder, for one map."""
+    text = f"{tree_key(layers, namespace)} {shift_text(mapping)} {mapping.overflow}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    A META appears in a store by rename, whole; so the file itself says that it may be used.
+
+def meta_path(store: Path, key: str) -> Path:
+    """Return the folder of the META with this key in a store, made or not.
+
+    A META appears in a store by rename, whole; so the folder itself says that it may be used.
     """
-    return store / "meta" / key / TREE_FILE
+    return store / "meta" / key
+
+
+def with_marks(layers: Sequence[StorageLayer], meta: Path, below: Iterable[int] | None) -> list[Path]:
+    """Return the folders of ``layers`` (top first) with those between them that ``build`` wrote for deletions.
+
+    Args:
+        layers: of the image.
+        meta: the META over them, whose ``root`` has the folders.
+        below: places of the layers that have one below them; None where nothing had to be written.
+    """
+    found = [] if below is None else [meta / "root" / TOP]
+    for place, layer in enumerate(layers):
+        found.append(layer.path)
+        if below is not None and place in below:
+            found.append(meta / "root" / str(place))
+    return found
 
 
 def in_use(metas: Iterable[MetaEntry]) -> tuple[set[str], set[str]]:
@@ -170,6 +192,3 @@ def _is_there(identity: str) -> bool:
         # Not reachable for us is not gone.
         return True
     return numbers == f"{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
-
-
-# Only the process that builds comes further.

@@ -14,18 +14,8 @@ from layerkit.model.errors import UsageError
 OVERFLOW_ID = 65534
 
 _MOUNT_FLAGS = (
-    "noexec",
-    "nodev",
-    "nosuid",
-    "noatime",
-    "nodiratime",
-    "relatime",
-    "exec",
-    "dev",
-    "suid",
-    "atime",
-    "rw",
-)
+    "noexec", "nodev", "nosuid", "noatime", "nodiratime", "relatime", "exec", "dev", "suid", "atime", "rw", "ro",
+)  # fmt: skip
 _OF_FUSE_OVERLAYFS = (
     "allow_root", "allow_other", "default_permissions", "static_nlink", "noacl", "clone_fd", "max_threads",
     "max_idle_threads", "threaded", "fsync", "timeout", "fast_ino", "writeback", "noxattrs", "disable_xattrs",
@@ -85,7 +75,7 @@ def parse(text: str) -> Options:
             squash = {"uid": IdMap.everything(0), "gid": IdMap.everything(0)}
         elif key == "overflow_id":
             overflow = parse_id(value, key) if value else None
-        elif key == "ro" or key in _MOUNT_FLAGS:
+        elif key in _MOUNT_FLAGS:
             attributes.append(key)
         elif key == "volatile":
             overlay.append(("volatile", None))

@@ -20,12 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from layerkit.formats.meta.fuse_tree import FuseTree
+from layerkit.formats.meta.fuse_tree import TREE_FILE
 from layerkit.hosts.mounts.served import Keeper, answers, open_tree
-from layerkit.hosts.podman import build, mount_options
 from layerkit.hosts.podman import layers as sl
-from layerkit.hosts.podman import marks as storage_marks
-from layerkit.hosts.podman.mount_options import Options
+from layerkit.hosts.podman import mount_options
 from layerkit.linux import fuse, mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.metaonly import OWNERS, Namespace
@@ -67,33 +65,31 @@ def mount(options: str, target: Path, store: Path) -> Mounted:
         LayerkitError: a layer that cannot be read, a store that refuses.
     """
     parsed = mount_options.parse(options)
-    mounted = _Mount(parsed, target, store).run()
+    with _Mount(parsed, target, store) as mounting:
+        mounted = mounting.run()
     return replace(mounted, notes=(*parsed.notes, *mounted.notes))
 
 
 @dataclass(frozen=True, slots=True)
-class _Root:
-    """The root folder of the mount, with the owners of the map."""
-
-    uid: int
-    gid: int
-    mode: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Stacked:
-    """Layers for overlayfs: descriptors of normal and of data-only ones, and what :class:`Mounted` says of them."""
+    """Layers for overlayfs: descriptors of normal and of data-only ones, and what :class:`Mounted` says of them.
+
+    ``root`` is (uid, gid, mode) of the mount's root folder, None where a new upper need not be made like it.
+    """
 
     way: str
     lower: list[int]
     data: list[int]
-    root: _Root | None = None
+    root: tuple[int, int, int] | None = None
     pid: int = 0
     note: str = ""
 
 
-class _Mount:
-    def __init__(self, options: Options, target: Path, store: Path) -> None:
+class _Mount(contextlib.ExitStack):
+    """One mount on its way; descriptors and processes that it does not keep end with the block."""
+
+    def __init__(self, options: mount_options.Options, target: Path, store: Path) -> None:
+        super().__init__()
         self.options, self.target, self.store = options, target, store
         self.privileged = userns.is_privileged()
         self.namespace = Namespace.TRUSTED if self.privileged else Namespace.USER
@@ -105,18 +101,22 @@ class _Mount:
         if self.options.upper and (not self.upper or self._shows_snapshot()):
             lower.insert(0, self.options.upper)
             self.upper = ""
-        layers = sl.storage_layers(lower, self.namespace, top_may_change=not self.upper)
+        layers = sl.storage_layers(lower, self.namespace, top_changes=not self.upper)
         if self.upper and not self.shift and self._is_mounted():
             # podman asks again for what it has mounted already, to look at it.
-            with mounts.closing(mounts.clone(self.target)) as fd:
-                mounts.attach(fd, self.target)
+            mounts.attach(self._closing(mounts.clone(self.target)), self.target)
             return Mounted("bind")
         views = tuple(layer for layer in layers if not layer.fixed)
-        with contextlib.ExitStack() as stack:
-            over = [self._view(layer, stack) for layer in views]
-            stacked = self._base(layers[len(views) :], bool(over), stack)
-            self._overlay([*over, *stacked.lower], stacked.data, stacked.root)
+        over = list(map(self._view, views))
+        stacked = self._base(layers[len(views) :], bool(over))
+        self._overlay([*over, *stacked.lower], stacked)
         return Mounted("snapshot" if views else stacked.way, stacked.pid, (stacked.note,) if stacked.note else ())
+
+    def _closing(self, fd: int) -> int:
+        return self.enter_context(mounts.closing(fd))
+
+    def _opened(self, paths: Iterable[Path | str]) -> list[int]:
+        return [self._closing(mounts.open_folder(path)) for path in paths]
 
     def _shows_snapshot(self) -> bool:
         """Return whether the container's folder has to be shown with its owners mapped back.
@@ -145,96 +145,81 @@ class _Mount:
             for m in mounts.mount_table()
         )
 
-    def _view(self, layer: sl.StorageLayer, stack: contextlib.ExitStack) -> int:
+    def _view(self, layer: sl.StorageLayer) -> int:
         """Return a mount of a container's folder as it is now, as a layer of an image."""
-        file = tempfile.TemporaryFile(prefix="layerkit-")  # noqa: SIM115
-        stack.callback(file.close)
+        file = self.enter_context(tempfile.TemporaryFile(prefix="layerkit-"))  # noqa: SIM115
 
         def write() -> None:
-            build.write_view(layer, self.namespace, file)
-            file.flush()
+            from layerkit.hosts.podman.build import write_view
+
+            write_view(layer, self.namespace, file)
 
         _in_child(write)
-        data = stack.enter_context(mounts.closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
-        keeper = stack.enter_context(Keeper(answers(open_tree(file), self.mapping, data), data))
-        return stack.enter_context(mounts.closing(keeper.mount()))
+        data = self._closing(os.open(layer.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        keeper = self.enter_context(Keeper(answers(open_tree(file), self.mapping, data), data))
+        return self._closing(keeper.mount())
 
-    def _base(self, layers: Sequence[sl.StorageLayer], under: bool, stack: contextlib.ExitStack) -> _Stacked:
+    def _base(self, layers: Sequence[sl.StorageLayer], under: bool) -> _Stacked:
         """Return how the layers of the image are stacked; ``under`` says that something lies over them."""
-
-        def opened(paths: Iterable[Path]) -> list[int]:
-            return [stack.enter_context(mounts.closing(mounts.open_folder(path))) for path in paths]
-
         data = [layer.path for layer in layers]
         rendering, why = self.options.rendering, ""
         if rendering != "directory":
-            file = stack.enter_context(self._built(layers).open("rb"))
-            tree = open_tree(file)
+            meta = self._built(layers, sl.tree_key(layers, self.namespace), served=True)
+            tree = open_tree(self.enter_context((meta / TREE_FILE).open("rb")))
             # overlayfs wants two layers at least; META and data are two.
             enough = bool(self.upper) or under or len(layers) > 1
             if rendering == "auto" and not self.shift and enough:
-                paths, below = [layer.path for layer in layers], tree.facts.more["marks_below"]
-                if below is not None:
-                    paths = storage_marks.stack(Path(file.name).parent / "root", layers, below)
-                return _Stacked("overlay", opened(paths), [])
+                return _Stacked(
+                    "overlay", self._opened(sl.with_marks(layers, meta, tree.facts.more["marks_below"])), []
+                )
             try:
-                keeper = stack.enter_context(Keeper(answers(tree, self.mapping)))
-                meta = stack.enter_context(mounts.closing(keeper.mount()))
-                return _Stacked("fuse", [meta], opened(data), self._root_of(tree), keeper.pid)
+                keeper = self.enter_context(Keeper(answers(tree, self.mapping)))
+                top, inode = self._closing(keeper.mount()), tree.inode(0)
+                owner = self.mapping.host_of("uid", inode.uid), self.mapping.host_of("gid", inode.gid)
+                return _Stacked("fuse", [top], self._opened(data), (*owner, inode.mode), keeper.pid)
             except OSError as error:
                 if rendering == "fuse" or error.filename != fuse.DEVICE:
                     raise
                 why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
-        from layerkit.hosts.podman import directory as storage_directory
+        key = sl.folder_key(layers, self.namespace, self.mapping)
+        top = self._closing(mounts.open_folder(self._built(layers, key, served=False) / "root"))
+        seen = os.fstat(top)
+        return _Stacked("directory", [top], self._opened(data), (seen.st_uid, seen.st_gid, seen.st_mode), note=why)
 
-        place = storage_directory.place(self.store, layers, self.namespace, self.mapping)
-        if not place.is_dir():
-            _in_child(lambda: storage_directory.build(self.store, layers, self.namespace, self.mapping))
-        meta = stack.enter_context(mounts.closing(mounts.open_folder(place)))
-        seen = os.fstat(meta)
-        root = _Root(seen.st_uid, seen.st_gid, seen.st_mode & 0o7777)
-        return _Stacked("directory", [meta], opened(data), root, note=why)
+    def _built(self, layers: Sequence[sl.StorageLayer], key: str, *, served: bool) -> Path:
+        """Return the META of ``layers`` in the store, made if it is not there."""
 
-    def _built(self, layers: Sequence[sl.StorageLayer]) -> Path:
-        path = sl.tree_path(self.store, sl.tree_key(layers, self.namespace))
-        if not path.exists():
-            _in_child(lambda: build.build_tree(self.store, layers, self.namespace))
+        def make() -> None:
+            from layerkit.hosts.podman.build import build_meta
+
+            build_meta(self.store, layers, self.namespace, None if served else self.mapping)
+
+        path = sl.meta_path(self.store, key)
+        if not path.is_dir():
+            _in_child(make)
         return path
 
-    def _root_of(self, tree: FuseTree) -> _Root:
-        root = tree.inode(0)
-        return _Root(
-            self.mapping.host_of("uid", root.uid), self.mapping.host_of("gid", root.gid), root.mode & 0o7777
-        )
+    def _overlay(self, lower: list[int], stacked: _Stacked) -> None:
+        upper = work = None
+        if self.upper:
+            self._prepare_upper(stacked.root)
+            upper, work = self._opened((self.upper, self.options.work))
+        # What the kernel would note in the upper's root (uuid) would make a layer look changed: podman mounts
+        # layers of images writable too, to compare them.
+        extra = (*self.options.overlay, ("uuid", "off")) if self.upper else self.options.overlay
+        attributes = 0 if self.upper else sc.MOUNT_ATTR_RDONLY
+        for word in self.options.attributes:
+            attributes |= _ATTRIBUTES.get(word, 0)
+        try:
+            fd = mounts.overlay(
+                lower, stacked.data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
+                options=extra, attributes=attributes,
+            )  # fmt: skip
+        except OSError as error:
+            raise _refused(error, bool(stacked.data), self.privileged) from error
+        mounts.attach(self._closing(fd), self.target)
 
-    def _overlay(self, lower: list[int], data: list[int], root: _Root | None) -> None:
-        with contextlib.ExitStack() as stack:
-            upper = work = None
-            if self.upper:
-                self._prepare_upper(root)
-                upper, work = (
-                    stack.enter_context(mounts.closing(mounts.open_folder(path)))
-                    for path in (self.upper, self.options.work)
-                )
-            # What the kernel would note in the upper's root (uuid) would make a layer look changed: podman mounts
-            # layers of images writable too, to compare them.
-            extra = (*self.options.overlay, ("uuid", "off")) if self.upper else self.options.overlay
-            attributes = 0
-            for word in self.options.attributes:
-                attributes |= _ATTRIBUTES.get(word, 0)
-            if not self.upper:
-                attributes |= sc.MOUNT_ATTR_RDONLY
-            try:
-                fd = mounts.overlay(
-                    lower, data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
-                    options=extra, attributes=attributes,
-                )  # fmt: skip
-            except OSError as error:
-                raise _refused(error, bool(data), self.privileged) from error
-            with mounts.closing(fd):
-                mounts.attach(fd, self.target)
-
-    def _prepare_upper(self, root: _Root | None) -> None:
+    def _prepare_upper(self, root: tuple[int, int, int] | None) -> None:
         """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
         if root is None or not _is_empty(self.upper):
             return
@@ -243,8 +228,9 @@ class _Mount:
             os.setxattr(self.upper, name, self.shift.encode())
         elif sl.marker(self.upper, self.namespace):
             os.removexattr(self.upper, name)
-        os.chown(self.upper, root.uid, root.gid)
-        Path(self.upper).chmod(root.mode)
+        uid, gid, mode = root
+        os.chown(self.upper, uid, gid)
+        Path(self.upper).chmod(mode & 0o7777)
 
 
 class BuildFailed(LayerkitError):
