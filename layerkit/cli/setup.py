@@ -41,7 +41,7 @@ def podman(
     change = storage_conf.remove(path) if undo else storage_conf.add(path, _program())
     if show:
         print(change.text, end="")
-    changed = not show and storage_conf.apply(change)
+    changed = not show and change.apply()
     if json and not show:
         emit_json("setup-podman", {"file": str(path), "changed": changed, "notes": list(change.notes)})
         return

@@ -44,7 +44,7 @@ def containerd(
     `layerkit setup containerd --undo`
     """
     from layerkit.hosts.containerd import config_toml as containerd_conf
-    from layerkit.hosts.podman.storage_conf import Change, apply
+    from layerkit.hosts.setup_file import Change
     from layerkit.model.errors import UsageError
 
     for path in (address, root):
@@ -53,20 +53,20 @@ def containerd(
                 f"{path}: want an absolute path, since systemd and containerd have working folders of their own"
             )
     if undo:
-        changes = [containerd_conf.remove(config), Change(unit, "", ())]
+        changes = [containerd_conf.remove(config), Change(unit, "")]
         notes = [f"run: systemctl disable --now {unit.stem}; systemctl daemon-reload; systemctl restart containerd"]
     else:
         change = containerd_conf.add(config, name, address)
         words = [*_program(), "snapshotter", "--quiet", "--address", str(address), "--root", str(root)]
         words += ["--store", str(o.store_dir(store).absolute())]
-        changes = [change, Change(unit, containerd_conf.unit(words), ())]
+        changes = [change, Change(unit, containerd_conf.unit(words))]
         notes = [f"run: systemctl daemon-reload; systemctl enable --now {unit.stem}", *change.notes]
     if show:
         for each in changes:
             print(f"# {each.path}" + ("" if each.text else ": removed"))
             print(each.text, end="\n" if each.text else "")
         return
-    changed = [str(each.path) for each in changes if apply(each)]
+    changed = [str(each.path) for each in changes if each.apply()]
     if json:
         emit_json("setup-containerd", {"changed": changed, "notes": notes})
         return

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from pathlib import Path
-from typing import Any
 
-from layerkit.hosts.podman.storage_conf import Change
+from layerkit.hosts.setup_file import Change, parse, read
 from layerkit.model.errors import UsageError
 
 BEGIN = "# BEGIN layerkit setup containerd: take out with --undo"
@@ -81,8 +79,8 @@ def add(path: Path, name: str, address: Path) -> Change:
     Raises:
         UsageError: no TOML, or the name is another plugin's.
     """
-    old = _without(_read(path))
-    settings = _parse(old, path)
+    old = _without(read(path))
+    settings = parse(old, path, "containerd")
     plugins = settings.get("proxy_plugins", {})
     if name in plugins:
         raise UsageError(f"{path}: has proxy_plugins.{name} already, not by layerkit; choose another --name")
@@ -109,22 +107,15 @@ def add(path: Path, name: str, address: Path) -> Change:
         )
     text = old if old.strip() else "version = 2\n"
     new = text.rstrip("\n") + "\n\n" + proxy_plugin(name, address, unpack=unpack)
-    _parse(new, path)
+    parse(new, path, "containerd")
     return Change(path, new, tuple(notes))
 
 
 def remove(path: Path) -> Change:
     """Return the change that takes out what :func:`add` put in; a file that held no more goes."""
-    text = _without(_read(path))
-    _parse(text, path)
-    return Change(path, "" if text.strip() in ("", "version = 2") else text, ())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
+    text = _without(read(path))
+    parse(text, path, "containerd")
+    return Change(path, "" if text.strip() in ("", "version = 2") else text)
 
 
 def _without(text: str) -> str:
@@ -139,10 +130,3 @@ def _without(text: str) -> str:
         if line == END:
             skipping = False
     return "\n".join(kept) + "\n" if kept else ""
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: {error}; containerd cannot read it either") from None

@@ -8,33 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerkit.linux.durable import whole_file
+from layerkit.hosts.setup_file import Change, parse, read
 from layerkit.model.errors import UsageError
 
 MARK = "  # by layerkit"
 GAVE_WAY = "# before layerkit: "
 _TABLE = "storage.options.overlay"
 _HEADER = re.compile(r"\s*\[\s*([^\]\s]+)\s*\]\s*(#.*)?$")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a setup does to the file.
-
-    Attributes:
-        path: the file.
-        text: what it is to hold; "" if it is to go.
-        notes: what else in it matters, for a person.
-    """
-
-    path: Path
-    text: str
-    notes: tuple[str, ...]
 
 
 def storage_conf(privileged: bool) -> Path:
@@ -53,9 +36,9 @@ def add(path: Path, program: Path) -> Change:
     Raises:
         UsageError: no TOML, another storage driver than overlay, or an option that cannot go with it.
     """
-    old = _read(path)
+    old = read(path)
     text = _without(old)
-    settings = _parse(text, path)
+    settings = parse(text, path, "podman")
     storage = _table(settings, "storage")
     overlay = _table(storage, "options", "overlay")
     driver = storage.get("driver", "")
@@ -75,44 +58,15 @@ def add(path: Path, program: Path) -> Change:
     lines = [GAVE_WAY + line if re.match(r"\s*(overlay\.)?mount_program\s*=", line) else line for line in lines]
     lines = _insert(lines, _TABLE, f'mount_program = "{program}"{MARK}')
     new = "\n".join(lines) + "\n"
-    _parse(new, path)
+    parse(new, path, "podman")
     return Change(path, new, tuple(_notes(overlay, driver, path)))
 
 
 def remove(path: Path) -> Change:
     """Return the change that takes out what :func:`add` put in; a file that held no more goes."""
-    text = _without(_read(path))
-    _parse(text, path)
-    return Change(path, text if text.strip() else "", ())
-
-
-def apply(change: Change) -> bool:
-    """Write a change, whole or not at all; return whether anything was to be done."""
-    if _read(change.path) == change.text:
-        return False
-    if not change.text:
-        change.path.unlink(missing_ok=True)
-        return True
-    change.path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(change.path) as file:
-        file.write(change.text.encode())
-        if change.path.exists():
-            os.fchmod(file.fileno(), change.path.stat().st_mode & 0o777)
-    return True
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: {error}; podman cannot read it either") from None
+    text = _without(read(path))
+    parse(text, path, "podman")
+    return Change(path, text if text.strip() else "")
 
 
 def _table(settings: dict[str, Any], *names: str) -> dict[str, Any]:

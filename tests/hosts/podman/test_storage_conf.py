@@ -30,27 +30,27 @@ def test_in_and_out(text: str, tmp_path: Path) -> None:
         path.parent.mkdir()
         path.write_text(text)
         path.chmod(0o640)
-    assert sc.apply(sc.add(path, PROGRAM))
+    assert sc.add(path, PROGRAM).apply()
     found = tomllib.loads(path.read_text())["storage"]
     assert found["driver"] == "overlay"
     assert found["options"]["overlay"]["mount_program"] == str(PROGRAM)
     once = path.read_text()
-    assert not sc.apply(sc.add(path, PROGRAM)), "a second time changes nothing"
+    assert not sc.add(path, PROGRAM).apply(), "a second time changes nothing"
     assert path.read_text() == once
-    assert sc.apply(sc.remove(path))
+    assert sc.remove(path).apply()
     if text:
         assert path.read_text().rstrip("\n") == text.rstrip("\n")
         assert path.stat().st_mode & 0o777 == 0o640
     else:
         assert not path.exists()
-    assert not sc.apply(sc.remove(path))
+    assert not sc.remove(path).apply()
 
 
 def test_no_link_that_lies_beside_it_is_written_through(tmp_path: Path) -> None:
     path, victim = tmp_path / "storage.conf", tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / ".storage.conf.layerkit").symlink_to(victim)
-    assert sc.apply(sc.add(path, PROGRAM))
+    assert sc.add(path, PROGRAM).apply()
     assert victim.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".storage.conf.layerkit", "storage.conf", "victim"]
 
