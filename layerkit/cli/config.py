@@ -1,0 +1,71 @@
+"""``layerkit config``: every setting, its value, and where that comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerkit.cli import options as o
+from layerkit.cli.render import emit_json, table
+
+
+def config(
+    every: Annotated[
+        bool, typer.Option("--all", help="Bounds on input too that have their default value.")
+    ] = False,
+    json: o.Json = False,
+) -> None:
+    """Show every setting, its value, and where that comes from.
+
+    A value comes from the flag, else the variable, else the user's config.toml, else that of the machine.
+
+    Examples:
+    `layerkit config`
+
+    `LAYERKIT_JOBS=4 layerkit config --json`
+    """
+    from layerkit.linux import configuration
+
+    found = configuration.everything()
+    if json:
+        emit_json(
+            "config",
+            {
+                "files": [str(configuration.user_file()), str(configuration.SYSTEM_FILE)],
+                "settings": {
+                    key: {
+                        "value": value.value if isinstance(value.value, (bool, int)) else _shown(value.value),
+                        "origin": value.origin,
+                        "variable": configuration.SETTINGS[key].variable,
+                    }
+                    for key, value in found.items()
+                },
+            },
+        )
+        return
+    table(
+        "",
+        ["SETTING", "VALUE", "FROM", "MEANING"],
+        [
+            (
+                key,
+                "" if value.value is None else _shown(value.value),
+                value.origin,
+                configuration.SETTINGS[key].help,
+            )
+            for key, value in found.items()
+            if every or not key.startswith("limits.") or value.origin != "default"
+        ],
+    )
+
+
+def _shown(value: object) -> str | None:
+    if value is None or isinstance(value, bool):
+        return None if value is None else str(value).lower()
+    return str(value)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command to ``app``."""
+    app.command("config", rich_help_panel="Host")(config)
