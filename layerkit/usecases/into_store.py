@@ -9,7 +9,7 @@ from typing import NamedTuple
 from layerkit.hosts.mounts import choose
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
-from layerkit.hosts.mounts.layers import data_layers, meta_layer
+from layerkit.hosts.mounts.spec import MountSpec, data_layers, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.model.facts import TreeFacts
 from layerkit.model.reports import RemapReport
@@ -97,7 +97,7 @@ def mount(
         report, ways, facts, entry = bring(work, store, mapping, options)
         extents = (mapping.uid.extents, mapping.gid.extents) if mapping else None
         mounter.mount(
-            mounter.MountSpec(
+            MountSpec(
                 meta=meta_layer(entry, mapping),
                 data=data_layers(store, ways.backend, facts),
                 namespace=ways.namespace,

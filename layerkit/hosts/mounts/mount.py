@@ -19,42 +19,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from layerkit.hosts.mounts import served as serving
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
-from layerkit.hosts.mounts.spec import (
-    ErofsData,
-    ErofsMeta,
-    FolderData,
-    FolderMeta,
-    FuseMeta,
-    Meta,
-    MountSpec,
-    check_stubs,
-    checked,
-)
-from layerkit.hosts.mounts.upper import like_root
+from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
 from layerkit.linux import mounts, old_overlay, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import NEW, staging_beside
-from layerkit.metaonly import Namespace
+from layerkit.metaonly import Namespace, own_mark
 from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
-
-__all__ = [
-    "ErofsData",
-    "ErofsMeta",
-    "FolderData",
-    "FolderMeta",
-    "FuseMeta",
-    "MountSpec",
-    "Record",
-    "active",
-    "clear_stale",
-    "default_run",
-    "mount",
-    "umount",
-    "unserved",
-]
 
 
 def default_run(store: Path) -> Path:
@@ -91,7 +65,8 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
         record = _record(spec)
         folder.write(record)
         try:
-            _assemble(spec, folder, record, namespace)
+            with _Assembly(spec, folder, record) as assembly:
+                assembly.attach(namespace)
         except BaseException:
             folder.remove(record)
             folder.release_unused()
@@ -169,11 +144,10 @@ def clear_stale(run: Path) -> list[str]:
 
 
 def _record(spec: MountSpec) -> Record:
-    layers = tuple(_layer_name(x) for x in (spec.meta, *spec.data) if isinstance(x, ErofsMeta | ErofsData))
     return Record(
         id=new_id(),
         target=str(spec.target),
-        layers=layers,
+        layers=tuple(layer.name for layer in spec.shared),
         namespace=spec.namespace.value,
         idmap=spec.idmap,
         upper=None if spec.upper is None else str(spec.upper),
@@ -210,85 +184,103 @@ def _refuse_busy(spec: MountSpec, folder: RunFolder) -> None:
             )
 
 
-def _assemble(spec: MountSpec, folder: RunFolder, record: Record, namespace: int | None) -> None:
-    with ExitStack() as stack:
-        target = stack.enter_context(mounts.closing(mounts.open_folder(spec.target)))
-        data = [stack.enter_context(mounts.closing(_open_layer(layer, folder))) for layer in spec.data]
-        if not data:
-            # An overlay without an upper wants two layers, and an image without data has but META.
-            data.append(stack.enter_context(mounts.closing(mounts.open_folder(folder.empty))))
-        if isinstance(spec.meta, FuseMeta):
-            lock = folder.server(record)
-            meta = stack.enter_context(serving.served(spec.meta.path, spec.meta.mapping, lock))
+class _Assembly(ExitStack):
+    """A mount that is being put together; its descriptors, and what was made for one that fails, go at the end."""
+
+    def __init__(self, spec: MountSpec, folder: RunFolder, record: Record) -> None:
+        super().__init__()
+        self.spec, self.folder, self.record = spec, folder, record
+
+    def _closing(self, fd: int) -> int:
+        return self.enter_context(mounts.closing(fd))
+
+    def attach(self, namespace: int | None) -> None:
+        """Mount it; ``namespace`` is a descriptor of the user namespace whose maps META gets."""
+        spec, record = self.spec, self.record
+        target = self._closing(mounts.open_folder(spec.target))
+        # An overlay without an upper wants two layers, and an image without data has but META.
+        data = [self._closing(self._open(layer)) for layer in spec.data or (FolderLayer(self.folder.empty),)]
+        if isinstance(spec.meta, ServedMeta):
+            server = serving.served(spec.meta.path, spec.meta.mapping, self.folder.server(record))
+            meta, where = self.enter_context(server), spec.meta.path
         else:
-            meta = stack.enter_context(mounts.closing(_open_layer(spec.meta, folder)))
-        check_stubs(f"/proc/self/fd/{meta}", spec.namespace, _name(spec.meta))
+            meta = self._closing(self._open(spec.meta))
+            where = spec.meta.path if isinstance(spec.meta, FolderLayer) else spec.meta.image
+        check_stubs(f"/proc/self/fd/{meta}", spec.namespace, str(where))
         if namespace is not None:
-            plain, meta = meta, mounts.clone(meta)
-            stack.enter_context(mounts.closing(meta))
+            plain, meta = meta, self._closing(mounts.clone(meta))
             _idmap(meta, namespace, plain)
-        with _upper(spec, meta) as (upper, work):
-            try:
-                overlay = _overlay(spec, folder, record, meta, data, upper, work)
-            except UnsupportedHost:
-                if not spec.classic or spec.idmap is not None or spec.options:
-                    raise
-                # Normal layers can be mounted in the old way too, from Linux 4.19 on.
-                old_overlay.mount_overlay(
-                    spec.target, [meta, *data], upper=upper, work=work, source=record.source,
-                    read_only=record.read_only, nodev=spec.nodev,
-                )  # fmt: skip
-                return
-            stack.enter_context(mounts.closing(overlay))
-            attributes = (sc.MOUNT_ATTR_NODEV if spec.nodev else 0) | (
-                sc.MOUNT_ATTR_RDONLY if record.read_only else 0
-            )
-            mounts.attach(overlay, target, attributes=attributes)
-
-
-def _overlay(
-    spec: MountSpec,
-    folder: RunFolder,
-    record: Record,
-    meta: int,
-    data: list[int],
-    upper: int | None,
-    work: int | None,
-) -> int:
-    user = spec.namespace is Namespace.USER
-
-    def make(lower: int) -> int:
-        return mounts.overlay(
-            [lower, *data] if spec.classic else [lower],
-            [] if spec.classic else data,
-            upper=upper,
-            work=work,
-            userxattr=user,
-            # Without it chmod and chown in the mount copy the data up; for a single META without an upper
-            # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
-            metacopy=(upper is not None or spec.classic) and not user,
-            source=record.source,
-            options=spec.options,
-        )
-
-    try:
+        upper, work = self.enter_context(_upper(spec, meta))
+        layers = _Layers([meta, *data] if spec.classic else [meta], [] if spec.classic else data, upper, work)
         try:
-            return make(meta)
-        except OSError as error:
-            if error.errno != errno.EINVAL or spec.idmap is None:
+            overlay = self._closing(self._overlay(layers))
+        except UnsupportedHost:
+            if not spec.classic or spec.idmap is not None or spec.options:
                 raise
-            # Before 6.15 overlayfs takes no detached mount as a layer: attach it for the moment.
-            with _attached_for_now(meta, folder, record) as lower:
-                return make(lower)
-    except OSError as error:
-        hint = _explain(error, [meta, *data], upper)
-        raise type(error)(error.errno, f"{error.strerror}{hint}", str(spec.target)) from error
+            # Normal layers can be mounted in the old way too, from Linux 4.19 on.
+            old_overlay.mount_overlay(
+                spec.target, layers.lower, upper=upper, work=work, source=record.source,
+                read_only=record.read_only, nodev=spec.nodev,
+            )  # fmt: skip
+            return
+        attributes = sc.MOUNT_ATTR_NODEV if spec.nodev else 0
+        mounts.attach(overlay, target, attributes=attributes | (sc.MOUNT_ATTR_RDONLY if record.read_only else 0))
+
+    def _open(self, layer: ErofsLayer | FolderLayer) -> int:
+        """Return a descriptor of a layer's root; a shared one is mounted if it is not yet."""
+        if isinstance(layer, FolderLayer):
+            return mounts.open_folder(layer.path)
+        place = self.folder.layers / layer.name
+        place.mkdir(mode=0o700, exist_ok=True)
+        if not is_erofs_mount(place):
+            with mounts.closing(mounts.erofs(layer.image, layer.tar, directio=layer.tar is not None)) as fd:
+                mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
+        return mounts.open_folder(place)
+
+    def _overlay(self, layers: _Layers) -> int:
+        spec = self.spec
+        user = spec.namespace is Namespace.USER
+
+        def make(top: int) -> int:
+            return mounts.overlay(
+                [top, *layers.lower[1:]],
+                layers.data,
+                upper=layers.upper,
+                work=layers.work,
+                userxattr=user,
+                # Without it chmod and chown in the mount copy the data up; for a single META without an upper
+                # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
+                metacopy=(layers.upper is not None or spec.classic) and not user,
+                source=self.record.source,
+                options=spec.options,
+            )
+
+        try:
+            try:
+                return make(layers.lower[0])
+            except OSError as error:
+                if error.errno != errno.EINVAL or spec.idmap is None:
+                    raise
+                # Before 6.15 overlayfs takes no detached mount as a layer: attach it for the moment.
+                with _attached_for_now(layers.lower[0], self.folder.layers / f"map-{self.record.id}") as top:
+                    return make(top)
+        except OSError as error:
+            hint = _explain(error, layers)
+            raise type(error)(error.errno, f"{error.strerror}{hint}", str(spec.target)) from error
+
+
+class _Layers(NamedTuple):
+    """Descriptors of the layers of an overlay: normal ones with META on top, data-only ones, upper and work."""
+
+    lower: list[int]
+    data: list[int]
+    upper: int | None
+    work: int | None
 
 
 @contextmanager
-def _attached_for_now(mount_fd: int, folder: RunFolder, record: Record) -> Iterator[int]:
+def _attached_for_now(mount_fd: int, place: Path) -> Iterator[int]:
     # Among the shared layers, where release_unused finds it if we are killed here.
-    place = folder.layers / f"map-{record.id}"
     place.mkdir(mode=0o700)
     try:
         mounts.attach(mount_fd, place)
@@ -312,29 +304,6 @@ def _idmap(clone: int, namespace: int, plain: int) -> None:
         ) from error
 
 
-def _layer_name(layer: ErofsMeta | ErofsData) -> str:
-    return ("meta-" if isinstance(layer, ErofsMeta) else "data-") + layer.key
-
-
-def _name(layer: Meta) -> str:
-    return str(layer.image if isinstance(layer, ErofsMeta) else layer.path)
-
-
-def _open_layer(layer: ErofsMeta | ErofsData | FolderMeta | FolderData, folder: RunFolder) -> int:
-    if isinstance(layer, FolderMeta | FolderData):
-        return mounts.open_folder(layer.path)
-    place = folder.layers / _layer_name(layer)
-    place.mkdir(mode=0o700, exist_ok=True)
-    if not is_erofs_mount(place):
-        if isinstance(layer, ErofsData):
-            fd = mounts.erofs(layer.image, layer.tar, directio=True)
-        else:
-            fd = mounts.erofs(layer.image)
-        with mounts.closing(fd):
-            mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
-    return mounts.open_folder(place)
-
-
 @contextmanager
 def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]]:
     """Give descriptors of upper and work; what was made for a mount that then fails is removed."""
@@ -344,7 +313,9 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
     made: list[Path] = []
     try:
         if not spec.upper.exists():
-            _make_upper(spec.upper, meta, spec.namespace)
+            with staging_beside(spec.upper) as staging:
+                like_root(Path(f"/proc/self/fd/{staging.fd}/{NEW}"), meta, spec.namespace)
+                staging.publish(spec.upper.name)
             made.append(spec.upper)
         if not spec.work.exists():
             spec.work.mkdir(mode=0o700)
@@ -363,19 +334,31 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
         raise
 
 
-def _make_upper(path: Path, meta: int, namespace: Namespace) -> None:
-    """Make an upper whose root looks like META's: the mount's root is shown from the upper alone."""
-    with staging_beside(path) as staging:
-        like_root(Path(f"/proc/self/fd/{staging.fd}/{NEW}"), meta, namespace)
-        staging.publish(path.name)
+def like_root(folder: Path, root: int, namespace: Namespace) -> None:
+    """Make ``folder`` with the owner, mode, xattrs and times of the folder that ``root`` is a descriptor of.
+
+    A merged root is shown from the upper alone. Marks of overlayfs itself are not copied.
+
+    Raises:
+        OSError: as the system says; the folder may be there then.
+    """
+    shown = os.fstat(root)
+    folder.mkdir(mode=0o700)
+    os.chown(folder, shown.st_uid, shown.st_gid)
+    folder.chmod(shown.st_mode & 0o7777)
+    like = f"/proc/self/fd/{root}"
+    for name in os.listxattr(like):
+        if own_mark(os.fsencode(name), namespace) is None and name != "security.selinux":
+            os.setxattr(folder, name, os.getxattr(like, name))
+    os.utime(folder, ns=(shown.st_atime_ns, shown.st_mtime_ns))
 
 
-def _explain(error: OSError, layers: list[int], upper: int | None) -> str:
+def _explain(error: OSError, layers: _Layers) -> str:
     """Return what may be behind a refusal of overlayfs, which says most things in the kernel's log only."""
     if error.errno == errno.EINVAL:
-        if any(sc.filesystem_magic(fd) == sc.OVERLAYFS_MAGIC for fd in layers):
+        if any(sc.filesystem_magic(fd) == sc.OVERLAYFS_MAGIC for fd in (*layers.lower, *layers.data)):
             return "; a layer lies on an overlay that lies on another: the kernel stacks two, no more"
-        if upper is not None and sc.filesystem_magic(upper) in (sc.FUSE_MAGIC, 0x6969):
+        if layers.upper is not None and sc.filesystem_magic(layers.upper) in (sc.FUSE_MAGIC, 0x6969):
             return "; the upper's filesystem (network or FUSE) cannot hold one: use a local disk or tmpfs"
         return "; the kernel's log (dmesg) has the reason; `layerkit doctor` shows what this host can do"
     if error.errno in (errno.EBUSY, errno.ESTALE):

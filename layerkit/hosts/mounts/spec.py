@@ -9,12 +9,19 @@ import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from layerkit.formats.meta.fuse_tree import TREE_FILE
 from layerkit.idmap import Mapping
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
 from layerkit.linux.mounts import MAX_LAYERS, mount_id
 from layerkit.metaonly import METACOPY, Namespace
+from layerkit.model.digest import Digest
 from layerkit.model.errors import UnsupportedHost, UsageError
+from layerkit.model.facts import TreeFacts
+from layerkit.store.layout import DataBackend
+from layerkit.store.local import LocalStore
+from layerkit.store.metas import MetaEntry
+from layerkit.store.preparation import Rendering
 
 IdExtents = tuple[tuple[int, int, int], ...]
 """(container id, host id, size) each."""
@@ -27,49 +34,70 @@ _OWN_OPTIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class ErofsData:
-    """A DATA image over the raw tar of a layer, mounted once per ``key``.
+class ErofsLayer:
+    """An EROFS image, mounted once per ``key`` and shared: a META, or DATA over the raw tar of a layer.
 
-    The key stands for the content: what is mounted under it serves whoever comes with the same key. Make it
-    of a digest (the layer's diff_id).
+    The key stands for the content: what is mounted under it serves whoever comes with the same key. Make it of a
+    digest (the layer's diff_id).
     """
 
     key: str
     image: Path
-    tar: Path
+    tar: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of its mount point among the shared layers."""
+        return f"{'meta' if self.tar is None else 'data'}-{self.key}"
+
+    def checked(self, what: str) -> ErofsLayer:
+        """Return it with its files resolved; see :func:`checked`."""
+        tar = None if self.tar is None else _real_file(self.tar, "the layer's tar")
+        return replace(self, image=_real_file(self.image, f"the {what} image"), tar=tar)
 
 
 @dataclass(frozen=True, slots=True)
-class FolderData:
-    """A folder of data: an object store, or a runtime's unpacked layer."""
+class FolderLayer:
+    """A folder: a META rendered as one, an object store, or a runtime's unpacked layer."""
 
     path: Path
 
-
-@dataclass(frozen=True, slots=True)
-class ErofsMeta:
-    """A META image, mounted once per ``key`` and shared by every map that the kernel can apply."""
-
-    key: str
-    image: Path
+    def checked(self, what: str) -> FolderLayer:
+        """Return it with its path resolved; see :func:`checked`."""
+        return FolderLayer(real_folder(self.path, what))
 
 
 @dataclass(frozen=True, slots=True)
-class FolderMeta:
-    """A META rendered as a directory."""
-
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class FuseMeta:
-    """A META that a server of ours answers for, under the owners of ``maps``; one file serves every map."""
+class ServedMeta:
+    """A META that a server of ours answers for, with the owners of ``mapping``; one file serves every map."""
 
     path: Path
     mapping: Mapping
 
+    def checked(self, what: str) -> ServedMeta:
+        """Return it with its path resolved; see :func:`checked`."""
+        return replace(self, path=_real_file(self.path, f"the {what}"))
 
-Meta = ErofsMeta | FolderMeta | FuseMeta
+
+Meta = ErofsLayer | FolderLayer | ServedMeta
+Data = ErofsLayer | FolderLayer
+
+
+def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> Meta:
+    """Return a META of the store as the mounter takes it; ``mapping`` is for one that is served."""
+    if entry.info["rendering"] == Rendering.FUSE:
+        return ServedMeta(entry.path / TREE_FILE, mapping or Mapping.identity())
+    if entry.info["rendering"] == Rendering.EROFS:
+        return ErofsLayer(entry.key, entry.image_file)
+    return FolderLayer(entry.root)
+
+
+def data_layers(store: LocalStore, backend: DataBackend, facts: TreeFacts) -> tuple[Data, ...]:
+    """Return the data that the stubs of a tree point at; layers whose files are all hidden are left out."""
+    if backend is DataBackend.OBJECTS:
+        return (FolderLayer(store.objects_root),)
+    digests = [Digest.parse(text) for text in facts.data_layers]
+    return tuple(ErofsLayer(digest.hex, store.data_image(digest), store.tar_path(digest)) for digest in digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +122,7 @@ class MountSpec:
     """
 
     meta: Meta
-    data: tuple[ErofsData | FolderData, ...]
+    data: tuple[Data, ...]
     namespace: Namespace
     target: Path
     idmap: tuple[IdExtents, IdExtents] | None = None
@@ -106,6 +134,16 @@ class MountSpec:
     classic: bool = False
     label: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def shared(self) -> tuple[ErofsLayer, ...]:
+        """Return the layers that are mounted once for all."""
+        return tuple(layer for layer in (self.meta, *self.data) if isinstance(layer, ErofsLayer))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return the layers that are folders."""
+        return tuple(layer.path for layer in (self.meta, *self.data) if isinstance(layer, FolderLayer))
+
 
 def checked(spec: MountSpec) -> MountSpec:
     """Return ``spec`` with every path absolute and without symbolic links.
@@ -114,27 +152,20 @@ def checked(spec: MountSpec) -> MountSpec:
         UsageError: it cannot mean anything, or would damage something.
         UnsupportedHost: this user or kernel cannot mount it.
     """
-    target = real_folder(spec.target, "the target")
-    meta: Meta
-    if isinstance(spec.meta, FolderMeta):
-        meta = FolderMeta(real_folder(spec.meta.path, "META"))
-    elif isinstance(spec.meta, FuseMeta):
-        if spec.idmap is not None:
-            raise UsageError("an idmapped mount of a META that a server answers for: it maps the owners itself")
-        meta = replace(spec.meta, path=_real_file(spec.meta.path, "the META"))
-    else:
-        meta = replace(spec.meta, image=_real_file(spec.meta.image, "the META image"))
-    data = tuple(
-        FolderData(real_folder(d.path, "the data folder"))
-        if isinstance(d, FolderData)
-        else replace(d, image=_real_file(d.image, "the DATA image"), tar=_real_file(d.tar, "the layer's tar"))
-        for d in spec.data
-    )
-    spec = replace(spec, target=target, meta=meta, data=data)
+    if isinstance(spec.meta, ServedMeta) and spec.idmap is not None:
+        raise UsageError("an idmapped mount of a META that a server answers for: it maps the owners itself")
+    spec = replace(
+        spec, target=real_folder(spec.target, "the target"), meta=spec.meta.checked("META"),
+        data=tuple(layer.checked("DATA") for layer in spec.data),
+    )  # fmt: skip
     _check_layers(spec)
     _check_options(spec)
     _check_rights(spec)
-    return _with_upper(spec) if spec.upper is not None else _without_upper(spec)
+    if spec.upper is not None:
+        return _with_upper(spec, spec.upper)
+    if spec.work is not None:
+        raise UsageError("--work means something only with --upper")
+    return spec
 
 
 def real_folder(path: Path, what: str) -> Path:
@@ -143,28 +174,26 @@ def real_folder(path: Path, what: str) -> Path:
     Raises:
         UsageError: it is not there, or not a folder.
     """
-    try:
-        resolved = Path(os.path.realpath(path, strict=True))
-        mode = resolved.lstat().st_mode
-    except OSError as error:
-        hint = "; make it first" if error.errno == errno.ENOENT else ""
-        raise UsageError(f"{what} {path}: {error.strerror}{hint}") from error
+    resolved, mode = _resolved(path, what, "make it first")
     if not stat.S_ISDIR(mode):
         raise UsageError(f"{what} {path} is not a folder; name one")
     return resolved
 
 
 def _real_file(path: Path, what: str) -> Path:
-    try:
-        resolved = Path(os.path.realpath(path, strict=True))
-        mode = resolved.lstat().st_mode
-    except OSError as error:
-        raise UsageError(
-            f"{what} {path}: {error.strerror}; the store may have lost it: run store verify"
-        ) from error
+    resolved, mode = _resolved(path, what, "the store may have lost it: run store verify")
     if not stat.S_ISREG(mode):
         raise UsageError(f"{what} {path} is not a regular file")
     return resolved
+
+
+def _resolved(path: Path, what: str, hint: str) -> tuple[Path, int]:
+    try:
+        resolved = Path(os.path.realpath(path, strict=True))
+        return resolved, resolved.lstat().st_mode
+    except OSError as error:
+        more = f"; {hint}" if error.errno == errno.ENOENT else ""
+        raise UsageError(f"{what} {path}: {error.strerror}{more}") from error
 
 
 def _check_layers(spec: MountSpec) -> None:
@@ -174,15 +203,13 @@ def _check_layers(spec: MountSpec) -> None:
             f"{count} layers: an overlay takes {MAX_LAYERS} with the data layers counted; "
             "merge the data into one object store (--data objects), or flatten the image"
         )
-    images: dict[str, tuple[Path, ...]] = {}
-    for layer in (spec.meta, *spec.data):
-        if isinstance(layer, ErofsData | ErofsMeta):
-            if not _KEY.fullmatch(layer.key):
-                raise UsageError(f"layer key {layer.key!r}: want letters, digits and ._:+@- , at most 180")
-            files = (layer.image, layer.tar) if isinstance(layer, ErofsData) else (layer.image,)
-            if images.setdefault(f"{type(layer).__name__} {layer.key}", files) != files:
-                raise UsageError(f"layer key {layer.key} stands for two images: {files[0]} and another")
-    folders = [layer.path for layer in (spec.meta, *spec.data) if isinstance(layer, FolderData | FolderMeta)]
+    images: dict[str, ErofsLayer] = {}
+    for layer in spec.shared:
+        if not _KEY.fullmatch(layer.key):
+            raise UsageError(f"layer key {layer.key!r}: want letters, digits and ._:+@- , at most 180")
+        if images.setdefault(layer.name, layer) != layer:
+            raise UsageError(f"layer key {layer.key} stands for two images: {images[layer.name].image} and another")
+    folders = spec.folders
     for folder in folders:
         if folders.count(folder) > 1:
             raise UsageError(f"the folder {folder} is given twice as a layer")
@@ -213,37 +240,28 @@ def _check_rights(spec: MountSpec) -> None:
             "trusted.overlay xattrs in a user namespace",
             "have the META made for the user namespace (namespace user, rendering directory)",
         )
-    if any(isinstance(layer, ErofsData | ErofsMeta) for layer in (spec.meta, *spec.data)):
+    if spec.shared:
         raise UnsupportedHost(
             "mounting EROFS in a user namespace",
             "use the directory rendering over the object store (--data objects)",
         )
 
 
-def _without_upper(spec: MountSpec) -> MountSpec:
-    if spec.work is not None:
-        raise UsageError("--work means something only with --upper")
-    return spec
-
-
-def _with_upper(spec: MountSpec) -> MountSpec:
-    assert spec.upper is not None
-    upper = _may_be_absent(spec.upper, "the upper folder")
+def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
+    upper = _may_be_absent(upper, "the upper folder")
     work = _may_be_absent(spec.work or upper.with_name(upper.name + ".work"), "the work folder")
     if upper == work or upper in work.parents or work in upper.parents:
         raise UsageError(f"the work folder {work} must be beside the upper folder {upper}, neither in the other")
-    folders = [layer.path for layer in (spec.meta, *spec.data) if isinstance(layer, FolderData | FolderMeta)]
     for name, path in (("upper", upper), ("work", work)):
-        for other in folders:
+        for other in spec.folders:
             if path == other or path in other.parents or other in path.parents:
                 raise UsageError(f"the {name} folder {path} overlaps the layer {other}; take a folder of its own")
         if path == spec.target or path in spec.target.parents or spec.target in path.parents:
             raise UsageError(
                 f"the {name} folder {path} overlaps the target {spec.target}; take a folder of its own"
             )
-    for name, path in (("upper", upper), ("work", work)):
         real_folder(path.parent, f"the parent of the {name} folder,")
-    places = [_nearest(upper), _nearest(work)]
+    places = [path if path.exists() else path.parent for path in (upper, work)]
     for place in places:
         if sc.filesystem_magic(place) == sc.OVERLAYFS_MAGIC:
             raise UsageError(
@@ -273,10 +291,6 @@ def _may_be_absent(path: Path, what: str) -> Path:
     if os.path.lexists(path):
         return real_folder(path, what)
     return Path(os.path.realpath(path.absolute().parent)) / path.name
-
-
-def _nearest(path: Path) -> Path:
-    return path if path.exists() else path.parent
 
 
 def check_stubs(meta: str, namespace: Namespace, where: str) -> None:

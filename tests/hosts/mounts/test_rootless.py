@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 from layerkit.model.errors import LayerkitError, UnsupportedHost
 from layerkit.hosts.mounts import mount as m
+from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec
 from layerkit.linux import mounts, userns, probe
 from layerkit.metaonly import Namespace, data_path
 user, work = int(sys.argv[2]), Path(sys.argv[3])
@@ -47,7 +48,7 @@ for number, (path, data) in enumerate(CONTENT.items()):
     os.setxattr(stub, "user.overlay.redirect", b"/" + redirect)
     os.chown(stub, 1000 + number, 2000 + number); stub.chmod(0o4755)
 run = work / "run"
-spec = m.MountSpec(m.FolderMeta(work / "meta"), (m.FolderData(work / "data"),), Namespace.USER, work / "mnt")
+spec = MountSpec(FolderLayer(work / "meta"), (FolderLayer(work / "data"),), Namespace.USER, work / "mnt")
 out = {"privileged": userns.is_privileged(), "can_mount": userns.can_mount()}
 features = probe.Features(work)
 out["features"] = [getattr(features, x) for x in
@@ -60,7 +61,7 @@ out["options"] = top.super_options
 out["refused"] = []
 for change in (
     {"namespace": Namespace.TRUSTED},
-    {"meta": m.ErofsMeta("k", work / "data" / os.fsdecode(redirect))},
+    {"meta": ErofsLayer("k", work / "data" / os.fsdecode(redirect))},
     {"idmap": (((0, 1000, 10),), ((0, 1000, 10),))},
 ):
     try:

@@ -15,7 +15,7 @@ from layerkit.model.errors import NotFound, SnapshotError, StoreError
 from layerkit.model.limits import Limits
 
 if TYPE_CHECKING:
-    from layerkit.hosts.mounts.spec import ErofsData, ErofsMeta, FolderData, FolderMeta
+    from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer
     from layerkit.idmap import Mapping
     from layerkit.store.local import LocalStore
 
@@ -162,7 +162,7 @@ class StoreChains:
 
     def layers(
         self, image: str, diff_ids: Sequence[Digest], mapping: Mapping | None
-    ) -> tuple[ErofsMeta | FolderMeta, tuple[ErofsData | FolderData, ...]]:
+    ) -> tuple[ErofsLayer | FolderLayer, tuple[ErofsLayer | FolderLayer, ...]]:
         """Return META and the data of a chain, META made if it is not kept.
 
         Args:
@@ -175,8 +175,7 @@ class StoreChains:
             SnapshotError: failed_precondition, the store lost a layer.
         """
         from layerkit.hosts.mounts.choose import MountOptions, choose
-        from layerkit.hosts.mounts.layers import data_layers, meta_layer
-        from layerkit.hosts.mounts.spec import FuseMeta
+        from layerkit.hosts.mounts.spec import ServedMeta, data_layers, meta_layer
         from layerkit.store.layout import DataBackend
         from layerkit.store.preparation import Preparation
 
@@ -195,7 +194,7 @@ class StoreChains:
             entry = work.meta(mapping, ways.rendering, ways.namespace)
             store.add_image(stored, [self._pin_name(image)], metas=[entry.key])
             meta = meta_layer(entry)
-            assert not isinstance(meta, FuseMeta), "containerd mounts files, and nothing that has to be served"
+            assert not isinstance(meta, ServedMeta), "containerd mounts files, and nothing that has to be served"
             return meta, data_layers(store, DataBackend(backend), work.facts())
 
 

@@ -19,7 +19,7 @@ from layerkit.hosts.containerd.snapshots.catalog import Catalog, Row
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.places import Places
 from layerkit.hosts.containerd.snapshots.stacks import FILES, Lowers, Stack
-from layerkit.hosts.mounts.spec import ErofsData, ErofsMeta
+from layerkit.hosts.mounts.spec import ErofsLayer
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
@@ -137,10 +137,10 @@ class Layers:
         chain = [Digest.parse(text) for text in stack.chain]
         meta, data = self._chains.layers(stack.image, chain, mapping)
         return {
-            "image": str(meta.image) if isinstance(meta, ErofsMeta) else "",
-            "folder": "" if isinstance(meta, ErofsMeta) else str(meta.path),
+            "image": str(meta.image) if isinstance(meta, ErofsLayer) else "",
+            "folder": "" if isinstance(meta, ErofsLayer) else str(meta.path),
             "data": [
-                [d.key, str(d.image), str(d.tar)] if isinstance(d, ErofsData) else [str(d.path)] for d in data
+                [d.key, str(d.image), str(d.tar)] if isinstance(d, ErofsLayer) else [str(d.path)] for d in data
             ],
             # What lies under the names of contents is in no image (``metaonly`` refuses such names).
             "metacopy": True,

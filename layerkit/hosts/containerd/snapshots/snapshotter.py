@@ -34,7 +34,7 @@ from layerkit.hosts.containerd.snapshots.stacks import (
     view_mounts,
 )
 from layerkit.hosts.containerd.snapshots.values import REF_LABEL, Info, Kind, Mount, Usage, check_labels
-from layerkit.hosts.mounts.upper import like_root
+from layerkit.hosts.mounts.mount import like_root
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
 from layerkit.metaonly import Namespace
