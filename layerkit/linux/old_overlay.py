@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.linux import syscalls as sc
 from layerkit.model.errors import UnsupportedHost
 
@@ -44,32 +45,25 @@ def mount_overlay(
         UnsupportedHost: more layers than a page of text has room for.
         OSError: as mount(2).
     """
-    options = _options(lower, upper, work, _path)
-    page = os.sysconf("SC_PAGE_SIZE")
-    if by_descriptor or len(options) >= page:
-        options = _options(lower, upper, work, _descriptor)
-    if len(options) >= page:
+    options = _options(lower, upper, work, os.readlink)
+    if by_descriptor or not options.fits:
+        options = _options(lower, upper, work, str)
+    if not options.fits:
         raise UnsupportedHost(
-            f"an overlay of {len(lower)} layers by mount(2) ({len(options)} bytes of options)",
+            f"an overlay of {len(lower)} layers by mount(2) ({options.size} bytes of options)",
             "Linux 6.8 or newer takes 500; flatten the image",
         )
+    text = os.fsencode(str(options))
     flags = (_RDONLY if read_only else 0) | (_NODEV if nodev else 0)
-    if _libc.mount(source.encode(), os.fsencode(target), b"overlay", ctypes.c_ulong(flags), options) != 0:
+    if _libc.mount(source.encode(), os.fsencode(target), b"overlay", ctypes.c_ulong(flags), text) != 0:
         raise sc.failed(ctypes.get_errno(), "mount overlay", target)
 
 
-def _options(lower: Sequence[int], upper: int | None, work: int | None, name: Callable[[int], bytes]) -> bytes:
-    options = b"metacopy=on,lowerdir=" + b":".join(name(fd) for fd in lower)
-    if upper is not None and work is not None:
-        options += b",upperdir=" + name(upper) + b",workdir=" + name(work)
-    return options
-
-
-def _descriptor(fd: int) -> bytes:
-    return b"/proc/self/fd/%d" % fd
-
-
-def _path(fd: int) -> bytes:
-    path = os.readlink(_descriptor(fd))
-    # overlayfs.rst: colons and commas in names are written with a backslash.
-    return path.replace(b"\\", b"\\\\").replace(b":", b"\\:").replace(b",", b"\\,")
+def _options(
+    lower: Sequence[int], upper: int | None, work: int | None, name: Callable[[str], str]
+) -> OverlayOptions:
+    layers, places = (
+        [name(f"/proc/self/fd/{fd}") for fd in fds if fd is not None] for fds in (lower, (upper, work))
+    )
+    over, beside = places or ("", "")
+    return OverlayOptions(tuple(layers), (), over, beside, (("metacopy", "on"),))

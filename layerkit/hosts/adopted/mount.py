@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.adopted.meta import (
     AdoptedImage,
     FolderPreparation,
@@ -30,8 +31,6 @@ from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import Progress
 from layerkit.store.local import LocalStore
 from layerkit.store.preparation import Rendering
-
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,17 +265,10 @@ def _write(root: int, name: str, fill: Any) -> int:
 
 
 def _mount_line(folder: Path, data: Sequence[Path], way: Stacking) -> str:
-    def escaped(path: Path) -> str:
-        # overlayfs.rst: colons and commas in names are written with a backslash.
-        text = os.fspath(path).replace("\\", "\\\\")
-        return text.replace(":", "\\:").replace(",", "\\,")
-
-    layers = [escaped(path) for path in data]
-    lower = ":".join(layers) if way is Stacking.CLASSIC else "::".join([escaped(folder / "meta"), *layers])
-    options = (
-        f"metacopy=on,lowerdir={lower},upperdir={escaped(folder / 'upper')},workdir={escaped(folder / 'work')}"
-    )
-    if len(options) >= _PAGE_BYTES:
+    layers = tuple(map(os.fspath, data))
+    lower, below = (layers, ()) if way is Stacking.CLASSIC else ((os.fspath(folder / "meta"),), layers)
+    options = OverlayOptions(lower, below, f"{folder}/upper", f"{folder}/work", (("metacopy", "on"),))
+    if not options.fits:
         return ""
     return f"mount -t overlay overlay -o '{options}' TARGET"
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from layerkit.formats import strict_json
+from layerkit.formats.overlay_options import parse_layers
 from layerkit.hosts.adopted.unpacked import SCHEMES, Unpacked
 from layerkit.linux import userns
 from layerkit.linux.folders.layer import LayerFolder, Marks
@@ -57,8 +58,8 @@ def find_unpacked(text: str) -> Unpacked:
 
 
 def _folders(text: str) -> Unpacked:
-    parts = [part.replace("\\:", ":") for part in re.split(r"(?<!\\):", text)]
-    if not all(parts):
+    parts, data = parse_layers(text, "folders")
+    if data:
         raise UsageError(f"folders:{text}: an empty name between colons; want folders:UPPER:...:LOWEST")
     paths = [Path(os.path.abspath(part)) for part in reversed(parts)]
     return Unpacked(text, "folders", tuple(LayerFolder(path, name=path.name) for path in paths))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, overlay_layers, record_of
+from layerkit.formats.overlay_options import OverlayOptions
+from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, record_of
 from layerkit.hosts.mounts.records import UNPACKED, Record
 from layerkit.linux import mounts, pagecache
 from layerkit.linux import syscalls as sc
@@ -280,8 +281,8 @@ def _of_record(record: Record, store: Path) -> KeyOf:
 
 def _of_overlay(root: Path, mount: mounts.Mount) -> KeyOf:
     """Return the same for somebody else's overlay, by looking for the path in its layers, top first."""
-    upper, lower = overlay_layers(mount.super_options)
-    layers = [os.fsencode(path) for path in ([upper] if upper else []) + lower]
+    shown = OverlayOptions.shown(mount.super_options)
+    layers = [os.fsencode(path) for path in (shown.upper, *shown.lower, *shown.data) if path]
     inside = os.path.relpath(root, mount.point)
     prefix = b"" if inside == "." else os.fsencode(inside)
 

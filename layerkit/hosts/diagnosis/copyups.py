@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, overlay_layers, record_of
+from layerkit.formats.overlay_options import OverlayOptions
+from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, record_of
 from layerkit.linux import blocks as extents
 from layerkit.linux import fanotify, mounts
 from layerkit.metaonly import ORIGIN, Namespace
@@ -234,12 +235,12 @@ def _writable(target: Path, store: Path) -> _Writable:
             return Below(int(tree.size[inode]), int(tree.mtime[inode]) * 1_000_000_000 + int(tree.mtime_ns[inode]))
 
         return _Writable(Path(mount.point), Path(record.upper), Namespace(record.namespace), in_tree)
-    upper, lower = overlay_layers(mount.super_options)
-    if not upper:
+    shown = OverlayOptions.shown(mount.super_options)
+    if not shown.upper:
         raise UsageError(f"{target}: an overlay without an upper, so nothing was ever copied up")
 
     def in_folders(path: bytes) -> Below | None:
-        for layer in map(os.fsencode, lower):
+        for layer in map(os.fsencode, shown.lower + shown.data):
             try:
                 st = os.lstat(os.path.join(layer, path))
             except OSError:
@@ -247,8 +248,8 @@ def _writable(target: Path, store: Path) -> _Writable:
             return Below(st.st_size, st.st_mtime_ns) if stat.S_ISREG(st.st_mode) else None
         return None
 
-    namespace = Namespace.USER if "userxattr" in mount.super_options else Namespace.TRUSTED
-    return _Writable(Path(mount.point), Path(upper), namespace, in_folders)
+    namespace = Namespace.USER if ("userxattr", None) in shown.more else Namespace.TRUSTED
+    return _Writable(Path(mount.point), Path(shown.upper), namespace, in_folders)
 
 
 def _report(found: _Writable) -> CopyUpReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,16 +100,3 @@ def is_stub(path: bytes, namespace: str) -> bool:
     """Return whether the file at ``path`` has its data in another layer."""
     metacopy = os.fsdecode(Namespace(namespace).xattr(METACOPY))
     return metacopy in os.listxattr(path, follow_symlinks=False)
-
-
-def overlay_layers(options: str) -> tuple[str, list[str]]:
-    """Return (upper or "", lower folders top first) of an overlay's options as mountinfo shows them."""
-    upper, lower = "", list[str]()
-    for option in re.split(r"(?<!\\),", options):
-        key, _, value = option.partition("=")
-        value = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), value)
-        if key == "upperdir":
-            upper = re.sub(r"\\(.)", r"\1", value)
-        elif key in ("lowerdir", "lowerdir+", "datadir+"):
-            lower += [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):+", value) if part]
-    return upper, lower

@@ -14,9 +14,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.finalize import plan as fp
 from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.hosts.finalize.plan import Plan, Step, raw
+from layerkit.linux import mounts
 from layerkit.linux.durable import NEW, staging_beside, whole_file
 from layerkit.linux.syscalls import syncfs
 from layerkit.metaonly import METACOPY, Namespace, own_mark
@@ -167,25 +169,20 @@ def _mounted(place: Path) -> str:
             namespace = (process / "ns" / "mnt").stat().st_ino
             if namespace in seen:
                 continue
-            table = (process / "mountinfo").read_bytes()
+            table = mounts.mount_table(process.name)
             seen.add(namespace)
-            for line in table.splitlines():
-                left, _, right = line.partition(b" - overlay ")
-                if right and _uses(right.split(b" ")[-1], place):
-                    return os.fsdecode(left.split(b" ")[4])
+            for mount in table:
+                if mount.fstype == "overlay" and _uses(OverlayOptions.shown(mount.super_options), str(place)):
+                    return mount.point
     return ""
 
 
-def _uses(options: bytes, place: Path) -> bool:
-    own = os.fsencode(place)
-    for option in options.split(b","):
-        key, _, value = option.partition(b"=")
-        if key in (b"upperdir", b"lowerdir", b"lowerdir+"):
-            for part in value.replace(b"\\134", b"\\").split(b":"):
-                # A relative one is shown as it was given, and nobody knows relative to what.
-                if part == own or (part and not part.startswith(b"/") and own.endswith(b"/" + part)):
-                    return True
-    return False
+def _uses(shown: OverlayOptions, own: str) -> bool:
+    # A relative one is shown as it was given, and nobody knows relative to what.
+    return any(
+        layer == own or (layer and not layer.startswith("/") and own.endswith(f"/{layer}"))
+        for layer in (shown.upper, *shown.lower, *shown.data)
+    )
 
 
 def _root_whiteouts(upper: bytes, lowers: Lowers) -> int:

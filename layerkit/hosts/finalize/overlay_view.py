@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from layerkit.formats.overlay_options import parse_layers
 from layerkit.metaonly import HOLDS_WHITEOUTS, METACOPY, OPAQUE, REDIRECT, WHITEOUT, YES, Namespace, is_whiteout
 from layerkit.model.errors import LossyResult, UsageError, show_path
 
@@ -49,9 +50,10 @@ class Lowers:
         Raises:
             UsageError: no layer, or one that is not a folder.
         """
-        normal, *data = _split(text)
-        roots = tuple(os.fsencode(_folder(part)) for part in normal)
-        return cls(roots, tuple(os.fsencode(_folder(part)) for group in data for part in group), namespace)
+        roots, data = (
+            tuple(os.fsencode(_folder(part)) for part in parts) for parts in parse_layers(text, "--lower")
+        )
+        return cls(roots, data, namespace)
 
     def full(self, found: Found) -> bytes:
         """Return the absolute path of something found."""
@@ -154,25 +156,6 @@ def is_file(path: bytes) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _split(text: str) -> list[list[str]]:
-    """Return the layers, and after each ``::`` the data-only ones."""
-    groups: list[list[str]] = [[]]
-    part, escaped = "", False
-    for character in text + ":":
-        if escaped or character not in ":\\":
-            part, escaped = part + character, False
-        elif character == "\\":
-            escaped = True
-        elif part:
-            groups[-1].append(part)
-            part = ""
-        else:
-            groups.append([])
-    if not groups[0] or not all(groups):
-        raise UsageError(f"--lower {text!r}: want DIR[:DIR…], and perhaps ::DATA")
-    return groups
 
 
 def _folder(text: str) -> Path:

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts import served as serving
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
 from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
@@ -168,10 +169,8 @@ def _refuse_busy(spec: MountSpec, folder: RunFolder) -> None:
             raise UsageError(
                 f"{spec.target} has a mount of layerkit already; unmount it first, or take another target"
             )
-        for option in entry.super_options.split(","):
-            key, _, value = option.partition("=")
-            if key not in ("upperdir", "workdir"):
-                continue
+        shown = OverlayOptions.shown(entry.super_options)
+        for key, value in (("upperdir", shown.upper), ("workdir", shown.work)):
             for path in (spec.upper, spec.work):
                 if path is not None and value == str(path):
                     raise UsageError(

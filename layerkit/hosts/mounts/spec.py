@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.formats.overlay_options import LAYER_KEYS
 from layerkit.idmap import Mapping
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
@@ -28,9 +29,7 @@ IdExtents = tuple[tuple[int, int, int], ...]
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+@-]{0,179}")
 _STUB_SEARCH_NAMES = 5000
-_OWN_OPTIONS = frozenset(
-    {"lowerdir", "lowerdir+", "datadir", "datadir+", "upperdir", "workdir"} | {"userxattr", "metacopy", "source"}
-)
+_OWN_OPTIONS = LAYER_KEYS | {"userxattr", "metacopy", "source"}
 
 
 @dataclass(frozen=True, slots=True)

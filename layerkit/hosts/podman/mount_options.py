@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from layerkit.formats.overlay_options import FEATURE_KEYS, OverlayOptions
 from layerkit.idmap import IdMap, Mapping, parse_id
 from layerkit.model.errors import UsageError
 
@@ -21,7 +22,6 @@ _OF_FUSE_OVERLAYFS = (
     "max_idle_threads", "threaded", "fsync", "timeout", "fast_ino", "writeback", "noxattrs", "disable_xattrs",
     "auto_unmount", "debug", "fsname", "subtype",
 )  # fmt: skip
-_OF_OVERLAYFS = ("metacopy", "redirect_dir", "index", "xino", "userxattr", "nfs_export", "uuid", "verity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +57,16 @@ def parse(text: str) -> Options:
         UsageError: no lower folder, a map that is none, or an option that would change what is shown and that
             we cannot follow (``xattr_permissions``).
     """
-    values: dict[str, str] = {}
+    rendering = "auto"
     attributes, overlay, notes = list[str](), list[tuple[str, str | None]](), list[str]()
     sides = {"uid": IdMap.identity(), "gid": IdMap.identity()}
     squash: dict[str, IdMap] = {}
     overflow: int | None = None
-    for word in split_unescaped(text, ","):
-        key, _, value = word.partition("=")
-        if key in ("lowerdir", "upperdir", "workdir", "rendering"):
-            values[key] = value
+    asked = OverlayOptions.parse(text)
+    for key, given in asked.more:
+        word, value = key if given is None else f"{key}={given}", given or ""
+        if key == "rendering":
+            rendering = value
         elif key in ("uidmapping", "gidmapping"):
             if value.strip(":"):
                 sides[key[:3]] = IdMap.parse([value.strip(":")], what=key)
@@ -80,29 +81,28 @@ def parse(text: str) -> Options:
         elif key == "volatile":
             overlay.append(("volatile", None))
         elif key in ("context", "fscontext", "defcontext", "rootcontext"):
-            overlay.append((key, value.strip('"')))
+            overlay.append((key, value))
         elif key == "xattr_permissions" and value not in ("", "0"):
             raise UsageError(
                 f"{word}: owners kept in xattrs (force_mask in storage.conf) are not supported; take it out, "
                 "or use fuse-overlayfs as mount_program"
             )
-        elif key in _OF_OVERLAYFS:
+        elif key in FEATURE_KEYS:
             notes.append(f"{word}: chosen by layerkit itself; ignored")
-        elif key not in _OF_FUSE_OVERLAYFS and key != "xattr_permissions" and word:
+        elif key not in _OF_FUSE_OVERLAYFS and key != "xattr_permissions":
             notes.append(f"{word}: unknown option, ignored")
-    lower = tuple(part for part in split_unescaped(values.get("lowerdir", ""), ":") if part)
+    lower = asked.lower + asked.data
     if not lower:
         raise UsageError("-o: no lowerdir=FOLDER[:FOLDER…], top layer first")
-    upper, work = values.get("upperdir", ""), values.get("workdir", "")
-    if bool(upper) != bool(work):
+    if bool(asked.upper) != bool(asked.work):
         raise UsageError("-o: upperdir and workdir go together")
-    rendering = values.get("rendering", "auto")
     if rendering not in ("auto", "fuse", "directory"):
         raise UsageError(f"rendering={rendering}: want auto, fuse or directory")
-    read_only = not upper or "ro" in attributes
+    read_only = not asked.upper or "ro" in attributes
     mapping = Mapping(**(sides | squash), overflow=overflow)
     return Options(
-        lower, upper, work, mapping, read_only, tuple(attributes), tuple(overlay), rendering, tuple(notes)
+        lower, asked.upper, asked.work, mapping, read_only, tuple(attributes), tuple(overlay), rendering,
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -145,22 +145,3 @@ def _back(one: IdMap) -> IdMap:
         return IdMap.everything(0)
     back = one.inverse().extents
     return IdMap.of(back if any(c == 0 for c, _, _ in back) else [(0, 0, 1), *back], squash=True)
-
-
-def split_unescaped(text: str, separator: str) -> list[str]:
-    r"""Split at ``separator`` except after a backslash and inside double quotes; ``\:`` becomes ``:``."""
-    parts, here, quoted, escaped = list[str](), list[str](), False, False
-    for char in text:
-        if escaped:
-            here.append(char if char in (separator, "\\") else "\\" + char)
-            escaped = False
-        elif char == "\\":
-            escaped = True
-        elif char == separator and not quoted:
-            parts.append("".join(here))
-            here.clear()
-        else:
-            quoted ^= char == '"'
-            here.append(char)
-    parts.append("".join(here) + ("\\" if escaped else ""))
-    return parts

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts.served import Keeper, answers, open_tree
 from layerkit.hosts.podman import layers as sl
 from layerkit.hosts.podman import mount_options
@@ -141,7 +142,7 @@ class _Mount(contextlib.ExitStack):
         """Return whether an overlay with this container's folder is mounted at the target."""
         target, upper = os.path.realpath(self.target), os.path.realpath(self.upper)
         return any(
-            m.point == target and m.fstype == "overlay" and f"upperdir={upper}" in m.super_options.split(",")
+            m.point == target and m.fstype == "overlay" and OverlayOptions.shown(m.super_options).upper == upper
             for m in mounts.mount_table()
         )
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from layerkit.formats.overlay_options import FEATURE_KEYS
 from layerkit.hosts.setup_file import Change, parse, read
 from layerkit.model.errors import UsageError
 
@@ -95,7 +96,7 @@ def _notes(overlay: dict[str, Any], driver: str, path: Path) -> list[str]:
     notes = []
     options = str(overlay.get("mountopt", ""))
     for word in options.split(","):
-        if word.partition("=")[0] in ("metacopy", "redirect_dir", "index", "userxattr"):
+        if word.partition("=")[0] in FEATURE_KEYS:
             notes.append(f"{path}: mountopt {word} has no effect with a mount program")
     if overlay.get("mount_program"):
         notes.append(f"{path}: mount_program = {overlay['mount_program']!r} gives way; --undo brings it back")

@@ -20,7 +20,6 @@ from layerkit.cli.cache_html import cache_html
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report
-from layerkit.hosts.diagnosis.mounted import overlay_layers
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.linux import pagecache
 from layerkit.store.local import LocalStore
@@ -149,11 +148,6 @@ def test_what_cannot_be_looked_at(store_dir: Path, tmp_path: Path) -> None:
         cache_report([tmp_path / "file"], store_dir)
     with pytest.raises(layerkit.model.errors.UsageError, match="twice"):
         cache_report([tmp_path, tmp_path / "."], store_dir)
-
-
-def test_options_of_overlays() -> None:
-    assert overlay_layers("rw,lowerdir=/a\\:b:/c::/d,upperdir=/u\\,p,workdir=/w") == ("/u,p", ["/a:b", "/c", "/d"])
-    assert overlay_layers("ro,lowerdir+=/a,lowerdir+=/b,datadir+=/c") == ("", ["/a", "/b", "/c"])
 
 
 def test_the_page_in_a_browser(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerkit.hosts.podman.mount_options import parse, parse_shift, shift_text, shifted_back, split_unescaped
+from layerkit.hosts.podman.mount_options import parse, parse_shift, shift_text, shifted_back
 from layerkit.model.errors import UnmappedId, UsageError
 
 KEEP_ID = "uidmapping=:0:1:4242:4242:0:1:4243:4243:61294,gidmapping=:0:1:100:"
@@ -79,9 +79,6 @@ def test_what_cannot_be_meant_is_refused(text: str) -> None:
 
 
 def test_separators() -> None:
-    assert split_unescaped(r"a\,b,c", ",") == ["a,b", "c"]
-    assert split_unescaped('context="u:r:t:s0,c1",x', ",") == ['context="u:r:t:s0,c1"', "x"]
-    assert split_unescaped("\\", ":") == ["\\"]
     assert parse(r"lowerdir=/a\:b:/c").lower == ("/a:b", "/c")
     assert parse('lowerdir=/a,context="s:o:c:s0,c1"').overlay == (("context", "s:o:c:s0,c1"),)
     assert shift_text(parse("lowerdir=/a,uidmapping=,gidmapping=:").mapping) == ""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Mapping as Labels
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from mmap import PAGESIZE
 from pathlib import Path
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.containerd.snapshots.catalog import Row
 from layerkit.hosts.containerd.snapshots.values import GID_LABEL, UID_LABEL, Mount
 from layerkit.idmap import IdMap, Mapping
@@ -25,7 +27,6 @@ beginning of one in META: with ``metacopy=on`` it looks there first, and a folde
 colon in it: containerd itself puts the upper among the lower layers where it mounts a snapshot to make a diff.
 """
 WORK = "work"
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,7 @@ def active_mounts(folder: Path, lowers: Lowers) -> list[Mount]:
     files = folder / FILES
     if not lowers.normal:
         return [Mount("bind", str(files), ("rw", "rbind"))]
-    upper = (f"workdir={folder / WORK}", f"upperdir={files}")
-    return [_overlay((*_options(lowers), *upper, _lowerdir(lowers)))]
+    return [_overlay(replace(_options(lowers), upper=str(files), work=str(folder / WORK)))]
 
 
 def view_mounts(folder: Path, lowers: Lowers) -> list[Mount]:
@@ -132,29 +132,24 @@ def view_mounts(folder: Path, lowers: Lowers) -> list[Mount]:
         return [Mount("bind", os.path.realpath(lowers.normal[0]), ("ro", "rbind"))]
     # Without an upper an absolute redirect needs no metacopy, and must not walk META first.
     plain = Lowers(lowers.normal, lowers.data)
-    options = _options(lowers if lowers.metacopy and len(lowers.normal) > 1 else plain)
-    return [_overlay((*options, _lowerdir(lowers)))]
+    return [_overlay(_options(lowers if lowers.metacopy and len(lowers.normal) > 1 else plain))]
 
 
-def _options(lowers: Lowers) -> tuple[str, ...]:
+def _options(lowers: Lowers) -> OverlayOptions:
     # Each is said, because a host may have set another default for all overlays.
-    if lowers.metacopy:
-        return ("index=off", "nfs_export=off", "metacopy=on")
-    # A layer that is committed must hold its files whole, and folders under their own names.
-    return ("index=off", "nfs_export=off", "metacopy=off", "redirect_dir=off")
+    said = {"index": "off", "nfs_export": "off", "metacopy": "on" if lowers.metacopy else "off"}
+    if not lowers.metacopy:
+        # A layer that is committed must hold its files whole, and folders under their own names.
+        said["redirect_dir"] = "off"
+    return OverlayOptions(lowers.normal, lowers.data, more=tuple(said.items()))
 
 
-def _lowerdir(lowers: Lowers) -> str:
-    return "lowerdir=" + ":".join(lowers.normal) + "".join(f"::{path}" for path in lowers.data)
-
-
-def _overlay(options: tuple[str, ...]) -> Mount:
-    size = sum(len(option.encode()) + 1 for option in options)
+def _overlay(options: OverlayOptions) -> Mount:
     # containerd makes long lists of plain layers shorter itself; it cannot with data-only ones.
-    if size > _PAGE_BYTES and "::" in options[-1]:
+    if options.data and not options.fits:
         raise SnapshotError(
             "failed_precondition",
-            f"its mount options take {size} bytes and mount(2) takes {_PAGE_BYTES}: merge some of the image's "
+            f"its mount options take {options.size} bytes and mount(2) takes {PAGESIZE}: merge some of the image's "
             "layers (`layerkit flatten`), or choose a shorter --root and --run",
         )
-    return Mount("overlay", "overlay", options)
+    return Mount("overlay", "overlay", options.texts)
