@@ -26,7 +26,7 @@ from layerkit.formats.tar.layer_writer import Content, stored_bytes
 from layerkit.formats.tar.reader import TarReader
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
+from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import BlobReader, DataSink, Progress
@@ -304,7 +304,7 @@ def _slot() -> mmap.mmap:
     return slot
 
 
-class _Interrupted(Cancelled):
+class _Interrupted(Exception):
     """Another thread failed; its error is the one to raise."""
 
 

@@ -115,16 +115,19 @@ registry_options.add_to_commands(app)
 
 
 def run() -> None:
-    """Run the command line and exit with its code (0 done, 1 failed, 2 usage, 3 input, 4 registry, 5 batch)."""
+    """Run the command line and exit with its code, which ``model.errors`` says."""
     _open_closed_streams()
     INTERRUPTS.install()
     _build_only(sys.argv[1:2])
     try:
         _run_app()
+    except Cancelled as stopped:
+        INTERRUPTS.ignore()
+        _say(str(stopped))
+        sys.exit(stopped.exit_code)
     except LayerkitError as error:
-        if isinstance(error, Cancelled):
-            INTERRUPTS.ignore()
-        sys.exit(_report(error))
+        _say(str(error))
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`layerkit … | head`): not an error of ours.
         _drop_output()
@@ -180,11 +183,6 @@ def _build_only(words: list[str]) -> None:
     # Completion, help, and a word that is none need all of them.
     if (commands or groups) and "_LAYERKIT_COMPLETE" not in os.environ:
         app.registered_commands, app.registered_groups = commands, groups
-
-
-def _report(error: LayerkitError) -> int:
-    _say(str(error))
-    return error.exit_code
 
 
 def _say(message: str) -> None:

@@ -148,7 +148,11 @@ class PartialFailure(LayerkitError):
     exit_code: ClassVar[int] = 5
 
 
-class Cancelled(LayerkitError):
-    """The caller or the user stopped the work; nothing half-made is left."""
+class Cancelled(BaseException):
+    """The caller or the user stopped the work; nothing half-made is left.
+
+    It is no error: like ``KeyboardInterrupt`` it passes what catches ``LayerkitError`` or ``Exception``, so nothing
+    can take it for a fault and go on.
+    """
 
     exit_code: ClassVar[int] = 130

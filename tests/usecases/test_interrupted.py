@@ -243,3 +243,27 @@ def test_a_stopped_run_never_spoils_what_was_there(lab: Path, durations: dict[st
             if now != before:
                 before = now  # it came through
             assert below(tmp_path / "home/tmp") == []
+
+
+@pytest.mark.parametrize("more", [[], ["--require-published"]])
+def test_an_interrupt_while_pull_compares_is_no_wrong_remap(more: list[str], lab: Path, tmp_path: Path) -> None:
+    """The artifact is right; Ctrl-C while it is compared ends the command, and says nothing about the artifact."""
+    env = environment(tmp_path)
+    attached = f"oci:{tmp_path}/attached:v1"
+    subprocess.run(command(COMMANDS["artifact"](lab, attached)), env=env, check=True, capture_output=True)
+    script = (
+        "import os, signal, sys\n"
+        "from layerkit.usecases import verify\n"
+        "from layerkit.cli.main import run\n"
+        "def interrupted(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "verify.plain_digest = interrupted\n"
+        "sys.argv[0] = 'layerkit'\n"
+        "run()\n"
+    )
+    pull = ["pull", attached, "--uid-map", "0:1000:10", *more]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *pull], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "layerkit: interrupted; nothing half-made is left\n"

@@ -22,7 +22,7 @@ from layerkit.linux import mounts
 from layerkit.linux.durable import NEW, staging_beside, whole_file
 from layerkit.linux.syscalls import syncfs
 from layerkit.metaonly import METACOPY, Namespace, own_mark
-from layerkit.model.errors import LayerkitError, NotFound, StoreError, UsageError, show_path
+from layerkit.model.errors import Cancelled, LayerkitError, NotFound, StoreError, UsageError, show_path
 from layerkit.model.reports import Report
 
 _FORMAT = "layerkit.finalize.v1"
@@ -109,7 +109,7 @@ def finalize(
     if plan.steps and not check:
         try:
             _apply(plan, place)
-        except (OSError, LayerkitError):
+        except (OSError, LayerkitError, Cancelled):
             _revert(plan, place)
             running.unlink()
             raise

@@ -28,7 +28,7 @@ from layerkit.hosts.podman import mount_options
 from layerkit.linux import fuse, mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.metaonly import OWNERS, Namespace
-from layerkit.model.errors import LayerkitError, StoreError, UnsupportedHost, UsageError
+from layerkit.model.errors import Cancelled, LayerkitError, StoreError, UnsupportedHost, UsageError
 
 _ATTRIBUTES = {
     "noexec": sc.MOUNT_ATTR_NOEXEC, "nodev": sc.MOUNT_ATTR_NODEV, "nosuid": sc.MOUNT_ATTR_NOSUID,
@@ -258,7 +258,7 @@ def _in_child(work: Callable[[], object]) -> None:
         gc.disable()
         try:
             work()
-        except LayerkitError as error:
+        except (LayerkitError, Cancelled) as error:
             code, text = error.exit_code, str(error)
         except OSError as error:
             code, text = 1, f"{error.strerror}: {error.filename}" if error.filename else str(error)

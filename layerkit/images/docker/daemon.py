@@ -23,7 +23,7 @@ from layerkit.images.oci.image_tar import ImageTar, blob_path, is_artifact
 from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import Cancelled, DaemonError, LayerkitError, NotFound, RegistryError, UsageError
+from layerkit.model.errors import DaemonError, LayerkitError, NotFound, RegistryError, UsageError
 from layerkit.model.limits import DEFAULT, Limits
 
 # Of silence: before the daemon sends the first byte of a large image it has written all of it to its own disk.
@@ -291,7 +291,7 @@ class DaemonSink(ImageTar):
             self._thread.join(0.2)
         self._outcome()
         if not self._loaded:
-            raise Cancelled(f"{self._where}: the upload was cut off")
+            raise DaemonError(f"{self._where}: the upload was cut off")
 
     def _drop(self) -> None:
         if self._thread is not None and self._thread.is_alive():
