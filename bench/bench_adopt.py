@@ -56,7 +56,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
 
 def _index(root: Path) -> list[dict[str, Any]]:
     from layerkit.hosts.adopted.sources import find_unpacked
-    from layerkit.linux.folders.layer import index_layer_folder, read_state
+    from layerkit.linux.folders.reader import index_layer_folder, read_state
 
     folders = find_unpacked(f"containers-storage:[overlay@{root}]app").folders
     find = ["find", *(str(folder.path) for folder in folders), "-printf", "%p %i %m %U %G %s %T@ %C@ %n %l\\n"]

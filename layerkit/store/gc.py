@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.linux.durable import remove
+from layerkit.linux.folders.walk import disk_usage
 from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError
 from layerkit.model.reports import Report
@@ -146,22 +146,9 @@ class Collector:
     def _drop(self, path: Path, line: str = "") -> None:
         if line:
             self._removed.append(line)
-        self._freed += _allocated(path)
+        self._freed += disk_usage(path).allocated_bytes
         if not self._dry_run:
             remove(path)
-
-
-def _allocated(path: Path) -> int:
-    try:
-        total = path.lstat().st_blocks * 512
-    except OSError:
-        return 0
-    if path.is_dir() and not path.is_symlink():
-        for top, folders, files in os.walk(path):
-            for name in (*folders, *files):
-                with contextlib.suppress(OSError):
-                    total += os.lstat(os.path.join(top, name)).st_blocks * 512
-    return total
 
 
 __all__ = ["Collector", "GcReport", "InUse", "strays"]

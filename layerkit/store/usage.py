@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerkit.linux.folders.walk import ignore, walk
 from layerkit.model.reports import Report
 from layerkit.store.catalog import Catalog
 from layerkit.store.layout import Layout
@@ -84,7 +86,7 @@ def df(layout: Layout, catalog: Catalog) -> DfReport:
         ClassRow("metadata layers", len(metas), sum(m.allocated_bytes for m in metas), _apparent(catalog))
     )
     classes.append(_sum("catalog", [path.stat() for path in layout.root.glob("catalog.db*")]))
-    classes.append(_sum("temporary", _below(layout.tmp)))
+    classes.append(_sum("temporary", _files_below(layout.tmp)))
     saved = sum(max(0, m.copy_bytes - m.allocated_bytes) for m in metas)
     return DfReport(tuple(classes), tuple(metas), saved)
 
@@ -157,13 +159,9 @@ def _stats(folder: Path) -> Iterable[os.stat_result]:
         return [entry.stat(follow_symlinks=False) for entry in entries]
 
 
-def _below(folder: Path) -> Iterable[os.stat_result]:
-    for top, _, files in os.walk(folder):
-        for name in files:
-            try:
-                yield os.lstat(Path(top) / name)
-            except OSError:
-                continue  # another run has finished with it
+def _files_below(top: Path) -> Iterable[os.stat_result]:
+    names = (facts for folder in walk(top, on_error=ignore) for _, facts in folder.names)
+    return (facts for facts in names if not stat.S_ISDIR(facts.st_mode))
 
 
 def _sum(what: str, stats: Iterable[os.stat_result]) -> ClassRow:

@@ -13,8 +13,8 @@ import numpy as np
 
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
-from layerkit.linux.folders.tree import as_on_disk, read_folder, read_runs
-from layerkit.linux.folders.writer import FOLDER
+from layerkit.linux.folders.reader import as_on_disk, read_rootfs, read_runs
+from layerkit.linux.folders.walk import FOLDER
 from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage, UsageError, show_path
 from layerkit.model.index import Index
@@ -107,7 +107,7 @@ def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> Pa
         indexes, _ = read_indexes(work)
         sink = stack.enter_context(dst.sink())
         old = as_on_disk(merge(indexes, limits=limits), mapping)
-        read = read_folder(root, old, checksum=options.checksum, limits=limits, progress=work.progress)
+        read = read_rootfs(root, old, checksum=options.checksum, limits=limits, progress=work.progress)
         new = read.tree
         if mapping is not None:
             new = apply_map(new, mapping.inverse())

@@ -12,7 +12,7 @@ from pathlib import Path
 from layerkit.formats.bolt import Bolt, Bucket
 from layerkit.formats.oci import images as oci_images
 from layerkit.hosts.adopted.unpacked import Unpacked
-from layerkit.linux.folders.layer import LayerFolder, Marks
+from layerkit.linux.folders.reader import LayerFolder, Marks
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound

@@ -19,7 +19,7 @@ from layerkit.formats import strict_json
 from layerkit.formats.overlay_options import parse_layers
 from layerkit.hosts.adopted.unpacked import SCHEMES, Unpacked
 from layerkit.linux import userns
-from layerkit.linux.folders.layer import LayerFolder, Marks
+from layerkit.linux.folders.reader import LayerFolder, Marks
 from layerkit.model.errors import InvalidImage, NotFound, UsageError, show_path
 from layerkit.model.image import chain_ids
 

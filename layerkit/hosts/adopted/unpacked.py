@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerkit.linux.folders.layer import LayerFolder
+from layerkit.linux.folders.reader import LayerFolder
 
 SCHEMES = ("containers-storage", "containerd", "docker-storage", "folders")
 

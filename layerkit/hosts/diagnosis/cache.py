@@ -19,6 +19,7 @@ from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, record_of
 from layerkit.hosts.mounts.records import UNPACKED, Record
 from layerkit.linux import mounts, pagecache
 from layerkit.linux import syscalls as sc
+from layerkit.linux.folders.walk import FILE, walk
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
 from layerkit.model.ports import Progress
@@ -31,8 +32,6 @@ Key = tuple[object, ...]
 KeyOf = Callable[[bytes, os.stat_result], tuple[Key, str]]
 """From a path below a root, and what stat says of it, to the key of its pages and the layer that has them."""
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FILES_PER_REPORT = 4096
 _PLAIN = (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xE0F5E1E2)
 """ext4, xfs, btrfs, tmpfs and EROFS keep a file's pages at its own inode."""
@@ -189,42 +188,29 @@ def _sums(
 
 def _files(root: Path, warnings: list[str]) -> Iterator[tuple[bytes, os.stat_result, int]]:
     """Yield (path, stat, descriptor) for every regular file with data below ``root``, on its mount alone."""
-    top = os.open(root, _FOLDER)
-    device = os.fstat(top).st_dev
-    waiting = [(b"", top)]
-    while waiting:
-        path, folder = waiting.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    below = path + b"/" + name if path else name
-                    try:
-                        if entry.is_dir(follow_symlinks=False):
-                            fd = os.open(name, _FOLDER, dir_fd=folder)
-                            if os.fstat(fd).st_dev == device and len(waiting) < 512:
-                                waiting.append((below, fd))
-                            else:
-                                os.close(fd)
-                        elif entry.is_file(follow_symlinks=False):
-                            st = entry.stat(follow_symlinks=False)
-                            if st.st_size:
-                                fd = _opened(name, folder)
-                                try:
-                                    yield below, st, fd
-                                finally:
-                                    os.close(fd)
-                    except OSError as error:
-                        warnings.append(f"{root / os.fsdecode(below)}: {error.strerror}: left out")
-        finally:
-            os.close(folder)
+
+    def left_out(path: bytes, error: OSError) -> None:
+        warnings.append(f"{root / os.fsdecode(path)}: {error.strerror}: left out")
+
+    for folder in walk(root, one_filesystem=True, on_error=left_out):
+        for name, st in folder.names:
+            if stat.S_ISREG(st.st_mode) and st.st_size:
+                try:
+                    fd = _opened(name, folder.fd)
+                except OSError as error:
+                    left_out(folder.below(name), error)
+                    continue
+                try:
+                    yield folder.below(name), st, fd
+                finally:
+                    os.close(fd)
 
 
 def _opened(name: bytes, folder: int) -> int:
     try:
-        return os.open(name, _FILE | os.O_NOATIME, dir_fd=folder)
+        return os.open(name, FILE | os.O_NOATIME, dir_fd=folder)
     except PermissionError:
-        return os.open(name, _FILE, dir_fd=folder)
+        return os.open(name, FILE, dir_fd=folder)
 
 
 def _look_through(target: Path, store: Path, warnings: list[str]) -> tuple[Path, str, str, KeyOf]:

@@ -19,6 +19,7 @@ from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, record_of
 from layerkit.linux import blocks as extents
 from layerkit.linux import fanotify, mounts
+from layerkit.linux.folders.walk import walk, xattr_path
 from layerkit.metaonly import ORIGIN, Namespace
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
@@ -279,14 +280,7 @@ def _report(found: _Writable) -> CopyUpReport:
 
 
 def _upper_files(upper: Path) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    waiting = [b""]
-    top = os.fsencode(upper)
-    while waiting:
-        path = waiting.pop()
-        with os.scandir(os.path.join(top, path)) as entries:
-            for entry in entries:
-                below = os.path.join(path, entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(below)
-                elif entry.is_file(follow_symlinks=False):
-                    yield below, entry.path, entry.stat(follow_symlinks=False)
+    for folder in walk(upper):
+        for name, st in folder.names:
+            if stat.S_ISREG(st.st_mode):
+                yield folder.below(name), xattr_path(folder.fd, name), st

@@ -14,6 +14,7 @@ from layerkit.formats.overlay_options import LAYER_KEYS
 from layerkit.idmap import Mapping
 from layerkit.linux import syscalls as sc
 from layerkit.linux import userns
+from layerkit.linux.folders.walk import walk, xattr_names, xattr_path
 from layerkit.linux.mounts import MAX_LAYERS, mount_id
 from layerkit.metaonly import METACOPY, Namespace
 from layerkit.model.digest import Digest
@@ -303,21 +304,20 @@ def check_stubs(meta: str, namespace: Namespace, where: str) -> None:
     Raises:
         UsageError: the first file with data found in META is not a stub of ``namespace``.
     """
-    seen, folders = 0, [meta]
-    while folders and seen < _STUB_SEARCH_NAMES:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                seen += 1
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size:
-                    _check_stub(entry.path, namespace, where)
-                    return
+    seen = 0
+    for folder in walk(meta):
+        for name, st in folder.names:
+            seen += 1
+            if stat.S_ISREG(st.st_mode) and st.st_size:
+                _check_stub(xattr_path(folder.fd, name), namespace, where)
+                return
+        if seen >= _STUB_SEARCH_NAMES:
+            return
 
 
-def _check_stub(path: str, namespace: Namespace, where: str) -> None:
-    attributes = set(os.listxattr(path, follow_symlinks=False))
-    name = os.fsencode(path).rpartition(b"/")[2].decode("utf-8", "replace")
+def _check_stub(path: bytes, namespace: Namespace, where: str) -> None:
+    attributes = set(xattr_names(path))
+    name = path.rpartition(b"/")[2].decode("utf-8", "replace")
     if os.fsdecode(namespace.xattr(METACOPY)) in attributes:
         return
     for other in Namespace:

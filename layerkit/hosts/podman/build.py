@@ -24,7 +24,7 @@ from layerkit.hosts.podman.layers import TOP, StorageLayer, folder_key, tree_key
 from layerkit.hosts.podman.mount_options import parse_shift, shift_text, shifted_back
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
-from layerkit.linux.folders.layer import LayerFolder, Marks, index_layer_folder
+from layerkit.linux.folders.reader import LayerFolder, Marks, index_layer_folder
 from layerkit.linux.folders.stubs import write_directory
 from layerkit.metaonly import OPAQUE, WHITEOUT_DEVICE, WHITEOUT_MODE, YES, MetadataLayer, Namespace
 from layerkit.model import limits as bounds

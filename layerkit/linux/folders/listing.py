@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from layerkit.linux.folders.walk import DiskUsage, walk, xattr_path
 from layerkit.metaonly import METACOPY, REDIRECT, REDIRECT_BYTES, Namespace
 from layerkit.model.errors import StoreError, show_path
 
@@ -36,41 +38,19 @@ def list_folder(root: Path, stubs: Namespace | None = None) -> Listing:
     Raises:
         StoreError: one is not.
     """
-    top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        facts = os.fstat(top)
-        total = _entry(b"", facts, b"")
-        count, blocks = 1, facts.st_blocks
-        links: set[int] = set()
-        waiting = [b""]
-        while waiting:
-            folder = waiting.pop()
-            # Relative to the top: a path of an image fits, with the store's own before it it might not.
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(folder or b".", flags, dir_fd=top)
-            try:
-                for name in map(os.fsencode, os.listdir(fd)):
-                    facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    path = folder + b"/" + name if folder else name
-                    target = b""
-                    if stat.S_ISDIR(facts.st_mode):
-                        waiting.append(path)
-                    elif stat.S_ISLNK(facts.st_mode):
-                        target = os.readlink(name, dir_fd=fd)
-                    elif facts.st_nlink > 1:
-                        # A file of several names takes its space once.
-                        blocks -= facts.st_blocks if facts.st_ino in links else 0
-                        links.add(facts.st_ino)
-                    if stubs is not None and stat.S_ISREG(facts.st_mode) and facts.st_size:
-                        _check_stub(b"/proc/self/fd/%d/%b" % (fd, name), path, stubs)
-                    total += _entry(path, facts, target)
-                    blocks += facts.st_blocks
-                    count += 1
-            finally:
-                os.close(fd)
-    finally:
-        os.close(top)
-    return Listing(f"{total % _MODULUS:064x}", count, blocks * 512)
+    total, usage, count = 0, DiskUsage(), 0
+    for folder in walk(root):
+        names = folder.names if folder.path else chain([(b"", os.fstat(folder.fd))], folder.names)
+        for name, facts in names:
+            path, target = folder.below(name) if name else b"", b""
+            if stat.S_ISLNK(facts.st_mode):
+                target = os.readlink(name, dir_fd=folder.fd)
+            elif stubs is not None and stat.S_ISREG(facts.st_mode) and facts.st_size:
+                _check_stub(xattr_path(folder.fd, name), path, stubs)
+            total += _entry(path, facts, target)
+            usage.add(facts)
+            count += 1
+    return Listing(f"{total % _MODULUS:064x}", count, usage.allocated_bytes)
 
 
 def _entry(path: bytes, facts: os.stat_result, target: bytes) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.linux.folders.writer import FOLDER, FolderWriter, StepFailed, Written, check_names
+from layerkit.linux.folders.walk import FOLDER
+from layerkit.linux.folders.writer import FolderWriter, StepFailed, Written, check_names
 from layerkit.linux.folders.writer_errors import Advice
 from layerkit.metaonly import METACOPY, METACOPY_EMPTY, REDIRECT, MetadataLayer
 from layerkit.model.errors import UnsupportedHost

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from layerkit.linux.durable import NEW, staging_beside
-from layerkit.linux.folders.writer import FOLDER
+from layerkit.linux.folders.walk import FOLDER
 from layerkit.model.errors import StoreError, UsageError
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from layerkit.linux.folders.walk import FOLDER, xattr_path
 from layerkit.linux.folders.writer_errors import Advice, explain
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult, StoreError, show_path
@@ -36,7 +37,6 @@ _SECOND = 1_000_000_000
 _FAST_SYMLINK_BYTES = 59
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Written(NamedTuple):
@@ -340,7 +340,7 @@ class FolderWriter:
             for key, value in tree.xattr_sets[int(tree.xattr[inode])]:
                 # There is no setxattrat before Linux 6.13; the folder's descriptor has a path all the same.
                 step = "set the xattr " + show_path(key) + " of"
-                os.setxattr(b"/proc/self/fd/%d/%b" % (folder, name), key, value, follow_symlinks=False)
+                os.setxattr(xattr_path(folder, name), key, value, follow_symlinks=False)
             step = "set the times of"
             os.utime(name, ns=(when, when), dir_fd=folder, follow_symlinks=False)
             if not tree.xattr[inode] and int(tree.size[inode]) <= _FAST_SYMLINK_BYTES:

@@ -26,7 +26,7 @@ from layerkit.hosts.adopted.unpacked import Unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.linux import mounts
-from layerkit.linux.folders.layer import LayerFolder, Marks
+from layerkit.linux.folders.reader import LayerFolder, Marks
 from layerkit.model.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
 from layerkit.model.limits import DEFAULT
 from layerkit.store.local import LocalStore

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
 from layerkit.linux import mounts
 from layerkit.linux.durable import remove, sync_path
-from layerkit.linux.folders.layer import index_layer_folder
+from layerkit.linux.folders.reader import index_layer_folder
 from layerkit.linux.probe import Features
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError, show_path
@@ -211,23 +212,20 @@ class Layers:
                 return index_file.decode(path.read_bytes(), str(path))
             except FileNotFoundError:
                 pass
-            found = index_layer_folder(
-                self.folder(identity) / FILES,
-                diff_id=Digest.of(f"{self._root}/{identity}".encode()),
-                limits=self._limits,
-            )
+            found = index_layer_folder(self.folder(identity) / FILES, limits=self._limits)
             if found.metacopy is not None:
                 raise SnapshotError(
                     "failed_precondition",
                     f"snapshot folder {identity}: {show_path(found.metacopy)} has its data in a layer below "
                     "(it was committed from a mount with metacopy=on), so its owners cannot be mapped again",
                 )
+            index = replace(found.index, diff_id=Digest.of(f"{self._root}/{identity}".encode()))
             new = path.with_name(f"{path.name}.new")
             with new.open("wb") as file:
-                for piece in index_file.encode(found.index):
+                for piece in index_file.encode(index):
                     file.write(piece)
             new.replace(path)
-            return found.index
+            return index
 
     def _check(self, note: dict[str, Any], stack: Stack, mapping: Mapping) -> None:
         """Refuse a map that leaves an owner out: the kernel would show it as 65534 and say nothing."""

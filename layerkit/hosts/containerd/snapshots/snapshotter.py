@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import os
 import queue
-import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from layerkit.hosts.containerd.snapshots.values import REF_LABEL, Info, Kind, Mo
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
+from layerkit.linux.folders.walk import disk_usage
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, SnapshotError, StoreError, UsageError
 from layerkit.model.limits import Limits
@@ -250,12 +250,16 @@ class Snapshotter:
         if row.chain:
             return Usage(0, 0)
         if row.kind is not Kind.COMMITTED:
-            return _measure(self._layers.folder(row.id) / FILES)
+            return self._measured(row.id)
         usage = self._catalog.usage(row.id)
         if usage is None:
-            usage = _measure(self._layers.folder(row.id) / FILES)
+            usage = self._measured(row.id)
             self._catalog.keep_usage(row.id, usage)
         return usage
+
+    def _measured(self, identity: int) -> Usage:
+        found = disk_usage(self._layers.folder(identity) / FILES)
+        return Usage(found.allocated_bytes, found.inodes)
 
     def cleanup(self) -> list[str]:
         """Remove folders, mounts, METAs and indexes that no snapshot needs; return what went, as text."""
@@ -392,26 +396,3 @@ def _mapped_root(map_text: str) -> tuple[int, int]:
 
     mapping = IdMapping.parse_canonical(map_text)
     return mapping.host_of("uid", 0), mapping.host_of("gid", 0)
-
-
-def _measure(folder: Path) -> Usage:
-    """Return bytes and inodes of a folder, hard links once; what vanishes meanwhile does not count."""
-    seen: set[int] = set()
-    size = inodes = 0
-    waiting = [os.fspath(folder)]
-    top = os.lstat(folder)
-    size, inodes = top.st_blocks * 512, 1
-    while waiting:
-        with contextlib.suppress(FileNotFoundError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(found.st_mode):
-                        waiting.append(entry.path)
-                    elif found.st_nlink > 1:
-                        if found.st_ino in seen:
-                            continue
-                        seen.add(found.st_ino)
-                    size += found.st_blocks * 512
-                    inodes += 1
-    return Usage(size, inodes)
