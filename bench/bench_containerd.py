@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
     bench = _Bench(work, _sample())
     found = []
     for what, shift in (("plain", 0), ("under an id map", 100_000)):
-        ours, stock = (
-            _median(lambda shift=shift: bench.ours(shift)),
-            _median(lambda shift=shift: bench.stock(shift)),
-        )
+        ours, stock = _median(partial(bench.ours, shift)), _median(partial(bench.stock, shift))
         found.append(
             {
                 "what": f"containerd: image in our store → container ended, {what}",

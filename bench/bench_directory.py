@@ -122,8 +122,8 @@ def rows(work: Path) -> list[dict[str, Any]]:
         write_tar(layer, file)
     tar = time.perf_counter() - start
     start = time.perf_counter()
-    command = ["tar", "-c", "--xattrs", "--xattrs-include=*", "--format=pax", "-f", work / "peer.tar"]
-    subprocess.run([*command, "-C", work / "meta0", "."], check=True)
+    command = ["tar", "-c", "--xattrs", "--xattrs-include=*", "--format=pax", "-f", "peer.tar", "-C", "meta0", "."]
+    subprocess.run(command, check=True, cwd=work)
     gnu = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return [

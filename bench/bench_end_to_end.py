@@ -193,8 +193,7 @@ def _further_maps(bench: Bench) -> list[dict[str, Any]]:
     starts = iter(range(200_000, 10**9, 100_000))
 
     def mount(*more: str) -> tuple[float, int]:
-        words = ("mount", image, target, "--uid-map", f"0:{next(starts)}:65536", *more)
-        result = bench.layerkit(store, *words)
+        result = bench.layerkit(store, "mount", image, target, "--uid-map", f"0:{next(starts)}:65536", *more)
         bench.layerkit(store, "umount", target)
         return result
 

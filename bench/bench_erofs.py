@@ -119,8 +119,7 @@ def peer(n: int, folder: Path) -> float | None:
         else:
             os.close(os.open(above / f"name-{row:07}.py", os.O_CREAT | os.O_WRONLY))
     start = time.perf_counter()
-    command = ["mkfs.erofs", "--quiet", "-T0", folder / "peer", source]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(["mkfs.erofs", "--quiet", "-T0", folder / "peer", source], check=True, capture_output=True)
     return time.perf_counter() - start
 
 

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,8 @@ def rows(work: Path) -> list[dict[str, Any]]:
             subprocess.run([compressor, level, "-c"], stdin=source, stdout=sink, check=True)
         descriptor, diff_id = described(blob), described(tar).digest
         ours, theirs = alternate(
-            lambda blob=blob, d=descriptor, i=diff_id: index(blob, d, i),
-            lambda blob=blob, tool=tool: subprocess.run(
-                f"{tool} -dc < '{blob}' | sha256sum", shell=True, check=True, stdout=subprocess.DEVNULL
-            ),
+            partial(index, blob, descriptor, diff_id),
+            partial(subprocess.check_output, f"{tool} -dc < '{blob}' | sha256sum", shell=True),
         )
         child = subprocess.run(
             [sys.executable, __file__, "peak", blob, str(descriptor.digest)], stdout=subprocess.PIPE, check=True
@@ -55,12 +54,10 @@ def rows(work: Path) -> list[dict[str, Any]]:
         out.append(row(what, ours, f"{tool} -d | sha256sum", theirs, target) | {"memory": int(child.stdout)})
         blob.unlink()
     tar.unlink()
-    for name, form in (("PAX", tarfile.PAX_FORMAT), ("GNU", tarfile.GNU_FORMAT)):
-        data = make_headers(form)
+    for name, header_form in (("PAX", tarfile.PAX_FORMAT), ("GNU", tarfile.GNU_FORMAT)):
+        data = make_headers(header_form)
         # One thread each and no waiting: processor time is the same, and does not ask who else is at work.
-        ours, theirs = alternate(
-            lambda data=data: walk(data), lambda data=data: walk_with_tarfile(data), time.process_time
-        )
+        ours, theirs = alternate(partial(walk, data), partial(walk_with_tarfile, data), time.process_time)
         what = f"headers, {name}: each of {HEADER_ENTRIES:,} entries"
         out.append(
             row(what, ours / HEADER_ENTRIES, "tarfile", theirs / HEADER_ENTRIES, ">= 5" if name == "PAX" else "")
@@ -109,7 +106,7 @@ def make_layer(tar: Path) -> int:
                 break
         if size >= LAYER_BYTES or len(names) >= LAYER_ENTRIES:
             break
-    command = [
+    command: list[str | Path] = [
         "tar", "--format=posix", "--no-recursion", "-cf", tar, "-C", "/", "--ignore-failed-read", "--null",
         "--files-from=-",
     ]  # fmt: skip
@@ -154,7 +151,7 @@ def described(path: Path) -> Descriptor:
 
 def index(blob: Path, descriptor: Descriptor, diff_id: Digest | None) -> None:
     with blob.open("rb", buffering=0) as reader:
-        index_layer(reader, descriptor, diff_id)  # type: ignore[arg-type]
+        index_layer(reader, descriptor, diff_id)
 
 
 def peak_bytes() -> int:

@@ -69,7 +69,7 @@ def make_image(folder: Path) -> tuple[Path, int, int]:
     for paths in chosen():
         tar = folder / "layer.tar"
         flags = ["--format=posix", "--no-recursion", "--hard-dereference", "--ignore-failed-read"]
-        command = ["tar", *flags, "-cf", tar, "-C", "/", "--null", "--files-from=-"]
+        command: list[str | Path] = ["tar", *flags, "-cf", tar, "-C", "/", "--null", "--files-from=-"]
         lines = b"\0".join(path.lstrip(b"/") for path in paths)
         done = subprocess.run(command, input=lines, stderr=subprocess.DEVNULL, check=False)
         if done.returncode > 1:  # 1: a file changed while it was read

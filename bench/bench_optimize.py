@@ -97,7 +97,7 @@ def _docker_squash() -> str | None:
 def _layerkit(work: Path, command: str, image: Path, kind: str, *words: str) -> tuple[float, int]:
     out = work / f"{command}{'' if words else ', gzip'}.tar"
     out.unlink(missing_ok=True)
-    base = [sys.executable, "-m", "layerkit.cli.main", command, image, f"{kind}:{out}:{_NAME}"]
+    base: list[str | Path] = [sys.executable, "-m", "layerkit.cli.main", command, image, f"{kind}:{out}:{_NAME}"]
     return timed([*base, "--store", work / "store", "--quiet", *words])
 
 

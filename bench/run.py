@@ -49,9 +49,9 @@ def fresh_filesystem(gigabytes: int) -> Iterator[tuple[Path, str]]:
         # Lazy initialisation would write behind the measurements.
         subprocess.run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", image], check=True)
         # Direct, as a disk would be: else all is in the page cache twice, and a sync waits for both.
-        loop = ["losetup", "--find", "--show", "--direct-io=on", image]
+        loop: list[str | Path] = ["losetup", "--find", "--show", "--direct-io=on", image]
         device = subprocess.run(loop, capture_output=True, text=True, check=False)
-        mount = ["mount", device.stdout.strip(), target]
+        mount: list[str | Path] = ["mount", device.stdout.strip(), target]
         mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
         if device.stdout:
             # The device goes with its mount, whoever ends that.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Mounted,
         OpenImage,
         Settings,
+        collect_garbage,
         default_store,
         mapping,
         mount_unpacked,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from layerkit.api.optimize import Plan, optimize
     from layerkit.api.rewrite import copy, flatten, remap
     from layerkit.model.errors import Cancelled, LayerkitError
-    from layerkit.usecases.collect_garbage import collect_garbage
     from layerkit.usecases.settings import open_store
 
 __all__ = [

@@ -12,11 +12,13 @@ pinned in ``tiny.digests.json``.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = 512
@@ -211,15 +213,15 @@ def _app() -> bytes:
 
 def _chown() -> bytes:
     """Return what ``chown -R 1000:1000 /opt/app`` and a chmod leave: every file once more."""
-    owner: dict[str, int] = {"uid": 1000, "gid": 1000}
+    ours = functools.partial(entry, uid=1000, gid=1000)
     return b"".join([
-        entry(b"opt/app/", DIR, mode=0o755, xattrs={b"user.note": b"a directory"}, **owner),
-        entry(b"opt/app/data/", DIR, mode=0o750, xattrs={b"system.posix_acl_default": DEFAULT_ACL}, **owner),
-        *(entry(b"opt/app/data/%02d.bin" % n, data=_content(b"%d" % n, 1000 * n), mode=0o600, **owner)
+        ours(b"opt/app/", DIR, mode=0o755, xattrs={b"user.note": b"a directory"}),
+        ours(b"opt/app/data/", DIR, mode=0o750, xattrs={b"system.posix_acl_default": DEFAULT_ACL}),
+        *(ours(b"opt/app/data/%02d.bin" % n, data=_content(b"%d" % n, 1000 * n), mode=0o600)
           for n in range(12)),
-        entry(b"opt/app/run", data=b"#!/bin/sh\nexec echo running\n", mode=0o755, **owner),
-        entry(b"opt/app/shared", data=b"who may write this?\n", mode=0o664,
-              xattrs={b"system.posix_acl_access": ACCESS_ACL}, **owner),
+        ours(b"opt/app/run", data=b"#!/bin/sh\nexec echo running\n", mode=0o755),
+        ours(b"opt/app/shared", data=b"who may write this?\n", mode=0o664,
+             xattrs={b"system.posix_acl_access": ACCESS_ACL}),
     ])  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def stored_zstd(data: bytes) -> bytes:
 
 
 _SUFFIX = {"gzip": "+gzip", "zstd": "+zstd", "none": ""}
-_COMPRESS = {"gzip": stored_gzip, "zstd": stored_zstd, "none": bytes}
+_COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": stored_gzip, "zstd": stored_zstd, "none": bytes}
 
 
 # --- the image ---------------------------------------------------------------------------------------

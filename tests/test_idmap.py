@@ -349,7 +349,7 @@ def test_everything_becomes_one() -> None:
         False,
     )
     mapped, inside = one.lookup(np.array([0, 5, 2**32 - 1], np.uint32))
-    assert (mapped.tolist(), inside.all()) == ([7, 7, 7], True)
+    assert (mapped.tolist(), bool(inside.all())) == ([7, 7, 7], True)
     with pytest.raises(UsageError, match="no inverse"):
         one.inverse()
     # Each side has its own; an overflow id is for what neither covers.

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def skopeo(*command: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tool, Tool]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Tool, Tool]]:
     """An image of two layers, built by buildah; returns a folder with its copies, buildah and podman."""
     need_root()
     need_tool("buildah", "skopeo", "podman", "umoci")
@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tool, Tool]:
         buildah(
             "push", "tool/app:v1", f"{form}:{path}/{form}" + (":tool/app:v1" if form == "docker-archive" else ":v1")
         )
-    yield path, buildah, podman  # type: ignore[misc]
+    yield path, buildah, podman
     for image in ("tool/app:v1", "tool/base:v1"):
         subprocess.run(["buildah", *stores, "rmi", "-f", image], capture_output=True)
     shutil.rmtree(runroot, ignore_errors=True)
@@ -117,7 +117,10 @@ def test_legacy_layout_made_from_a_real_one(made: tuple[Path, Tool, Tool]) -> No
     legacy = path / "legacy"
     with tarfile.open(path / "docker-archive") as archive:
         # Debian 12's Python 3.11.2 has no filters yet.
-        archive.extractall(legacy, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(legacy, filter="data")
+        else:
+            archive.extractall(legacy)
     (legacy / "manifest.json").unlink()
     for link in legacy.glob("*/layer.tar"):
         data = link.read_bytes()
@@ -183,7 +186,7 @@ def test_umoci_reads_what_is_written(made: tuple[Path, Tool, Tool], attach: bool
     assert len(_read(f"oci:{tmp_path}/out:v2")[0]) == 3
     source = open_source(f"oci:{tmp_path}/out:v1")
     digest = source.image().descriptor.digest
-    assert len(source.referrers(digest, artifact.ARTIFACT_TYPE)) == int(attach)  # type: ignore[attr-defined]
+    assert len(source.referrers(digest, artifact.ARTIFACT_TYPE)) == int(attach)
     source.close()
 
 

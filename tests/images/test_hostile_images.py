@@ -446,8 +446,8 @@ def test_archive_of_zeros_that_expands_without_end(tmp_path: Path) -> None:
 def test_harmless_links_and_dots_are_read(tmp_path: Path) -> None:
     members = [special("./", tarfile.DIRTYPE), special("./blobs/", tarfile.DIRTYPE)]
     named = [(f"./{name}", data) for name, data in MEMBERS[1:]]
-    link = [special("oci-layout", tarfile.SYMTYPE, "blobs/../real"), ("real", MEMBERS[0][1])]
-    (tmp_path / "x.tar").write_bytes(tar(*members, *named, *link))
+    link = special("oci-layout", tarfile.SYMTYPE, "blobs/../real")
+    (tmp_path / "x.tar").write_bytes(tar(*members, *named, link, ("real", MEMBERS[0][1])))
     _use(f"{tmp_path}/x.tar", tmp_path / "target")
     assert (tmp_path / "target/index.json").exists()
 

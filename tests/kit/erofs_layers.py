@@ -29,7 +29,8 @@ def make_layer(
         name: of the tar.
     """
     sparse = sparse or {}
-    raw, entries = io.BytesIO(), []
+    raw = io.BytesIO()
+    entries: list[Entry] = []
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path, content in {**files, **{p: c for p, (_, c) in sparse.items()}}.items():
             runs = tuple(sparse[path][0]) if path in sparse else None

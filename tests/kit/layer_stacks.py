@@ -41,14 +41,17 @@ PATHS = st.lists(NAMES, min_size=1, max_size=3).map(b"/".join)
 def change(draw: st.DrawFn, shown: list[Entry]) -> list[Entry]:
     """Draw what one step of a build writes: mostly about what is there already."""
     path, number = draw(PATHS), draw(st.integers(0, 3))
-    old = draw(st.sampled_from(shown)) if shown and draw(st.booleans()) else None
-    what = draw(st.sampled_from(
+    is_old: bool = draw(st.booleans())
+    old = draw(st.sampled_from(shown)) if shown and is_old else None
+    what: str = draw(st.sampled_from(
         ["file", "file", "folder", "link", "gone", "opaque", "symlink", "device", "mode", "owner", "time", "xattr",
          "move", "copy"]
     ))  # fmt: skip
     if old is not None and what in ("mode", "owner", "time", "xattr"):
-        key = {"mode": "perm", "owner": "uid", "time": "mtime", "xattr": "xattrs"}[what]
-        return [old._replace(**{key: ((b"user.x", b"%d" % number),) if what == "xattr" else number})]
+        if what == "xattr":
+            return [old._replace(xattrs=((b"user.x", b"%d" % number),))]
+        new = {"mode": old._replace(perm=number), "owner": old._replace(uid=number)}
+        return [new.get(what) or old._replace(mtime=number)]
     if old is not None and what == "gone":
         return [gone(old.path)]
     if old is not None and what in ("move", "copy") and old.kind is Kind.REG:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 from tar_blocks import END, header, member, pax
 
@@ -70,7 +71,7 @@ class Stack:
     def _gone(self, path: bytes) -> None:
         self.there = {p: k for p, k in self.there.items() if not inside(p, path)}
 
-    def _attributes(self) -> dict[str, int]:
+    def _attributes(self) -> dict[str, Any]:
         pick = self.random.choice
         return {
             "mode": pick((0o644, 0o4755, 0o600, 0o2711, 0o1777, 0)), "uid": pick((0, 1000, 65000)),

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 
 import zstandard
-
-from layerkit.model.descriptor import Descriptor
-from layerkit.model.digest import Digest
 
 USTAR, GNU, V7 = b"ustar\x0000", b"ustar  \0", bytes(8)
 END = bytes(1024)
@@ -107,23 +103,6 @@ def packed(tar: bytes, form: str = "none") -> bytes:
     if form == "gzip":
         return gzip.compress(tar, 1, mtime=0)
     return zstandard.ZstdCompressor(level=1).compress(tar) if form == "zstd" else tar
-
-
-class Blob:
-    """A ``ports.BlobReader`` over bytes that gives out at most ``step`` of them at a time."""
-
-    def __init__(self, data: bytes, step: int = 1 << 20) -> None:
-        self._file, self._step = io.BytesIO(data), step
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        return self._file.readinto(buffer[: self._step])
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def described(blob: bytes) -> Descriptor:
-    return Descriptor("application/vnd.oci.image.layer.v1.tar", Digest.of(blob), len(blob))
 
 
 def sha256(data: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_it_has_a_name_and_a_mode_of_its_own(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken_is_left_and_another_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = iter(["a" * 32, "b" * 32, "c" * 32])
-    monkeypatch.setattr(durable.secrets, "token_hex", lambda size: next(tokens))
+    monkeypatch.setattr(secrets, "token_hex", lambda size: next(tokens))
     taken, link = tmp_path / f".x.{'a' * 32}.layerkit-tmp", tmp_path / f".x.{'b' * 32}.layerkit-tmp"
     taken.mkdir()
     (taken / "mine").touch()
@@ -67,7 +68,7 @@ def test_a_name_that_is_taken_is_left_and_another_tried(tmp_path: Path, monkeypa
         staging.publish("x")
     assert (tmp_path / "x").read_text() == "whole"
     assert below(tmp_path) == sorted([taken.name, f"{taken.name}/mine", link.name, "elsewhere", "x"])
-    monkeypatch.setattr(durable.secrets, "token_hex", lambda size: "a" * 32)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "a" * 32)
     with pytest.raises(FileExistsError, match="takes every name"), staging_beside(tmp_path / "x"):
         pass
 
@@ -139,7 +140,8 @@ def test_a_swap_while_it_is_written_leads_nowhere(tmp_path: Path) -> None:
 
 def test_a_swap_before_it_is_opened_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_root()
-    real, swapped = os.mkdir, []
+    real = os.mkdir
+    swapped: list[Path] = []
 
     def swap(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         real(path, mode, dir_fd=dir_fd)

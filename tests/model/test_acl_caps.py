@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -42,14 +43,10 @@ def test_acl_round_trip(entries: list[AclEntry]) -> None:
 
 @given(st.binary(max_size=30))
 def test_any_bytes_decode_or_are_refused(value: bytes) -> None:
-    for decode, encode in (
-        (acl_caps.decode_acl, acl_caps.encode_acl),
-        (acl_caps.decode_capability, acl_caps.encode_capability),
-    ):
-        try:
-            assert encode(decode(value)) == value  # type: ignore[operator]
-        except InvalidImage:
-            continue
+    with contextlib.suppress(InvalidImage):
+        assert acl_caps.encode_acl(acl_caps.decode_acl(value)) == value
+    with contextlib.suppress(InvalidImage):
+        assert acl_caps.encode_capability(acl_caps.decode_capability(value)) == value
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from layerkit.store.layout import Layout
 
 
 @pytest.fixture
-def catalog(tmp_path: Path):
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
     layout = Layout(tmp_path)
     layout.create_folders()
     opened = Catalog(layout)
@@ -100,7 +101,7 @@ def test_a_meta_written_again_keeps_its_relations(catalog: Catalog) -> None:
     assert catalog.meta("k") == '{"a": 1}'
     with catalog.write() as db:
         catalog.drop_image(db, digest)
-    assert catalog.image_metas() == catalog.image_layers() == catalog.names() == []
+    assert (catalog.image_metas(), catalog.image_layers(), catalog.names()) == ([], [], [])
     assert [key for key, _ in catalog.metas()] == ["k"]
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from in_memory import Blob
 from store_support import make_image, make_layer
-from tar_blocks import Blob
 
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -74,7 +74,7 @@ def left(store: LocalStore) -> list[Path]:
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_all_layers_arrive(store, jobs):
+def test_all_layers_arrive(store: LocalStore, jobs: int) -> None:
     source = Source()
     assert bring(store, source, jobs=jobs) == 4
     assert kept(store) == [0, 1, 2, 3] and not source.open and not left(store)
@@ -83,7 +83,7 @@ def test_all_layers_arrive(store, jobs):
         assert (store.root / "tar" / layer.diff_id.hex).read_bytes() == layer.tar
 
 
-def test_the_next_layer_is_begun_before_this_one_is_done(store):
+def test_the_next_layer_is_begun_before_this_one_is_done(store: LocalStore) -> None:
     opened = [threading.Event() for _ in MADE]
 
     def progress(what: str, _done: int, _total: int) -> None:
@@ -94,7 +94,7 @@ def test_the_next_layer_is_begun_before_this_one_is_done(store):
     assert bring(store, Source(on_open=lambda number: opened[number].set()), progress) == 4
 
 
-def test_no_more_than_one_layer_is_begun_ahead(store):
+def test_no_more_than_one_layer_is_begun_ahead(store: LocalStore) -> None:
     walked: list[int] = []
     ahead: list[int] = []
 
@@ -107,7 +107,7 @@ def test_no_more_than_one_layer_is_begun_ahead(store):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("damaged", range(4))
-def test_a_damaged_layer_ends_it_and_lets_all_go(store, damaged, jobs):
+def test_a_damaged_layer_ends_it_and_lets_all_go(store: LocalStore, damaged: int, jobs: int) -> None:
     source = Source(damaged)
     with pytest.raises(DigestMismatch):
         bring(store, source, jobs=jobs)
@@ -121,7 +121,7 @@ def test_a_damaged_layer_ends_it_and_lets_all_go(store, damaged, jobs):
 
 @pytest.mark.parametrize("error", [Cancelled("stop"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [1, 2, 4])
-def test_what_is_cancelled_lets_all_go(store, error, at):
+def test_what_is_cancelled_lets_all_go(store: LocalStore, error: BaseException, at: int) -> None:
     source = Source()
 
     def progress(what: str, _done: int, _total: int) -> None:
@@ -135,7 +135,7 @@ def test_what_is_cancelled_lets_all_go(store, error, at):
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_a_source_that_fails_to_open_ends_it(store, failing):
+def test_a_source_that_fails_to_open_ends_it(store: LocalStore, failing: int) -> None:
     def on_open(number: int) -> None:
         if number == failing:
             raise LayerkitError("the registry is gone")

@@ -3,12 +3,23 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_support import make_image, make_layer, meta_info, overwrite, put, put_meta, random_layer, state
+from store_support import (
+    MadeLayer,
+    make_image,
+    make_layer,
+    meta_info,
+    overwrite,
+    put,
+    put_meta,
+    random_layer,
+    state,
+)
 
 from layerkit import metaonly
 from layerkit.model.descriptor import Descriptor, Platform
@@ -16,20 +27,26 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, NotFound, StoreError, UsageError
 from layerkit.store import spool
 from layerkit.store.fsck import Severity
-from layerkit.store.local import LocalStore, chain_key, meta_key
+from layerkit.store.local import LocalStore, MetaEntry, chain_key, meta_key
 from layerkit.store.source import StoreSource
 
 KEY = "ab" * 32
 
 
 @pytest.fixture
-def store(tmp_path: Path):
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     with LocalStore.open(tmp_path / "store") as opened:
         yield opened
 
 
-def damage(store: LocalStore, **kw) -> list[str]:
-    return [f"{f.where}: {f.problem}" for f in store.verify(**kw) if f.is_damage]
+def damage(store: LocalStore, *, repair: bool = False, deep: bool = True) -> list[str]:
+    return [f"{f.where}: {f.problem}" for f in store.verify(repair=repair, deep=deep) if f.is_damage]
+
+
+def kept_meta(store: LocalStore) -> MetaEntry:
+    found = store.meta(KEY)
+    assert found is not None
+    return found
 
 
 # Opening
@@ -195,15 +212,15 @@ def test_an_interrupt_while_the_temporary_folder_is_made(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes when the step is done and its result not noted yet."""
-    place = (Path, "mkdir") if step == "mkdir" else (spool, step)
-    real = getattr(*place)
+    owner: object = Path if step == "mkdir" else spool
+    real = getattr(owner, step)
 
-    def interrupted(*arguments: object, **more: object) -> object:
+    def interrupted(*arguments: object, **more: object) -> None:
         real(*arguments, **more)
         raise KeyboardInterrupt
 
     store = LocalStore.open(tmp_path / "store")
-    monkeypatch.setattr(*place, interrupted)
+    monkeypatch.setattr(owner, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.begin_layer("tar")
     monkeypatch.undo()
@@ -299,18 +316,22 @@ def test_a_stray_object_is_not_trusted(store: LocalStore) -> None:
 
 
 def test_meta_key_depends_on_every_part() -> None:
-    base = (Digest.of(b"t"), "u 0 1 2", "erofs", "trusted", 1)
-    others = [(Digest.of(b"u"), *base[1:])] + [
-        (*base[:i], "other" if isinstance(base[i], str) else 2, *base[i + 1 :]) for i in range(1, 5)
-    ]
-    assert len({meta_key(*parts) for parts in [base, *others]}) == 6
+    digest = Digest.of(b"t")
+    keys = {
+        meta_key(digest, "u 0 1 2", "erofs", "trusted", 1),
+        meta_key(Digest.of(b"u"), "u 0 1 2", "erofs", "trusted", 1),
+        meta_key(digest, "other", "erofs", "trusted", 1),
+        meta_key(digest, "u 0 1 2", "other", "trusted", 1),
+        meta_key(digest, "u 0 1 2", "erofs", "other", 1),
+        meta_key(digest, "u 0 1 2", "erofs", "trusted", 2),
+    }
+    assert len(keys) == 6
 
 
 def test_meta_round_trip(store: LocalStore) -> None:
     assert store.meta(KEY) is None
     put_meta(store, KEY)
-    entry = store.meta(KEY)
-    assert entry is not None
+    entry = kept_meta(store)
     assert entry.image_file.read_bytes() == b"meta" * 3000
     assert entry.info["names"] == 10
     assert entry.allocated_bytes >= 12000
@@ -341,7 +362,7 @@ def test_meta_folder_of_odd_entries(store: LocalStore) -> None:
         os.close(fd)
         writer.commit({**meta_info(), "rendering": "directory"})
     assert store.verify() == []
-    root = store.meta(KEY).root
+    root = kept_meta(store).root
     (root / "file").write_bytes(b"data")
     assert damage(store) == [f"meta/{KEY}: root: file: not a stub (No data available)"]
     (root / "file").write_bytes(b"")
@@ -433,7 +454,7 @@ def test_df_counts(store: LocalStore) -> None:
     assert store.ls()[0].maps == ("uid 0 100000 65536",)
 
 
-def filled(store: LocalStore):
+def filled(store: LocalStore) -> MadeLayer:
     layer = random_layer(10)
     put(store, layer, "tar")
     put(store, layer, "objects")
@@ -460,7 +481,7 @@ def test_verify_names_the_file_with_a_flipped_bit(store: LocalStore, what: str, 
         "data": store.data_image(layer.diff_id),
         "index": store.root / "index" / f"{layer.diff_id.hex}.idx",
         "objects": sorted(p for p in store.objects_root.rglob("*") if p.is_file())[3],
-        "meta": store.meta(KEY).image_file,
+        "meta": kept_meta(store).image_file,
     }[what]
     overwrite(path, path.stat().st_size // 2)
     found = damage(store)
@@ -489,7 +510,7 @@ def test_verify_names_what_is_missing_or_of_the_wrong_mode(store: LocalStore) ->
     store.tar_path(layer.diff_id).chmod(0o644)
     victim = min(p for p in store.objects_root.rglob("*") if p.is_file())
     victim.unlink()
-    (store.meta(KEY).path / "extra").write_text("")
+    (kept_meta(store).path / "extra").write_text("")
     found = damage(store)
     assert f"tar/{layer.diff_id.hex}: mode 0644, want 0444" in found
     assert f"{victim.relative_to(store.root)}: missing" in found
@@ -558,7 +579,7 @@ def test_gc_keeps_what_images_and_mounts_use(store: LocalStore) -> None:
     store.remove_image("two")
     asked = []
 
-    def in_use():
+    def in_use() -> tuple[set[str], set[str]]:
         asked.append(store._locks._exclusive_owner)
         return {str(mounted.diff_id)}, {keys[2]}
 

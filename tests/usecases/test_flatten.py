@@ -162,7 +162,7 @@ def test_podman_loads_a_flattened_docker_archive(
     cli("flatten", tiny_archive("docker-archive", devices=False), f"docker-archive:{out}:example.com/flat:1")
     # podman allows 50 characters for it, and pytest's folders are longer.
     run = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
-    podman = ["podman", "--root", tmp_path / "root", "--runroot", run, "--storage-driver", "vfs"]
+    podman: list[str | Path] = ["podman", "--root", tmp_path / "root", "--runroot", run, "--storage-driver", "vfs"]
     loaded = subprocess.run([*podman, "load", "-i", out], capture_output=True, text=True, check=False)
     try:
         assert loaded.returncode == 0, loaded.stderr

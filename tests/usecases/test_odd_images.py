@@ -51,12 +51,13 @@ def mixed() -> tuple[Layout, list[bytes]]:
     ]
     config = {"architecture": "amd64", "os": "linux", "future": True}
     config |= {"rootfs": {"type": "layers", "diff_ids": list(map(digest, layers))}}
+    media_type = f"{DOCKER}distribution.manifest.v2+json"
     manifest = {
-        "schemaVersion": 2, "mediaType": f"{DOCKER}distribution.manifest.v2+json", "layers": blobs,
+        "schemaVersion": 2, "mediaType": media_type, "layers": blobs,
         "config": layout.put(dump(config), f"{DOCKER}container.image.v1+json"),
         "annotations": {"org.example.\u00fc": "\U0001f433"}, "future": {"field": [1.5, {}]},
     }  # fmt: skip
-    layout.list(layout.put(dump(manifest), manifest["mediaType"]), "x")
+    layout.list(layout.put(dump(manifest), media_type), "x")
     return layout, layers
 
 
@@ -64,8 +65,9 @@ def nested() -> tuple[Layout, list[bytes]]:
     """An index of docker's kind in one of OCI's in the layout's."""
     layout, layers = Layout(), [FIRST, SECOND]
     image = layout.image(*layers) | {"platform": {"os": "linux", "architecture": "amd64"}}
-    inner = {"schemaVersion": 2, "mediaType": f"{DOCKER}distribution.manifest.list.v2+json", "manifests": [image]}
-    listed = layout.put(dump(inner), inner["mediaType"])
+    media_type = f"{DOCKER}distribution.manifest.list.v2+json"
+    inner = {"schemaVersion": 2, "mediaType": media_type, "manifests": [image]}
+    listed = layout.put(dump(inner), media_type)
     layout.list(layout.put(dump({"schemaVersion": 2, "mediaType": INDEX, "manifests": [listed]}), INDEX), "x")
     return layout, layers
 
@@ -92,6 +94,7 @@ def test_every_writer_keeps_the_tree_that_umoci_sees(
     source, platform = f"oci:{layout.folder(tmp_path / 'in')}:x", "linux/amd64"
     settings = layerkit.Settings(store=tmp_path / "store")
     mapping = layerkit.mapping(["0:100000:65536"])
+    assert mapping is not None
     (tmp_path / "m").mkdir()
     # The judge gets the layers in the one form that it knows: no zstd, none of docker's types.
     plain = Layout()
@@ -134,6 +137,7 @@ def test_an_image_without_layers(tmp_path: Path) -> None:
     source = f"oci:{layout.folder(tmp_path / 'in')}:x"
     settings = layerkit.Settings(store=tmp_path / "store")
     mapping = layerkit.mapping(["0:100000:65536"])
+    assert mapping is not None
     (tmp_path / "m").mkdir()
     with layerkit.open_image(source, settings=settings) as image:
         for rendering in ("erofs", "directory"):

@@ -85,7 +85,7 @@ def test_the_tree_stays_what_umoci_sees(seed: int, tmp_path: Path) -> None:
     want = umoci(tmp_path / "in", tmp_path / "judge")
     places = range(1, len(layers) + 1)
     first = chance.choice(places)
-    bounds = {"from_layer": str(first), "to_layer": str(chance.choice(places[first - 1 :]))}
+    last = chance.choice(places[first - 1 :])
     (tmp_path / "m").mkdir()
 
     def to(name: str) -> str:
@@ -96,7 +96,7 @@ def test_the_tree_stays_what_umoci_sees(seed: int, tmp_path: Path) -> None:
         layerkit.optimize(image, keep_base=chance.randint(0, len(layers))).apply(to("optimized-above"))
         layerkit.flatten(source, to("flat"), settings=settings)
         layerkit.flatten(source, to("flat-above"), keep_base=chance.randint(0, len(layers) - 1), settings=settings)
-        layerkit.flatten(source, to("flat-range"), settings=settings, **bounds)
+        layerkit.flatten(source, to("flat-range"), from_layer=str(first), to_layer=str(last), settings=settings)
         for name in ("optimized", "optimized-above", "flat", "flat-above", "flat-range"):
             assert differences(umoci(tmp_path / name, tmp_path / f"judge-{name}"), want) == [], name
         for rendering in ("erofs", "directory"):

@@ -275,8 +275,8 @@ def command(*arguments: object) -> list[str]:
 def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
     need_root()
     made = image_kit.Layout()
-    many = (image_kit.special("usr", b"5", mode=0o755), *((f"usr/{i}", b"%d" % i) for i in range(4000)))
-    made.list(made.image(image_kit.tar(*many)), "many")
+    many = [(f"usr/{i}", b"%d" % i) for i in range(4000)]
+    made.list(made.image(image_kit.tar(image_kit.special("usr", b"5", mode=0o755), *many)), "many")
     image = f"{made.folder(tmp_path / 'image')}:many"
     unpack(image, tmp_path / "warm", tmp_path / "store")
     target = tmp_path / "root"
@@ -308,11 +308,9 @@ def test_another_user_of_a_shared_folder_changes_nothing(tmp_path: Path, mode: i
     """They make the staging folder first, come into ours, or where the folder lets them put theirs in its place."""
     need_root()
     made = image_kit.Layout()
-    names = (
-        image_kit.special("etc", b"5", mode=0o755), ("etc/passwd", b"root:x:0:0"),
-        image_kit.special("usr", b"5", mode=0o755), *((f"usr/{i}", b"%d" % i) for i in range(4000)),
-    )  # fmt: skip
-    made.list(made.image(image_kit.tar(*names)), "many")
+    etc, usr = (image_kit.special(name, b"5", mode=0o755) for name in ("etc", "usr"))
+    many = [(f"usr/{i}", b"%d" % i) for i in range(4000)]
+    made.list(made.image(image_kit.tar(etc, ("etc/passwd", b"root:x:0:0"), usr, *many)), "many")
     image = f"{made.folder(tmp_path / 'image')}:many"
     unpack(image, tmp_path / "warm", tmp_path / "store")
     shared = tmp_path / "shared"

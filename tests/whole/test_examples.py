@@ -116,10 +116,9 @@ def test_the_build_rule_with_a_base_and_a_map(archive: Path, tmp_path: Path) -> 
 
 def test_the_build_rule_reports_a_damaged_image(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no image")
-    words = ["--src", tmp_path / "bad.tar", "--dst", tmp_path / "o.tar", "--report", tmp_path / "r.json"]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "build-rule/shrink_image.py", *words], capture_output=True, text=True
-    )
+    words = ["--src", "bad.tar", "--dst", "o.tar", "--report", "r.json"]
+    command = [sys.executable, str(EXAMPLES / "build-rule/shrink_image.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode in (2, 3)
     assert "bad.tar" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "o.tar").exists()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import zstandard
+from in_memory import MemorySink
 
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.compression.zstd_chunked import CHECKSUM_KEY, CHUNK_BYTES, POSITION_KEY
@@ -65,24 +66,6 @@ def index() -> Index:
     )  # fmt: skip
 
 
-class Memory:
-    """A sink that keeps one blob."""
-
-    def __init__(self) -> None:
-        self.blob = b""
-
-    def has_blob(self, digest: Digest) -> bool:
-        return False
-
-    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        self.blob = b"".join(bytes(chunk) for chunk in chunks)
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        raise AssertionError
-
-    commit = abort = lambda self: None
-
-
 def content(of: Index) -> Any:
     def read(row: int) -> Iterator[memoryview]:
         entry = of.entry(row)
@@ -95,10 +78,10 @@ def content(of: Index) -> Any:
 
 
 def written(of: Index, jobs: int = 2, level: int | None = None) -> tuple[Descriptor, Digest, bytes, list[Index]]:
-    sink, seen = Memory(), list[Index]()
+    sink, seen = MemorySink(), list[Index]()
     packing = Packing(Compression.ZSTD, level, jobs, chunked=True)
     descriptor, diff_id = write_layer(of, content(of), sink, packing=packing, check=seen.append)
-    return descriptor, diff_id, sink.blob, seen
+    return descriptor, diff_id, sink.blobs[descriptor.digest], seen
 
 
 def unpacked(frames: bytes) -> bytes:

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from layerkit.formats.meta.erofs_patch import patch_meta
 from layerkit.idmap import MAX_ID, IdMap, Mapping
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.digest import Digest
+from layerkit.model.entry import Extent
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult
 from layerkit.model.limits import Limits
 from layerkit.model.tree import Tree
@@ -324,7 +326,7 @@ def test_data_maps_every_content(
 ) -> None:
     folder = tmp_path_factory.mktemp("data")
     files = {b"f%d" % i: random.Random(i).randbytes(size) for i, size in enumerate(sizes)}
-    holed = {}
+    holed: dict[bytes, tuple[Sequence[Extent], bytes]] = {}
     for i, (gaps, end, unit) in enumerate(sparse):
         runs, content = [], bytearray()
         for gap, length in gaps:

@@ -7,7 +7,7 @@ import os
 import random
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from layerkit.formats.meta.erofs_patch import patch_meta
 from layerkit.idmap import IdMap, Mapping
 from layerkit.linux import mounts
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
+from layerkit.model.entry import Extent
 from layerkit.model.tree import Node, Tree
 
 
@@ -268,7 +269,7 @@ def holed(size: int, *runs: tuple[int, int]) -> tuple[tuple[tuple[int, int], ...
     return runs, bytes(content)
 
 
-SPARSE = {
+SPARSE: dict[bytes, tuple[Sequence[Extent], bytes]] = {
     b"aligned": holed(1 << 20, (0, 4096), (65536, 8192), ((1 << 20) - 4096, 4096)),
     b"aligned-512": holed(40_000, (512, 1024), (4096, 512), (39936, 64)),
     b"odd-start": holed(300_000, (1000, 5000), (100_001, 77)),

@@ -515,7 +515,7 @@ def test_bundles_are_what_others_read(tmp_path: Path, algorithm: str) -> None:
     payload = b'{"_type":"https://in-toto.io/Statement/v1"}'
     document = json.loads(intoto.bundle(payload, FileSigner(private)))
     key = load_pem_public_key(public.read_bytes())
-    theirs = SSlibKey.from_crypto(key)  # type: ignore[arg-type]
+    theirs = SSlibKey.from_crypto(key)
     envelope = document["dsseEnvelope"]
     named = {**envelope, "signatures": [{**envelope["signatures"][0], "keyid": theirs.keyid}]}
     assert list(Envelope.from_dict(deepcopy(named)).verify([theirs], 1)) == [theirs.keyid]
@@ -524,7 +524,7 @@ def test_bundles_are_what_others_read(tmp_path: Path, algorithm: str) -> None:
         Envelope.from_dict(deepcopy(forged)).verify([theirs], 1)
     # The other way round.
     made = Envelope(payload, intoto.STATEMENT, {})
-    made.sign(CryptoSigner(load_pem_private_key(private.read_bytes(), None)))  # type: ignore[arg-type]
+    made.sign(CryptoSigner(load_pem_private_key(private.read_bytes(), None)))
     wrapped = {**document, "dsseEnvelope": made.to_dict()}
     assert intoto.open_bundle(json.dumps(wrapped).encode(), verifier(public), "x") == payload
     # sigstore's protobuf-specs: one signature, a key by its hint and no certificate, nothing of a log.

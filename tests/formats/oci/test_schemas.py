@@ -78,14 +78,18 @@ def test_what_is_made_of_all_platforms(command: str, tmp_path: Path) -> None:
 
 
 def test_the_schemas_find_what_is_wrong() -> None:
-    digest = {"mediaType": "a/b", "size": 1, "digest": "sha256:" + "0" * 64}
+    digest: dict[str, object] = {"mediaType": "a/b", "size": 1, "digest": "sha256:" + "0" * 64}
     good = {"schemaVersion": 2, "config": digest, "layers": [digest]}
     assert oci_schemas.problems("image-manifest-schema", good) == []
-    for change in ({"schemaVersion": 1}, {"layers": []}, {"layers": [digest | {"size": "1"}]},
-                   {"config": digest | {"digest": "sha256"}}, {"annotations": {"a": 1}},
-                   {"subject": {}}, {"layers": [digest | {"mediaType": "no type"}]}):  # fmt: skip
+    broken: list[dict[str, object]] = [
+        {"schemaVersion": 1}, {"layers": []}, {"layers": [digest | {"size": "1"}]},
+        {"config": digest | {"digest": "sha256"}}, {"annotations": {"a": 1}}, {"subject": {}},
+        {"layers": [digest | {"mediaType": "no type"}]},
+    ]  # fmt: skip
+    for change in broken:
         assert oci_schemas.problems("image-manifest-schema", good | change), change
     config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [digest["digest"]]}}
     assert oci_schemas.problems("config-schema", config | {"created": "2026-01-31T12:00:00Z"}) == []
-    for change in ({"created": "2026-01-31"}, {"os": 1}, {"rootfs": {}}, {"config": {"Env": "A=1"}}):
+    broken = [{"created": "2026-01-31"}, {"os": 1}, {"rootfs": {}}, {"config": {"Env": "A=1"}}]
+    for change in broken:
         assert oci_schemas.problems("config-schema", config | change), change

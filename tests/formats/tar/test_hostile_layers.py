@@ -6,17 +6,16 @@ import gzip
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import zstandard
+from in_memory import Blob, described
 from tar_blocks import (
     END,
     GNU,
     V7,
-    Blob,
     base256,
-    described,
     folder,
     hardlink,
     header,
@@ -48,7 +47,7 @@ SMALL = Limits(
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left():
+def no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
@@ -231,7 +230,7 @@ HOSTILE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("form", ["none", "gzip", "zstd"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_layers_are_refused(name, form):
+def test_hostile_layers_are_refused(name: str, form: str) -> None:
     with pytest.raises(LayerkitError) as e:
         read(HOSTILE[name] + END, form)
     assert e.value.exit_code == 3, e.value
@@ -266,7 +265,7 @@ BEYOND: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_what_is_beyond_a_limit_says_which(name):
+def test_what_is_beyond_a_limit_says_which(name: str) -> None:
     limit, make = BEYOND[name]
     with pytest.raises(LimitExceeded) as e:
         read(make() + END, limits=SMALL)
@@ -275,7 +274,7 @@ def test_what_is_beyond_a_limit_says_which(name):
 
 
 @pytest.mark.parametrize("form", ["gzip", "zstd"])
-def test_bombs(form):
+def test_bombs(form: str) -> None:
     size = 40 << 20
     tar = header(b"f", size=size) + bytes(size) + END
     blob = gzip.compress(tar, 9) if form == "gzip" else zstandard.ZstdCompressor().compress(tar)
@@ -288,7 +287,7 @@ def test_bombs(form):
     assert index_layer(Blob(blob), described(blob), None).size[0] == size
 
 
-def test_the_largest_path_is_no_mistake():
+def test_the_largest_path_is_no_mistake() -> None:
     path = b"/".join([b"n" * 255] * 16)[:4095]
     assert read(pax((b"path", path)) + F + END).path.tolist() == [path]
     assert len(read(pax((b"path", b"d/" * 2047 + b"f")) + F + END)) == 1
@@ -302,7 +301,7 @@ WHOLE = (
 
 
 @pytest.mark.parametrize("form", ["none", "gzip", "zstd"])
-def test_truncated_at_every_block(form):
+def test_truncated_at_every_block(form: str) -> None:
     """Cut at each 512 bytes: the digests tell, and without them the tar does, but for cuts between entries."""
     whole = WHOLE + END
     want = list(read(whole).entries())
@@ -322,13 +321,13 @@ def test_truncated_at_every_block(form):
 
 
 @pytest.mark.parametrize("end", [1, 100, 511, 513, 1023, 1500])
-def test_truncated_within_a_block(end):
+def test_truncated_within_a_block(end: int) -> None:
     with pytest.raises(InvalidImage):
         read(WHOLE[:end])
 
 
 @pytest.mark.parametrize("form", ["none", "gzip", "zstd"])
-def test_wrong_digests_and_sizes(form):
+def test_wrong_digests_and_sizes(form: str) -> None:
     tar = WHOLE + END
     blob = packed(tar, form)
     right, other = described(blob), Digest.of(b"other")
@@ -343,7 +342,7 @@ def test_wrong_digests_and_sizes(form):
         assert e.value.exit_code == 3
 
 
-def test_a_million_entries_in_one_folder():
+def test_a_million_entries_in_one_folder() -> None:
     """Quadratic work anywhere would take hours here."""
     count = 1_000_000 if os.environ.get("LAYERKIT_FUZZ") else 200_000
     block = bytearray(header(b"d/0000000", b"5", mode=0o755))
@@ -361,7 +360,7 @@ def test_a_million_entries_in_one_folder():
     assert time.monotonic() - started < count / 5000
 
 
-def test_a_path_repeated_many_times_is_not_quadratic():
+def test_a_path_repeated_many_times_is_not_quadratic() -> None:
     tar = b"".join(member(b"t%d" % (i % 500)) for i in range(20_000)) + hardlink(b"h", b"t1") + END
     started = time.monotonic()
     index = read(tar)
@@ -370,7 +369,7 @@ def test_a_path_repeated_many_times_is_not_quadratic():
     assert time.monotonic() - started < 10
 
 
-def test_a_hostile_name_cannot_hide_in_a_message():
+def test_a_hostile_name_cannot_hide_in_a_message() -> None:
     with pytest.raises(InvalidImage) as e:
         read(member(b"../\x1b[2J\n\xff\xc3") + END)
     assert "\\x1b[2J\\n\\xff\\xc3" in str(e.value)

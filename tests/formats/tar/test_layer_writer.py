@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_memory import MemorySink
 from support import need_tool
 
 from layerkit.formats.compression.decompress import Compression
@@ -32,26 +34,6 @@ ACL = b"\2\0\0\0" + b"".join(
     bytes((tag, 0, perm, 0)) + i.to_bytes(4, "little")
     for tag, perm, i in ((1, 7, 2**32 - 1), (2, 5, 1000), (4, 5, 2**32 - 1), (16, 7, 2**32 - 1), (32, 0, 2**32 - 1))
 )
-
-
-class Memory:
-    """A sink that keeps blobs in memory."""
-
-    def __init__(self) -> None:
-        self.blobs: dict[Digest, bytes] = {}
-
-    def has_blob(self, digest: Digest) -> bool:
-        return digest in self.blobs
-
-    def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        self.blobs[descriptor.digest] = b"".join(bytes(chunk) for chunk in chunks)
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        self.blobs[descriptor.digest] = data
-
-    def commit(self) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 def whole(runs: tuple[Extent, ...], stored: bytes, size: int) -> bytes:
@@ -166,7 +148,7 @@ def test_gnu_tar_extracts_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compression", list(Compression))
 def test_the_blob_is_put_and_read_back(compression: Compression) -> None:
     index, data = index_of(ENTRIES)
-    sink, seen = Memory(), list[Index]()
+    sink, seen = MemorySink(), list[Index]()
 
     def content(row: int) -> list[memoryview]:
         return [memoryview(data[index.path[row]])]
@@ -176,13 +158,13 @@ def test_the_blob_is_put_and_read_back(compression: Compression) -> None:
     assert seen[0].diff_id == diff_id == Digest.of(tar_of(index, data))
     assert Digest.of(sink.blobs[descriptor.digest]) == descriptor.digest
     assert (descriptor.digest == diff_id) == (compression is Compression.NONE)
-    assert write_layer(index, content, Memory(), packing=Packing(compression)) == (descriptor, diff_id)
+    assert write_layer(index, content, MemorySink(), packing=Packing(compression)) == (descriptor, diff_id)
 
 
 @pytest.mark.parametrize("wrong", [b"", b"shor", b"too long"])
 def test_content_of_another_length_is_refused(wrong: bytes) -> None:
     index, _ = index_of([(regular(b"f", b"short"), b"short")])
-    sink = Memory()
+    sink = MemorySink()
     with pytest.raises(InvalidImage, match="want 5"):
         write_layer(index, lambda row: [memoryview(wrong)], sink)
     assert not sink.blobs
@@ -209,7 +191,7 @@ name = st.binary(min_size=1, max_size=8).filter(
 def test_any_index_comes_back(draw: st.DataObject) -> None:
     entries: dict[bytes, tuple[Entry, bytes]] = {}
     for part in draw.draw(st.lists(name, max_size=12)):
-        common = {
+        common: dict[str, Any] = {
             "perm": draw.draw(st.integers(0, 0o7777)), "uid": draw.draw(st.integers(0, 2**32 - 2)),
             "gid": draw.draw(st.integers(0, 2**32 - 2)), "mtime": draw.draw(st.integers(-(2**40), 2**40)),
             "mtime_ns": draw.draw(st.integers(0, 999_999_999)),
@@ -217,8 +199,8 @@ def test_any_index_comes_back(draw: st.DataObject) -> None:
         }  # fmt: skip
         kind = draw.draw(st.sampled_from(["reg", "dir", "link", "sym", "gone"]))
         if kind == "reg":
-            data = draw.draw(st.binary(max_size=1500))
-            entries[part] = (regular(part, data, **common), data)
+            stored = draw.draw(st.binary(max_size=1500))
+            entries[part] = (regular(part, stored, **common), stored)
         elif kind == "dir":
             entries[part] = (Entry(part, Kind.DIR, **common), b"")
         elif kind == "gone":

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def in_chunks(tar: bytes, size: int) -> Index:
     reader = TarReader("layer")
     buffers = bytearray(size), bytearray(size)
 
-    def chunks():
+    def chunks() -> Iterator[tuple[bytearray, int]]:
         for i, at in enumerate(range(0, len(tar), size)):
             part = tar[at : at + size]
             buffer = buffers[i % 2]
@@ -72,14 +73,14 @@ def in_chunks(tar: bytes, size: int) -> Index:
 # --- single headers -----------------------------------------------------------------------------------------
 
 
-def test_a_plain_file_has_all_its_attributes():
+def test_a_plain_file_has_all_its_attributes() -> None:
     tar = member(b"dir/f", b"hello", mode=0o104755, uid=1000, gid=2000, mtime=1234567890)
     assert only(tar) == Entry(
         b"dir/f", Kind.REG, 0o4755, 1000, 2000, 1234567890, 0, 5, offset=512, sha256=sha256(b"hello")
     )
 
 
-def test_an_empty_file_has_no_place_but_a_digest():
+def test_an_empty_file_has_no_place_but_a_digest() -> None:
     e = only(member(b"f"))
     assert (e.size, e.offset, e.sha256) == (0, -1, sha256(b""))
 
@@ -88,22 +89,22 @@ def test_an_empty_file_has_no_place_but_a_digest():
     ("flag", "kind"),
     [(b"0", Kind.REG), (b"\0", Kind.REG), (b"7", Kind.REG), (b"5", Kind.DIR), (b"6", Kind.FIFO)],
 )
-def test_types(flag, kind):
+def test_types(flag: bytes, kind: Kind) -> None:
     e = only(member(b"f", flag=flag, mode=0o1644))
     assert (e.kind, e.perm) == (kind, 0o1644)
 
 
 @pytest.mark.parametrize(("flag", "kind"), [(b"3", Kind.CHAR), (b"4", Kind.BLOCK)])
-def test_devices(flag, kind):
+def test_devices(flag: bytes, kind: Kind) -> None:
     e = only(header(b"dev/x", flag, major=8, minor=1048575))
     assert (e.kind, e.major, e.minor) == (kind, 8, 1048575)
 
 
-def test_a_symlink_keeps_its_target_as_written():
+def test_a_symlink_keeps_its_target_as_written() -> None:
     assert only(symlink(b"a", b"../../x//./y/")).link == b"../../x//./y/"
 
 
-def test_a_hard_link_may_come_before_its_target_and_is_normalised():
+def test_a_hard_link_may_come_before_its_target_and_is_normalised() -> None:
     found = entries(hardlink(b"a", b"./x/../f"), member(b"f", b"data"))
     assert [(e.path, e.kind, e.link) for e in found] == [
         (b"a", Kind.HARDLINK, b"f"),
@@ -111,7 +112,7 @@ def test_a_hard_link_may_come_before_its_target_and_is_normalised():
     ]
 
 
-def test_sizes_on_links_and_folders_are_remarks():
+def test_sizes_on_links_and_folders_are_remarks() -> None:
     # GNU tar, Go and Python agree here: no data follows.
     found = entries(
         header(b"l", b"1", 700, link=b"f"), header(b"d", b"5", 700), member(b"f", b"data"),
@@ -119,7 +120,7 @@ def test_sizes_on_links_and_folders_are_remarks():
     assert [e.path for e in found] == [b"d", b"f", b"l"]
 
 
-def test_old_folders_are_files_with_a_slash():
+def test_old_folders_are_files_with_a_slash() -> None:
     assert only(header(b"d/", b"\0", magic=V7)).kind is Kind.DIR
     assert only(header(b"d/", b"0", magic=V7)).kind is Kind.DIR
     assert only(header(b"d/", b"\0", magic=USTAR)).kind is Kind.DIR
@@ -127,7 +128,7 @@ def test_old_folders_are_files_with_a_slash():
         entries(header(b"d/", b"0", magic=USTAR))
 
 
-def test_prefix_belongs_to_ustar_alone():
+def test_prefix_belongs_to_ustar_alone() -> None:
     assert only(header(b"f", prefix=b"a/b")).path == b"a/b/f"
     # GNU tar keeps times where the prefix would be.
     assert only(header(b"f", prefix=b"14000000000", magic=GNU)).path == b"f"
@@ -135,7 +136,7 @@ def test_prefix_belongs_to_ustar_alone():
     assert only(star).path == b"p" * 131 + b"/f"
 
 
-def test_base256_numbers_and_negative_times():
+def test_base256_numbers_and_negative_times() -> None:
     e = only(header(b"f", uid=3_000_000, gid=0xFFFFFFFE, mtime=-12345))
     assert (e.uid, e.gid, e.mtime, e.mtime_ns) == (3_000_000, 0xFFFFFFFE, -12345, 0)
 
@@ -143,30 +144,30 @@ def test_base256_numbers_and_negative_times():
 @pytest.mark.parametrize(
     "field", [b"0000017\0", b"0000017 ", b"    17 \0", b"17\0\0\0\0\0\0", b"17      ", b"00000017", b"000017 \0"]
 )
-def test_octal_in_all_its_forms(field):
+def test_octal_in_all_its_forms(field: bytes) -> None:
     assert only(header(b"f", patch={108: field})).uid == 0o17
 
 
 @pytest.mark.parametrize(
     "field", [b"0000018\0", b"+000017\0", b"1_7\0\0\0\0\0", b"17 17\0\0\0", b"\0000017\0", b"0x17\0\0\0\0"]
 )
-def test_what_is_no_octal_is_refused(field):
+def test_what_is_no_octal_is_refused(field: bytes) -> None:
     with pytest.raises(UnsafeEntry, match="uid"):
         entries(header(b"f", patch={108: field}))
 
 
-def test_unused_fields_are_zero():
+def test_unused_fields_are_zero() -> None:
     e = only(header(b"f", patch={100: bytes(8), 108: b" " * 8, 136: bytes(12)}))
     assert (e.perm, e.uid, e.mtime) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("value", [0xFFFFFFFF, -1, 1 << 40])
-def test_ids_out_of_range_are_refused(value):
+def test_ids_out_of_range_are_refused(value: int) -> None:
     with pytest.raises(UnsafeEntry, match="uid"):
         entries(header(b"f", patch={108: base256(value, 8)}))
 
 
-def test_checksums_over_signed_bytes_are_accepted():
+def test_checksums_over_signed_bytes_are_accepted() -> None:
     block = header("\xff\xfe\xfd".encode("latin-1"))
     assert signed(block, as_signed_bytes=True) != block
     assert only(signed(block, as_signed_bytes=True)).path == b"\xff\xfe\xfd"
@@ -183,17 +184,17 @@ def test_checksums_over_signed_bytes_are_accepted():
         (b"x.wh.y", b"x.wh.y"), (b"a.wh./b", b"a.wh./b"),
     ],
 )  # fmt: skip
-def test_names_are_cleaned(name, path):
+def test_names_are_cleaned(name: bytes, path: bytes) -> None:
     assert only(member(name)).path == path
 
 
 @pytest.mark.parametrize("name", [b"./", b"/", b".", b"a/..", b"./."])
-def test_the_root_has_the_empty_path(name):
+def test_the_root_has_the_empty_path(name: bytes) -> None:
     e = only(header(name, b"5", mode=0o711))
     assert (e.path, e.kind, e.perm) == (b"", Kind.DIR, 0o711)
 
 
-def test_whiteouts():
+def test_whiteouts() -> None:
     found = entries(
         member(b"a/.wh.x"), member(b"a/.wh..wh..opq"), member(b".wh.y"), member(b"y"), member(b"a/x.wh.z"),
         member(b".wh..wh..opq"),
@@ -204,20 +205,20 @@ def test_whiteouts():
     ]  # fmt: skip
 
 
-def test_what_aufs_left_is_dropped_and_said():
+def test_what_aufs_left_is_dropped_and_said() -> None:
     index = read_tar(folder(b".wh..wh.plnk") + member(b".wh..wh.plnk/1.2", b"x") + member(b".wh..wh.aufs") + END)
     assert len(index) == 0
     assert len(index.warnings) == 3 and all("AUFS" in w for w in index.warnings)
 
 
-def test_a_whiteout_may_be_a_hard_link_as_aufs_had_it():
+def test_a_whiteout_may_be_a_hard_link_as_aufs_had_it() -> None:
     assert [e.kind for e in entries(member(b".wh.a"), hardlink(b".wh.b", b".wh.a"))] == [Kind.WHITEOUT] * 2
 
 
 # --- PAX ------------------------------------------------------------------------------------------------------
 
 
-def test_pax_overrides_the_header():
+def test_pax_overrides_the_header() -> None:
     e = only(
         pax(
             (b"path", b"p" * 200 + b"/n"), (b"uid", b"70000"), (b"gid", b"4294967294"), (b"mtime", b"12.5"),
@@ -239,7 +240,7 @@ def test_pax_overrides_the_header():
     )
 
 
-def test_pax_linkpath():
+def test_pax_linkpath() -> None:
     assert only(pax((b"linkpath", b"t" * 300)), symlink(b"a", b"short")).link == b"t" * 300
 
 
@@ -258,7 +259,7 @@ def test_pax_linkpath():
         (b"-0.0", (0, 0)),
     ],
 )
-def test_times_are_exact(text, time):
+def test_times_are_exact(text: bytes, time: tuple[int, int]) -> None:
     e = only(pax((b"mtime", text)), member())
     assert (e.mtime, e.mtime_ns) == time
 
@@ -269,7 +270,7 @@ TIMES = [b"1700000000.123456789", b"1700000000", b"1700000000.12345678", b"17000
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2), (0,), (1, 0)])
 @pytest.mark.parametrize("other", TIMES)
 @pytest.mark.parametrize("mtime", TIMES)
-def test_headers_of_nothing_but_times(mtime, other, order):
+def test_headers_of_nothing_but_times(mtime: bytes, other: bytes, order: tuple[int, ...]) -> None:
     records = [(b"mtime", mtime), (b"atime", other), (b"ctime", other)]
     e = only(pax(*(records[i] for i in order)), member())
     whole, _, fraction = mtime.partition(b".")
@@ -279,7 +280,7 @@ def test_headers_of_nothing_but_times(mtime, other, order):
 
 @pytest.mark.parametrize("at", [0, 30, 60])
 @pytest.mark.parametrize("length", [b"29", b"31", b"03", b"60", b"90"])
-def test_headers_of_nothing_but_times_with_a_wrong_length(at, length):
+def test_headers_of_nothing_but_times_with_a_wrong_length(at: int, length: bytes) -> None:
     time = b"1700000000.123456789"
     body = b"".join(b"30 %s=%s\n" % (key, time) for key in (b"mtime", b"atime", b"ctime"))
     body = body[:at] + length + body[at + 2 :]
@@ -294,7 +295,7 @@ NAMES = [b"d/" + b"n" * 150, b"e", b"p path=q", b"30 mtime=1700000000.123456789"
 
 @pytest.mark.parametrize("order", ["pmac", "macp", "mp", "pm", "p", "apc", "mpac", "pap"])
 @pytest.mark.parametrize("name", NAMES)
-def test_headers_of_nothing_but_times_and_a_name(name, order):
+def test_headers_of_nothing_but_times_and_a_name(name: bytes, order: str) -> None:
     time = b"1700000000.123456789"
     records = {"p": (b"path", name), "m": (b"mtime", time), "a": (b"atime", time), "c": (b"ctime", time)}
     # The last of two names counts.
@@ -306,7 +307,7 @@ def test_headers_of_nothing_but_times_and_a_name(name, order):
 
 @pytest.mark.parametrize("records", [(b"path=ab", b"mtime=1700000000"), (b"mtime=1700000000", b"path=ab")])
 @pytest.mark.parametrize("wrong", [-1, 1, 20, 300])
-def test_a_name_with_a_wrong_length(records, wrong):
+def test_a_name_with_a_wrong_length(records: tuple[bytes, bytes], wrong: int) -> None:
     lengths = {b"path=ab": 11, b"mtime=1700000000": 20}
     body = b"".join(b"%d %s\n" % (lengths[r] + wrong * r.startswith(b"path"), r) for r in records)
     if records[0] == b"path=ab" and wrong == 20:  # a name with a newline and all of the time in it
@@ -317,12 +318,12 @@ def test_a_name_with_a_wrong_length(records, wrong):
 
 
 @pytest.mark.parametrize("text", [b"x", b"1.x", b"1e3", b".5", b"--1", b"+1", b"1 ", b"nan", b"9" * 20])
-def test_times_that_are_none_are_refused(text):
+def test_times_that_are_none_are_refused(text: bytes) -> None:
     with pytest.raises(InvalidImage, match="mtime"):
         entries(pax((b"mtime", text)), member())
 
 
-def test_an_empty_pax_value_deletes_but_is_a_value_for_xattrs():
+def test_an_empty_pax_value_deletes_but_is_a_value_for_xattrs() -> None:
     e = only(
         pax((b"mtime", b"9.5"), flag=b"g"),
         pax((b"mtime", b""), (b"path", b""), (b"SCHILY.xattr.user.empty", b"")),
@@ -331,7 +332,7 @@ def test_an_empty_pax_value_deletes_but_is_a_value_for_xattrs():
     assert (e.path, e.mtime, e.mtime_ns, e.xattrs) == (b"f", 7, 0, ((b"user.empty", b""),))
 
 
-def test_xattrs_keep_raw_bytes_and_are_sorted():
+def test_xattrs_keep_raw_bytes_and_are_sorted() -> None:
     e = only(
         pax(
             (b"SCHILY.xattr.user.b", b"\0\n=\xff"), (b"SCHILY.xattr.security.capability", b"\1" * 20),
@@ -342,14 +343,14 @@ def test_xattrs_keep_raw_bytes_and_are_sorted():
     assert e.xattrs == ((b"security.capability", b"\1" * 20), (b"user.a/", b"hi"), (b"user.b", b"\0\n=\xff"))
 
 
-def test_xattr_sets_are_shared():
+def test_xattr_sets_are_shared() -> None:
     index = read_tar(
         b"".join(pax((b"SCHILY.xattr.user.x", b"%d" % (i % 3))) + member(b"f%d" % i) for i in range(30)) + END
     )
     assert len(index.xattr_sets) == 4 and index.xattr_sets[0] == ()
 
 
-def test_globals_hold_until_they_are_replaced():
+def test_globals_hold_until_they_are_replaced() -> None:
     found = entries(
         pax((b"uid", b"7"), (b"comment", b"c"), flag=b"g"), member(b"a"), pax((b"uid", b"8")), member(b"b"),
         member(b"c"), pax((b"uid", b""), flag=b"g"), member(b"d", uid=9),
@@ -357,18 +358,18 @@ def test_globals_hold_until_they_are_replaced():
     assert [e.uid for e in found] == [7, 8, 7, 9]
 
 
-def test_gnu_long_names():
+def test_gnu_long_names() -> None:
     e = only(long(b"n" * 150), long(b"l" * 180, b"K"), symlink(b"n" * 99, b"l" * 99))
     assert (e.path, e.link) == (b"n" * 150, b"l" * 180)
 
 
-def test_a_long_name_and_a_pax_name_must_agree():
+def test_a_long_name_and_a_pax_name_must_agree() -> None:
     assert only(long(b"same"), pax((b"path", b"same")), member(b"x")).path == b"same"
     with pytest.raises(InvalidImage, match="differ"):
         entries(long(b"one"), pax((b"path", b"two")), member(b"x"))
 
 
-def test_acl_text_becomes_the_kernels_form():
+def test_acl_text_becomes_the_kernels_form() -> None:
     text = b"user::rw-,user:1000:r--,group::r--,group:lp:rw-:7,mask::rw-,other::---"
     e = only(pax((b"SCHILY.acl.access", text)), member())
     want = struct.pack("<I", 2) + b"".join(
@@ -385,14 +386,14 @@ def test_acl_text_becomes_the_kernels_form():
     assert e.xattrs == ((b"system.posix_acl_access", want),)
 
 
-def test_an_acl_with_names_is_not_guessed():
+def test_an_acl_with_names_is_not_guessed() -> None:
     with pytest.raises(LossyResult, match="alice"):
         entries(
             pax((b"SCHILY.acl.access", b"user::rw-,user:alice:r--,group::r--,mask::r--,other::---")), member(b"f")
         )
 
 
-def test_an_acl_that_says_the_mode_is_none():
+def test_an_acl_that_says_the_mode_is_none() -> None:
     assert only(pax((b"SCHILY.acl.access", b"user::rw-,group::r--,other::r--")), member()).xattrs == ()
 
 
@@ -400,7 +401,7 @@ def test_an_acl_that_says_the_mode_is_none():
     "text",
     [b"user::rw-", b"user::rw-,group::r--,other::r--,user:1:r--", b"x::r,user::r,group::r,other::r", b"user::q"],
 )
-def test_broken_acls_are_refused(text):
+def test_broken_acls_are_refused(text: bytes) -> None:
     with pytest.raises(ValueError):
         from_text(text)
 
@@ -461,10 +462,11 @@ def sparse_forms() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", sparse_forms())
-def test_sparse_files(form):
+def test_sparse_files(form: str) -> None:
     tar = sparse_forms()[form] + member(b"t", b"after") + END
     e, after = read_tar(tar).entries()
-    logical, runs = (LOGICAL, RUNS)
+    logical: bytes = LOGICAL
+    runs: tuple[tuple[int, int], ...] = RUNS
     if form == "old-extended":
         logical = b"x\0" * 99 + b"x"
         runs = tuple((i, 1) for i in range(0, 200, 2))
@@ -474,7 +476,7 @@ def test_sparse_files(form):
     assert after.sha256 == sha256(b"after")
 
 
-def test_a_file_that_is_all_hole_has_runs_but_none_of_them():
+def test_a_file_that_is_all_hole_has_runs_but_none_of_them() -> None:
     tar = pax(
         (b"GNU.sparse.major", b"1"),
         (b"GNU.sparse.minor", b"0"),
@@ -485,7 +487,7 @@ def test_a_file_that_is_all_hole_has_runs_but_none_of_them():
     assert (e.size, e.sparse, e.offset, e.sha256) == (5000, (), -1, sha256(bytes(5000)))
 
 
-def test_a_map_without_holes_is_a_plain_file():
+def test_a_map_without_holes_is_a_plain_file() -> None:
     tar = pax(
         (b"GNU.sparse.size", b"4"), (b"GNU.sparse.numblocks", b"2"), (b"GNU.sparse.map", b"0,2,2,2"),
     ) + member(b"s", b"abcd")  # fmt: skip
@@ -495,7 +497,7 @@ def test_a_map_without_holes_is_a_plain_file():
 # --- the archive as a whole -----------------------------------------------------------------------------------
 
 
-def test_rows_are_in_canonical_order_and_of_duplicates_the_last_counts():
+def test_rows_are_in_canonical_order_and_of_duplicates_the_last_counts() -> None:
     index = read_tar(
         member(b"a-b")
         + folder(b"a/")
@@ -510,7 +512,7 @@ def test_rows_are_in_canonical_order_and_of_duplicates_the_last_counts():
     assert index.warnings == ("a/c: 2 times in the layer, the last one counts",)
 
 
-def test_equal_to_the_reference_construction():
+def test_equal_to_the_reference_construction() -> None:
     parts = [
         folder(b"d"),
         member(b"d/x", b"1"),
@@ -526,7 +528,7 @@ def test_equal_to_the_reference_construction():
     assert list(again.entries()) == list(index.entries())
 
 
-def test_warnings_are_bounded():
+def test_warnings_are_bounded() -> None:
     reader = TarReader("layer", Limits(warnings_kept_per_layer=3))
     tar = b"".join(member(b".wh..wh.%d" % i) for i in range(10)) + END
     reader.read([(tar, len(tar))])
@@ -535,23 +537,23 @@ def test_warnings_are_bounded():
 
 
 @pytest.mark.parametrize("end", [END, bytes(512), bytes(10240), END + b"anything after it", b""])
-def test_ends_of_archive(end):
+def test_ends_of_archive(end: bytes) -> None:
     assert len(entries(member(b"f", b"x"), end=end)) == 1
 
 
-def test_an_empty_archive_is_valid():
+def test_an_empty_archive_is_valid() -> None:
     assert len(read_tar(END)) == 0
     index = read_tar(b"")
     assert len(index) == 0 and "empty" in index.warnings[0]
 
 
-def test_a_lone_zero_block_is_refused():
+def test_a_lone_zero_block_is_refused() -> None:
     with pytest.raises(InvalidImage, match="single zero block"):
         entries(member(b"a"), bytes(512), member(b"b"))
 
 
 @pytest.mark.parametrize("size", [512, 1024, 4096, 512 * 13])
-def test_chunks_may_end_anywhere(size):
+def test_chunks_may_end_anywhere(size: int) -> None:
     tar = b"".join(
         [
             *sparse_forms().values(),
@@ -568,7 +570,7 @@ def test_chunks_may_end_anywhere(size):
     assert list(in_chunks(tar, size).entries()) == list(read_tar(tar).entries())
 
 
-def test_many_entries_cross_batches():
+def test_many_entries_cross_batches() -> None:
     tar = (
         b"".join(pax((b"mtime", b"%d.25" % i)) + member(b"d/%05d" % i, b"%d" % i) for i in range(9999, -1, -1))
         + END
@@ -579,7 +581,7 @@ def test_many_entries_cross_batches():
     assert found.sha256[7].tobytes() == sha256(b"7")
 
 
-def test_a_batch_of_large_headers_is_decoded_early():
+def test_a_batch_of_large_headers_is_decoded_early() -> None:
     value = b"v" * 60_000
     tar = (
         b"".join(
@@ -596,7 +598,10 @@ def test_a_batch_of_large_headers_is_decoded_early():
 # --- oracles ---------------------------------------------------------------------------------------------------
 
 
-def seen_by_tarfile(tar: bytes) -> dict[bytes, tuple]:
+Seen = tuple[Kind, int, int, int, int, bytes, tuple[int, int], bytes]
+
+
+def seen_by_tarfile(tar: bytes) -> dict[bytes, Seen]:
     kinds = {
         tarfile.DIRTYPE: Kind.DIR,
         tarfile.SYMTYPE: Kind.SYMLINK,
@@ -610,17 +615,17 @@ def seen_by_tarfile(tar: bytes) -> dict[bytes, tuple]:
         for m in archive:
             path = os.fsencode(m.name).strip(b"/")
             kind = kinds.get(m.type, Kind.REG)
-            content = archive.extractfile(m).read() if kind is Kind.REG else None
+            file = archive.extractfile(m) if kind is Kind.REG else None
             found[path] = (
                 kind, m.mode & 0o7777, m.uid, m.gid, m.size if kind is Kind.REG else 0,
                 os.fsencode(m.linkname) if kind in (Kind.SYMLINK, Kind.HARDLINK) else b"",
                 (m.devmajor, m.devminor) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
-                b"" if content is None else sha256(content),
+                b"" if file is None else sha256(file.read()),
             )  # fmt: skip
     return found
 
 
-def seen_by_us(index: Index) -> dict[bytes, tuple]:
+def seen_by_us(index: Index) -> dict[bytes, Seen]:
     return {
         e.path: (e.kind, e.perm, e.uid, e.gid, e.size, e.link, (e.major, e.minor), e.sha256)
         for e in index.entries()
@@ -628,13 +633,13 @@ def seen_by_us(index: Index) -> dict[bytes, tuple]:
 
 
 part = st.text(
-    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=60
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60
 ).filter(lambda text: text not in (".", "..") and not text.startswith(".wh.") and len(text.encode()) <= 255)
 paths = st.lists(part, min_size=1, max_size=4).map("/".join)
 
 
 @st.composite
-def archives(draw) -> bytes:
+def archives(draw: st.DrawFn) -> bytes:
     fmt = draw(st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
     names = draw(st.lists(paths, unique=True, max_size=8))
     # Names that lie below each other would have to be folders: keep those apart.
@@ -679,7 +684,7 @@ def archives(draw) -> bytes:
 
 @settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(archives())
-def test_what_tarfile_reads_we_read(tar):
+def test_what_tarfile_reads_we_read(tar: bytes) -> None:
     # tarfile strips what looks like trailing slashes and nothing else; the generator makes no others.
     index = read_tar(tar)
     assert seen_by_us(index) == seen_by_tarfile(tar)
@@ -688,7 +693,7 @@ def test_what_tarfile_reads_we_read(tar):
 
 @settings(max_examples=300 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(archives(), st.data())
-def test_a_damaged_archive_is_an_error_of_ours_or_reads_as_an_index(tar, data):
+def test_a_damaged_archive_is_an_error_of_ours_or_reads_as_an_index(tar: bytes, data: st.DataObject) -> None:
     damaged = bytearray(tar)
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(tar) - 1))] = data.draw(st.integers(0, 255))
@@ -735,7 +740,7 @@ def real_tree(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "pax-0.0", "pax-0.1", "pax-1.0"])
-def test_what_gnu_tar_writes_we_read(real_tree: Path, form: str):
+def test_what_gnu_tar_writes_we_read(real_tree: Path, form: str) -> None:
     if form in ("v7", "ustar"):
         # What these formats cannot hold at all.
         for path in ("sym", "null", "fifo") if form == "v7" else ("sym",):
@@ -759,18 +764,18 @@ def test_what_gnu_tar_writes_we_read(real_tree: Path, form: str):
         for name in folders + files
     }
     assert set(found) == on_disk
-    for path, e in found.items():
-        place = os.path.join(os.fsencode(real_tree), path)
+    for name, e in found.items():
+        place = os.path.join(os.fsencode(real_tree), name)
         stat = os.lstat(place)
         if e.kind is Kind.HARDLINK:
             assert os.path.samefile(place, os.path.join(os.fsencode(real_tree), e.link))
             continue
-        assert (e.kind << 12 | e.perm, e.uid, e.gid) == (stat.st_mode, stat.st_uid, stat.st_gid), path
+        assert (e.kind << 12 | e.perm, e.uid, e.gid) == (stat.st_mode, stat.st_uid, stat.st_gid), name
         exact = stat.st_mtime_ns if form.startswith("pax") else stat.st_mtime_ns // 10**9 * 10**9
-        assert e.mtime * 10**9 + e.mtime_ns == exact, path
+        assert e.mtime * 10**9 + e.mtime_ns == exact, name
         if e.kind is Kind.REG:
             content = Path(os.fsdecode(place)).read_bytes()
-            assert (e.size, e.sha256) == (len(content), sha256(content)), path
+            assert (e.size, e.sha256) == (len(content), sha256(content)), name
             if e.sparse is None:
                 assert tar[e.offset : e.offset + e.size] == content or not content
             else:
@@ -786,13 +791,13 @@ def test_what_gnu_tar_writes_we_read(real_tree: Path, form: str):
             have = {
                 n: os.getxattr(place, n, follow_symlinks=False) for n in os.listxattr(place, follow_symlinks=False)
             }
-            assert dict(e.xattrs) == {os.fsencode(n): v for n, v in have.items()}, path
+            assert dict(e.xattrs) == {os.fsencode(n): v for n, v in have.items()}, name
     if "--sparse" in args:
         assert found[b"holes"].sparse is not None and len(found[b"holes"].sparse) == 40
         assert found[b"hole"].sparse == ()
 
 
-def test_limits_are_bounds_not_hints():
+def test_limits_are_bounds_not_hints() -> None:
     tar = pax((b"SCHILY.xattr.user.x", b"v" * 100)) + member(b"a/b/c", b"x" * 100) + END
 
     def read(**bounds: int) -> Index:

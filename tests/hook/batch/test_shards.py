@@ -124,7 +124,12 @@ def test_each_does_its_own_and_what_others_need(site: Site) -> None:
         one = site.meeting(0)
         # The other one works as time passes.
         left = sorted(site.owned(1))
-        site.clock.then.append(lambda: left and site.publish(site.by_id[left.pop()]))
+
+        def work() -> None:
+            if left:
+                site.publish(site.by_id[left.pop()])
+
+        site.clock.then.append(work)
         with one.present():
             one.say(ours)
             assert one.meet(site.submit) == len(site.owned(0))
@@ -135,7 +140,12 @@ def test_each_does_its_own_and_what_others_need(site: Site) -> None:
 
 def test_one_who_needs_nothing_does_its_part_for_those_who_come_later(site: Site) -> None:
     other, one = site.meeting(1), site.meeting(0)
-    site.clock.then.append(lambda: site.clock.waits == 3 and other.say(site.by_id))
+
+    def come_late() -> None:
+        if site.clock.waits == 3:
+            other.say(site.by_id)
+
+    site.clock.then.append(come_late)
     with one.present():
         one.say({})
         assert one.meet(site.submit) == len(site.owned(0))

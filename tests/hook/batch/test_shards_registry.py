@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
@@ -71,7 +72,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
         yield Site(registry, wire, tmp_path, [push(registry.host, number) for number in range(count)])
 
 
-def ended(*shards: subprocess.Popen[str]) -> list[dict[str, object]]:
+def ended(*shards: subprocess.Popen[str]) -> list[dict[str, Any]]:
     said = []
     for shard in shards:
         out, err = shard.communicate(timeout=240)
@@ -80,8 +81,8 @@ def ended(*shards: subprocess.Popen[str]) -> list[dict[str, object]]:
     return said
 
 
-def figure(done: list[dict[str, object]], name: str) -> int:
-    return sum(job["report"].get(name, 0) for each in done for job in each["jobs"])  # type: ignore[attr-defined]
+def figure(done: list[dict[str, Any]], name: str) -> int:
+    return sum(job["report"].get(name, 0) for each in done for job in each["jobs"])
 
 
 @pytest.mark.parametrize("site", [IMAGES], indirect=True)
@@ -91,7 +92,7 @@ def test_three_shards_read_each_layer_once(site: Site) -> None:
     assert len(site.layers) == 1 + 5 + IMAGES
     done = ended(*[site.start(part, "--wait", "120") for part in range(PARTS)])
     assert site.reads() == Counter(dict.fromkeys(site.layers, 1))
-    assert sum(len(each["jobs"]) for each in done) == IMAGES  # type: ignore[arg-type]
+    assert sum(len(each["jobs"]) for each in done) == IMAGES
     for each in site.images:
         (document,) = artifacts(site.registry.host, each)
         assert map_of(document) == "uid=0:100000:65536;gid=0:100000:65536"

@@ -250,7 +250,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         listed.write_text("# images\n\n" + "\n".join(refs) + "  # the last\n")
         seen = []
         for shard in range(3):
-            words = ("--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A)
+            words = ["--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A]
             words += ("--engine", "threads", "--wait", "0.5")  # one after the other: there is nobody to wait for
             done = json.loads(run(0, "batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
             assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
@@ -258,8 +258,8 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         assert sorted(seen) == sorted(each.name for each in images)
         assert [len(artifacts(registry.host, each)) for each in images] == [1] * 6
         listed.write_text(refs[0] + f"\ndocker://{registry.host}/absent:v1\n")
-        words = ("--from", str(listed), "--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
-                 "--engine", "threads")  # fmt: skip
+        words = ["--from", str(listed), "--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
+                 "--engine", "threads"]  # fmt: skip
         assert "absent:v1: not in the registry" in run(5, "batch", *words).stderr
         run(2, "batch", *words, "--shard", "3/3")
     assert parse_shard("3/4") == (3, 4)

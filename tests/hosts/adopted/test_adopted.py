@@ -281,11 +281,11 @@ def test_gc_takes_what_removed_layers_left(tmp_path: Path) -> None:
     folders = _odd(tmp_path / "layers")
     store = tmp_path / "store"
     with adopted(Unpacked("odd", "folders", folders), store, tmp_path / "m"):
-        layerkit.usecases.collect_garbage.collect_garbage(store)
+        layerkit.collect_garbage(store)
         with LocalStore.open(store) as held:
             assert len(held.metas()) == 1
         assert (tmp_path / "m/kept").read_text() == "bottom kept"
-    layerkit.usecases.collect_garbage.collect_garbage(store)
+    layerkit.collect_garbage(store)
     with LocalStore.open(store) as held:
         assert held.metas() == []
     assert list((store / "index").iterdir()) == []

@@ -84,12 +84,9 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     data.mkdir()
     write_meta(meta, "trusted")
     write_data(data)
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(["mkfs.erofs", "-T0", tmp_path / "meta.erofs", meta], **quiet)
-    subprocess.run(
-        ["mkfs.erofs", "-T0", "--chunksize=4096", f"--blobdev={tmp_path}/data.blob", tmp_path / "data.erofs", data],
-        **quiet,
-    )
+    blob = f"--blobdev={tmp_path}/data.blob"
+    for words in (["meta.erofs", "meta"], ["--chunksize=4096", blob, "data.erofs", "data"]):
+        subprocess.run(["mkfs.erofs", "-T0", *words], check=True, cwd=tmp_path, capture_output=True)
     (tmp_path / "mnt").mkdir()
     spec = MountSpec(
         meta=ErofsLayer("sha256:meta", tmp_path / "meta.erofs"),

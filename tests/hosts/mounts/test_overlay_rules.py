@@ -92,7 +92,7 @@ class Bench:
                 "-f",
                 archive,
             ]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
         else:
             image = self.path / f"{root.name}.erofs"
             with image.open("wb") as out:
@@ -111,7 +111,13 @@ class Bench:
         self.mounted.remove(target)
 
     def overlay(
-        self, lower: Iterable[Path], data: Iterable[Path] = (), *, upper: Path | None = None, **options: bool
+        self,
+        lower: Iterable[Path],
+        data: Iterable[Path] = (),
+        *,
+        upper: Path | None = None,
+        userxattr: bool = False,
+        metacopy: bool = False,
     ) -> Path:
         """Mount an overlay and return where. ``upper`` brings a work folder beside it."""
         with ExitStack() as fds:
@@ -124,7 +130,8 @@ class Bench:
                 [opened(p) for p in data],
                 upper=None if upper is None else opened(upper),
                 work=None if upper is None else opened(self.folder()),
-                **options,
+                userxattr=userxattr,
+                metacopy=metacopy,
             )
         return self.attach(mount, self.folder())
 

@@ -527,9 +527,12 @@ def test_a_reader_during_writes_sees_whole_images(tmp_path: Path) -> None:
     names = _sources(tmp_path / "sources", 12)
     target = tmp_path / "target"
     _copy(tmp_path / "sources/n0", f"oci:{target}", "n0")
-    writer = threading.Thread(
-        target=lambda: [_write_one(str(tmp_path / "sources"), f"oci:{target}", name) for name in names]
-    )
+
+    def write_all() -> None:
+        for name in names:
+            _write_one(str(tmp_path / "sources"), f"oci:{target}", name)
+
+    writer = threading.Thread(target=write_all)
     writer.start()
     reads = 0
     while writer.is_alive() or reads == 0:
@@ -564,12 +567,12 @@ def test_attached_artifacts_are_found(form: str, layout: Path, tmp_path: Path) -
 
     source = open_source(f"{'oci' if form == 'oci' else 'oci-archive'}:{tmp_path}/target")
     assert source.image().descriptor.digest == image.descriptor.digest  # the only image: artifacts are none
-    found = source.referrers(image.descriptor.digest, artifact.ARTIFACT_TYPE)  # type: ignore[attr-defined]
+    found = source.referrers(image.descriptor.digest, artifact.ARTIFACT_TYPE)
     assert [(entry.digest, data) for entry, data in found] == made
     assert [artifact.parse(data, "x").mapping for _, data in found] == ["map one", "map two"]
     assert all(entry.artifact_type == artifact.ARTIFACT_TYPE for entry, _ in found)
-    assert len(source.referrers(image.descriptor.digest)) == 3  # type: ignore[attr-defined]
-    assert source.referrers(Digest.of(b"other")) == []  # type: ignore[attr-defined]
+    assert len(source.referrers(image.descriptor.digest)) == 3
+    assert source.referrers(Digest.of(b"other")) == []
     source.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -44,7 +45,7 @@ def stacks(draw: st.DrawFn) -> list[Index]:
         above = path.rpartition(b"/")[0]
         if above not in entries or entries[above].kind is not Kind.DIR:
             continue
-        common = {"uid": draw(st.integers(0, 1)), "mtime": draw(st.integers(0, 1))}
+        common: dict[str, Any] = {"uid": draw(st.integers(0, 1)), "mtime": draw(st.integers(0, 1))}
         xattrs = draw(st.sampled_from([(), ((b"user.a", b"1"),), ((b"user.a", b"2"),)]))
         which = draw(st.integers(0, 5))
         plain = [name for name, e in entries.items() if e.kind is not Kind.DIR and e.kind is not Kind.HARDLINK]

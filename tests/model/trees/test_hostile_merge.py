@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from layerkit.model.trees.merge import merge
 DEPTH = 2000
 
 
-def plain(paths: list[bytes], kinds: list[int], links: list[bytes] | None = None) -> Index:
+def plain(paths: list[bytes], kinds: Sequence[int], links: list[bytes] | None = None) -> Index:
     """Return an index of sorted paths without the cost of a million Entry values."""
     n = len(paths)
     zeros = np.zeros(n, np.uint32)
