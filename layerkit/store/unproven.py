@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 from layerkit.formats.index import file as index_file
-from layerkit.formats.index.check import check_index
-from layerkit.formats.oci.index_artifact import is_unproven
+from layerkit.formats.index.check import check_index, is_unproven
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError
 from layerkit.model.index import Index

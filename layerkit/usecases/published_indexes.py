@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from layerkit.formats.index import toc
+from layerkit.formats.index.check import UNPROVEN, is_unproven
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact
 from layerkit.images.transfer import copy_image
@@ -49,12 +50,12 @@ class Found:
 
     def warnings(self, others: Sequence[str]) -> tuple[str, ...]:
         """Return the warnings for a report: ``others`` with one in place of many about unproven layers."""
-        doubtful = sum(index_artifact.is_unproven(index) for index in self.indexes)
-        kept = tuple(text for text in others if not text.startswith(index_artifact.UNPROVEN))
+        doubtful = sum(is_unproven(index) for index in self.indexes)
+        kept = tuple(text for text in others if not text.startswith(UNPROVEN))
         if not doubtful:
             return kept
         said = (
-            f"{index_artifact.UNPROVEN}{doubtful} of {len(self.indexes)} layers are known only from what is "
+            f"{UNPROVEN}{doubtful} of {len(self.indexes)} layers are known only from what is "
             "published of them; `layerkit verify` reads the layers and proves it"
         )
         return (said, *self.notes, *kept)

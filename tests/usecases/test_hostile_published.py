@@ -14,6 +14,7 @@ from registry_fake import Fake, digest_of, fake_registry
 
 import layerkit
 from layerkit.api import registry as publishing
+from layerkit.formats.index.check import UNPROVEN
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact
 from layerkit.formats.oci import remap_artifact as artifact
@@ -208,7 +209,7 @@ def test_a_published_index_that_lies_never_reaches_a_mount(fake: Fake, settings:
 
     _index_blob(fake, settings, lambda index: replace(index, uid=np.full(len(index), 7, np.uint32)))
     wrong = remap(fake, settings)
-    assert any(text.startswith(index_artifact.UNPROVEN) for text in wrong.warnings)
+    assert any(text.startswith(UNPROVEN) for text in wrong.warnings)
     report = publishing.pull(ref(fake), mapping(), settings=settings)
     assert report.published == "" and "got sha256" in report.refused[0]
     with layerkit.open_image(ref(fake), settings=settings) as image:

@@ -1,12 +1,14 @@
 """Whether an index from a stranger keeps to what one that was read from a layer always does.
 
 The reader of tars (``tar_reader``) refuses what is unsafe while it reads. An index that came from elsewhere has
-not gone through it, so the same rules are applied to its columns here.
+not gone through it, so the same rules are applied to its columns here. Even then it is a claim: it is marked as
+unproven until the layer is read.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +17,27 @@ from layerkit.model.entry import WHITEOUT_PREFIX, Kind
 from layerkit.model.errors import InvalidImage, UnsafeEntry, show_path
 from layerkit.model.index import Index, path_key
 from layerkit.model.limits import Limits
+
+UNPROVEN = "unproven: "
+"""Begins the warning that an index carries which no ``diff_id`` has proven."""
+
+
+def mark_unproven(index: Index, origin: str) -> Index:
+    """Return ``index`` with the warning that nothing has proven it; ``origin`` says where it came from."""
+    text = (
+        f"{UNPROVEN}layer {str(index.diff_id)[:19]} is known from {origin} only; reading the layer would prove it"
+    )
+    return replace(index, warnings=(text, *unmarked(index).warnings))
+
+
+def unmarked(index: Index) -> Index:
+    """Return ``index`` without that warning."""
+    return replace(index, warnings=tuple(text for text in index.warnings if not text.startswith(UNPROVEN)))
+
+
+def is_unproven(index: Index) -> bool:
+    """Return whether nothing has proven ``index``."""
+    return any(text.startswith(UNPROVEN) for text in index.warnings)
 
 
 def check_index(index: Index, what: str, limits: Limits) -> None:
@@ -112,6 +135,3 @@ def _check_places(index: Index, what: str, limits: Limits) -> None:
         stored = index.sparse_maps.stored_bytes(int(index.sparse[row]))
         if index.offset[row] >= 0 and int(index.offset[row]) + stored > index.tar_size:
             raise InvalidImage(f"{what}: {show_path(index.path[row])}: lies beyond the end of its layer")
-
-
-__all__ = ["check_index"]

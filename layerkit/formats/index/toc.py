@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import zstandard
 
 from layerkit.formats.index import toc_entries
-from layerkit.formats.index.check import check_index
-from layerkit.formats.oci.index_artifact import mark_unproven
+from layerkit.formats.index.check import check_index, mark_unproven
 from layerkit.formats.tar.reader import read_tar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest

@@ -8,18 +8,18 @@ layers below it (a chown, a chmod) has them already: then its blob is compressed
 Only a layer above the same others shares such a blob; there is hardly another one for which it would matter.
 
 An index that came this way is a claim: only reading the layer and computing its ``diff_id`` proves it. It is marked
-as such (:data:`UNPROVEN`), and everything in it is checked before it is used, as in a layer from a stranger.
+as such (``formats.index.check``), and everything in it is checked before it is used, as in a layer from a stranger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import zstandard
 
 from layerkit.formats.index import file as index_file
-from layerkit.formats.index.check import check_index
+from layerkit.formats.index.check import check_index, is_unproven, mark_unproven, unmarked
 from layerkit.formats.oci import documents as oci
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -40,9 +40,6 @@ DIFF_ID_KEY = _PREFIX + "diff-id"
 SIZE_KEY = _PREFIX + "uncompressed-size"
 BELOW_KEY = _PREFIX + "contents-of"
 """The diff_ids, bottom first, of the layers against whose digests a blob is compressed."""
-
-UNPROVEN = "unproven: "
-"""Begins the warning that an index carries which no ``diff_id`` has proven."""
 
 # Columns of ids and sizes compress well, digests do not at all: a high level costs time and gains a few per cent.
 _LEVEL = 9
@@ -75,7 +72,7 @@ def encode(index: Index, below: Sequence[Index] = (), *, vouched: bool = False) 
     """
     if not vouched and any(map(is_unproven, (index, *below))):
         raise ValueError("an unproven index is not to be published")
-    index = _unmarked(index)
+    index = unmarked(index)
     plain = b"".join(index_file.encode(index))
     data = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
     annotations = {DIFF_ID_KEY: str(index.diff_id), SIZE_KEY: str(len(plain))}
@@ -148,23 +145,6 @@ def decode(
     return mark_unproven(index, origin)
 
 
-def mark_unproven(index: Index, origin: str) -> Index:
-    """Return ``index`` with the warning that nothing has proven it; ``origin`` says where it came from."""
-    text = (
-        f"{UNPROVEN}layer {str(index.diff_id)[:19]} is known from {origin} only; reading the layer would prove it"
-    )
-    return replace(index, warnings=(text, *_unmarked(index).warnings))
-
-
-def _unmarked(index: Index) -> Index:
-    return replace(index, warnings=tuple(text for text in index.warnings if not text.startswith(UNPROVEN)))
-
-
-def is_unproven(index: Index) -> bool:
-    """Return whether nothing has proven ``index``."""
-    return any(text.startswith(UNPROVEN) for text in index.warnings)
-
-
 def build(image: Image, blobs: Sequence[Descriptor]) -> tuple[bytes, Descriptor]:
     """Return the manifest that attaches ``blobs`` (of :func:`encode`, bottom first) to ``image``.
 
@@ -231,9 +211,3 @@ def parse(data: bytes, what: str, *, limits: Limits = DEFAULT) -> IndexArtifact 
             raise InvalidImage(f"{what}: layers[{place}]: want {BLOB_TYPE}, found {blob.media_type!r}")
         blobs[Digest.parse(blob.annotations.get(DIFF_ID_KEY, ""))] = blob
     return IndexArtifact(manifest.subject, blobs)
-
-
-__all__ = [
-    "ARTIFACT_TYPE", "BLOB_TYPE", "SHARED_TYPE", "IndexArtifact", "build", "build_shared", "decode", "encode",
-    "is_unproven", "mark_unproven", "needs", "parse", "parse_shared", "shared_tag",
-]  # fmt: skip

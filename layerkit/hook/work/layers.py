@@ -174,8 +174,7 @@ def _local(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, s
 
 def _from_worker(got: Got, task: LayerTask, limits: Limits) -> Index | None:
     """Return an index as another worker sent it, held to what one from the registry is held to."""
-    from layerkit.formats.index.check import check_index
-    from layerkit.formats.oci.index_artifact import mark_unproven
+    from layerkit.formats.index.check import check_index, mark_unproven
     from layerkit.store.unproven import UnprovenIndexes
 
     try:

@@ -26,7 +26,7 @@ from support import need_tool
 from layerkit.formats import secretbox
 from layerkit.formats.index import file as index_file
 from layerkit.formats.index import toc
-from layerkit.formats.index.check import check_index
+from layerkit.formats.index.check import check_index, is_unproven, mark_unproven
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact, intoto
 from layerkit.formats.tar.reader import read_tar
@@ -65,7 +65,7 @@ def test_an_index_there_and_back() -> None:
     assert index_artifact.encode(index)[1] == data
     back = index_artifact.decode(data, index.diff_id, "x", origin="a test")
     assert same(index, back)
-    assert index_artifact.is_unproven(back) and not index_artifact.is_unproven(index)
+    assert is_unproven(back) and not is_unproven(index)
     with pytest.raises(ValueError, match="unproven"):
         index_artifact.encode(back)
 
@@ -204,11 +204,11 @@ def test_manifests_of_index_artifacts() -> None:
 
 def test_the_cache_of_unproven_indexes(tmp_path: Path) -> None:
     cache = UnprovenIndexes(tmp_path)
-    index = index_artifact.mark_unproven(files("a"), "a test")
+    index = mark_unproven(files("a"), "a test")
     assert cache.load(index.diff_id) is None
     cache.save(index)
     kept = cache.load(index.diff_id)
-    assert kept is not None and same(kept, index) and index_artifact.is_unproven(kept)
+    assert kept is not None and same(kept, index) and is_unproven(kept)
     (file,) = (tmp_path / "unproven-indexes").iterdir()
     file.write_bytes(file.read_bytes()[:-3])
     assert cache.load(index.diff_id) is None
@@ -310,7 +310,7 @@ def test_estargz() -> None:
         plain(e) for e in read.entries() if e.kind not in marks
     ]
     assert [(e.path, e.kind) for e in index.entries()] == [(e.path, e.kind) for e in read.entries()]
-    assert any("eStargz".lower() in text for text in index.warnings) and index_artifact.is_unproven(index)
+    assert any("eStargz".lower() in text for text in index.warnings) and is_unproven(index)
 
 
 def test_estargz_reads_little() -> None:
