@@ -184,7 +184,7 @@ class Fsck:
 
     def _remake_index(self, row: LayerRow) -> None:
         from layerkit import unpack
-        from layerkit.images.blobs import FileRange
+        from layerkit.images.oci.blobs import FileRange
 
         tar = self._layout.tar(row.diff_id)
         fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)

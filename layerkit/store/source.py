@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 
-from layerkit.images.blobs import FileRange, read_all
+from layerkit.images.oci.blobs import FileRange, read_all
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.errors import NotFound
 from layerkit.model.image import Image

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.platforms import choose
-from layerkit.images.blobs import compression, inflated, read_all
+from layerkit.images.oci.blobs import compression, inflated, read_all
 from layerkit.images.oci.outer_tar import Member, OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest

@@ -16,9 +16,9 @@ from typing import Any, Final, NoReturn
 
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
-from layerkit.images.blobs import FileRange, inflated, spool, verified
-from layerkit.images.blobs import chunks as blob_pieces
 from layerkit.images.docker.archive import DockerArchiveSource
+from layerkit.images.oci.blobs import FileRange, inflated, spool, verified
+from layerkit.images.oci.blobs import chunks as blob_pieces
 from layerkit.images.oci.image_tar import ImageTar, blob_path, is_artifact
 from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from layerkit.formats.oci import documents as oci
-from layerkit.images.blobs import unlinked_file
+from layerkit.images.oci.blobs import unlinked_file
 from layerkit.images.oci.image_tar import ImageTar
 from layerkit.linux.durable import NEW, Staging, naming
 from layerkit.model.errors import NotFound, UsageError

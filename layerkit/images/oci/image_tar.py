@@ -17,7 +17,7 @@ from typing import Self
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.strict_json import dumps
-from layerkit.images.blobs import verified
+from layerkit.images.oci.blobs import verified
 from layerkit.images.oci.listing import Listing
 from layerkit.linux.durable import naming
 from layerkit.model.descriptor import Descriptor

@@ -7,7 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from layerkit.images.blobs import FileRange, read_all
+from layerkit.images.oci.blobs import FileRange, read_all
 from layerkit.images.oci.source import LayoutSource, not_a_layout
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from layerkit.formats.oci import documents as oci
-from layerkit.images.blobs import FileRange, read_all, verified
+from layerkit.images.oci.blobs import FileRange, read_all, verified
 from layerkit.images.oci.layout import open_inside
 from layerkit.images.oci.listing import Listing
 from layerkit.linux.durable import Staging, is_staging, naming

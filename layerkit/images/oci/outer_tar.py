@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import tarsafe
 
-from layerkit.images.blobs import FileRange, compression, inflated, read_all, spool
+from layerkit.images.oci.blobs import FileRange, compression, inflated, read_all, spool
 from layerkit.model.errors import InvalidImage, LimitExceeded, NotFound, UnsafeEntry
 from layerkit.model.limits import DEFAULT, Limits
 

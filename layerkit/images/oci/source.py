@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.images.blobs import read_all
+from layerkit.images.oci.blobs import read_all
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound

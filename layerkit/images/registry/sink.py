@@ -13,10 +13,11 @@ from types import TracebackType
 from layerkit.formats.oci import documents as oci
 from layerkit.images.registry.client import RegistryClient, Repository
 from layerkit.images.registry.names import RegistryRef
+from layerkit.images.registry.options import RegistryOptions
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, UsageError
-from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink
 
 _MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
@@ -24,7 +25,7 @@ _ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
 
 
 class RegistrySink(ImageSink):
-    """An :class:`~layerkit.model.ports.ImageSink` for one reference; aborts at the end of a ``with`` block.
+    """A sink for one reference; aborts at the end of a ``with`` block.
 
     Attributes:
         repository: where it all goes.
@@ -39,8 +40,7 @@ class RegistrySink(ImageSink):
         *,
         mount_from: Sequence[str] = (),
         attach_only: bool = False,
-        limits: Limits = DEFAULT,
-        owned: RegistryClient | None = None,
+        owned: bool = False,
     ) -> None:
         """Write to ``repository``, and let the tag of ``ref`` (``latest`` if it has none) mean the image.
 
@@ -49,11 +49,10 @@ class RegistrySink(ImageSink):
             ref: with a digest, the image must have it, and gets no tag.
             mount_from: repositories of the same registry that may have the blobs.
             attach_only: the image is there; all that is put is attached to it and gets no tag.
-            limits: bounds on manifests.
-            owned: closed with this.
+            owned: whether the repository's client is closed with this.
         """
         self.repository, self._ref, self._mount_from = repository, ref, tuple(mount_from)
-        self._limits, self._owned = limits, owned
+        self._limits, self._owned = repository.client.limits, owned
         self._tag = "" if ref.digest is not None and not ref.tag else ref.tag or "latest"
         self._there: set[Digest] = set()
         self.mounted: set[Digest] = set()
@@ -62,8 +61,30 @@ class RegistrySink(ImageSink):
         self._named = attach_only
         self._open = True
 
+    @classmethod
+    def open(
+        cls,
+        ref: RegistryRef,
+        options: RegistryOptions | None,
+        limits: Limits,
+        *,
+        mount_from: Sequence[str] = (),
+        attach_only: bool = False,
+    ) -> RegistrySink:
+        """Return where the image ``ref`` goes, with a client of its own; see the class for the rest.
+
+        Args:
+            ref: its tag, else ``latest``, will mean the image; with a digest alone there is no tag.
+            options: None takes those of the environment.
+            limits: bounds on manifests.
+            mount_from: repositories of the same registry that may have the blobs.
+            attach_only: the image is there; all that is put is attached to it.
+        """
+        repository = RegistryClient(options, limits=limits).repository(ref)
+        return cls(repository, ref, mount_from=mount_from, attach_only=attach_only, owned=True)
+
     def has_blob(self, digest: Digest) -> bool:
-        """Return whether the blob was put, or is in the repository already."""
+        """See the port."""
         if digest in self._there or digest in self._staged:
             return True
         if self.repository.blob_size(digest) is None:
@@ -72,7 +93,7 @@ class RegistrySink(ImageSink):
         return True
 
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        """Store a blob, or keep a manifest for the commit; see :class:`~layerkit.model.ports.ImageSink`."""
+        """See the port; a manifest is kept for the commit."""
         if descriptor.media_type in _MANIFESTS:
             self._stage(descriptor, b"".join(bytes(piece) for piece in chunks))
             return
@@ -81,7 +102,7 @@ class RegistrySink(ImageSink):
         self._there.add(descriptor.digest)
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        """Keep a manifest for the commit; see :class:`~layerkit.model.ports.ImageSink`.
+        """Keep a manifest for the commit; see the port.
 
         The reference says which tag the image gets, whatever its ``name`` was where it comes from; only names
         that attach something by a digest are tags as they are. Without a name, the first is the image, and what
@@ -110,7 +131,7 @@ class RegistrySink(ImageSink):
         self._staged.setdefault(descriptor.digest, (descriptor, data))
 
     def commit(self) -> None:
-        """Send the manifests; see :class:`~layerkit.model.ports.ImageSink`."""
+        """Send the manifests; see the port."""
         if not self._open:
             raise UsageError(f"docker://{self._ref}: written already")
         try:
@@ -137,8 +158,8 @@ class RegistrySink(ImageSink):
             return
         self._open = False
         self._staged, self._tags = {}, {}
-        if self._owned is not None:
-            self._owned.close()
+        if self._owned:
+            self.repository.client.close()
 
     def __enter__(self) -> RegistrySink:
         return self
@@ -147,6 +168,3 @@ class RegistrySink(ImageSink):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-
-
-__all__ = ["RegistrySink"]

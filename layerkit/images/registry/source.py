@@ -11,11 +11,12 @@ from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.images.registry.client import RegistryClient, Repository
 from layerkit.images.registry.names import RegistryRef
+from layerkit.images.registry.options import RegistryOptions
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound
 from layerkit.model.image import Image
-from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSource, ReadRange
 
 if TYPE_CHECKING:
@@ -25,42 +26,34 @@ _COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 
 
 class RegistrySource(ImageSource):
-    """An :class:`~layerkit.model.ports.ImageSource` over a repository.
-
-    What a tag means is asked once: all that is read afterwards belongs together, also if the tag moves.
+    """A source over a repository. What a tag means is asked once: all that is read afterwards belongs together.
 
     Attributes:
-        where: the reference, for messages.
         repository: where it lies.
         ref: the reference.
     """
 
-    def __init__(
-        self,
-        repository: Repository,
-        ref: RegistryRef,
-        *,
-        limits: Limits = DEFAULT,
-        owned: RegistryClient | None = None,
-    ) -> None:
-        """Read what ``ref`` names from ``repository``; ``owned`` is closed with this."""
-        self.repository, self.ref, self._limits, self._owned = repository, ref, limits, owned
+    def __init__(self, repository: Repository, ref: RegistryRef, *, owned: bool = False) -> None:
+        """Read what ``ref`` names from ``repository``, whose client is closed with this if it is ``owned``."""
+        self.repository, self.ref, self._owned = repository, ref, owned
+        self._limits = repository.client.limits
         self.where = f"docker://{ref}"
         self._top: tuple[Descriptor, bytes] | None = None
         self._manifests: dict[Digest, bytes] = {}
 
+    @classmethod
+    def open(cls, ref: RegistryRef, options: RegistryOptions | None, limits: Limits) -> RegistrySource:
+        """Return the image ``ref`` with a client of its own; ``options`` None takes those of the environment."""
+        return cls(RegistryClient(options, limits=limits).repository(ref), ref, owned=True)
+
     def image(self, platform: Platform | None = None) -> Image:
-        """Return the image; see :class:`~layerkit.model.ports.ImageSource`."""
+        """See the port."""
         return oci_images.select(
             self.fetch, self.chosen(), str(self.ref), self.where, platform, limits=self._limits
         )
 
     def chosen(self) -> Sequence[Descriptor]:
-        """Return the descriptor of what the reference names: a manifest, or an index.
-
-        Raises:
-            NotFound: no such tag or digest.
-        """
+        """See the port; it is one manifest or index."""
         if self._top is None:
             self._top = self.repository.manifest(self.ref.digest or self.ref.tag or "latest")
             self._manifests[self._top[0].digest] = self._top[1]
@@ -76,11 +69,7 @@ class RegistrySource(ImageSource):
         return data
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
-        """Open a blob; see :class:`~layerkit.model.ports.ImageSource`.
-
-        Raises:
-            InvalidImage: the registry does not have it.
-        """
+        """See the port."""
         try:
             return self.repository.open_blob(descriptor)
         except NotFound:
@@ -101,10 +90,7 @@ class RegistrySource(ImageSource):
         return self.repository.traffic.bytes_read
 
     def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
-        """Return the manifests that are attached to ``subject``, verified, in the registry's order.
-
-        The list is the registry's word only: what is in it and has another subject is left out.
-        """
+        """See the port. The registry's list is its word only: what in it has another subject is left out."""
         found = []
         for entry in self.repository.referrers(subject, artifact_type):
             if entry.media_type not in oci.MANIFEST_TYPES:
@@ -120,7 +106,7 @@ class RegistrySource(ImageSource):
         return found
 
     def attached_by_name(self, subject: Digest) -> list[tuple[Descriptor, str]]:
-        """Return what cosign attached to ``subject`` by tags made from its digest, with these tags."""
+        """See the port: tags are too many to look through, so cosign's are tried."""
         found = []
         for suffix in _COSIGN_SUFFIXES:
             tag = f"{subject.algorithm}-{subject.hex}{suffix}"
@@ -130,8 +116,5 @@ class RegistrySource(ImageSource):
 
     def close(self) -> None:
         """Close the connections that were made for this source."""
-        if self._owned is not None:
-            self._owned.close()
-
-
-__all__ = ["RegistrySource"]
+        if self._owned:
+            self.repository.client.close()
