@@ -65,6 +65,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
         InvalidImage: malformed, or not what its digests promise.
     """
     from layerkit.images import reference
+    from layerkit.images.open import open_source
     from layerkit.model.descriptor import Platform
 
     chosen = settings or Settings()
@@ -80,7 +81,7 @@ def open_image(ref: str, *, platform: str | None = None, settings: Settings | No
             names = store.stored_image(parsed.name).names
             name = parsed.name if parsed.name in names or not names else names[0]
         else:
-            source = reference.open_source(parsed, limits=chosen.bounds, registry=chosen.registry)
+            source = open_source(parsed, limits=chosen.bounds, registry=chosen.registry)
         stack.callback(source.close)
         image = source.image(Platform.parse(platform) if platform else None)
         return OpenImage(name or _store_name(parsed.path, image.name), source, image, chosen, stack.pop_all())

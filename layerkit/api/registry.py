@@ -69,15 +69,17 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
         raise UsageError(f"{parsed}: nothing can be attached to an image there; use docker:// or oci:")
     if parsed.transport != "docker":
         return opened.settings.destination(str(parsed), opened.source)
-    from layerkit.images import registry
+    from layerkit.images.registry.names import RegistryRef
+    from layerkit.images.registry.sink import RegistrySink
 
     # Where the image is already, its tag stays as it is.
     tag, digest = ("", opened.image.descriptor.digest) if dst is None else (parsed.name, parsed.digest)
+    ref = RegistryRef.of(parsed.path, tag, digest)
 
     def sink() -> ImageSink:
-        return registry.open_sink(
-            parsed.path, tag, digest, options=opened.settings.registry, near=opened.source, limits=opened.limits,
-            mount_from=mount_from, attach_only=dst is None,
+        return RegistrySink.open(
+            ref, opened.settings.registry, opened.limits, attach_only=dst is None,
+            mount_from=[*mount_from, opened.source.repository_at(ref.host)],
         )  # fmt: skip
 
     return Destination(sink, parsed.name)

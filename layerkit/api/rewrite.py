@@ -95,12 +95,13 @@ class Route:
             ):
                 return do(replace(work, name=self.src), settings.destination(self.dst, opened.source))
         from layerkit.images import reference
+        from layerkit.images.open import open_source
         from layerkit.usecases.each_platform import each_platform
 
         if reference.parse(self.src).transport == "store":
             raise UsageError(f"{self.src}: the store holds images of one platform; --all-platforms wants an index")
         with (
-            closing(reference.open_source(self.src, limits=limits, registry=settings.registry)) as source,
+            closing(open_source(self.src, limits=limits, registry=settings.registry)) as source,
             kept(settings) as layers,
         ):
 
@@ -271,12 +272,13 @@ def copy(
         InvalidImage: a blob is missing or damaged.
     """
     from layerkit.images import reference
+    from layerkit.images.open import open_source
     from layerkit.usecases import copy as use_case
 
     chosen = settings or Settings()
     route = Route(src, dst, chosen, platform, all_platforms, progress)
     if all_platforms and reference.parse(src).transport != "store":
-        with closing(reference.open_source(src, limits=chosen.bounds, registry=chosen.registry)) as source:
+        with closing(open_source(src, limits=chosen.bounds, registry=chosen.registry)) as source:
             return use_case.copy_whole(source, chosen.destination(dst, source), chosen.bounds, progress)
     with open_image(src, platform=route.platform, settings=chosen) as opened:
         return use_case.copy(opened.work(progress), chosen.destination(dst, opened.source))

@@ -57,27 +57,25 @@ def open_source(
         raise _not_here(ref)
     ref = with_choice(ref)
     if ref.transport == "oci" or (ref.transport == "path" and os.path.isdir(ref.path)):
-        from layerkit.images.oci.layout import open_layout
+        from layerkit.images.oci.source import LayoutSource
 
         if ref.path == "-":
             raise UsageError(f"{ref}: a folder cannot come on standard input; use oci-archive:-")
-        return open_layout(ref.path, ref.name, ref.digest, limits=limits)
+        return LayoutSource.in_folder(ref.path, ref.name, ref.digest, limits)
     return _in_archive(_open_file(ref.path, limits, tmp, stdin), ref, limits, tmp)
 
 
 def _in_archive(file: BinaryIO, ref: Reference, limits: Limits, tmp: TmpDir) -> ImageSource:
-    from layerkit.images.docker import archive as docker_archive
-    from layerkit.images.oci import archive as oci_archive
+    from layerkit.images.docker.archive import DockerArchiveSource, is_docker
     from layerkit.images.oci.outer_tar import OuterTar
+    from layerkit.images.oci.source import LayoutSource, is_oci
 
     where = "standard input" if ref.path == "-" else ref.path or str(ref)
     archive = OuterTar(file, where, limits=limits, tmp=tmp)
-    if ref.transport == "docker-archive":
-        return docker_archive.DockerArchiveSource(archive, ref.name, limits=limits)
-    if ref.transport == "oci-archive" or oci_archive.is_oci(archive):
-        return oci_archive.source_in(archive, ref.name, ref.digest, limits=limits)
-    if docker_archive.is_docker(archive):
-        return docker_archive.DockerArchiveSource(archive, ref.name, limits=limits)
+    if ref.transport == "oci-archive" or (ref.transport == "path" and is_oci(archive)):
+        return LayoutSource.in_tar(archive, ref.name, ref.digest, limits)
+    if ref.transport == "docker-archive" or is_docker(archive):
+        return DockerArchiveSource(archive, ref.name, limits=limits)
     archive.close()
     raise InvalidImage(
         f"{where}: a tar, but no image: it has neither 'oci-layout' and 'index.json' nor 'manifest.json'; "

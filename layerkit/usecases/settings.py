@@ -84,12 +84,13 @@ class Settings:
             UsageError: no reference.
         """
         from layerkit.images import reference
+        from layerkit.images.open import open_sink
 
         if dst is None:
             return NOWHERE
         parsed = reference.parse(dst)
         return Destination(
-            lambda: reference.open_sink(parsed, limits=self.bounds, registry=self.registry, near=near),
+            lambda: open_sink(parsed, limits=self.bounds, registry=self.registry, near=near),
             parsed.name,
             dst,
             parsed.transport in ("docker-archive", "docker-daemon"),

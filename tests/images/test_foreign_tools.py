@@ -17,7 +17,7 @@ from support import need_root, need_tool
 from layerkit import pack
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.images.reference import open_sink, open_source
+from layerkit.images.open import open_sink, open_source
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 

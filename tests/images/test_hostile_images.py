@@ -21,7 +21,7 @@ from image_kit import CONFIG, INDEX, LAYER, MANIFEST, Layout, below, dump, simpl
 from layerkit import pack
 from layerkit.formats.oci import documents as oci
 from layerkit.images.oci.layout_sink import LayoutSink
-from layerkit.images.reference import open_source
+from layerkit.images.open import open_source
 from layerkit.model.errors import LayerkitError, UnsafeEntry
 
 SHA = "sha256:" + "ab" * 32
@@ -486,7 +486,7 @@ def test_memory_does_not_grow_with_a_header_that_lies(tmp_path: Path) -> None:
         file.truncate(1 << 33)
     # VmHWM and not ru_maxrss, which a child inherits from the process that started it.
     code = (
-        "import sys; from layerkit.images.reference import open_source\n"
+        "import sys; from layerkit.images.open import open_source\n"
         "from layerkit.model.errors import InvalidImage\n"
         "try: open_source(sys.argv[1])\n"
         "except InvalidImage: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"

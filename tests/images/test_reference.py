@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from image_kit import below, digest, dump, simple, tar
 
 from layerkit import pack
-from layerkit.images.reference import Reference, open_sink, open_source, parse
+from layerkit.images.open import open_sink, open_source
+from layerkit.images.reference import Reference, parse
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DaemonError, InvalidImage, NotFound, UsageError
 
@@ -169,7 +170,7 @@ def test_standard_input(places: Path) -> None:
 
 def test_pipes_between_processes(places: Path) -> None:
     code = (
-        "from layerkit import pack; from layerkit.images.reference import open_sink, open_source\n"
+        "from layerkit import pack; from layerkit.images.open import open_sink, open_source\n"
         "s = open_source('-'); k = open_sink('-'); i = s.image(); pack.copy_image(s, k, i, i.name); k.commit()"
     )
     with (places / "oci.tar").open("rb") as data:

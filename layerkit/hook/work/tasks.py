@@ -140,9 +140,7 @@ def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits
                 near = [each.repository for each in sinks[:at] if each.host == repository.host]
                 ours = [task.shared] if task.shared and repository.host == access.host else []
                 ref = RegistryRef(repository.host, repository.repository, digest=image.descriptor.digest)
-                with RegistrySink(
-                    repository, ref, mount_from=[*near, *ours], attach_only=True, limits=limits
-                ) as sink:
+                with RegistrySink(repository, ref, mount_from=[*near, *ours], attach_only=True) as sink:
                     put(result, sink, _statement(options, image, result, repository))
                     if task.indexes and not repository.referrers(
                         image.descriptor.digest, index_artifact.ARTIFACT_TYPE

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import posixpath
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
@@ -43,7 +42,7 @@ class _Bytes:
 
 
 class DockerArchiveSource(ImageSource):
-    """An :class:`~layerkit.model.ports.ImageSource` over a docker archive.
+    """A source over a docker archive.
 
     The archive has neither a manifest nor blob digests: an OCI manifest is made from what is there, and the
     blobs are what the archive holds, compressed layers as they are.
@@ -88,7 +87,7 @@ class DockerArchiveSource(ImageSource):
             self._images.append((tuple(tags), lambda name, top=top: self._legacy(name, top)))  # type: ignore[misc]
 
     def image(self, platform: Platform | None = None) -> Image:
-        """Return the image that the name selects; see :class:`~layerkit.model.ports.ImageSource`."""
+        """See the port."""
         tags, load = self._chosen()
         image = load(self._name if self._name and not self._name.startswith("@") else (tags or ("",))[0])
         if platform is not None and choose([image.platform], platform) is None:
@@ -177,12 +176,7 @@ class DockerArchiveSource(ImageSource):
         yield from inflated(self._archive.open(member), kind, f"{self.where}: a layer", self._limits)
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
-        """Open a blob of an image that :meth:`image` returned.
-
-        Raises:
-            NotFound: no such blob.
-            DigestMismatch: its length is not the one ``descriptor`` gives.
-        """
+        """See the port: a blob of an image that :meth:`image` returned."""
         found = self._blobs.get(descriptor.digest)
         if found is None:
             raise NotFound(f"{self.where}: no blob {descriptor.digest} in the images read from it")
@@ -205,29 +199,3 @@ class DockerArchiveSource(ImageSource):
 def is_docker(archive: OuterTar) -> bool:
     """Return whether ``archive`` holds what ``docker save`` writes."""
     return archive.find("manifest.json") is not None or archive.find("repositories") is not None
-
-
-def open_archive(
-    file: BinaryIO,
-    where: str,
-    name: str = "",
-    *,
-    limits: Limits = DEFAULT,
-    tmp: str | os.PathLike[str] | None = None,
-) -> DockerArchiveSource:
-    """Return the images in the docker archive ``file``, which is taken over.
-
-    Args:
-        file: seekable; plain, gzip or zstd.
-        where: its name in messages.
-        name: which image, by name, or ``@N`` for the one at place N.
-        limits: bounds.
-        tmp: folder for the spool of a compressed archive.
-
-    Raises:
-        InvalidImage: no docker archive, or a malformed one.
-    """
-    return DockerArchiveSource(OuterTar(file, where, limits=limits, tmp=tmp), name, limits=limits)
-
-
-__all__ = ["DockerArchiveSource", "is_docker", "open_archive"]

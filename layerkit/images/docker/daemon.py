@@ -17,9 +17,9 @@ from typing import Any, Final, NoReturn
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.images.docker.archive import DockerArchiveSource
+from layerkit.images.oci.archive_sink import ImageTar, blob_path, is_artifact
 from layerkit.images.oci.blobs import FileRange, inflated, spool, verified
 from layerkit.images.oci.blobs import chunks as blob_pieces
-from layerkit.images.oci.image_tar import ImageTar, blob_path, is_artifact
 from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -165,7 +165,7 @@ class _Cut(Exception):
 
 
 class DaemonSink(ImageTar):
-    """An :class:`~layerkit.model.ports.ImageSink` that loads an image into a docker daemon.
+    """A sink that loads an image into a docker daemon.
 
     The upload begins with the first put and runs beside the work, a few MiB behind it at most. It holds single
     images: what is attached to them has no place in a daemon.
@@ -200,7 +200,7 @@ class DaemonSink(ImageTar):
         self._loaded = False
 
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        """Store a blob; see :class:`~layerkit.model.ports.ImageSink`.
+        """See the port.
 
         A zstd layer for a daemon that does not know zstd is inflated, into a nameless file for its size.
         """
@@ -223,7 +223,7 @@ class DaemonSink(ImageTar):
                 self._sizes[descriptor.digest] = descriptor.size
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        """Store an image's manifest; see :class:`~layerkit.model.ports.ImageSink`.
+        """See the port.
 
         Raises:
             UsageError: an index or an artifact.
@@ -301,6 +301,3 @@ class DaemonSink(ImageTar):
             self._queue.put(_CUT)
             self._thread.join(_JOIN_SECONDS)
         self._client.close()
-
-
-__all__ = ["DaemonSink", "open_source"]

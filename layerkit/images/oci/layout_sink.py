@@ -17,27 +17,24 @@ import secrets
 import stat
 import threading
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 
 from layerkit.formats.oci import documents as oci
-from layerkit.images.oci.blobs import FileRange, read_all, verified
-from layerkit.images.oci.layout import open_inside
-from layerkit.images.oci.listing import Listing
+from layerkit.images.oci.blobs import verified
+from layerkit.images.oci.sink import ListingSink
+from layerkit.images.oci.source import FolderFiles
 from layerkit.linux.durable import Staging, is_staging, naming
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, UsageError
 from layerkit.model.limits import DEFAULT, Limits
-from layerkit.model.ports import ImageSink
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-class LayoutSink(ImageSink):
-    """A sink for a layout folder; aborts at the end of a ``with`` block."""
+class LayoutSink(ListingSink):
+    """A sink for a layout folder."""
 
     parallel = 4
-    _open = False
 
     def __init__(self, path: str, *, limits: Limits = DEFAULT) -> None:
         """Prepare to write into the folder ``path``, which is made where it is absent.
@@ -46,8 +43,8 @@ class LayoutSink(ImageSink):
             UsageError: a file, or a folder that holds something else than a layout.
             NotFound: the folder above is absent.
         """
-        self._path, self._limits = path, limits
-        self._listing = Listing(path, limits)
+        super().__init__(path, limits)
+        self._path = path
         self._staged: dict[Digest, int] = {}
         self._lock = threading.Lock()
         self._fd = self._stage = -1
@@ -59,7 +56,7 @@ class LayoutSink(ImageSink):
                 self._begin()
                 return
             except BaseException as error:
-                self._leave()
+                self._drop()
                 if attempt == 9 or not isinstance(error, FileNotFoundError):
                     raise
 
@@ -76,6 +73,7 @@ class LayoutSink(ImageSink):
             self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         except NotADirectoryError:
             raise UsageError(f"{self._path}: a file; use oci-archive:{self._path} to write an archive") from None
+        self._files = FolderFiles(self._fd, self._path, self._limits)
         with self._locked():
             self._check_target()
             self._staging = Staging(self._fd, "layout")
@@ -86,7 +84,9 @@ class LayoutSink(ImageSink):
         if names and "oci-layout" not in names:
             raise UsageError(f"{self._path}: holds files, but no OCI layout; choose an empty or a new folder")
         if names:
-            oci.check_layout(self._read("oci-layout") or b"", f"{self._path}: oci-layout", limits=self._limits)
+            oci.check_layout(
+                self._files.read_small("oci-layout") or b"", f"{self._path}: oci-layout", limits=self._limits
+            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -96,33 +96,12 @@ class LayoutSink(ImageSink):
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _read(self, name: str) -> bytes | None:
-        fd = open_inside(self._fd, (name,), self._path)
-        if fd is None:
-            return None
-        try:
-            size = os.fstat(fd).st_size
-            self._limits.check("manifest_bytes", size, f"{self._path}: {name}")
-            return read_all(FileRange(fd, 0, size), size, f"{self._path}: {name}", "manifest_bytes")
-        finally:
-            os.close(fd)
-
-    def _size_there(self, digest: Digest) -> int | None:
-        """Return the size of a blob that the layout holds already, or None."""
-        fd = open_inside(self._fd, ("blobs", digest.algorithm, digest.hex), self._path)
-        if fd is None:
-            return None
-        try:
-            return os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-
     def has_blob(self, digest: Digest) -> bool:
-        """Return whether the blob was put, or is in the layout already."""
-        return digest in self._staged or self._size_there(digest) is not None
+        """See the port."""
+        return digest in self._staged or self._files.size_of(digest) is not None
 
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        """Store a blob; see :class:`~layerkit.model.ports.ImageSink`. Callable from several threads."""
+        """See the port."""
         digest, part = descriptor.digest, f"part-{secrets.token_hex(8)}"
         with naming(f"{self._path}/blobs/{digest.algorithm}/{digest.hex}"):
             try:
@@ -141,34 +120,19 @@ class LayoutSink(ImageSink):
                     os.unlink(part, dir_fd=self._stage)
                 raise
 
-    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        """Store a manifest and list it in ``index.json``; see :class:`~layerkit.model.ports.ImageSink`."""
-        self._listing.add(descriptor, data, name)
-        self.put_blob(descriptor, [data])
-
-    def commit(self) -> None:
-        """Make all that was put visible; see :class:`~layerkit.model.ports.ImageSink`.
-
-        Raises:
-            InvalidImage: a manifest names a blob that is missing; then nothing is changed.
-        """
-        if not self._open:
-            raise UsageError(f"{self._path}: written already")
-        try:
-            with naming(self._path), self._locked():
-                self._commit()
-        finally:
-            self.abort()
-
     def _commit(self) -> None:
+        with self._locked():
+            self._put_in_place()
+
+    def _put_in_place(self) -> None:
         def size_of(entry: Descriptor) -> int | None:
             size = self._staged.get(entry.digest)
-            return self._size_there(entry.digest) if size is None else size
+            return self._files.size_of(entry.digest) if size is None else size
 
-        self._listing.check_complete(size_of)
+        self._check_complete(size_of)
         # What needs space is written first: from here on there is little that can fail.
-        self._write_staged("index.json", self._listing.index(self._read("index.json")))
-        new_layout = self._read("oci-layout") is None
+        self._write_staged("index.json", self._index(self._files.read_small("index.json")))
+        new_layout = self._files.read_small("oci-layout") is None
         if new_layout:
             self._write_staged("oci-layout", oci.LAYOUT_FILE)
         moved: list[tuple[str, ...]] = []
@@ -230,14 +194,7 @@ class LayoutSink(ImageSink):
         finally:
             os.close(fd)
 
-    def abort(self) -> None:
-        """Drop all that was put and not committed; aborting twice is harmless."""
-        if not self._open:
-            return
-        self._open = False
-        self._leave()
-
-    def _leave(self) -> None:
+    def _drop(self) -> None:
         if self._staging is not None:
             with contextlib.suppress(OSError):
                 self._staging.drop()
@@ -253,14 +210,6 @@ class LayoutSink(ImageSink):
         # An interrupt may come when this is made, and its user's `try` not yet entered.
         self.abort()
 
-    def __enter__(self) -> LayoutSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
 
 def _flat(digest: Digest) -> str:
     return f"{digest.algorithm}-{digest.hex}"
@@ -271,6 +220,3 @@ def _is_there(name: str, folder: int) -> bool:
         return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
-
-
-__all__ = ["LayoutSink"]

@@ -1,30 +1,39 @@
-"""Images in an OCI image layout (image-spec, image-layout.md), whatever its files lie in."""
+"""Images in an OCI image layout (image-spec, image-layout.md): a folder, or a tar that is read where it lies."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.images.oci.blobs import read_all
+from layerkit.images.oci.blobs import FileRange, read_all
+from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits
+from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import ImageSource
 
 if TYPE_CHECKING:
     from layerkit.model.ports import BlobReader
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# Without O_NONBLOCK a planted fifo would hold the open for ever.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
 
 class LayoutFiles(Protocol):
     """The files of one layout: a folder, or the members of an archive."""
 
-    def read_small(self, name: str) -> bytes:
-        """Return ``oci-layout`` or ``index.json``, at most ``limits.manifest_bytes`` long."""
+    def read_small(self, name: str) -> bytes | None:
+        """Return ``oci-layout`` or ``index.json``, within ``limits.manifest_bytes``, None if it is not there."""
         ...
 
     def open_blob(self, digest: Digest) -> tuple[BlobReader, int] | None:
@@ -37,44 +46,63 @@ class LayoutFiles(Protocol):
 
 
 class LayoutSource(ImageSource):
-    """An :class:`~layerkit.model.ports.ImageSource` over the files of a layout.
+    """A source over the files of a layout.
 
     Attributes:
-        where: the layout's name in messages.
         entries: the descriptors of ``index.json``, in order.
     """
 
     def __init__(
-        self, files: LayoutFiles, where: str, name: str = "", digest: Digest | None = None, *, limits: Limits
+        self, files: LayoutFiles, where: str, name: str, digest: Digest | None, limits: Limits = DEFAULT
     ) -> None:
-        """Read ``index.json`` of ``files``, which are closed with this.
+        """Read ``index.json`` of ``files``, which are closed with this; see :meth:`in_folder` and :meth:`in_tar`.
 
-        ``name`` or ``digest`` say which image is meant; with neither, the only one.
+        ``name`` or ``digest`` (of a manifest or index) say which image is meant; with neither, the only one.
 
         Raises:
             InvalidImage: no layout, or a malformed one.
         """
         self.where, self._files, self._name, self._digest, self._limits = where, files, name, digest, limits
         try:
-            oci.check_layout(files.read_small("oci-layout"), f"{where}: oci-layout", limits=limits)
-            data = files.read_small("index.json")
-            self.entries = oci.parse_index(data, f"{where}: index.json", limits=limits).manifests
+            oci.check_layout(self._small("oci-layout"), f"{where}: oci-layout", limits=limits)
+            self.entries = oci.parse_index(
+                self._small("index.json"), f"{where}: index.json", limits=limits
+            ).manifests
         except BaseException:
             files.close()
             raise
 
+    @classmethod
+    def in_folder(
+        cls, path: str, name: str = "", digest: Digest | None = None, limits: Limits = DEFAULT
+    ) -> LayoutSource:
+        """Return the images in the layout folder ``path``.
+
+        Raises:
+            NotFound: no such folder.
+            InvalidImage: no layout, or a malformed one.
+        """
+        return cls(_OwnFolder(path, limits), path, name, digest, limits)
+
+    @classmethod
+    def in_tar(cls, archive: OuterTar, name: str, digest: Digest | None, limits: Limits) -> LayoutSource:
+        """Return the images in ``archive``, which is closed with the source."""
+        return cls(_Members(archive), archive.what, name, digest, limits)
+
+    def _small(self, name: str) -> bytes:
+        data = self._files.read_small(name)
+        if data is None:
+            raise InvalidImage(f"{self.where}: no OCI image layout: it has no file {name!r}")
+        return data
+
     def image(self, platform: Platform | None = None) -> Image:
-        """Return the image that name or digest select; see :class:`~layerkit.model.ports.ImageSource`."""
+        """See the port."""
         entries = self.chosen()
         name = self._name or next((names[0] for e in entries if (names := _names(e))), "")
         return oci_images.select(self.fetch, entries, name, self.where, platform, limits=self._limits)
 
     def chosen(self) -> Sequence[Descriptor]:
-        """Return the top entries that name or digest select: one, or one per platform.
-
-        Raises:
-            NotFound: none, or several without a choice; the message lists what is there.
-        """
+        """See the port; the message of an error lists what is there."""
         if self._digest is not None:
             return [self._by_digest(self._digest)]
         if self._name:
@@ -131,18 +159,13 @@ class LayoutSource(ImageSource):
         return f"there are: {', '.join(shown)}{more}" if shown else "there is none at all"
 
     def fetch(self, entry: Descriptor, most: int) -> bytes:
-        """Return a small blob, not verified."""
+        """See the port."""
         what = f"{self.where}: blob {entry.digest}"
         limit = "config_bytes" if most == self._limits.config_bytes else "manifest_bytes"
         return read_all(self.open_blob(entry), most, what, limit)
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
-        """Open a blob; see :class:`~layerkit.model.ports.ImageSource`.
-
-        Raises:
-            InvalidImage: it is not there.
-            DigestMismatch: its length is not the one ``descriptor`` gives.
-        """
+        """See the port."""
         found = self._files.open_blob(descriptor.digest)
         if found is None:
             urls = descriptor.extra.get("urls")
@@ -159,7 +182,7 @@ class LayoutSource(ImageSource):
         return reader
 
     def referrers(self, subject: Digest, artifact_type: str = "") -> list[tuple[Descriptor, bytes]]:
-        """Return the manifests in ``index.json`` that are attached to ``subject``, verified, in order."""
+        """See the port: those in ``index.json``."""
         found = []
         for entry in self.entries:
             if entry.media_type not in oci.MANIFEST_TYPES:
@@ -190,9 +213,99 @@ def _names(entry: Descriptor) -> list[str]:
     return [entry.annotations[key] for key in (oci.REF_NAME, oci.CONTAINERD_NAME) if entry.annotations.get(key)]
 
 
-def not_a_layout(where: str, name: str) -> InvalidImage:
-    """Return the error for a place without one of a layout's files."""
-    return InvalidImage(f"{where}: no OCI image layout: it has no file {name!r}")
+def open_inside(folder_fd: int, parts: tuple[str, ...], where: str) -> tuple[FileRange, int] | None:
+    """Return a reader of the regular file at ``parts`` below a folder and its length, or None if it is not there.
+
+    Links are never followed: a layout from a stranger could name any file of this host as its blob.
+
+    Raises:
+        InvalidImage: a symbolic link on the way or at the end, something else than a file.
+    """
+    fd, here = os.dup(folder_fd), where
+    try:
+        for i, part in enumerate(parts, 1):
+            here = f"{here}/{part}"
+            below = os.open(part, _FILE if i == len(parts) else _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            raise InvalidImage(f"{here}: not a regular file")
+        return FileRange(fd, 0, facts.st_size), facts.st_size
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise InvalidImage(
+                f"{here}: a symbolic link or special file; a layout must hold its own files (as cp -rL makes)"
+            ) from None
+        raise
+    finally:
+        os.close(fd)
 
 
-__all__ = ["LayoutFiles", "LayoutSource", "not_a_layout"]
+class FolderFiles:
+    """The files of a layout in a folder, which belongs to the caller."""
+
+    def __init__(self, fd: int, path: str, limits: Limits) -> None:
+        """``fd`` is a descriptor of the folder ``path``."""
+        self._fd, self._path, self._limits = fd, path, limits
+
+    def read_small(self, name: str) -> bytes | None:
+        """See :class:`LayoutFiles`."""
+        found = open_inside(self._fd, (name,), self._path)
+        if found is None:
+            return None
+        what = f"{self._path}: {name}"
+        with contextlib.closing(found[0]):
+            self._limits.check("manifest_bytes", found[1], what)
+            return read_all(found[0], found[1], what, "manifest_bytes")
+
+    def open_blob(self, digest: Digest) -> tuple[BlobReader, int] | None:
+        """See :class:`LayoutFiles`."""
+        return open_inside(self._fd, ("blobs", digest.algorithm, digest.hex), self._path)
+
+    def size_of(self, digest: Digest) -> int | None:
+        """Return the size of a blob, None if it is not there."""
+        if (found := self.open_blob(digest)) is None:
+            return None
+        found[0].close()
+        return found[1]
+
+    def close(self) -> None:
+        """Do nothing; see :class:`_OwnFolder`."""
+
+
+class _OwnFolder(FolderFiles):
+    def __init__(self, path: str, limits: Limits) -> None:
+        try:
+            super().__init__(os.open(path, _FOLDER), path, limits)
+        except FileNotFoundError:
+            raise NotFound(f"{path}: no such folder") from None
+        except NotADirectoryError:
+            raise InvalidImage(f"{path}: a file, not an OCI layout folder; try oci-archive:{path}") from None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Members:
+    def __init__(self, archive: OuterTar) -> None:
+        self._archive, self.close = archive, archive.close
+
+    def read_small(self, name: str) -> bytes | None:
+        member = self._archive.find(name)
+        if member is None:
+            return None
+        return self._archive.read(member, "manifest_bytes", f"{self._archive.what}: {name}")
+
+    def open_blob(self, digest: Digest) -> tuple[BlobReader, int] | None:
+        member = self._archive.find(f"blobs/{digest.algorithm}/{digest.hex}")
+        return None if member is None else (self._archive.open(member), member.size)
+
+
+def is_oci(archive: OuterTar) -> bool:
+    """Return whether ``archive`` holds an image layout."""
+    return archive.find("oci-layout") is not None and archive.find("index.json") is not None

@@ -13,8 +13,8 @@ but for the bytes of :meth:`Repository.open_blob`, which the reader verifies as 
 
 What refers to a manifest comes from the referrers API (distribution-spec 1.1, "Listing Referrers"). Registries
 before 1.1 (docker-registry 2.8, for one) keep manifests with a subject and do not list them; then the client keeps
-the list, an image index under the tag ``sha256-HEX`` ("Referrers Tag Schema"). Two writers of such a list could lose
-each other's entries: they take turns by a lock on this host, and look afterwards whether their entry is still there.
+the list, an image index under the tag ``sha256-HEX`` ("Referrers Tag Schema"). Two writers of such a list could
+lose each other's entries: they take turns by a lock on this host, and look afterwards if theirs is still there.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from layerkit.formats.oci import documents as oci
+from layerkit.images.oci.sink import Sink
 from layerkit.images.registry.client import RegistryClient, Repository
 from layerkit.images.registry.names import RegistryRef
 from layerkit.images.registry.options import RegistryOptions
@@ -18,14 +18,13 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, UsageError
 from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSink
 
 _MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
 _ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
 
 
-class RegistrySink(ImageSink):
-    """A sink for one reference; aborts at the end of a ``with`` block.
+class RegistrySink(Sink):
+    """A sink for one reference.
 
     Attributes:
         repository: where it all goes.
@@ -51,8 +50,8 @@ class RegistrySink(ImageSink):
             attach_only: the image is there; all that is put is attached to it and gets no tag.
             owned: whether the repository's client is closed with this.
         """
-        self.repository, self._ref, self._mount_from = repository, ref, tuple(mount_from)
-        self._limits, self._owned = repository.client.limits, owned
+        super().__init__(f"docker://{ref}", repository.client.limits)
+        self.repository, self._ref, self._mount_from, self._owned = repository, ref, tuple(mount_from), owned
         self._tag = "" if ref.digest is not None and not ref.tag else ref.tag or "latest"
         self._there: set[Digest] = set()
         self.mounted: set[Digest] = set()
@@ -119,7 +118,7 @@ class RegistrySink(ImageSink):
             self._named = True
             if self._ref.digest is not None and descriptor.digest != self._ref.digest:
                 raise UsageError(
-                    f"docker://{self._ref}: the image to write has the digest {descriptor.digest}; name it by a tag"
+                    f"{self._where}: the image to write has the digest {descriptor.digest}; name it by a tag"
                 )
             if self._tag:
                 self._tags[self._tag] = descriptor.digest
@@ -130,41 +129,22 @@ class RegistrySink(ImageSink):
         oci.references(data, descriptor.media_type, what, limits=self._limits)
         self._staged.setdefault(descriptor.digest, (descriptor, data))
 
-    def commit(self) -> None:
-        """Send the manifests; see the port."""
-        if not self._open:
-            raise UsageError(f"docker://{self._ref}: written already")
-        try:
-            tagged = {digest: tag for tag, digest in self._tags.items()}
-            alone = len(self._staged) == 1
-            for digest, (descriptor, data) in self._staged.items():
-                # The only manifest needs no first step; of several, all must be there before a tag leads to them.
-                if not (alone and digest in tagged):
-                    self._put(descriptor, data, "")
-            for tag, digest in self._tags.items():
-                descriptor, data = self._staged[digest]
-                self._put(descriptor, data, tag)
-        finally:
-            self.abort()
+    def _commit(self) -> None:
+        tagged = {digest: tag for tag, digest in self._tags.items()}
+        alone = len(self._staged) == 1
+        for digest, (descriptor, data) in self._staged.items():
+            # The only manifest needs no first step; of several, all must be there before a tag leads to them.
+            if not (alone and digest in tagged):
+                self._put(descriptor, data, "")
+        for tag, digest in self._tags.items():
+            self._put(*self._staged[digest], tag)
 
     def _put(self, descriptor: Descriptor, data: bytes, tag: str) -> None:
         stored = self.repository.put_manifest(data, descriptor.media_type, tag)
         if stored.digest != descriptor.digest:
-            raise DigestMismatch(f"docker://{self._ref}", str(stored.digest), str(descriptor.digest))
+            raise DigestMismatch(f"{self._where}", str(stored.digest), str(descriptor.digest))
 
-    def abort(self) -> None:
-        """Forget the manifests that were not sent; blobs without a manifest are the registry's to collect."""
-        if not self._open:
-            return
-        self._open = False
-        self._staged, self._tags = {}, {}
+    def _drop(self) -> None:
+        self._staged, self._tags = {}, {}  # blobs without a manifest are the registry's to collect
         if self._owned:
             self.repository.client.close()
-
-    def __enter__(self) -> RegistrySink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()

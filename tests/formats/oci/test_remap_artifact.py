@@ -11,7 +11,7 @@ from image_kit import simple
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.images.oci.layout import open_layout
+from layerkit.images.oci.source import LayoutSource
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage
@@ -23,7 +23,7 @@ META = Descriptor(artifact.META_EROFS, Digest.of(b"meta"), 4)
 
 @pytest.fixture
 def image(tmp_path: Path) -> Image:
-    source = open_layout(str(simple().folder(tmp_path / "lay")))
+    source = LayoutSource.in_folder(str(simple().folder(tmp_path / "lay")))
     try:
         return source.image()
     finally:

@@ -17,8 +17,9 @@ from image_kit import below, digest, dump, special, tar
 from layerkit import pack
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
-from layerkit.images.docker.archive import DockerArchiveSource, open_archive
+from layerkit.images.docker.archive import DockerArchiveSource
 from layerkit.images.oci.layout_sink import LayoutSink
+from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
 from layerkit.model.image import Image
 from layerkit.model.limits import Limits
@@ -38,7 +39,9 @@ def _saved(*tags: str, config: str = "c.json", layers: tuple[str, ...] = ("a.tar
 
 def _open(tmp_path: Path, data: bytes, name: str = "", limits: Limits | None = None) -> DockerArchiveSource:
     (tmp_path / "x.tar").write_bytes(data)
-    return open_archive((tmp_path / "x.tar").open("rb"), "x.tar", name, tmp=tmp_path, limits=limits or Limits())
+    limits = limits or Limits()
+    archive = OuterTar((tmp_path / "x.tar").open("rb"), "x.tar", limits=limits, tmp=tmp_path)
+    return DockerArchiveSource(archive, name, limits=limits)
 
 
 def _blobs(source: DockerArchiveSource, image: Image) -> list[bytes]:

@@ -21,7 +21,7 @@ import runnable
 from engines import Engine
 from image_kit import Layout, attach, dump, tar
 
-from layerkit.images.reference import open_source
+from layerkit.images.open import open_source
 
 RUN = ("run", "--rm", "--network", "none")
 

@@ -29,7 +29,7 @@ from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.images.oci.archive_sink import ArchiveSink
 from layerkit.images.oci.layout_sink import LayoutSink
-from layerkit.images.reference import open_sink, open_source
+from layerkit.images.open import open_sink, open_source
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, NotFound, UsageError
@@ -117,7 +117,7 @@ def test_archives_are_the_same_bytes_each_time(form: str, layout: Path, tmp_path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     out = io.BytesIO()
     out.isatty = lambda: False  # type: ignore[method-assign]
-    sink = open_sink(f"{form}:-", stdout=out, tmp=tmp_path)
+    sink = open_sink(f"{form}:-", stdout=out)
     _put(layout, sink)
     assert out.getvalue() == b""
     sink.commit()
@@ -597,7 +597,7 @@ def test_start_is_light(layout: Path) -> None:
     """Numpy alone takes as long to load as Python itself; an image is opened without it."""
 
     def loaded(step: str) -> set[str]:
-        code = f"import sys; from layerkit.images import reference as r; {step}; print(*sys.modules)"
+        code = f"import sys; from layerkit.images import open as r; {step}; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return {name.partition(".")[0] for name in done.stdout.split()}
 

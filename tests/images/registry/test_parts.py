@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkit.images.registry import credentials, hosts, redirects
+from layerkit.images.registry import credentials, hosts, transport
 from layerkit.images.registry.auth import Authenticator, TokenRequest, parse_challenges
 from layerkit.images.registry.names import RegistryRef, api_host, fallback_tag, is_private
 from layerkit.images.registry.options import RegistryOptions, from_environment
@@ -251,7 +251,7 @@ def test_no_credentials_to_a_token_server_in_the_clear() -> None:
     ],
 )
 def test_addresses_that_are_followed(current: str, location: str, registry: str, want: str) -> None:
-    assert redirects.next_url(current, location, registry, "x", 307) == want
+    assert transport.next_url(current, location, registry, "x", 307) == want
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_addresses_that_are_followed(current: str, location: str, registry: str,
 )
 def test_addresses_that_a_public_registry_may_not_send(location: str) -> None:
     with pytest.raises(RegistryError, match="refused"):
-        redirects.next_url("https://8.8.4.4/v2/x", location, "registry.example.com", "x", 307)
+        transport.next_url("https://8.8.4.4/v2/x", location, "registry.example.com", "x", 307)
 
 
 # Mirrors and certificates
