@@ -7,22 +7,26 @@ interrupts a run leaves files without rows, which are not used, and which gc rem
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from layerkit.linux.durable import remove, rename_new, sync_path
+from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError
-from layerkit.model.image import Image
-from layerkit.store import image_facts
-from layerkit.store.layout import Layout
+from layerkit.model.image import Image, Layer
+from layerkit.store.layout import DataBackend, Layout
 from layerkit.store.locks import CATALOG, file_lock
 
 SCHEMA_VERSION = 1
+_KEYS = {"layers": "diff_id", "objects": "short", "images": "digest", "metas": "key", "tree_facts": "chain"}
 _BUSY_MILLISECONDS = 600_000
 _SCHEMA = """
 CREATE TABLE layers (
@@ -79,10 +83,11 @@ class StoredImage:
 
 
 class Catalog:
-    """The database of one store; each thread has its own connection to it."""
+    """The database of one store; each thread has its own connection to it. ``layout`` says where the store lies."""
 
     def __init__(self, layout: Layout) -> None:
         """Open, or make, the database of the store at ``layout``."""
+        self.layout = layout
         path = self._path = layout.catalog
         self._lock = layout.locks / CATALOG
         self._local = threading.local()
@@ -178,15 +183,20 @@ class Catalog:
         )
 
     @staticmethod
-    def drop_backend(db: sqlite3.Connection, diff_id: Digest, backend: str) -> None:
-        """Say that the layer's data is not whole in ``backend`` (``tar`` or ``objects``)."""
-        column = {"tar": "tar", "objects": "objects"}[backend]
-        db.execute(f"UPDATE layers SET {column} = 0 WHERE diff_id = ?", (str(diff_id),))
+    def drop_backend(db: sqlite3.Connection, diff_id: Digest, backend: DataBackend) -> None:
+        """Say that the layer's data is not whole in ``backend``."""
+        db.execute(f"UPDATE layers SET {backend.value} = 0 WHERE diff_id = ?", (str(diff_id),))
 
     @staticmethod
-    def drop_layer(db: sqlite3.Connection, diff_id: Digest) -> None:
-        """Forget a layer."""
-        db.execute("DELETE FROM layers WHERE diff_id = ?", (str(diff_id),))
+    def drop(db: sqlite3.Connection, table: str, keys: Iterable[object]) -> None:
+        """Forget rows, and with an image its names and relations.
+
+        Args:
+            db: inside a transaction.
+            table: ``layers``, ``objects`` (their short names), ``images``, ``metas`` or ``tree_facts``.
+            keys: of the rows.
+        """
+        db.executemany(f"DELETE FROM {table} WHERE {_KEYS[table]} = ?", ((key,) for key in keys))
 
     # Objects
 
@@ -213,17 +223,12 @@ class Catalog:
         # In the order of the key: hashes in any other order touch a page per row.
         db.executemany("INSERT INTO objects VALUES (?, ?, ?) ON CONFLICT DO NOTHING", sorted(rows))
 
-    @staticmethod
-    def drop_objects(db: sqlite3.Connection, shorts: Iterable[bytes]) -> None:
-        """Forget objects."""
-        db.executemany("DELETE FROM objects WHERE short = ?", ((short,) for short in shorts))
-
     # Images
 
     def put_image(self, image: Image, names: Collection[str], metas: Collection[str] = ()) -> None:
         """Add an image, let ``names`` mean it, and connect it with METAs."""
         digest = str(image.descriptor.digest)
-        facts = image_facts.encode(image)
+        facts = _facts_of(image)
         now = time.time()
         with self.write() as db:
             db.execute(
@@ -246,7 +251,7 @@ class Catalog:
         for name, digest in self.names():
             names.setdefault(digest, []).append(name)
         rows = self._all("SELECT digest, manifest, config, facts FROM images ORDER BY created, digest")
-        return [StoredImage(image_facts.decode(*row), tuple(names.get(row[0], ()))) for row in rows]
+        return [StoredImage(_image(*row), tuple(names.get(row[0], ()))) for row in rows]
 
     def names(self) -> list[tuple[str, str]]:
         """Return all pairs of (name, manifest digest)."""
@@ -262,17 +267,12 @@ class Catalog:
         if row is None:
             return None
         names = self._all("SELECT name FROM names WHERE digest = ? ORDER BY name", [digest])
-        return StoredImage(image_facts.decode(*row), tuple(name for (name,) in names))
+        return StoredImage(_image(*row), tuple(name for (name,) in names))
 
     def drop_name(self, name: str) -> bool:
         """Forget a name; return whether it was there."""
         with self.write() as db:
             return db.execute("DELETE FROM names WHERE name = ?", (name,)).rowcount > 0
-
-    @staticmethod
-    def drop_image(db: sqlite3.Connection, digest: str) -> None:
-        """Forget an image, its names and relations."""
-        db.execute("DELETE FROM images WHERE digest = ?", (digest,))
 
     def image_layers(self) -> list[tuple[str, Digest]]:
         """Return all pairs of (manifest digest, diff_id), layers in order."""
@@ -308,11 +308,6 @@ class Catalog:
             (digest, key),
         )
 
-    @staticmethod
-    def drop_meta(db: sqlite3.Connection, key: str) -> None:
-        """Forget a META."""
-        db.execute("DELETE FROM metas WHERE key = ?", (key,))
-
     def image_metas(self) -> list[tuple[str, str]]:
         """Return all pairs of (manifest digest, META key)."""
         return [
@@ -334,11 +329,6 @@ class Catalog:
         """Keep what is known about the tree of a chain of layers."""
         with self.write() as db:
             db.execute("INSERT OR REPLACE INTO tree_facts VALUES (?, ?, ?)", (chain, facts, time.time()))
-
-    @staticmethod
-    def drop_tree_facts(db: sqlite3.Connection, chain: str) -> None:
-        """Forget the facts of one tree."""
-        db.execute("DELETE FROM tree_facts WHERE chain = ?", (chain,))
 
     # Upkeep
 
@@ -364,6 +354,49 @@ class Catalog:
         """Give free pages back to the filesystem and empty the write-ahead log."""
         self._db.execute("VACUUM")
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+class Publication:
+    """The files one catalog transaction makes visible; :meth:`undo` is for ``Catalog.write``.
+
+    Nobody else can rely on a file before the transaction ends, since only rows make files count and one
+    transaction runs at a time. So taking files back when it fails can harm no other run.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._new: list[Path] = []
+        self._folders: set[Path] = set()
+
+    def undo(self) -> None:
+        """Take back what was newly put into place."""
+        for path in reversed(self._new):
+            with contextlib.suppress(OSError):
+                remove(path)
+        self._new.clear()
+
+    def place(self, source: Path, target: Path, *, keep: bool) -> bool:
+        """Move ``source`` to ``target``; return whether it lies there now.
+
+        Args:
+            source: whole, on disk, on the same filesystem.
+            target: its place.
+            keep: let a file that is there already stand; else it is replaced (a folder must be moved
+                away first).
+        """
+        if rename_new(os.fsencode(source), os.fsencode(target)):
+            self._new.append(target)
+        elif keep:
+            return False
+        else:
+            source.replace(target)
+        self._folders.add(target.parent)
+        return True
+
+    def sync(self) -> None:
+        """Write the changed folders to disk; do it before the transaction ends."""
+        for folder in sorted(self._folders):
+            sync_path(folder)
 
 
 def short_name(sha256: bytes) -> bytes:
@@ -402,3 +435,50 @@ def _clash(one: bytes, other: bytes) -> StoreError:
 
 def _layer(row: tuple[Any, ...]) -> LayerRow:
     return LayerRow(Digest.parse(row[0]), row[1], row[2], bool(row[3]), bool(row[4]))
+
+
+def _facts_of(image: Image) -> str:
+    """Return as JSON all of ``image`` but for the bytes of its manifest and config."""
+    return json.dumps({
+        "name": image.name,
+        "descriptor": _descriptor_facts(image.descriptor),
+        "config_descriptor": _descriptor_facts(image.config_descriptor),
+        "layers": [[_descriptor_facts(layer.descriptor), str(layer.diff_id)] for layer in image.layers],
+        "platform": asdict(image.platform),
+    })  # fmt: skip
+
+
+def _image(digest: str, manifest: bytes, config: bytes, text: str) -> Image:
+    try:
+        facts = json.loads(text)
+        return Image(
+            name=facts["name"],
+            manifest=manifest,
+            descriptor=_descriptor(facts["descriptor"]),
+            config=config,
+            config_descriptor=_descriptor(facts["config_descriptor"]),
+            layers=tuple(Layer(_descriptor(d), Digest.parse(diff_id)) for d, diff_id in facts["layers"]),
+            platform=Platform(**facts["platform"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"catalog: the row of image {digest} is damaged ({error}); run `layerkit store verify --repair`"
+        ) from error
+
+
+def _descriptor_facts(descriptor: Descriptor) -> dict[str, object]:
+    return {
+        "media_type": descriptor.media_type,
+        "digest": str(descriptor.digest),
+        "size": descriptor.size,
+        "annotations": dict(descriptor.annotations),
+        "platform": None if descriptor.platform is None else asdict(descriptor.platform),
+        "artifact_type": descriptor.artifact_type,
+        "extra": dict(descriptor.extra),
+    }
+
+
+def _descriptor(facts: dict[str, Any]) -> Descriptor:
+    platform = facts.pop("platform")
+    digest = Digest.parse(facts.pop("digest"))
+    return Descriptor(digest=digest, platform=None if platform is None else Platform(**platform), **facts)

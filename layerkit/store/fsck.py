@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import hashlib
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ from layerkit.model.limits import Limits
 from layerkit.model.reports import Report
 from layerkit.store import layers
 from layerkit.store.catalog import Catalog, LayerRow, short_name
-from layerkit.store.index_files import read_index
-from layerkit.store.layout import FILE_MODE, KNOWN_NAMES, DataBackend, Layout
-from layerkit.store.leftovers import dead
+from layerkit.store.gc import strays
+from layerkit.store.layout import FILE_MODE, KNOWN_NAMES, DataBackend
 from layerkit.store.metas import INFO_FILE, ROOT_FOLDER, parse_info
 from layerkit.store.objects import needed, object_path
-from layerkit.store.spool import Spool
+from layerkit.store.spool import Spool, dead
 
 _TAR_TYPE = "application/vnd.oci.image.layer.v1.tar"
 
@@ -64,11 +63,9 @@ class Finding(Report):
 class Fsck:
     """One check of a whole store."""
 
-    def __init__(
-        self, layout: Layout, catalog: Catalog, own: Spool, limits: Limits, *, repair: bool, deep: bool
-    ) -> None:
+    def __init__(self, spool: Spool, catalog: Catalog, limits: Limits, *, repair: bool, deep: bool) -> None:
         """Check the store of these parts; for ``repair`` it must be held alone."""
-        self._layout, self._catalog, self._spool, self._limits = layout, catalog, own, limits
+        self._layout, self._catalog, self._spool, self._limits = catalog.layout, catalog, spool, limits
         self._repair, self._deep = repair, deep
         self._found: list[Finding] = []
         self._indexes: dict[Digest, Index] = {}
@@ -110,7 +107,7 @@ class Fsck:
     def _layer(self, row: LayerRow) -> None:
         tar_problem = self._tar_problem(row) if row.tar else ""
         try:
-            index = read_index(self._layout, row.diff_id)
+            index = self._layout.read_index(row.diff_id)
             if index.tar_size != row.tar_size or len(index) != row.entries:
                 raise StoreError(f"{self._layout.index(row.diff_id)}: not the size that the catalog tells")
         except StoreError as error:
@@ -179,28 +176,20 @@ class Fsck:
         if problem:
             self._damage(
                 path, problem, "made again from the tar",
-                lambda: layers.make_data(self._layout, self._spool, self._catalog, index),
+                lambda: layers.make_data(self._spool, self._catalog, index),
             )  # fmt: skip
 
     def _remake_index(self, row: LayerRow) -> None:
         from layerkit import unpack
         from layerkit.images.oci.blobs import FileRange
 
-        tar = self._layout.tar(row.diff_id)
-        fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            reader = FileRange(fd, 0, row.tar_size)
-        finally:
-            os.close(fd)
-        try:
+        with contextlib.closing(FileRange.whole(self._layout.tar(row.diff_id))) as reader:
             descriptor = Descriptor(_TAR_TYPE, row.diff_id, row.tar_size)
             index = unpack.index_layer(reader, descriptor, row.diff_id, limits=self._limits)
-        finally:
-            reader.close()
         encoded = self._spool.path("index")
         try:
             layers.write_index(index, encoded)
-            layers.put_layer(self._layout, self._catalog, index, encoded)
+            layers.put_layer(self._catalog, index, layers.LayerFiles(encoded))
         finally:
             remove(encoded)
         self._indexes[row.diff_id] = index
@@ -212,8 +201,7 @@ class Fsck:
             remove(path)
 
     def _drop_layer(self, row: LayerRow) -> None:
-        with self._catalog.write() as db:
-            Catalog.drop_layer(db, row.diff_id)
+        self._forget("layers", str(row.diff_id))
         for path in (
             self._layout.tar(row.diff_id),
             self._layout.data(row.diff_id),
@@ -258,12 +246,12 @@ class Fsck:
             row = self._catalog.layer(diff_id)
             if row is not None and row.tar and sha256 in set(needed(index)):
                 try:
-                    layers.make_objects(self._layout, self._spool, self._catalog, index, only=frozenset((sha256,)))
+                    layers.make_objects(self._spool, self._catalog, index, only=frozenset((sha256,)))
                 except (LayerkitError, OSError) as error:
                     return f"could not be put right: {error}"
                 return "made again from the tar"
         with self._catalog.write() as db:
-            Catalog.drop_objects(db, [short_name(sha256)])
+            Catalog.drop(db, "objects", [short_name(sha256)])
             for row in users:
                 Catalog.drop_backend(db, row.diff_id, DataBackend.OBJECTS)
         remove(object_path(self._layout, sha256))
@@ -314,8 +302,7 @@ class Fsck:
         return ""
 
     def _drop_meta(self, key: str) -> None:
-        with self._catalog.write() as db:
-            Catalog.drop_meta(db, key)
+        self._forget("metas", key)
         remove(self._layout.meta(key))
 
     def _images(self) -> None:
@@ -326,7 +313,7 @@ class Fsck:
             except StoreError as error:
                 self._damage(
                     f"image {digest}", str(error).partition("; run ")[0], "forgotten; import it again",
-                    lambda digest=digest: self._drop_image(digest),  # type: ignore[misc]
+                    lambda digest=digest: self._forget("images", digest),  # type: ignore[misc]
                 )  # fmt: skip
                 continue
             if stored is None:
@@ -341,7 +328,7 @@ class Fsck:
                 if hasher.hexdigest() != want.hex:
                     self._damage(
                         f"image {digest}", f"its {what} has the digest {want.algorithm}:{hasher.hexdigest()}",
-                        "forgotten; import it again", lambda digest=digest: self._drop_image(digest),  # type: ignore[misc]
+                        "forgotten; import it again", lambda digest=digest: self._forget("images", digest),  # type: ignore[misc]
                     )  # fmt: skip
             absent = [str(diff_id) for diff_id in image.diff_ids if diff_id not in present]
             if absent:
@@ -350,24 +337,19 @@ class Fsck:
                     "the next remap or mount of the image imports it",
                 )  # fmt: skip
 
-    def _drop_image(self, digest: str) -> None:
+    def _forget(self, table: str, key: str) -> None:
         with self._catalog.write() as db:
-            Catalog.drop_image(db, digest)
+            Catalog.drop(db, table, [key])
 
     # Leftovers
 
     def _leftovers(self) -> None:
-        from layerkit.store.leftovers import strays
-
         names = {path.name for path in self._layout.root.iterdir()} - KNOWN_NAMES - {"lost+found"}
         for name in sorted(names):
             self._add(Severity.NOTE, name, "nothing of layerkit's", "move it elsewhere")
-        left = [*dead(self._layout), *strays(self._layout, self._catalog)]
+        left = [*dead(self._layout), *strays(self._catalog)]
         for path in left:
             if self._repair:
                 remove(path)
             remedy = "removed" if self._repair else "`layerkit store gc` removes it"
             self._add(Severity.LEFTOVER, path, "left by a run that was ended", remedy)
-
-
-__all__ = ["Finding", "Fsck", "Severity"]

@@ -14,13 +14,10 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError
 from layerkit.model.reports import Report
 from layerkit.store.catalog import Catalog, LayerRow, short_name
-from layerkit.store.index_files import read_index
-from layerkit.store.layout import Layout
-from layerkit.store.leftovers import dead, strays
 from layerkit.store.locks import Locks
 from layerkit.store.metas import chain_key
-from layerkit.store.objects import needed, object_path
-from layerkit.store.spool import Spool
+from layerkit.store.objects import needed, object_path, stored_objects
+from layerkit.store.spool import dead
 
 Used = tuple[Collection[str], Collection[str]]
 InUse = Used | Callable[[], Used]
@@ -38,10 +35,9 @@ class GcReport(Report):
 class Collector:
     """One run of gc, with the store held alone."""
 
-    def __init__(self, layout: Layout, catalog: Catalog, own: Spool, locks: Locks, *, dry_run: bool) -> None:
-        """Collect in the store of these parts; ``own`` is this process's temporary folder, which stays."""
-        self._layout, self._catalog, self._own, self._locks = layout, catalog, own, locks
-        self._dry_run = dry_run
+    def __init__(self, catalog: Catalog, locks: Locks, *, dry_run: bool) -> None:
+        """Collect in the store of these parts."""
+        self._layout, self._catalog, self._locks, self._dry_run = catalog.layout, catalog, locks, dry_run
         self._removed: list[str] = []
         self._freed = 0
 
@@ -50,7 +46,7 @@ class Collector:
         # First what needs no room in the catalog: on a full disk this is what makes some.
         for path in dead(self._layout):
             self._drop(path, f"tmp/{path.name}: left by a run that was ended")
-        for path in strays(self._layout, self._catalog):
+        for path in strays(self._catalog):
             self._drop(path, f"{path.relative_to(self._layout.root)}: left by a run that was ended")
         if not self._dry_run:
             self._locks.clear()
@@ -74,7 +70,11 @@ class Collector:
 
         if not self._dry_run and (dead_images or dead_layers or dead_metas or dead_facts or dead_objects):
             with self._catalog.write() as db:
-                self._forget(db, dead_images, dead_layers, dead_metas, dead_facts, dead_objects)
+                Catalog.drop(db, "images", dead_images)
+                Catalog.drop(db, "layers", [str(row.diff_id) for row in dead_layers])
+                Catalog.drop(db, "metas", dead_metas)
+                Catalog.drop(db, "tree_facts", dead_facts)
+                Catalog.drop(db, "objects", map(short_name, dead_objects))
         # Rows first, on disk for sure, then files: killed in between, this leaves strays and no damage.
         for digest in dead_images:
             self._removed.append(f"image {digest}")
@@ -104,31 +104,12 @@ class Collector:
             if not row.objects:
                 continue
             try:
-                live.update(map(short_name, needed(read_index(self._layout, row.diff_id))))
+                live.update(map(short_name, needed(self._layout.read_index(row.diff_id))))
             except StoreError as error:
                 # What a layer needs cannot be told: then nothing is known to be dead.
                 self._removed.append(f"no objects, since not all indexes can be read: {error}")
                 return []
         return [row.sha256 for row in self._catalog.objects() if row.short not in live]
-
-    def _forget(
-        self,
-        db: sqlite3.Connection,
-        images: Iterable[str],
-        layers: Iterable[LayerRow],
-        metas: Iterable[str],
-        facts: Iterable[str],
-        objects: Iterable[bytes],
-    ) -> None:
-        for digest in images:
-            Catalog.drop_image(db, digest)
-        for row in layers:
-            Catalog.drop_layer(db, row.diff_id)
-        for key in metas:
-            Catalog.drop_meta(db, key)
-        for chain in facts:
-            Catalog.drop_tree_facts(db, chain)
-        Catalog.drop_objects(db, map(short_name, objects))
 
     def _drop_layer(self, row: LayerRow) -> None:
         kept_as = [name for name, there in (("tar", row.tar), ("objects", row.objects)) if there] or ["index only"]
@@ -151,4 +132,20 @@ class Collector:
             remove(path)
 
 
-__all__ = ["Collector", "GcReport", "InUse", "strays"]
+def strays(catalog: Catalog) -> list[Path]:
+    """Return the files that lie where files of the store lie, and that no row knows."""
+    layout, found = catalog.layout, list[Path]()
+    for folder in ("tar", "data", "index", "meta"):
+        found += sorted((layout.root / folder).iterdir())
+    objects = [name for name, _ in stored_objects(layout)]
+    # A file may be in place a moment before its row; that moment is over after this.
+    catalog.settle()
+    expected = {layout.meta(key) for key, _ in catalog.metas()}
+    for row in catalog.layers():
+        expected.add(layout.index(row.diff_id))
+        if row.tar:
+            expected.update((layout.tar(row.diff_id), layout.data(row.diff_id)))
+    known = {object_path(layout, row.sha256) for row in catalog.objects()}
+    paths = [path for path in found if path not in expected]
+    paths += [path for name in objects if (path := layout.objects / os.fsdecode(name)) not in known]
+    return [path for path in paths if os.path.lexists(path)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,10 +15,9 @@ from layerkit.linux.durable import disk_errors, remove, sync_filesystem
 from layerkit.metaonly import redirects
 from layerkit.model.errors import DigestMismatch, StoreError
 from layerkit.model.index import Index
-from layerkit.store.catalog import Catalog, LayerRow
-from layerkit.store.layout import FILE_MODE, DataBackend, Layout
+from layerkit.store.catalog import Catalog, LayerRow, Publication
+from layerkit.store.layout import FILE_MODE, DataBackend
 from layerkit.store.objects import ObjectBatch
-from layerkit.store.publication import Publication
 from layerkit.store.spool import Spool
 
 
@@ -29,16 +29,15 @@ class LayerWriter:
     """
 
     def __init__(
-        self, layout: Layout, spool: Spool, catalog: Catalog, backend: DataBackend | None, done: Callable[[], None]
+        self, spool: Spool, catalog: Catalog, backend: DataBackend | None, done: Callable[[], None]
     ) -> None:
         """Begin; ``done`` is called once when the writer ends. ``backend`` None keeps the index only."""
-        self._layout, self._spool, self._catalog = layout, spool, catalog
-        self.backend = backend
+        self._layout, self._spool, self._catalog, self.backend = catalog.layout, spool, catalog, backend
         self._done: Callable[[], None] | None = done
         self._temporary: list[Path] = []
         self._tar: NewFile | None = None
         if backend is not None:
-            with disk_errors("writing a layer", layout.root):
+            with disk_errors("writing a layer", self._layout.root):
                 # The objects backend drops this file again, so it had better never reach the disk.
                 self._tar = NewFile(self._new("tar"), direct=backend is DataBackend.TAR)
 
@@ -79,35 +78,24 @@ class LayerWriter:
                     f"layer {index.diff_id}", f"{self._tar.size} bytes of tar", f"{index.tar_size} bytes"
                 )
             with disk_errors(f"storing layer {index.diff_id}", self._layout.root):
-                encoded = self._write_index(index)
-                if self._tar is not None and self.backend is DataBackend.OBJECTS:
-                    self._commit_objects(self._tar, index, encoded)
+                encoded = self._new("index")
+                write_index(index, encoded)
+                if self._tar is None:
+                    put_layer(self._catalog, index, LayerFiles(encoded))
+                elif self.backend is DataBackend.OBJECTS:
+                    batch = ObjectBatch(self._spool, self._catalog)
+                    self._temporary.append(batch.folder)
+                    batch.write(self._tar.fd, index)
+                    self._drop_tar()
+                    put_layer(self._catalog, index, LayerFiles(encoded, batch=batch))
                 else:
-                    self._commit_files(index, encoded)
+                    tar, data = self._temporary[0], self._new("data")
+                    os.fchmod(self._tar.fd, FILE_MODE)
+                    self._tar.sync()
+                    build_data(index, tar, data)
+                    put_layer(self._catalog, index, LayerFiles(encoded, tar, data))
         finally:
             self.abort()
-
-    def _commit_files(self, index: Index, encoded: Path) -> None:
-        tar = data = None
-        if self._tar is not None:
-            tar = self._temporary[0]
-            os.fchmod(self._tar.fd, FILE_MODE)
-            self._tar.sync()
-            data = self._new("data")
-            build_data(index, tar, data)
-        put_layer(self._layout, self._catalog, index, encoded, tar=tar, data=data)
-
-    def _commit_objects(self, tar: NewFile, index: Index, encoded: Path) -> None:
-        batch = ObjectBatch(self._layout, self._spool, self._catalog)
-        self._temporary.append(batch.folder)
-        batch.write(tar.fd, index)
-        self._drop_tar()
-        put_layer(self._layout, self._catalog, index, encoded, batch=batch)
-
-    def _write_index(self, index: Index) -> Path:
-        path = self._new("index")
-        write_index(index, path)
-        return path
 
     def _drop_tar(self) -> None:
         if self._tar is not None:
@@ -128,29 +116,28 @@ class LayerWriter:
             done()
 
 
-def put_layer(
-    layout: Layout,
-    catalog: Catalog,
-    index: Index,
-    encoded: Path | None,
-    *,
-    tar: Path | None = None,
-    data: Path | None = None,
-    batch: ObjectBatch | None = None,
-    whole: bool = True,
-) -> None:
-    """Publish a layer's files, all on disk already but for the objects, and its row, in one transaction.
+@dataclass(frozen=True, slots=True)
+class LayerFiles:
+    """What a layer consists of, all on disk already but for the objects.
 
-    Args:
-        layout: the store's.
-        catalog: the store's.
-        index: the layer's.
+    Attributes:
         encoded: its index file, None where the store has it.
         tar: the raw tar.
         data: its DATA image, with ``tar`` or alone as a replacement.
         batch: the objects.
         whole: whether ``batch`` makes the layer whole in that backend.
     """
+
+    encoded: Path | None = None
+    tar: Path | None = None
+    data: Path | None = None
+    batch: ObjectBatch | None = None
+    whole: bool = True
+
+
+def put_layer(catalog: Catalog, index: Index, files: LayerFiles) -> None:
+    """Publish a layer's files and its row, in one transaction."""
+    layout, tar, batch = catalog.layout, files.tar, files.batch
     diff_id = index.diff_id
     root = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -169,41 +156,39 @@ def put_layer(
             if tar is not None:
                 # A file that a mount may use is not replaced: a second inode would share no page cache.
                 out.place(tar, layout.tar(diff_id), keep=whole_tar)
-            if data is not None:
-                out.place(data, layout.data(diff_id), keep=whole_tar and tar is not None)
-            if encoded is not None:
-                out.place(encoded, layout.index(diff_id), keep=False)
+            if files.data is not None:
+                out.place(files.data, layout.data(diff_id), keep=whole_tar and tar is not None)
+            if files.encoded is not None:
+                out.place(files.encoded, layout.index(diff_id), keep=False)
             if batch is not None:
                 batch.publish(db)
                 sync_filesystem(root)
             out.sync()
             has_tar = tar is not None or bool(row and row.tar)
-            has_objects = (batch is not None and whole) or bool(row and row.objects)
+            has_objects = (batch is not None and files.whole) or bool(row and row.objects)
             catalog.put_layer(db, LayerRow(diff_id, index.tar_size, len(index), has_tar, has_objects))
     finally:
         os.close(root)
 
 
-def make_objects(
-    layout: Layout, spool: Spool, catalog: Catalog, index: Index, *, only: frozenset[bytes] | None = None
-) -> None:
+def make_objects(spool: Spool, catalog: Catalog, index: Index, *, only: frozenset[bytes] | None = None) -> None:
     """Write the objects of a layer out of its stored tar; ``only`` those, by sha256, again in a repair."""
-    batch = ObjectBatch(layout, spool, catalog)
-    tar = os.open(layout.tar(index.diff_id), os.O_RDONLY | os.O_CLOEXEC)
+    batch = ObjectBatch(spool, catalog)
+    tar = os.open(catalog.layout.tar(index.diff_id), os.O_RDONLY | os.O_CLOEXEC)
     try:
         batch.write(tar, index, only=only)
-        put_layer(layout, catalog, index, None, batch=batch, whole=only is None)
+        put_layer(catalog, index, LayerFiles(batch=batch, whole=only is None))
     finally:
         os.close(tar)
         remove(batch.folder)
 
 
-def make_data(layout: Layout, spool: Spool, catalog: Catalog, index: Index) -> None:
+def make_data(spool: Spool, catalog: Catalog, index: Index) -> None:
     """Write the DATA image of a layer anew out of its stored tar."""
     data = spool.path("data")
     try:
-        build_data(index, layout.tar(index.diff_id), data)
-        put_layer(layout, catalog, index, None, data=data)
+        build_data(index, catalog.layout.tar(index.diff_id), data)
+        put_layer(catalog, index, LayerFiles(data=data))
     finally:
         remove(data)
 

@@ -20,18 +20,24 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
 import uuid
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layerkit.linux.durable import sync_path
 from layerkit.model.digest import Digest
-from layerkit.model.errors import StoreError
+from layerkit.model.errors import LayerkitError, StoreError
+
+if TYPE_CHECKING:
+    from layerkit.model.index import Index
 
 LAYOUT_VERSION = 1
+REPAIR = "run `layerkit store verify --repair`"
 FILE_MODE = 0o444
 FOLDER_MODE = 0o755
 
@@ -104,6 +110,41 @@ class Layout:
     def index(self, diff_id: Digest) -> Path:
         """Return where the index of a layer lies."""
         return self.root / "index" / f"{diff_id.hex}.idx"
+
+    def load_index(self, diff_id: Digest) -> Index | None:
+        """Return the index of a layer, None if it is not kept.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.index(diff_id)
+        try:
+            with path.open("rb") as file:
+                # Mapped, not read: many layers at once then cost page cache, and no memory of this process.
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: {error}; {REPAIR}") from error
+        from layerkit.formats.index import file as index_file
+
+        try:
+            index = index_file.decode(buffer, str(path))
+        except LayerkitError as error:
+            raise StoreError(f"{error}; {REPAIR}") from error
+        if index.diff_id != diff_id:
+            raise StoreError(f"{path}: holds the index of {index.diff_id}; {REPAIR}")
+        return index
+
+    def read_index(self, diff_id: Digest) -> Index:
+        """Return the index of a layer that the catalog has.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        if (index := self.load_index(diff_id)) is None:
+            raise StoreError(f"{self.index(diff_id)}: missing; {REPAIR}")
+        return index
 
     def meta(self, key: str) -> Path:
         """Return the folder of a META."""

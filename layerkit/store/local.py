@@ -11,22 +11,21 @@ import contextlib
 import difflib
 import errno
 import json
-import mmap
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from layerkit.linux.durable import disk_errors
 from layerkit.model.digest import Digest
-from layerkit.model.errors import NotFound, StoreError, UsageError
+from layerkit.model.errors import NotFound, UsageError
 from layerkit.model.image import Image
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.store.catalog import Catalog, StoredImage
 from layerkit.store.layout import DataBackend, Layout
 from layerkit.store.locks import BIRTHS, Locks, file_lock
-from layerkit.store.metas import MetaEntry, MetaWriter, chain_key, meta_key, parse_info
+from layerkit.store.metas import MetaEntry, MetaWriter, parse_info
 from layerkit.store.spool import Spool
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 GC_WAIT_SECONDS = 30.0
 _DIGEST_PREFIX_CHARS = 6
+_Writer = TypeVar("_Writer", "LayerWriter", MetaWriter)
 
 
 class LocalStore:
@@ -134,26 +134,8 @@ class LocalStore:
     # Layers
 
     def load_index(self, diff_id: Digest) -> Index | None:
-        """Return the index of a layer, None if it is not kept.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
-        path = self._layout.index(diff_id)
-        try:
-            with path.open("rb") as file:
-                # Mapped, not read: many layers at once then cost page cache, and no memory of this process.
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: {error}; run `layerkit store verify --repair`") from error
-        from layerkit.store.index_files import decode_index
-
-        index = decode_index(buffer, path)
-        if index.diff_id != diff_id:
-            raise StoreError(f"{path}: the index of {index.diff_id}; run `layerkit store verify --repair`")
-        return index
+        """Return the index of a layer, None if it is not kept; see :meth:`Layout.load_index`."""
+        return self._layout.load_index(diff_id)
 
     def has_layer(self, diff_id: Digest, backend: DataBackend | str) -> bool:
         """Return whether a layer's index and its data in ``backend`` are whole."""
@@ -171,9 +153,13 @@ class LocalStore:
     def _begin_layer(self, backend: DataBackend | None) -> LayerWriter:
         from layerkit.store.layers import LayerWriter
 
+        return self._begin(lambda done: LayerWriter(self._spool, self._catalog, backend, done))
+
+    def _begin(self, make: Callable[[Callable[[], None]], _Writer]) -> _Writer:
+        """Return the writer that ``make`` makes; the store is held until it calls what it is given."""
         self._locks.acquire_shared()
         try:
-            writer = LayerWriter(self._layout, self._spool, self._catalog, backend, self._locks.release_shared)
+            writer = make(self._locks.release_shared)
         except BaseException:
             self._locks.release_shared()
             raise
@@ -201,9 +187,9 @@ class LocalStore:
 
         with self.hold(), disk_errors(f"storing layer {diff_id}", self.root):
             if wanted is DataBackend.OBJECTS:
-                layers.make_objects(self._layout, self._spool, self._catalog, index)
+                layers.make_objects(self._spool, self._catalog, index)
             else:
-                layers.make_data(self._layout, self._spool, self._catalog, index)
+                layers.make_data(self._spool, self._catalog, index)
         return True
 
     def tar_path(self, diff_id: Digest) -> Path:
@@ -278,14 +264,7 @@ class LocalStore:
 
     def begin_meta(self, key: str) -> MetaWriter:
         """Return a folder to render a META into."""
-        self._locks.acquire_shared()
-        try:
-            writer = MetaWriter(self._layout, self._spool, self._catalog, key, self._locks.release_shared)
-        except BaseException:
-            self._locks.release_shared()
-            raise
-        self._writers.add(writer)
-        return writer
+        return self._begin(lambda done: MetaWriter(self._spool, self._catalog, key, done))
 
     def tree_facts(self, chain: str) -> dict[str, object] | None:
         """Return what :meth:`put_tree_facts` kept for a chain of layers (see ``chain_key``)."""
@@ -366,7 +345,7 @@ class LocalStore:
         """Return what takes how much space."""
         from layerkit.store import usage
 
-        return usage.df(self._layout, self._catalog)
+        return usage.df(self._catalog)
 
     def ls(self) -> list[usage.LsRow]:
         """Return the images with their names and maps."""
@@ -389,7 +368,7 @@ class LocalStore:
 
         alone = self._locks.exclusive(GC_WAIT_SECONDS) if repair else self._locks.shared()
         with alone, disk_errors("checking the store", self.root):
-            return fsck.Fsck(self._layout, self._catalog, self._spool, self.limits, repair=repair, deep=deep).run()
+            return fsck.Fsck(self._spool, self._catalog, self.limits, repair=repair, deep=deep).run()
 
     def gc(
         self,
@@ -414,8 +393,5 @@ class LocalStore:
         from layerkit.store.gc import Collector
 
         with self._locks.exclusive(wait_seconds), disk_errors("collecting garbage", self.root):
-            collector = Collector(self._layout, self._catalog, self._spool, self._locks, dry_run=dry_run)
+            collector = Collector(self._catalog, self._locks, dry_run=dry_run)
             return collector.run(in_use() if callable(in_use) else in_use, drop_metas=drop_metas)
-
-
-__all__ = ["LocalStore", "MetaEntry", "chain_key", "meta_key"]

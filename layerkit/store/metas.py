@@ -14,9 +14,8 @@ from layerkit.linux.durable import disk_errors, remove, sync_filesystem, sync_pa
 from layerkit.linux.folders.listing import Listing, list_folder
 from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError
-from layerkit.store.catalog import Catalog
-from layerkit.store.layout import FILE_MODE, Layout
-from layerkit.store.publication import Publication
+from layerkit.store.catalog import Catalog, Publication
+from layerkit.store.layout import FILE_MODE, REPAIR
 from layerkit.store.spool import Spool
 
 IMAGE_FILE = "meta.erofs"
@@ -46,8 +45,30 @@ def chain_key(diff_ids: Sequence[Digest]) -> str:
     return hashlib.sha256("\n".join(map(str, diff_ids)).encode()).hexdigest()
 
 
+class _MetaFiles:
+    """The names of what lies in a META's folder, ``path``."""
+
+    __slots__ = ()
+    path: Path
+
+    @property
+    def image_file(self) -> Path:
+        """Return the EROFS image (of the erofs rendering)."""
+        return self.path / IMAGE_FILE
+
+    @property
+    def fixups_file(self) -> Path:
+        """Return the file of places that an id map changes (of the erofs rendering)."""
+        return self.path / FIXUPS_FILE
+
+    @property
+    def root(self) -> Path:
+        """Return the root folder (of the directory rendering); a writer's is not made yet."""
+        return self.path / ROOT_FOLDER
+
+
 @dataclass(frozen=True, slots=True)
-class MetaEntry:
+class MetaEntry(_MetaFiles):
     """A META in the store.
 
     Attributes:
@@ -67,37 +88,21 @@ class MetaEntry:
         """Return what it takes on disk, its info aside."""
         return int(self.info["allocated_bytes"])
 
-    @property
-    def image_file(self) -> Path:
-        """Return the EROFS image (of the erofs rendering)."""
-        return self.path / IMAGE_FILE
 
-    @property
-    def fixups_file(self) -> Path:
-        """Return the file of places that an id map changes (of the erofs rendering)."""
-        return self.path / FIXUPS_FILE
-
-    @property
-    def root(self) -> Path:
-        """Return the root folder (of the directory rendering)."""
-        return self.path / ROOT_FOLDER
-
-
-class MetaWriter:
+class MetaWriter(_MetaFiles):
     """A folder to render a META into: ``meta.erofs`` and ``fixups``, or a folder ``root``.
 
     End it with :meth:`commit` or :meth:`abort`, or use it in ``with``, which aborts what is not committed
     and turns what the disk refuses into :class:`StoreError`.
     """
 
-    def __init__(self, layout: Layout, spool: Spool, catalog: Catalog, key: str, done: Callable[[], None]) -> None:
+    def __init__(self, spool: Spool, catalog: Catalog, key: str, done: Callable[[], None]) -> None:
         """Begin a META that will be kept under ``key``; ``done`` is called once when the writer ends."""
-        self._layout, self._spool, self._catalog = layout, spool, catalog
-        self.key = key
+        self._layout, self._spool, self._catalog, self.key = catalog.layout, spool, catalog, key
         self._done: Callable[[], None] | None = done
-        with disk_errors("writing a META", layout.root):
+        with disk_errors("writing a META", self._layout.root):
             # Open before anything is written: sync_filesystem tells what failed since.
-            self._root = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._root = os.open(self._layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self.path = spool.folder("meta")
             except BaseException:
@@ -113,21 +118,6 @@ class MetaWriter:
             # Whoever renders writes with plain calls; a full disk is told in the same words everywhere.
             with disk_errors("writing a META", self._layout.root):
                 raise error
-
-    @property
-    def image_file(self) -> Path:
-        """Return where the EROFS image is to be written."""
-        return self.path / IMAGE_FILE
-
-    @property
-    def fixups_file(self) -> Path:
-        """Return where the fixups are to be written."""
-        return self.path / FIXUPS_FILE
-
-    @property
-    def root(self) -> Path:
-        """Return where the directory rendering is to be written; the folder is not made yet."""
-        return self.path / ROOT_FOLDER
 
     def commit(self, info: Mapping[str, Any], image: Digest | None = None) -> MetaEntry:
         """Make the META appear, on disk for sure; if another run was quicker, its equal one stands.
@@ -233,7 +223,5 @@ def parse_info(text: str | bytes, where: str) -> dict[str, Any]:
         for sha256, size in info["files"].values():
             bytes.fromhex(sha256), int(size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(
-            f"{where}: its info is damaged ({error!r}); run `layerkit store verify --repair`"
-        ) from error
+        raise StoreError(f"{where}: its info is damaged ({error!r}); {REPAIR}") from error
     return info

@@ -59,9 +59,9 @@ def object_rows(index: Index, rows: NDArray[np.int64]) -> list[ObjectRow]:
 class ObjectBatch:
     """The objects of one layer: written aside, then all moved into place inside one transaction."""
 
-    def __init__(self, layout: Layout, spool: Spool, catalog: Catalog) -> None:
+    def __init__(self, spool: Spool, catalog: Catalog) -> None:
         """Write into a new folder of ``spool``."""
-        self._layout, self._catalog = layout, catalog
+        self._layout, self._catalog = catalog.layout, catalog
         self.folder = spool.folder("objects")
         self._rows: list[ObjectRow] = []
         self._written: list[tuple[ObjectRow, bytes, bytes]] = []

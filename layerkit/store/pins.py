@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerkit.linux.durable import whole_file
+
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -40,9 +42,8 @@ def put(store: Path, pin: Pin) -> None:
     """Write a pin, whole or not at all; its owner must be there already, or gc may drop it."""
     folder = store / "pins"
     folder.mkdir(mode=0o755, exist_ok=True)
-    temporary = folder / f"{pin.id}.tmp"
-    temporary.write_text(json.dumps({"owner": pin.owner, "metas": pin.metas, "layers": pin.layers}))
-    temporary.replace(folder / f"{pin.id}.json")
+    with whole_file(folder / f"{pin.id}.json") as file:
+        file.write(json.dumps({"owner": pin.owner, "metas": pin.metas, "layers": pin.layers}).encode())
 
 
 def drop(store: Path, identity: str) -> None:

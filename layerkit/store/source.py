@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import os
-
-from layerkit.images.oci.blobs import FileRange, read_all
+from layerkit.images.oci.blobs import BytesReader, FileRange, read_all
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.errors import NotFound
 from layerkit.model.image import Image
@@ -14,18 +11,14 @@ from layerkit.store.local import LocalStore
 
 
 class StoreSource(ImageSource):
-    """An :class:`~layerkit.model.ports.ImageSource`; the store stays open when it is closed."""
+    """A source whose store stays open when it is closed."""
 
     def __init__(self, store: LocalStore, name: str) -> None:
         """Read the image called ``name``, or whose manifest's digest begins so."""
         self._store, self._name, self.where = store, name, f"store:{name}"
 
     def image(self, platform: Platform | None = None) -> Image:
-        """Return the image as it was when it came.
-
-        Raises:
-            NotFound: no such image, or it is for another platform.
-        """
+        """See the port; the image is as it was when it came."""
         image = self._store.image(self._name)
         if platform is not None and platform != image.platform:
             have = image.platform
@@ -43,20 +36,15 @@ class StoreSource(ImageSource):
         image = self.image()
         for known, data in ((image.descriptor, image.manifest), (image.config_descriptor, image.config)):
             if descriptor.digest == known.digest:
-                return _Bytes(data)
+                return BytesReader(data)
         try:
             # An uncompressed layer is its own blob.
-            path = self._store.tar_path(descriptor.digest)
+            return FileRange.whole(self._store.tar_path(descriptor.digest))
         except NotFound:
             raise NotFound(
                 f"{self.where}: blob {descriptor.digest} is not kept, only what is in it; "
                 "name the image where it came from; what the store keeps is checked by layerkit store verify"
             ) from None
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return FileRange(fd, 0, os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
 
     def fetch(self, entry: Descriptor, most: int) -> bytes:
         """See the port."""
@@ -64,10 +52,3 @@ class StoreSource(ImageSource):
 
     def close(self) -> None:
         """Do nothing: the store belongs to the caller."""
-
-
-class _Bytes(io.BytesIO):
-    """Bytes as a blob reader."""
-
-    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
-        return super().readinto(buffer)

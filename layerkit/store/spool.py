@@ -19,11 +19,14 @@ class Spool:
     """A folder ``tmp/PID-RANDOM`` that is made at first use and is gone after :meth:`close`.
 
     Its owner file, beside it, is flock'ed as long as the process lives, whatever ends it.
+
+    Attributes:
+        layout: of the store.
     """
 
     def __init__(self, layout: Layout) -> None:
         """Use the ``tmp`` folder of ``layout``."""
-        self._layout = layout
+        self.layout = layout
         self._guard = threading.Lock()
         self._numbers = itertools.count()
         self._folder: Path | None = None
@@ -53,10 +56,10 @@ class Spool:
         self._pid, self._owner = os.getpid(), -1
         name = f"{self._pid}-{uuid.uuid4().hex[:12]}"
         # Known before it is there: an interrupt may come between any two of these lines.
-        self._folder = self._layout.tmp / name
+        self._folder = self.layout.tmp / name
         try:
-            with file_lock(self._layout.locks / BIRTHS):
-                self._owner = open_lock(self._layout.tmp / (name + _OWNER))
+            with file_lock(self.layout.locks / BIRTHS):
+                self._owner = open_lock(self.layout.tmp / (name + _OWNER))
                 # Only ever waits for somebody who looks whether the owner lives, and they hold `births`.
                 try_lock(self._owner)
                 self._folder.mkdir(mode=0o700)
@@ -78,3 +81,17 @@ class Spool:
         if self._owner >= 0:
             os.close(self._owner)
         self._folder, self._owner = None, -1
+
+
+def dead(layout: Layout) -> list[Path]:
+    """Return what in ``tmp`` belongs to no living process: folders, owner files, anything else."""
+    with file_lock(layout.locks / BIRTHS):
+        found = {path.name: path for path in layout.tmp.iterdir()}
+        alive: set[str] = set()
+        for name, path in found.items():
+            if name.endswith(_OWNER) and path.is_file() and not path.is_symlink():
+                fd = open_lock(path)
+                if not try_lock(fd):
+                    alive.update((name, name.removesuffix(_OWNER)))
+                os.close(fd)
+    return sorted(path for name, path in found.items() if name not in alive)

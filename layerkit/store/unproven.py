@@ -5,13 +5,12 @@ They save asking a registry again for the next map. A file that is damaged or no
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 from layerkit.formats.index import file as index_file
 from layerkit.formats.index.check import check_index, is_unproven
+from layerkit.linux.durable import whole_file
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError
 from layerkit.model.index import Index
@@ -48,15 +47,5 @@ class UnprovenIndexes:
         """Keep an unproven index; one that is there is replaced."""
         assert is_unproven(index), "proven indexes belong into the store"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=self._folder, prefix=".new-")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.writelines(index_file.encode(index))
-            os.replace(name, self._folder / f"{index.diff_id.hex}.idx")
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-
-
-__all__ = ["UnprovenIndexes", "default_cache"]
+        with whole_file(self._folder / f"{index.diff_id.hex}.idx") as file:
+            file.writelines(index_file.encode(index))

@@ -12,7 +12,6 @@ from pathlib import Path
 from layerkit.linux.folders.walk import ignore, walk
 from layerkit.model.reports import Report
 from layerkit.store.catalog import Catalog
-from layerkit.store.layout import Layout
 from layerkit.store.metas import parse_info
 from layerkit.store.objects import stored_objects
 
@@ -76,9 +75,9 @@ class LsRow(Report):
     maps: tuple[str, ...]
 
 
-def df(layout: Layout, catalog: Catalog) -> DfReport:
+def df(catalog: Catalog) -> DfReport:
     """Return what takes how much space in the store."""
-    metas = _metas(layout, catalog)
+    layout, metas = catalog.layout, _metas(catalog)
     folders = (("layer tars", "tar"), ("data images", "data"), ("indexes", "index"))
     classes = [_sum(what, _stats(layout.root / folder)) for what, folder in folders]
     classes.append(_sum("objects", (facts for _, facts in stored_objects(layout))))
@@ -109,7 +108,7 @@ def ls(catalog: Catalog) -> list[LsRow]:
     ]
 
 
-def _metas(layout: Layout, catalog: Catalog) -> list[MetaRow]:
+def _metas(catalog: Catalog) -> list[MetaRow]:
     names: dict[str, list[str]] = {}
     for name, digest in catalog.names():
         names.setdefault(digest, []).append(name)

@@ -16,7 +16,8 @@ from layerkit.model.reports import RemapReport
 from layerkit.model.work import Work
 from layerkit.store import import_layers as importing
 from layerkit.store import preparation as prepare
-from layerkit.store.local import LocalStore, MetaEntry
+from layerkit.store.local import LocalStore
+from layerkit.store.metas import MetaEntry
 
 
 class Brought(NamedTuple):

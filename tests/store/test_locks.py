@@ -12,9 +12,8 @@ import pytest
 
 from layerkit.model.errors import StoreError
 from layerkit.store.layout import Layout
-from layerkit.store.leftovers import dead
 from layerkit.store.locks import Locks
-from layerkit.store.spool import Spool
+from layerkit.store.spool import Spool, dead
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.platforms import choose
-from layerkit.images.oci.blobs import compression, inflated, read_all
+from layerkit.images.oci.blobs import BytesReader, compression, inflated, read_all
 from layerkit.images.oci.outer_tar import Member, OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
@@ -23,22 +23,6 @@ if TYPE_CHECKING:
     from layerkit.model.ports import BlobReader
 
 _LAYER_TYPES = {"": oci.LAYER_TAR, "gzip": oci.LAYER_GZIP, "zstd": oci.LAYER_ZSTD}
-
-
-class _Bytes:
-    """A blob that was made here."""
-
-    def __init__(self, data: bytes) -> None:
-        self._rest = memoryview(data)
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-    def close(self) -> None:
-        self._rest = memoryview(b"")
 
 
 class DockerArchiveSource(ImageSource):
@@ -185,7 +169,7 @@ class DockerArchiveSource(ImageSource):
             raise DigestMismatch(
                 f"{self.where}: blob {descriptor.digest}", f"{size} bytes", f"{descriptor.size} bytes"
             )
-        return _Bytes(found) if isinstance(found, bytes) else self._archive.open(found)
+        return BytesReader(found) if isinstance(found, bytes) else self._archive.open(found)
 
     def fetch(self, entry: Descriptor, most: int) -> bytes:
         """See the port."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,15 @@ class FileRange:
         """Read ``size`` bytes from ``offset`` of the file ``fd``, which is duplicated."""
         self._fd, self._at, self._end = os.dup(fd), offset, offset + size
 
+    @classmethod
+    def whole(cls, path: str | os.PathLike[str]) -> FileRange:
+        """Read the file at ``path``."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return cls(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill ``buffer`` from its start; return the bytes written, 0 at the end."""
         got = os.preadv(self._fd, [buffer[: max(0, self._end - self._at)]], self._at)
@@ -39,6 +49,14 @@ class FileRange:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class BytesReader(io.BytesIO):
+    """Bytes as a :class:`~layerkit.model.ports.BlobReader`."""
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        """See the port."""
+        return super().readinto(buffer)
 
 
 class Readable(Protocol):
@@ -153,16 +171,3 @@ def inflated(reader: BlobReader, kind: str, what: str, limits: Limits) -> Iterat
             yield from chunks(reader)
     finally:
         reader.close()
-
-
-__all__ = [
-    "CHUNK_BYTES",
-    "FileRange",
-    "chunks",
-    "compression",
-    "inflated",
-    "read_all",
-    "spool",
-    "unlinked_file",
-    "verified",
-]
