@@ -11,7 +11,7 @@ from store_support import make_image, random_layer
 from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError
 from layerkit.store.catalog import Catalog, LayerRow, ObjectRow
-from layerkit.store.layout import Layout
+from layerkit.store.layout import DataBackend, Layout
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_backends_add_up_and_are_taken_away_one_by_one(catalog: Catalog) -> None
         catalog.put_layer(db, row._replace(tar=False, objects=True))
     assert catalog.layer(row.diff_id) == row._replace(objects=True)
     with catalog.write() as db:
-        catalog.drop_backend(db, row.diff_id, "tar")
+        catalog.drop_backend(db, row.diff_id, DataBackend.TAR)
     assert catalog.layer(row.diff_id) == row._replace(tar=False, objects=True)
 
 
@@ -83,7 +83,7 @@ def test_objects_are_known_by_their_whole_digest(catalog: Catalog) -> None:
     with pytest.raises(StoreError, match="bytes in the catalog"):
         catalog.known_objects([rows[0]._replace(size=1234)])
     with catalog.write() as db:
-        catalog.drop_objects(db, [row.short for row in rows[:59]])
+        catalog.drop(db, "objects", [row.short for row in rows[:59]])
     assert catalog.objects() == [rows[59]]
 
 
@@ -100,7 +100,7 @@ def test_a_meta_written_again_keeps_its_relations(catalog: Catalog) -> None:
     assert catalog.image_metas() == [(digest, "k")]
     assert catalog.meta("k") == '{"a": 1}'
     with catalog.write() as db:
-        catalog.drop_image(db, digest)
+        catalog.drop(db, "images", [digest])
     assert (catalog.image_metas(), catalog.image_layers(), catalog.names()) == ([], [], [])
     assert [key for key, _ in catalog.metas()] == ["k"]
 
