@@ -1,42 +1,49 @@
-"""Use case: images into sinks: copied as they are, or with layers and a config that are made here."""
+"""Rows and content to layers, and layers to an image's config and manifest, all of it into a sink.
+
+The result is an OCI image also where the input was a docker one: the two differ in media types alone, and
+one manifest must not mix them.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
-from layerkit.formats.compression.compress import ZSTD_LEVEL, all_cores, compress, compressor
+from layerkit.formats.compression.compress import LEVELS, ZSTD_LEVEL, all_cores, compress, compressor
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.compression.zstd_chunked import CHUNK_BYTES, ZstdChunked
 from layerkit.formats.oci import documents as oci
-from layerkit.formats.oci.rewrite import NewLayer, rewrite
+from layerkit.formats.strict_json import JsonObject, dumps
 from layerkit.formats.tar.layer_writer import Content, Part, layer_parts, layer_tar
-from layerkit.images.transfer import Chunks, blob_chunks, copy_image, put_blobs
+from layerkit.images.transfer import Chunks
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, UsageError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
-from layerkit.model.ports import ImageSink, ImageSource, Progress
+from layerkit.model.ports import ImageSink, Progress
 from layerkit.model.tree import Tree
 from layerkit.unpack import index_layer
-
-if TYPE_CHECKING:
-    from layerkit.model.digest import Digest
-    from layerkit.model.image import Image
-    from layerkit.model.index import Index
-    from layerkit.model.ports import ImageSink, ImageSource, Progress
 
 COMPRESSOR_KEY = "io.layerkit.compressor"
 """Annotation of a layer that was made here: what packed it. With the same one the same tar gives the same blob."""
 
 _CHUNK_BYTES = 1 << 20
+_KINDS = {
+    "gzip": Compression.GZIP, "zstd": Compression.ZSTD, "zstd:chunked": Compression.ZSTD, "none": Compression.NONE,
+}  # fmt: skip
+_DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+_OCI_LAYERS = {
+    _DOCKER_LAYER: oci.LAYER_TAR, _DOCKER_LAYER + ".gzip": oci.LAYER_GZIP, _DOCKER_LAYER + ".zstd": oci.LAYER_ZSTD,
+}  # fmt: skip
+_BASE = ("org.opencontainers.image.base.digest", "org.opencontainers.image.base.name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,26 @@ class Packing:
     level: int | None = None
     jobs: int | None = None
     chunked: bool = False
+
+    @classmethod
+    def parse(cls, compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
+        """Return how new layers are compressed.
+
+        Args:
+            compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
+            level: gzip 1 to 9, zstd 1 to 22; None is the default.
+            jobs: threads that compress; None is one for each core.
+
+        Raises:
+            UsageError: another compression, or a level that it does not have.
+        """
+        if compression not in _KINDS:
+            raise UsageError(f"--compression {compression!r}: want gzip, zstd, zstd:chunked or none")
+        allowed = LEVELS[_KINDS[compression]]
+        if level is not None and level not in allowed:
+            want = f"want {allowed[0]} to {allowed[-1]}" if allowed else "it has no levels"
+            raise UsageError(f"--compression-level {level} for {compression}: {want}")
+        return cls(_KINDS[compression], level, jobs, chunked=compression == "zstd:chunked")
 
     @property
     def media_type(self) -> str:
@@ -73,18 +100,31 @@ class Packing:
         return compressor(self.compression, self.level)
 
 
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How one layer is written.
+
+    Attributes:
+        packing: compression of the blob.
+        media_type: of the descriptor; "" is the OCI one that goes with the compression.
+        limits: bounds for the reading back.
+        progress: told of the bytes of tar written; may raise ``Cancelled``.
+        label: what ``progress`` is told.
+    """
+
+    packing: Packing = Packing()
+    media_type: str = ""
+    limits: Limits = DEFAULT
+    progress: Progress | None = None
+    label: str = "writing a layer"
+
+
 def write_layer(
     index: Index,
     content: Content,
     sink: ImageSink,
-    *,
-    packing: Packing | None = None,
-    media_type: str = "",
+    how: Writing = Writing(),
     check: Callable[[Index], None] | None = None,
-    limits: Limits = DEFAULT,
-    progress: Progress | None = None,
-    label: str = "writing a layer",
-    tmp: str | os.PathLike[str] | None = None,
 ) -> tuple[Descriptor, Digest]:
     """Write the layer that has the rows of ``index`` and put its blob into ``sink``; return it and its diff_id.
 
@@ -95,30 +135,33 @@ def write_layer(
         index: rows in canonical order; whiteouts and opaque markers are written as such.
         content: gives the stored bytes of a regular file's row (the runs of a sparse file one after the other).
         sink: where the blob goes; a blob that it has already is not put again.
-        packing: compression of the blob; None is the default one.
-        media_type: of the descriptor; "" is the OCI one that goes with the compression.
+        how: compression and the like.
         check: called with the index that the finished blob, read back, has, before it is put.
-        limits: bounds for the reading back.
-        progress: told of the bytes of tar written; may raise ``Cancelled``.
-        label: what ``progress`` is told.
-        tmp: folder of the temporary file, default the system's.
 
     Raises:
         LossyResult: something that a tar cannot hold.
         InvalidImage: content that is not as long as the index says, or what is read back is not right.
     """
-    packing = packing or Packing()
+    packing, progress = how.packing, how.progress
     tar_hash, blob_hash = hashlib.sha256(), hashlib.sha256()
     size = done = 0
 
-    def hashed() -> Iterator[bytes | bytearray | memoryview]:
+    def passed(data: bytes | bytearray | memoryview, *, told: bool) -> None:
         nonlocal done
+        tar_hash.update(data)
+        done += len(data)
+        if progress is not None and told:
+            progress(how.label, done, 0)
+
+    def hashed() -> Iterator[bytes | bytearray | memoryview]:
         for piece in layer_tar(index, content):
-            tar_hash.update(piece)
-            done += len(piece)
-            if progress is not None:
-                progress(label, done, 0)
+            passed(piece, told=True)
             yield piece
+
+    def seen(parts: Iterator[Part]) -> Iterator[Part]:
+        for part in parts:
+            passed(part.data, told=part.is_content)
+            yield part
 
     annotations = {COMPRESSOR_KEY: packing.compressor} if packing.compressor else {}
 
@@ -130,29 +173,16 @@ def write_layer(
         yield from writer.blob(seen(layer_parts(index, content)))
         annotations.update(writer.annotations)
 
-    def seen(parts: Iterator[Part]) -> Iterator[Part]:
-        nonlocal done
-        for part in parts:
-            tar_hash.update(part.data)
-            done += len(part.data)
-            if progress is not None and part.is_content:
-                progress(label, done, 0)
-            yield part
-
-    with tempfile.TemporaryFile(dir=tmp, prefix="layerkit-") as spool:
+    with tempfile.TemporaryFile(prefix="layerkit-") as spool:
         for out in packed():
             blob_hash.update(out)
             size += spool.write(out)
         spool.flush()
-        descriptor = Descriptor(
-            media_type or packing.media_type,
-            Digest("sha256", blob_hash.hexdigest()),
-            size,
-            annotations=annotations,
-        )
+        digest, media_type = Digest("sha256", blob_hash.hexdigest()), how.media_type or packing.media_type
+        descriptor = Descriptor(media_type, digest, size, annotations=annotations)
         diff_id = Digest("sha256", tar_hash.hexdigest())
         if check is not None:
-            check(index_layer(_FileReader(spool), descriptor, diff_id, limits=limits))
+            check(index_layer(_FileReader(spool), descriptor, diff_id, limits=how.limits))
         if not sink.has_blob(descriptor.digest):
             sink.put_blob(descriptor, Chunks(lambda: _file_chunks(spool)))
     return descriptor, diff_id
@@ -179,41 +209,131 @@ def _file_chunks(file: BinaryIO) -> Iterator[memoryview]:
         yield buffer[:got]
 
 
+@dataclass(frozen=True, slots=True)
+class NewLayer:
+    """A layer that was made for an image.
+
+    Attributes:
+        descriptor: of its blob.
+        diff_id: of its tar.
+        history: what made it, for the history's ``created_by``; "" keeps the entry of the one layer it
+            replaces.
+        replaces: places (from 0, bottom first) in the old image of the layers whose stead it takes.
+    """
+
+    descriptor: Descriptor
+    diff_id: Digest
+    history: str = ""
+    replaces: tuple[int, ...] = ()
+
+
 def rewrite_image(
-    image: Image,
-    layers: Sequence[Layer | NewLayer],
-    *,
-    created: str | None = None,
-    drop_history: bool = False,
-    limits: Limits = DEFAULT,
+    image: Image, layers: Sequence[Layer | NewLayer], *, created: str | None = None, limits: Limits = DEFAULT
 ) -> Image:
     """Return ``image`` with other layers: a new config and manifest, everything else in them untouched.
 
     Args:
-        image: where config, annotations and history come from.
+        image: where config, annotations and history come from. The history of layers that are gone stays, as
+            steps that made no layer.
         layers: of the result, bottom first: layers of ``image`` that stay, in their order, and new ones.
         created: RFC 3339 time of the result; None keeps that of ``image``, so nothing depends on the clock.
-        drop_history: leave out the history of layers that are gone, instead of keeping it as steps that
-            made no layer.
         limits: bounds.
     """
-    return rewrite(image, layers, created=created, drop_history=drop_history, limits=limits)
+    old = oci.parse_manifest(
+        image.manifest, f"{image.name or 'image'}: manifest", media_type=image.descriptor.media_type, limits=limits
+    )
+    document = oci.parse_config(image.config, f"{image.name or 'image'}: config", limits=limits).document
+    places = _places(image, layers)
+    config = _config(document, image, layers, places, created)
+    config_descriptor = Descriptor(
+        oci.CONFIG, Digest.of(config), len(config), annotations=image.config_descriptor.annotations
+    )
+    kept = [
+        replace(
+            layer.descriptor, media_type=_OCI_LAYERS.get(layer.descriptor.media_type, layer.descriptor.media_type)
+        )
+        for layer in layers
+    ]
+    annotations = dict(old.annotations)
+    if len(layers) == 0 or places[0] != [0] or not isinstance(layers[0], Layer):
+        # What it says of the image below is no longer so.
+        annotations = {key: value for key, value in annotations.items() if key not in _BASE}
+    manifest = oci.manifest_json(
+        config_descriptor, kept, artifact_type=old.artifact_type, subject=old.subject, annotations=annotations
+    )
+    return Image(
+        name=image.name,
+        manifest=manifest,
+        descriptor=Descriptor(oci.MANIFEST, Digest.of(manifest), len(manifest), platform=image.descriptor.platform),
+        config=config,
+        config_descriptor=config_descriptor,
+        layers=tuple(Layer(descriptor, layer.diff_id) for descriptor, layer in zip(kept, layers, strict=True)),
+        platform=image.platform,
+    )
 
 
-def put_image(
-    source: ImageSource, sink: ImageSink, image: Image, name: str = "", *, progress: Progress | None = None
-) -> None:
-    """Put a rewritten ``image``; blobs of its new layers are in ``sink`` already, kept ones are copied.
+def _places(image: Image, layers: Sequence[Layer | NewLayer]) -> list[list[int]]:
+    """Return for each of ``layers`` the old layers it stands for; kept ones are found in their order."""
+    out: list[list[int]] = []
+    at = 0
+    for layer in layers:
+        if isinstance(layer, NewLayer):
+            out.append(sorted(layer.replaces))
+            at = max([at, *(place + 1 for place in layer.replaces)])
+            continue
+        while at < len(image.layers) and image.layers[at].diff_id != layer.diff_id:
+            at += 1
+        if at == len(image.layers):
+            raise ValueError(f"{layer.diff_id} is not a layer of the image, or not in its order")
+        out.append([at])
+        at += 1
+    return out
 
-    See :func:`copy_image` for the arguments.
-    """
-    copy_image(source, sink, image, name, progress=progress)
+
+def _config(
+    document: JsonObject,
+    image: Image,
+    layers: Sequence[Layer | NewLayer],
+    places: list[list[int]],
+    created: str | None,
+) -> bytes:
+    document = dict(document)
+    if created is not None:
+        document["created"] = created
+    rootfs = document["rootfs"]
+    assert isinstance(rootfs, dict)
+    document["rootfs"] = {**rootfs, "diff_ids": [str(layer.diff_id) for layer in layers]}
+    if "history" in document:
+        history = _history(document, image, layers, places)
+        if history is None:
+            del document["history"]
+        else:
+            document["history"] = history
+    return dumps(document)
 
 
-__all__ = [
-    "COMPRESSOR_KEY", "Chunks", "NewLayer", "Packing", "blob_chunks", "copy_image", "put_blobs",
-    "put_image", "rewrite_image", "write_layer",
-]  # fmt: skip
+def _history(
+    document: JsonObject, image: Image, layers: Sequence[Layer | NewLayer], places: list[list[int]]
+) -> list[JsonObject] | None:
+    """Return the new history, None where the old one does not say which step made which layer."""
+    steps, created = document["history"], document.get("created")
+    old = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    made = [at for at, step in enumerate(old) if step.get("empty_layer") is not True]
+    if len(made) != len(image.layers):
+        return None
+    out: list[JsonObject] = []
+    done = 0  # steps of the old history that were taken over
+    for layer, stands_for in zip(layers, places, strict=True):
+        text = (layer.history or "layerkit") if isinstance(layer, NewLayer) else ""
+        last = made[stands_for[-1]] if stands_for else done - 1
+        same_step = not text or (isinstance(layer, NewLayer) and len(stands_for) == 1 and not layer.history)
+        for at in range(done, last + 1):
+            out.append(old[at] if at == last and same_step else {**old[at], "empty_layer": True})
+        done = max(done, last + 1)
+        if not same_step:
+            step: JsonObject = {"created": created} if created is not None else {}
+            out.append({**step, "created_by": text})
+    return out + [{**step, "empty_layer": True} for step in old[done:]]
 
 
 def check_tree(want: Digest, got: Tree) -> None:
@@ -236,8 +356,6 @@ def creation_time(text: str | None, epoch: str | None) -> str | None:
     Raises:
         UsageError: neither seconds since 1970 nor an RFC 3339 time.
     """
-    import datetime
-
     source = "--created" if text is not None else "SOURCE_DATE_EPOCH"
     value = text if text is not None else epoch
     if not value:
@@ -254,31 +372,3 @@ def creation_time(text: str | None, epoch: str | None) -> str | None:
             f"{source} {json.dumps(value)}: want seconds since 1970 or a time like 2026-01-31T12:00:00Z ({error})"
         ) from None
     return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def packing(compression: str = "gzip", level: int | None = None, jobs: int | None = None) -> Packing:
-    """Return how new layers are compressed.
-
-    Args:
-        compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
-        level: gzip 1 to 9, zstd 1 to 22; None is the default.
-        jobs: threads that compress; None is one for each core.
-
-    Raises:
-        UsageError: another compression, or a level that it does not have.
-    """
-    from layerkit.formats.compression.compress import LEVELS
-    from layerkit.formats.compression.decompress import Compression
-    from layerkit.pack import Packing
-
-    kinds = {
-        "gzip": Compression.GZIP, "zstd": Compression.ZSTD, "zstd:chunked": Compression.ZSTD,
-        "none": Compression.NONE,
-    }  # fmt: skip
-    if compression not in kinds:
-        raise UsageError(f"--compression {compression!r}: want gzip, zstd, zstd:chunked or none")
-    allowed = LEVELS[kinds[compression]]
-    if level is not None and level not in allowed:
-        want = f"want {allowed[0]} to {allowed[-1]}" if allowed else "it has no levels"
-        raise UsageError(f"--compression-level {level} for {compression}: {want}")
-    return Packing(kinds[compression], level, jobs, chunked=compression == "zstd:chunked")

@@ -47,13 +47,13 @@ def pack(
     `layerkit pack rootfs app-2.tar --base app.tar --uid-map 0:100000:65536 --message "settings of the site"`
     """
     from layerkit.api import open as api
-    from layerkit.pack import packing
+    from layerkit.pack import Packing
 
     mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
     settings = api.Settings(store=o.store_dir(store))
     with api.open_image(base, platform=platform, settings=settings) as image, progress(quiet) as step:
         result = image.pack(
-            folder, dst, mapping, packing=packing(compression, level), created=created, message=message,
+            folder, dst, mapping, packing=Packing.parse(compression, level), created=created, message=message,
             checksum=checksum, progress=step,
         )  # fmt: skip
     for warning in result.warnings:

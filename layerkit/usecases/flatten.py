@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerkit.formats.tar.layer_writer import stored_bytes
+from layerkit.images.transfer import copy_image
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.model.image import Image, Layer
@@ -17,7 +18,7 @@ from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.trees.squash import Squashed, squash
 from layerkit.model.work import Destination, Work
-from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents
 from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
@@ -124,15 +125,15 @@ def flatten(work: Work, dst: Destination, options: FlattenOptions) -> FlattenRep
                 return tars[layer].stored(layer, int(top.offset[inode]), stored_bytes(made.index, row))
 
             descriptor, diff_id = write_layer(
-                made.index, content, sink, packing=packing, check=got.append, limits=limits, progress=work.progress,
-            )  # fmt: skip
+                made.index, content, sink, Writing(packing, limits=limits, progress=work.progress), got.append
+            )
             text = f"layerkit flatten: layers {first + 1} to {after} of {image.descriptor.digest}"
             new.append(NewLayer(descriptor, diff_id, text, tuple(places)))
         # The new index stands in for the layers it replaces: what it says was read from the finished blob.
         check_tree(want, merge([*below, *got, *above], limits=limits))
         layers = [*image.layers[:first], *new, *image.layers[after:]]
         result = rewrite_image(image, layers, created=options.rewrite.created, limits=limits)
-        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
+        copy_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
     return FlattenReport(
         name=dst.name or image.name,
         manifest=str(result.descriptor.digest),

@@ -13,6 +13,7 @@ import numpy as np
 
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.images.transfer import copy_image
 from layerkit.linux.folders.reader import as_on_disk, read_rootfs, read_runs
 from layerkit.linux.folders.walk import FOLDER
 from layerkit.model.entry import Kind
@@ -22,7 +23,7 @@ from layerkit.model.reports import Report
 from layerkit.model.trees.diff import diff, diff_and_carried
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
-from layerkit.pack import NewLayer, put_image, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Writing, rewrite_image, write_layer
 from layerkit.unpack import read_indexes
 from layerkit.usecases.copy import left_behind
 from layerkit.usecases.flatten import has_root
@@ -125,12 +126,12 @@ def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> Pa
                 )
 
         descriptor, diff_id = write_layer(
-            change, content, sink, packing=options.rewrite.packing, check=check, limits=limits,
-            progress=work.progress,
+            change, content, sink,
+            Writing(options.rewrite.packing, limits=limits, progress=work.progress), check,
         )  # fmt: skip
         layer = NewLayer(descriptor, diff_id, options.message or "layerkit pack")
         result = rewrite_image(image, [*image.layers, layer], created=options.rewrite.created, limits=limits)
-        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
+        copy_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
     there = set(old.paths())
     shown = [path in there for path in change.path.tolist()]
     removed = int(np.count_nonzero(change.kind == Kind.WHITEOUT))

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images.transfer import copy_image
 from layerkit.model.errors import UsageError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.model.reports import Report
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
-from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents, Indexed, read_indexes
 from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
@@ -174,9 +175,9 @@ def optimize(
             with Contents(known, [layer.place] if (layer.content >= 0).any() else []) as contents:
                 descriptor, diff_id = write_layer(
                     layer.index, _moved(contents, layer), sink,
-                    packing=packing, media_type=stub_type if stubs else "",
-                    check=got.append, limits=limits, progress=work.progress,
-                    label=f"writing layer {layer.place + 1}/{len(image.layers)}",
+                    Writing(packing, stub_type if stubs else "", limits, work.progress,
+                            f"writing layer {layer.place + 1}/{len(image.layers)}"),
+                    got.append,
                 )  # fmt: skip
             if stubs:
                 got[-1] = filled(got[-1], merge(got[:-1], limits=limits))
@@ -186,7 +187,7 @@ def optimize(
         result, created = image, options.rewrite.created
         if made.changes or created is not None:
             result = rewrite_image(image, [new[place] for place in sorted(new)], created=created, limits=limits)
-        put_image(work.source, sink, result, name, progress=work.progress)
+        copy_image(work.source, sink, result, name, progress=work.progress)
     return told.report(result, dict(zip(sorted(new), result.layers, strict=True)), name)
 
 

@@ -20,6 +20,7 @@ from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.formats.tar.layer_writer import Content, stored_bytes
 from layerkit.idmap import IdMap, Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.images.transfer import copy_image
 from layerkit.metaonly import Namespace, metadata_layer
 from layerkit.model import acl_caps
 from layerkit.model.entry import Entry, Kind, XattrSet
@@ -33,7 +34,7 @@ from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.trees.squash import layer_of
 from layerkit.model.work import Destination, Work
-from layerkit.pack import NewLayer, check_tree, put_image, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents
 from layerkit.usecases.copy import left_behind
 from layerkit.usecases.settings import RewriteOptions
@@ -198,7 +199,7 @@ def remap(work: Work, dst: Destination, options: RemapOptions) -> RemapReport:
     with dst.sink() as sink, Contents(work, need=()) as contents:
         made = (_portable if options.form == "portable" else _with_meta)(work, sink, contents, options)
         result = rewrite_image(image, made.layers, created=options.rewrite.created, limits=work.limits)
-        put_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
+        copy_image(work.source, sink, result, dst.name or image.name, progress=work.progress)
     return RemapReport(
         name=dst.name or image.name,
         manifest=str(result.descriptor.digest),
@@ -244,8 +245,9 @@ def _portable(work: Work, sink: ImageSink, contents: Contents, options: RemapOpt
         # One layer at a time, so that no more than one lies uncompressed in a temporary file.
         with contents.more([place]) as one:
             descriptor, diff_id = write_layer(
-                new, _content(one, place, new), sink, packing=options.rewrite.packing, check=got.append,
-                limits=limits, progress=work.progress, label=f"writing {place + 1}/{len(indexes)}",
+                new, _content(one, place, new), sink,
+                Writing(options.rewrite.packing, "", limits, work.progress, f"writing {place + 1}/{len(indexes)}"),
+                got.append,
             )  # fmt: skip
         layers.append(NewLayer(descriptor, diff_id, replaces=(place,)))
     check_tree(want.digest(), merge(got, limits=limits))
@@ -282,9 +284,9 @@ def stub_layer(tree: Tree, *, strict: bool = False) -> Index:
 def _with_meta(work: Work, sink: ImageSink, contents: Contents, options: RemapOptions) -> _Made:
     tree, packing = apply_map(merge(contents.indexes, limits=work.limits), options.mapping), options.rewrite.packing
     descriptor, diff_id = write_layer(
-        stub_layer(tree, strict=work.strict), _no_content, sink, packing=packing,
-        media_type="" if options.stock_media_type else artifact.META_TAR + packing.suffix,
-        limits=work.limits, progress=work.progress,
+        stub_layer(tree, strict=work.strict), _no_content, sink,
+        Writing(packing, "" if options.stock_media_type else artifact.META_TAR + packing.suffix,
+                work.limits, work.progress),
     )  # fmt: skip
     text = f"layerkit remap --form layer: {options.mapping.canonical()}"
     return _Made(

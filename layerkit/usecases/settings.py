@@ -174,9 +174,9 @@ class RewriteOptions:
         Raises:
             UsageError: another compression, a level that it does not have, or no time.
         """
-        from layerkit.pack import creation_time, packing
+        from layerkit.pack import Packing, creation_time
 
-        how = packing(compression, level, jobs)
+        how = Packing.parse(compression, level, jobs)
         return cls(how, creation_time(created, os.environ.get("SOURCE_DATE_EPOCH")))
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from support import need_root, need_tool
 
-from layerkit import pack
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images import transfer
 from layerkit.images.open import open_sink, open_source
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -75,7 +75,7 @@ def _read(text: str) -> tuple[list[str], dict[str, Any]]:
     try:
         image = source.image()
         for layer in image.layers:
-            data = b"".join(map(bytes, pack.blob_chunks(source, layer.descriptor)))
+            data = b"".join(map(bytes, transfer.blob_chunks(source, layer.descriptor)))
             assert Digest.of(data) == layer.descriptor.digest
         return [str(d) for d in image.diff_ids], json.loads(image.config)
     finally:
@@ -137,7 +137,7 @@ def _copy(source_text: str, target: str, name: str, *, attach: bool = False) -> 
     source, sink = open_source(source_text), open_sink(target)
     try:
         image = source.image()
-        pack.copy_image(source, sink, image, name)
+        transfer.copy_image(source, sink, image, name)
         if attach:
             meta = Descriptor(artifact.META_EROFS, Digest.of(b"meta"), 4)
             data, entry = artifact.build(

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from image_kit import CONFIG, INDEX, LAYER, MANIFEST, Layout, below, dump, simple, special, tar
 
-from layerkit import pack
 from layerkit.formats.oci import documents as oci
+from layerkit.images import transfer
 from layerkit.images.oci.layout_sink import LayoutSink
 from layerkit.images.open import open_source
 from layerkit.model.errors import LayerkitError, UnsafeEntry
@@ -33,7 +33,7 @@ def _use(text: str, target: Path) -> None:
     try:
         image = source.image()
         with LayoutSink(str(target)) as sink:
-            pack.copy_image(source, sink, image, "copy")
+            transfer.copy_image(source, sink, image, "copy")
             sink.commit()
     finally:
         source.close()

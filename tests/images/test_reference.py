@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_kit import below, digest, dump, simple, tar
 
-from layerkit import pack
+from layerkit.images import transfer
 from layerkit.images.open import open_sink, open_source
 from layerkit.images.reference import Reference, parse
 from layerkit.model.digest import Digest
@@ -170,8 +170,8 @@ def test_standard_input(places: Path) -> None:
 
 def test_pipes_between_processes(places: Path) -> None:
     code = (
-        "from layerkit import pack; from layerkit.images.open import open_sink, open_source\n"
-        "s = open_source('-'); k = open_sink('-'); i = s.image(); pack.copy_image(s, k, i, i.name); k.commit()"
+        "from layerkit.images import transfer; from layerkit.images.open import open_sink, open_source\n"
+        "s = open_source('-'); k = open_sink('-'); i = s.image(); transfer.copy_image(s, k, i, i.name); k.commit()"
     )
     with (places / "oci.tar").open("rb") as data:
         out = subprocess.run([sys.executable, "-c", code], stdin=data, capture_output=True, check=True).stdout
@@ -202,7 +202,7 @@ def test_kind_of_a_target(places: Path, target: str, kind: str | None) -> None:
     if kind is None:  # a bare target has no tag; it would be a folder called "lay:again"
         ref = parse(f"oci:{places}/lay:again")
     source, sink = open_source(f"{places}/lay:one"), open_sink(ref)
-    pack.copy_image(source, sink, source.image(), ref.name)
+    transfer.copy_image(source, sink, source.image(), ref.name)
     sink.commit()
     source.close()
     path = Path(ref.path)

@@ -27,7 +27,8 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, NotFound, StoreError, UsageError
 from layerkit.store import spool
 from layerkit.store.fsck import Severity
-from layerkit.store.local import LocalStore, MetaEntry, chain_key, meta_key
+from layerkit.store.local import LocalStore
+from layerkit.store.metas import MetaEntry, chain_key, meta_key
 from layerkit.store.source import StoreSource
 
 KEY = "ab" * 32

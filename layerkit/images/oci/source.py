@@ -13,7 +13,6 @@ from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.images.oci.blobs import FileRange, read_all
-from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound
@@ -21,7 +20,8 @@ from layerkit.model.image import Image
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import ImageSource
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # whoever reads a folder has no need of the package that checks tars
+    from layerkit.images.oci.outer_tar import OuterTar
     from layerkit.model.ports import BlobReader
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -21,7 +21,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
-from layerkit.pack import Packing, write_layer
+from layerkit.pack import Packing, Writing, write_layer
 
 BIG = bytes(range(256)) * (CHUNK_BYTES // 128) + b"the end"
 RUNS = ((4096, 5), (1 << 20, CHUNK_BYTES + 3), (CHUNK_BYTES * 2, 1))
@@ -80,7 +80,7 @@ def content(of: Index) -> Any:
 def written(of: Index, jobs: int = 2, level: int | None = None) -> tuple[Descriptor, Digest, bytes, list[Index]]:
     sink, seen = MemorySink(), list[Index]()
     packing = Packing(Compression.ZSTD, level, jobs, chunked=True)
-    descriptor, diff_id = write_layer(of, content(of), sink, packing=packing, check=seen.append)
+    descriptor, diff_id = write_layer(of, content(of), sink, Writing(packing), seen.append)
     return descriptor, diff_id, sink.blobs[descriptor.digest], seen
 
 

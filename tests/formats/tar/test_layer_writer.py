@@ -27,7 +27,7 @@ from layerkit.model.entry import Entry, Extent, Kind
 from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.pack import NewLayer, Packing, rewrite_image, write_layer
+from layerkit.pack import NewLayer, Packing, Writing, rewrite_image, write_layer
 
 CAP = b"\1\0\0\2\0\4\0\0" + bytes(12)
 ACL = b"\2\0\0\0" + b"".join(
@@ -153,12 +153,12 @@ def test_the_blob_is_put_and_read_back(compression: Compression) -> None:
     def content(row: int) -> list[memoryview]:
         return [memoryview(data[index.path[row]])]
 
-    descriptor, diff_id = write_layer(index, content, sink, packing=Packing(compression), check=seen.append)
+    descriptor, diff_id = write_layer(index, content, sink, Writing(Packing(compression)), seen.append)
     assert plain(seen[0]) == plain(index)
     assert seen[0].diff_id == diff_id == Digest.of(tar_of(index, data))
     assert Digest.of(sink.blobs[descriptor.digest]) == descriptor.digest
     assert (descriptor.digest == diff_id) == (compression is Compression.NONE)
-    assert write_layer(index, content, MemorySink(), packing=Packing(compression)) == (descriptor, diff_id)
+    assert write_layer(index, content, MemorySink(), Writing(Packing(compression))) == (descriptor, diff_id)
 
 
 @pytest.mark.parametrize("wrong", [b"", b"shor", b"too long"])
@@ -274,9 +274,6 @@ def test_a_merged_layer_in_config_and_history() -> None:
         ("merged", False),
         ("CMD", True),
     ]
-    assert steps(rewrite_image(image, [image.layers[0], new], drop_history=True)) == [
-        ("ADD base", False), ("ENV A", True), ("merged", False), ("CMD", True),
-    ]  # fmt: skip
     before, after = json.loads(image.config), json.loads(out.config)
     assert {k: v for k, v in after.items() if k not in ("history", "rootfs")} == {
         k: v for k, v in before.items() if k not in ("history", "rootfs")

@@ -14,9 +14,9 @@ import pytest
 import zstandard
 from image_kit import below, digest, dump, special, tar
 
-from layerkit import pack
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
+from layerkit.images import transfer
 from layerkit.images.docker.archive import DockerArchiveSource
 from layerkit.images.oci.layout_sink import LayoutSink
 from layerkit.images.oci.outer_tar import OuterTar
@@ -45,7 +45,7 @@ def _open(tmp_path: Path, data: bytes, name: str = "", limits: Limits | None = N
 
 
 def _blobs(source: DockerArchiveSource, image: Image) -> list[bytes]:
-    return [b"".join(map(bytes, pack.blob_chunks(source, layer.descriptor))) for layer in image.layers]
+    return [b"".join(map(bytes, transfer.blob_chunks(source, layer.descriptor))) for layer in image.layers]
 
 
 PLAIN = (("c.json", _config(A, B)), ("a.tar", A), ("b.tar", B), ("manifest.json", dump([_saved("app:v1")])))
@@ -69,7 +69,7 @@ def test_it_becomes_a_layout_and_back_the_same_image(tmp_path: Path) -> None:
     source = _open(tmp_path, tar(*PLAIN))
     image = source.image()
     with LayoutSink(str(tmp_path / "lay")) as sink:
-        pack.copy_image(source, sink, image, "v1")
+        transfer.copy_image(source, sink, image, "v1")
         sink.commit()
     manifest = json.loads((tmp_path / "lay/blobs/sha256" / image.descriptor.digest.hex).read_bytes())
     assert manifest["config"]["mediaType"] == oci.CONFIG
@@ -261,6 +261,6 @@ def test_layer_that_is_not_the_promised_one_is_found_when_it_is_copied(tmp_path:
     source = _open(tmp_path, tar(*members))
     image = source.image()
     with LayoutSink(str(tmp_path / "lay")) as sink, pytest.raises(DigestMismatch):
-        pack.copy_image(source, sink, image)
+        transfer.copy_image(source, sink, image)
     source.close()
     assert below(tmp_path) == ["x.tar"]

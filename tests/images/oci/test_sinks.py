@@ -24,9 +24,9 @@ import pytest
 from image_kit import MANIFEST, Layout, below, dump, simple, tar
 from support import need_root
 
-from layerkit import pack
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
+from layerkit.images import transfer
 from layerkit.images.oci.archive_sink import ArchiveSink
 from layerkit.images.oci.layout_sink import LayoutSink
 from layerkit.images.open import open_sink, open_source
@@ -42,7 +42,7 @@ FORMS = ["oci", "oci-archive", "docker-archive"]
 def _put(source: Path | str, sink: ImageSink, name: str = "one", chosen: str = "") -> None:
     opened = open_source(f"{source}{chosen}")
     try:
-        pack.copy_image(opened, sink, opened.image(), name)
+        transfer.copy_image(opened, sink, opened.image(), name)
     finally:
         opened.close()
 
@@ -61,7 +61,7 @@ def _digest(text: str) -> str:
     try:
         image = source.image()
         for layer in image.layers:
-            data = b"".join(map(bytes, pack.blob_chunks(source, layer.descriptor)))
+            data = b"".join(map(bytes, transfer.blob_chunks(source, layer.descriptor)))
             assert Digest.of(data) == layer.descriptor.digest
         return str(image.descriptor.digest)
     finally:
@@ -208,7 +208,7 @@ def test_blobs_that_are_there_are_not_read(layout: Path, tmp_path: Path) -> None
     image = source.image()
     sink = LayoutSink(str(tmp_path / "copy"))
     source.close()  # reading any blob from here on would fail
-    pack.copy_image(source, sink, image, "again")
+    transfer.copy_image(source, sink, image, "again")
     sink.commit()
     _digest(f"{tmp_path}/copy:again")
 
@@ -473,7 +473,7 @@ def test_threads_put_blobs_into_one_sink(tmp_path: Path) -> None:
     for place in ("lay", "a.tar"):
         source = open_source(str(tmp_path / place))
         for entry, blob in zip(entries, blobs, strict=True):
-            assert b"".join(map(bytes, pack.blob_chunks(source, entry))) == blob
+            assert b"".join(map(bytes, transfer.blob_chunks(source, entry))) == blob
         source.close()
 
 
