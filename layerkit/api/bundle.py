@@ -14,6 +14,7 @@ from layerkit.api import open as api
 from layerkit.formats.runtime import config as rc
 from layerkit.hosts.bundle.maps import _check_mapped, _namespace_maps, _root_of
 from layerkit.hosts.bundle.root_mount import _root_mount
+from layerkit.linux.configuration import configured
 from layerkit.model.reports import Report
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def bundle(
     wishes: rc.Wishes | None = None,
     *,
     rootless: bool = False,
-    rendering: str = "auto",
+    rendering: str | None = None,
     own_meta: bool = False,
     progress: Progress | None = None,
 ) -> BundleReport:
@@ -104,7 +105,7 @@ def bundle(
         map_text=mapping.canonical() if mapping else "", rootless=rootless,
     )  # fmt: skip
     run = mounter.default_run(store)
-    if rootless and rendering == "auto":
+    if rootless and (rendering or configured("rendering")) == "auto":
         # The runtime mounts it, so that nothing of ours runs.
         rendering = "directory"
     try:

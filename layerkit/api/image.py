@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from layerkit.linux.configuration import configured
 from layerkit.model.errors import UsageError
 from layerkit.model.work import Work
 from layerkit.usecases.settings import RewriteOptions, Settings, default_store, kept
@@ -150,7 +151,7 @@ class OpenImage:
         self,
         mapping: Mapping | None,
         *,
-        rendering: str = "auto",
+        rendering: str | None = None,
         namespace: str = "auto",
         own_meta: bool = False,
         progress: Progress | None = None,
@@ -159,7 +160,7 @@ class OpenImage:
 
         Args:
             mapping: the id map; None keeps the owners.
-            rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``.
+            rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; None is what is configured.
             namespace: ``auto``, ``trusted`` or ``user``.
             own_meta: write META for this map even where an idmapped mount of the shared one would do.
             progress: told about the bytes read.
@@ -170,7 +171,7 @@ class OpenImage:
         from layerkit.hosts.mounts.choose import MountOptions
         from layerkit.usecases.into_store import bring
 
-        options = MountOptions(rendering, self.settings.data, namespace, own_meta)
+        options = MountOptions(rendering or configured("rendering"), self.settings.data, namespace, own_meta)
         with self.settings.open_store() as store:
             return bring(self.work(progress), store, mapping, options).report
 
@@ -181,7 +182,7 @@ class OpenImage:
         *,
         upper: Path | None = None,
         work: Path | None = None,
-        rendering: str = "auto",
+        rendering: str | None = None,
         own_meta: bool = False,
         progress: Progress | None = None,
     ) -> Mounted:
@@ -195,7 +196,8 @@ class OpenImage:
         from layerkit.hosts.mounts.choose import MountOptions
         from layerkit.usecases.into_store import mount
 
-        options = MountOptions(rendering, self.settings.data, own_meta=own_meta, upper=upper, work=work)
+        how = rendering or configured("rendering")
+        options = MountOptions(how, self.settings.data, own_meta=own_meta, upper=upper, work=work)
         with self.settings.open_store() as store:
             report = mount(self.work(progress), store, Path(target), mapping, options)
         return Mounted(Path(target), report, self.store_path)
@@ -303,15 +305,11 @@ class OpenImage:
 
     def _find_indexes(self, progress: Progress | None) -> Found:
         """Return the indexes for something that is looked at or published, and not mounted by it."""
-        from layerkit.images.registry.options import flag
         from layerkit.store.unproven import UnprovenIndexes
         from layerkit.usecases.published_indexes import find_indexes
 
-        published = self.settings.published
-        if published is None:
-            published = flag("LAYERKIT_PUBLISHED") is not False
         with self.kept(progress) as work:
-            return find_indexes(work, UnprovenIndexes(limits=self.limits).load if published else None)
+            return find_indexes(work, UnprovenIndexes(limits=self.limits).load if self.settings.published else None)
 
 
 def umount(target: str | Path, *, store: Path | None = None) -> None:

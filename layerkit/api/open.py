@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerkit.api.image import Mounted, OpenImage, umount
+from layerkit.linux.configuration import configured
 from layerkit.usecases.settings import MapOptions, Settings, default_store, open_store
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def mount_unpacked(
     mapping: Mapping | None = None,
     *,
     stacking: str = "auto",
-    rendering: str = "auto",
+    rendering: str | None = None,
     own_meta: bool = False,
     upper: Path | None = None,
     work: Path | None = None,
@@ -122,7 +123,7 @@ def mount_unpacked(
         target: an existing folder.
         mapping: the id map; None keeps the owners.
         stacking: ``auto``, ``data-only`` or ``classic``.
-        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``.
+        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; None is what is configured.
         own_meta: write META for this map even where an idmapped mount of the shared one would do.
         upper: makes the mount writable.
         work: overlayfs's own folder beside ``upper``.
@@ -139,7 +140,10 @@ def mount_unpacked(
     from layerkit.hosts.adopted.sources import find_unpacked
     from layerkit.hosts.mounts.choose import MountOptions
 
-    options = MountOptions(rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking, reread=reread)
+    options = MountOptions(
+        rendering or configured("rendering"), own_meta=own_meta, upper=upper, work=work, stacking=stacking,
+        reread=reread,
+    )  # fmt: skip
     settings = Settings(store)
     with settings.open_store() as held:
         return adopt.mount_unpacked(

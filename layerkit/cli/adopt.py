@@ -40,7 +40,7 @@ def mount_unpacked(
     store: Path,
     *,
     stacking: str,
-    rendering: str,
+    rendering: str | None,
     own_meta: bool,
     upper: Path | None,
     work: Path | None,

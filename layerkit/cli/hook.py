@@ -66,7 +66,7 @@ def settings_of(
     from dataclasses import replace
 
     from layerkit.hook import config as settings
-    from layerkit.images.registry.options import truth
+    from layerkit.linux.configuration import SETTINGS
 
     if file is not None:
         if registries or uid_map or gid_map:
@@ -83,7 +83,9 @@ def settings_of(
             raise UsageError("give --config FILE, or --registry HOST and --uid-map C:H:N")
         root = o.store_dir(store)
         verify = more.get("tls_verify")
-        known = {"tls_verify": truth(str(verify), "--tls-verify")} if verify is not None else {}
+        known = (
+            {"tls_verify": SETTINGS["tls_verify"].read(str(verify), "--tls-verify=")} if verify is not None else {}
+        )
         values: dict[str, object] = {
             "registry": [{"host": host, "name": host.replace(":", "-").lower(), **known} for host in registries],
             "map": [{"uid_map": uid_map, **({"gid_map": gid_map} if gid_map else {})}],

@@ -24,6 +24,7 @@ from layerkit.cli import (
     batch,
     bundle,
     cache,
+    config,
     containerd,
     copy,
     copyups,
@@ -48,6 +49,8 @@ from layerkit.cli import (
     which,
 )
 from layerkit.cli.interrupts import INTERRUPTS
+from layerkit.cli.options import configured_defaults
+from layerkit.linux.configuration import unknown_variables
 from layerkit.model.errors import Cancelled, LayerkitError, show_lines
 
 app = typer.Typer(
@@ -109,6 +112,7 @@ for module in (
     which,
     cache,
     copyups,
+    config,
 ):
     module.register(app)
 registry_options.add_to_commands(app)
@@ -140,8 +144,11 @@ def run() -> None:
 
 
 def _run_app() -> None:
+    for mistake in unknown_variables():
+        _say(f"warning: {mistake}")
     try:
-        app(standalone_mode=True)
+        command = typer.main.get_command(app)
+        command(default_map=configured_defaults(command))
     except SystemExit:
         # Python would write what is left at its exit, and could then only complain about a full disk.
         sys.stdout.flush()

@@ -36,8 +36,8 @@ def mount(
         typer.Option("--work", metavar="DIR", help="overlayfs's work folder [default: beside DIR, as DIR.work]."),
     ] = None,
     rendering: Annotated[
-        str, typer.Option("--rendering", metavar="auto|erofs|directory|fuse", help="Form of the metadata.")
-    ] = "auto",
+        str | None, typer.Option("--rendering", metavar="auto|erofs|directory|fuse", help="Form of the metadata.")
+    ] = None,
     own_meta: Annotated[
         bool,
         typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from layerkit.hosts.podman.mount_program import mount
+from layerkit.usecases.settings import default_store
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         # The store is ours, whatever umask podman was started with.
         os.umask(0o022)
-        for note in mount(words[1], Path(words[2]), _store()).notes:
+        for note in mount(words[1], Path(words[2]), default_store()).notes:
             print(f"layerkit mount-program: {note}", file=sys.stderr)
     except LayerkitError as error:
         print(f"layerkit mount-program: {error}", file=sys.stderr)
@@ -36,20 +37,6 @@ def main() -> None:
         where = f": {error.filename}" if error.filename is not None else ""
         print(f"layerkit mount-program: {error.strerror or error}{where}", file=sys.stderr)
         sys.exit(1)
-
-
-def _store() -> Path:
-    named = os.environ.get("LAYERKIT_STORE")
-    if named:
-        return Path(named)
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    if any(path.exists() for path in (Path("/etc/layerkit/config.toml"), config / "layerkit/config.toml")):
-        from layerkit.cli.options import store_dir
-
-        return store_dir(None)
-    from layerkit.usecases.settings import default_store
-
-    return default_store()
 
 
 if __name__ == "__main__":

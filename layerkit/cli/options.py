@@ -1,39 +1,18 @@
-"""Options that several commands share, declared once, with their settings from the environment and files.
+"""Options that several commands share, declared once.
 
-Order of precedence: the flag, ``LAYERKIT_*``, ``$XDG_CONFIG_HOME/layerkit/config.toml``,
-``/etc/layerkit/config.toml``.
+Where a flag is not given, its value is what ``layerkit config`` shows: see :func:`configured_defaults`.
 """
 
 from __future__ import annotations
 
-import os
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from layerkit.linux.configuration import configured, everything
 from layerkit.model.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
-
-@cache
-def _file_settings() -> dict[str, object]:
-    import tomllib
-
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    settings: dict[str, object] = {}
-    for path in (Path("/etc/layerkit/config.toml"), home / "layerkit/config.toml"):
-        try:
-            settings |= tomllib.loads(path.read_text())
-        except (FileNotFoundError, PermissionError):
-            continue
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: {error}") from None
-    return settings
-
 
 Ref = Annotated[
     str,
@@ -71,42 +50,33 @@ Strict = Annotated[
 StoreDir = Annotated[
     Path | None,
     typer.Option(
-        "--store", metavar="DIR", envvar="LAYERKIT_STORE",
+        "--store", metavar="DIR",
         help="The local store [default: /var/lib/layerkit for root, else $XDG_DATA_HOME/layerkit].",
     ),
 ]  # fmt: skip
 Data = Annotated[
     str,
     typer.Option(
-        "--data", envvar="LAYERKIT_DATA", metavar="auto|tar|objects",
+        "--data", metavar="auto|tar|objects",
         help="How file data is kept: raw layer tars under EROFS, or content-addressed files.",
     ),
 ]  # fmt: skip
 PlatformOption = Annotated[
     str | None,
-    typer.Option("--platform", metavar="OS/ARCH[/VARIANT]", envvar="LAYERKIT_PLATFORM",
+    typer.Option("--platform", metavar="OS/ARCH[/VARIANT]",
                  help="Which image of a multi-platform one [default: this host's]."),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Jobs = Annotated[
-    int, typer.Option("--jobs", "-j", min=1, max=64, envvar="LAYERKIT_JOBS", help="Layers read at the same time.")
-]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, max=64, help="Layers read at the same time.")]
 
 
 def store_dir(given: Path | None) -> Path:
-    """Return the store that the flag, the environment or a settings file names, or the default one."""
-    if given is not None:
-        return given
-    named = _file_settings().get("store")
-    if isinstance(named, str):
-        return Path(named).expanduser()
-    if named is not None:
-        raise UsageError(f"config.toml: store = {named!r}: want a string")
-    from layerkit.api.open import default_store
+    """Return the store that the flag names, else the one that is configured, or the default one."""
+    from layerkit.usecases.settings import default_store
 
-    return default_store()
+    return given or default_store()
 
 
 Dst = Annotated[
@@ -134,7 +104,7 @@ Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", h
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--jobs", "-j", min=1, max=64, envvar="LAYERKIT_JOBS",
+        "--jobs", "-j", min=1, max=64,
         help="Threads that compress; the result does not depend on it [default: all cores].",
     ),
 ]  # fmt: skip
@@ -161,9 +131,34 @@ def one_platform(platform: str | None, all_platforms: bool) -> str | None:
     Raises:
         UsageError: --all-platforms stands beside --platform.
     """
-    # The environment's variable is a default, which --all-platforms overrides.
-    if all_platforms and platform == os.environ.get("LAYERKIT_PLATFORM"):
+    # What is configured is a default, which --all-platforms overrides.
+    if all_platforms and platform == configured("platform"):
         return None
     if all_platforms and platform is not None:
         raise UsageError("--all-platforms and --platform exclude each other; give one of them")
     return platform
+
+
+_CONFIGURED = {
+    "data": "data", "jobs": "jobs", "strict": "strict", "platform": "platform",
+    "compression": "compression", "level": "compression_level",
+}  # fmt: skip
+"""Parameters whose default is a setting. What else can be set is asked for where it is used."""
+
+
+def configured_defaults(command: object) -> dict[str, Any]:
+    """Return the defaults that settings give to the options of ``command`` and of the commands below it.
+
+    Raises:
+        UsageError: something that is set wrong.
+    """
+    settings = everything()
+    given = {name: settings[key].value for name, key in _CONFIGURED.items() if settings[key].origin != "default"}
+
+    def defaults(each: object) -> dict[str, Any]:
+        if isinstance(each, TyperGroup):
+            return {name: defaults(below) for name, below in each.commands.items()}
+        names = [param.name or "" for param in each.params] if isinstance(each, TyperCommand) else []
+        return {name: given[name] for name in names if name in given}
+
+    return defaults(command)

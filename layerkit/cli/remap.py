@@ -35,13 +35,13 @@ def remap(
     squash: o.Squash = False,
     strict: o.Strict = False,
     rendering: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--rendering",
             metavar="auto|erofs|directory|fuse|tar",
             help="Form of the metadata: tar is for artifacts only.",
         ),
-    ] = "auto",
+    ] = None,
     namespace: Annotated[
         str,
         typer.Option(
@@ -164,8 +164,8 @@ def remap(
                 )
             else:
                 result = image.attach(
-                    mapping, dst, rendering=rendering, namespace=namespace, statement=statement, sign_key=sign_key,
-                    progress=step,
+                    mapping, dst, rendering=rendering or "auto", namespace=namespace, statement=statement,
+                    sign_key=sign_key, progress=step,
                 )  # fmt: skip
     _show(result, dst, json, quiet)
 

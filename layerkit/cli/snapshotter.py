@@ -46,7 +46,7 @@ def snapshotter(
     import threading
 
     from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
-    from layerkit.model import limits
+    from layerkit.linux import configuration
     from layerkit.model.errors import UsageError
 
     try:
@@ -58,7 +58,7 @@ def snapshotter(
     stopped = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopped.set())
-    opened = Snapshotter(root, o.store_dir(store), run=run, limits=limits.from_environment())
+    opened = Snapshotter(root, o.store_dir(store), run=run, limits=configuration.limits())
     try:
         server = Server(opened, address)
         server.start()

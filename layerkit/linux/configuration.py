@@ -47,6 +47,17 @@ class Setting:
         table, _, name = self.key.rpartition(".")
         return f"LAYERKIT_{'LIMIT_' if table else ''}{name.upper()}"
 
+    def read(self, value: object, where: str) -> Any:
+        """Return what ``value`` says; ``where`` is what an error puts before it, such as ``NAME=``.
+
+        Raises:
+            UsageError: a value that this cannot be.
+        """
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            raise UsageError(f"{where}{value!r}: {error}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class Configured:
@@ -61,12 +72,7 @@ class Configured:
     origin: str
 
 
-def truth(value: object) -> bool:
-    """Return what ``value`` says: true or false, or a word for one of them.
-
-    Raises:
-        ValueError: neither yes nor no.
-    """
+def _truth(value: object) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
@@ -116,21 +122,21 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("data", _choice("auto", "tar", "objects"), "how file data is kept", "auto"),
         Setting("rendering", _choice("auto", "erofs", "directory", "fuse"), "how metadata is mounted", "auto"),
         Setting("jobs", _number(1, 64), "layers read at the same time, threads that compress"),
-        Setting("strict", truth, "refuse overlay xattrs that an image brings", False),
-        Setting("published", truth, "take published indexes instead of layers where nothing is mounted", True),
+        Setting("strict", _truth, "refuse overlay xattrs that an image brings", False),
+        Setting("published", _truth, "take published indexes instead of layers where nothing is mounted", True),
         Setting("platform", _text, "the image of a multi-platform one"),
         Setting(
             "compression", _choice("gzip", "zstd", "zstd:chunked", "none"), "of layers that are written", "gzip"
         ),
         Setting("compression_level", _number(1, 22), "of the compression"),
         Setting("authfile", _path, "credentials of registries", others=("REGISTRY_AUTH_FILE",)),
-        Setting("tls_verify", truth, "false takes any certificate of a registry, and plain HTTP"),
+        Setting("tls_verify", _truth, "false takes any certificate of a registry, and plain HTTP"),
         Setting("cert_dir", _path, "certificates for registries"),
         Setting(
             "registries_conf", _path, "the file with mirrors of registries", others=("CONTAINERS_REGISTRIES_CONF",)
         ),
         Setting("hosts_dir", _path, "containerd's folder of hosts.toml"),
-        Setting("mirrors", truth, "ask mirrors of registries", True),
+        Setting("mirrors", _truth, "ask mirrors of registries", True),
         *(
             Setting(f"{_LIMITS}.{field.name}", _number(0), "a bound on input", field.default)
             for field in fields(Limits)
@@ -189,15 +195,8 @@ def unknown_variables() -> list[str]:
 def _find(setting: Setting, given: Mapping[str, Configured]) -> Configured:
     for name in (setting.variable, *setting.others):
         if text := os.environ.get(name):
-            return Configured(_parsed(setting, text, f"{name}="), name)
+            return Configured(setting.read(text, f"{name}="), name)
     return given.get(setting.key) or Configured(setting.default, "default")
-
-
-def _parsed(setting: Setting, value: object, where: str) -> Any:
-    try:
-        return setting.parse(value)
-    except ValueError as error:
-        raise UsageError(f"{where}{value!r}: {error}") from None
 
 
 def _from_files() -> dict[str, Configured]:
@@ -220,7 +219,7 @@ def _read(path: Path, _mtime_ns: int, _size: int) -> dict[str, Configured]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from None
     return {
-        setting.key: Configured(_parsed(setting, value, f"{path}: {setting.key} = "), str(path))
+        setting.key: Configured(setting.read(value, f"{path}: {setting.key} = "), str(path))
         for setting, value in _known(values, path)
     }
 
@@ -251,7 +250,6 @@ __all__ = [
     "configured",
     "everything",
     "limits",
-    "truth",
     "unknown_variables",
     "user_file",
 ]

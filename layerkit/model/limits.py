@@ -2,15 +2,14 @@
 
 Images come from strangers. Each bound is far above what real images hold (the largest public ones have
 some 2 million entries and 100 GB of data) and low enough that a bomb ends early with one clear error.
-``LAYERKIT_LIMIT_<NAME>`` raises or lowers a bound for one run.
+``LAYERKIT_LIMIT_<NAME>``, or the table ``[limits]`` of config.toml, raises or lowers one.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from layerkit.model.errors import LimitExceeded, UsageError
+from layerkit.model.errors import LimitExceeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +52,6 @@ class Limits:
         allowed: int = getattr(self, limit)
         if found > allowed:
             raise LimitExceeded(limit, found, allowed, where)
-
-
-def from_environment() -> Limits:
-    """Return the default bounds with those replaced that ``LAYERKIT_LIMIT_*`` names.
-
-    Raises:
-        UsageError: a value that is not a whole number, or below zero.
-    """
-    chosen: dict[str, int] = {}
-    for field in fields(Limits):
-        text = os.environ.get(f"LAYERKIT_LIMIT_{field.name.upper()}")
-        if text is None:
-            continue
-        if not (text.isascii() and text.isdigit()):
-            raise UsageError(f"LAYERKIT_LIMIT_{field.name.upper()}={text!r}: want a whole number")
-        chosen[field.name] = int(text)
-    return Limits(**chosen)
 
 
 DEFAULT = Limits()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from layerkit.formats.index import file as index_file
 from layerkit.formats.index.check import check_index, is_unproven
+from layerkit.linux.configuration import configured
 from layerkit.linux.durable import whole_file
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError
@@ -18,9 +19,10 @@ from layerkit.model.limits import DEFAULT, Limits
 
 
 def default_cache() -> Path:
-    """Return ``LAYERKIT_CACHE``, else ``/var/cache/layerkit`` for root or ``$XDG_CACHE_HOME/layerkit``."""
-    if named := os.environ.get("LAYERKIT_CACHE"):
-        return Path(named)
+    """Return what is configured, else ``/var/cache/layerkit`` for root or ``$XDG_CACHE_HOME/layerkit``."""
+    named: Path | None = configured("cache")
+    if named is not None:
+        return named
     if os.geteuid() == 0:
         return Path("/var/cache/layerkit")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerkit"

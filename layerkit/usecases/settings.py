@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.model import limits as bounds
+from layerkit.linux import configuration
 from layerkit.model.errors import UsageError
 from layerkit.model.work import NOTHING_KEPT, NOWHERE, Destination, Kept
 
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
 
 
 def default_store() -> Path:
-    """Return the store of this user: ``/var/lib/layerkit`` for root, else below ``$XDG_DATA_HOME``.
+    """Return the store that is configured, else ``/var/lib/layerkit`` for root, else one below ``$XDG_DATA_HOME``.
 
     Root of a user namespace is not root here: it cannot write to /var/lib.
     """
     from layerkit.linux import userns
 
+    named: Path | None = configuration.configured("store")
+    if named is not None:
+        return named
     if os.geteuid() == 0 and userns.in_initial_userns():
         return Path("/var/lib/layerkit")
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "layerkit"
@@ -43,33 +47,34 @@ class Settings:
     """What holds for every operation on an image.
 
     Attributes:
-        store: the local store; None is :func:`default_store`.
+        store: the local store; None is what is configured, else :func:`default_store`.
         data: ``auto``, ``tar`` or ``objects``: how file data is kept.
         jobs: layers read at the same time.
         strict: refuse overlay xattrs that an image brings, instead of escaping them.
-        limits: bounds on input; None takes the defaults with those of ``LAYERKIT_LIMIT_*``.
-        registry: for ``docker://`` references; None takes the options of the environment.
-        published: take published indexes and tables of contents instead of layers where nothing is mounted by
-            it; None follows ``LAYERKIT_PUBLISHED``, and does so where that is not set.
+        limits: bounds on input; None is what is configured.
+        registry: for ``docker://`` references; None is what is configured.
+        published: take published indexes and tables of contents instead of layers where nothing is mounted by it.
+
+    What is not given is what ``LAYERKIT_*`` and config.toml say, see :mod:`layerkit.linux.configuration`.
     """
 
     store: Path | None = None
-    data: str = "auto"
-    jobs: int = 1
-    strict: bool = False
+    data: str = field(default_factory=partial(configuration.configured, "data"))
+    jobs: int = field(default_factory=lambda: configuration.configured("jobs") or 1)
+    strict: bool = field(default_factory=partial(configuration.configured, "strict"))
     limits: Limits | None = None
     registry: RegistryOptions | None = None
-    published: bool | None = None
+    published: bool = field(default_factory=partial(configuration.configured, "published"))
 
     @property
     def store_path(self) -> Path:
         """Return the store's folder."""
-        return self.store if self.store is not None else default_store()
+        return self.store or default_store()
 
     @property
     def bounds(self) -> Limits:
         """Return the bounds on input that hold."""
-        return self.limits or bounds.from_environment()
+        return self.limits or configuration.limits()
 
     def open_store(self, *, create: bool = True) -> LocalStore:
         """Open the store, made if there is none and ``create``; close it, or use it in ``with``."""
@@ -158,7 +163,7 @@ class RewriteOptions:
     @classmethod
     def of(
         cls,
-        compression: str = "gzip",
+        compression: str | None = None,
         level: int | None = None,
         jobs: int | None = None,
         created: str | None = None,
@@ -166,9 +171,10 @@ class RewriteOptions:
         """Return the options that the words of a user mean.
 
         Args:
-            compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
+            compression: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``; None: as configured, with its level.
             level: of the compression: gzip 1 to 9, zstd 1 to 22; None is the default.
-            jobs: threads that compress; None is one for each core. The result does not depend on it.
+            jobs: threads that compress; None is what is configured, else one for each core. The result does not
+                depend on it.
             created: RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, where that is set.
 
         Raises:
@@ -176,7 +182,12 @@ class RewriteOptions:
         """
         from layerkit.pack import Packing, creation_time
 
-        how = Packing.parse(compression, level, jobs)
+        if compression is None:
+            compression, level = (
+                configuration.configured("compression"),
+                level or configuration.configured("compression_level"),
+            )
+        how = Packing.parse(compression, level, jobs or configuration.configured("jobs"))
         return cls(how, creation_time(created, os.environ.get("SOURCE_DATE_EPOCH")))
 
 

@@ -20,9 +20,9 @@ from layerkit.hook.work.layers import LayerTask, publish, shared_at
 from layerkit.hook.work.tasks import Task, has_artifact
 from layerkit.hook.work.worker import access_to, end, task_of
 from layerkit.images.registry.names import RegistryRef
+from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, RegistryError
-from layerkit.model.limits import from_environment
 
 _log = logging.getLogger("layerkit.hook.fleet")
 _published: set[tuple[str, Digest]] = set()
@@ -57,7 +57,7 @@ def index_together(config: Config, shard: Shard, wishes: Sequence[Wish], registr
 
 
 def _index_in(config: Config, registry: Registry, shard: Shard, wishes: Sequence[Wish]) -> None:
-    limits, access = from_environment(), access_to(registry)
+    limits, access = configuration.limits(), access_to(registry)
     repository = config.index_repository(registry)
     shared = shared_at(access, repository, limits)
     assert shared is not None
@@ -105,7 +105,7 @@ def survey(tasks: tuple[Task, ...]) -> list[Want]:
 
 
 def _image_wants(tasks: tuple[Task, ...]) -> list[Want]:
-    limits, task = from_environment(), tasks[0]
+    limits, task = configuration.limits(), tasks[0]
     access, name = task.targets[0]
     repository = client_of(access, limits).repository(f"{access.host}/{name}")
     entry, data = repository.manifest(task.digest)

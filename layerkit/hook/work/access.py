@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import httpx2
 
+from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import RegistryError
-from layerkit.model.limits import Limits, from_environment
+from layerkit.model.limits import Limits
 
 if TYPE_CHECKING:
     from layerkit.images.registry.client import RegistryClient
@@ -38,7 +39,7 @@ def resolve(access: Access, repository: str, tag: str) -> Digest:
         NotFound: no such tag.
         RegistryError: the registry does not answer.
     """
-    return client_of(access, from_environment()).repository(f"{access.host}/{repository}").resolve(tag).digest
+    return client_of(access, configuration.limits()).repository(f"{access.host}/{repository}").resolve(tag).digest
 
 
 def all_tags(access: Access, repository: str) -> list[str]:
@@ -48,7 +49,7 @@ def all_tags(access: Access, repository: str) -> list[str]:
         NotFound: no such repository.
         RegistryError: the registry does not answer.
     """
-    tags = client_of(access, from_environment()).repository(f"{access.host}/{repository}").tags()
+    tags = client_of(access, configuration.limits()).repository(f"{access.host}/{repository}").tags()
     return [tag for tag in tags if not _ATTACHED.fullmatch(tag)]
 
 
@@ -60,7 +61,7 @@ def upstream(access: Access) -> tuple[str, ssl.SSLContext]:
     """
     from layerkit.images.registry.hosts import base_url, endpoints
 
-    client = client_of(access, from_environment())
+    client = client_of(access, configuration.limits())
     endpoint = endpoints(access.host, "", client.options)[-1]
     try:
         scheme = client.transport.scheme(endpoint)

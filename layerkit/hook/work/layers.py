@@ -17,11 +17,12 @@ from layerkit.formats.index import file as index_file
 from layerkit.hook.work.access import Access, client_of
 from layerkit.hook.work.executors import run_once
 from layerkit.hook.work.shared import SharedIndexes
+from layerkit.linux import configuration
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits, from_environment
+from layerkit.model.limits import Limits
 
 if TYPE_CHECKING:
     from layerkit.model.index import Index
@@ -81,7 +82,7 @@ def fetch(task: LayerTask) -> Got | None:
 
     Whoever gets None asks by itself, and then learns why: errors do not survive the way from another machine.
     """
-    limits = from_environment()
+    limits = configuration.limits()
     try:
         with _opened(task.store, limits) as store:
             index, origin = _local(task, store, limits)
@@ -95,7 +96,7 @@ def fetch(task: LayerTask) -> Got | None:
 
 def publish(task: LayerTask) -> bool:
     """Have a layer's index where others find it, reading the layer if nobody has; return whether it is there."""
-    limits = from_environment()
+    limits = configuration.limits()
     shared = task.shared_indexes(limits)
     if shared is None:
         return False

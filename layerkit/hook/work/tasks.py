@@ -26,10 +26,11 @@ from layerkit.hook.work.layers import index_of, layer_tasks
 from layerkit.idmap import Mapping
 from layerkit.images.registry.names import RegistryRef
 from layerkit.images.registry.sink import RegistrySink
+from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, LossyResult, NotFound, UnmappedId, UnsafeEntry, UsageError
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits, from_environment
+from layerkit.model.limits import Limits
 from layerkit.usecases.attach import AttachOptions, made, put, signer_of, statement
 from layerkit.usecases.published_indexes import put_indexes
 
@@ -93,7 +94,7 @@ def execute(task: Task) -> Outcome:
 
 
 def _execute(task: Task) -> Outcome:
-    limits = from_environment()
+    limits = configuration.limits()
     access, name = task.targets[0]
     client = client_of(access, limits)
     before = _traffic(task, limits)

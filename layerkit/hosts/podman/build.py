@@ -24,10 +24,10 @@ from layerkit.hosts.podman.layers import TOP, StorageLayer, folder_key, tree_key
 from layerkit.hosts.podman.mount_options import parse_shift, shift_text, shifted_back
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.linux import configuration
 from layerkit.linux.folders.reader import LayerFolder, Marks, index_layer_folder
 from layerkit.linux.folders.stubs import write_directory
 from layerkit.metaonly import OPAQUE, WHITEOUT_DEVICE, WHITEOUT_MODE, YES, MetadataLayer, Namespace
-from layerkit.model import limits as bounds
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Kind
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
@@ -52,7 +52,7 @@ def build_meta(
     Raises:
         LayerkitError: a folder that cannot be adopted, an owner outside the map, or a disk that refuses.
     """
-    limits = bounds.from_environment()
+    limits = configuration.limits()
     tree_name = tree_key(layers, namespace)
     key = tree_name if mapping is None else folder_key(layers, namespace, mapping)
     with LocalStore.open(store_root, limits=limits) as store, store.hold(), store.meta_lock(key):
@@ -95,7 +95,7 @@ def write_view(layer: StorageLayer, namespace: Namespace, out: BinaryIO) -> None
     Raises:
         LayerkitError: the folder cannot be read as a layer.
     """
-    limits = bounds.from_environment()
+    limits = configuration.limits()
     index = index_layer_folder(layer.path, marks=Marks.OVERLAY, limits=limits).index
     removed, cut, entries = set[bytes](), set[bytes](), list[Entry]()
     for entry in apply_map(index, shifted_back(parse_shift(layer.shifted))).entries():

@@ -80,7 +80,7 @@ class RegistryClient:
         Raises:
             UsageError: a file that the options name is not there.
         """
-        self.options = options or settings.from_environment()
+        self.options = options or settings.from_settings()
         if self.options.authfile is not None and not self.options.authfile.is_file():
             raise UsageError(f"{self.options.authfile}: no such file; --authfile names the one of `podman login`")
         self.limits = limits

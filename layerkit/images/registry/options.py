@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from layerkit.model.errors import UsageError
-
-_FALSE, _TRUE = frozenset(("0", "false", "no", "off")), frozenset(("1", "true", "yes", "on"))
+from layerkit.linux.configuration import configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +53,14 @@ class RegistryOptions:
     chunk_bytes: int = 16 << 20
 
 
-def from_environment() -> RegistryOptions:
-    """Return the options that the environment gives: ``LAYERKIT_*``, and what podman and skopeo read.
-
-    ``LAYERKIT_AUTHFILE`` (else ``REGISTRY_AUTH_FILE``), ``LAYERKIT_TLS_VERIFY``, ``LAYERKIT_CERT_DIR``,
-    ``LAYERKIT_REGISTRIES_CONF`` (else ``CONTAINERS_REGISTRIES_CONF``), ``LAYERKIT_HOSTS_DIR``,
-    ``LAYERKIT_MIRRORS``.
+def from_settings() -> RegistryOptions:
+    """Return the options that are configured: by ``LAYERKIT_*``, by what podman and skopeo read, in config.toml.
 
     Raises:
         UsageError: a value that means nothing.
     """
-
-    def path(*names: str) -> Path | None:
-        return next((Path(value).expanduser() for name in names if (value := os.environ.get(name))), None)
-
-    mirrors = flag("LAYERKIT_MIRRORS")
-    return RegistryOptions(
-        authfile=path("LAYERKIT_AUTHFILE", "REGISTRY_AUTH_FILE"),
-        tls_verify=flag("LAYERKIT_TLS_VERIFY"),
-        cert_dir=path("LAYERKIT_CERT_DIR"),
-        registries_conf=path("LAYERKIT_REGISTRIES_CONF", "CONTAINERS_REGISTRIES_CONF"),
-        hosts_dir=path("LAYERKIT_HOSTS_DIR"),
-        mirrors=True if mirrors is None else mirrors,
-    )
+    names = ("authfile", "tls_verify", "cert_dir", "registries_conf", "hosts_dir", "mirrors")
+    return RegistryOptions(**{name: configured(name) for name in names})
 
 
-def flag(name: str) -> bool | None:
-    """Return what the variable ``name`` says, None where it is not set.
-
-    Raises:
-        UsageError: neither yes nor no.
-    """
-    text = os.environ.get(name, "")
-    return truth(text, name) if text else None
-
-
-def truth(text: str, what: str) -> bool:
-    """Return what ``text``, the value of ``what``, says.
-
-    Raises:
-        UsageError: neither yes nor no.
-    """
-    if text.lower() not in _TRUE | _FALSE:
-        raise UsageError(f"{what}={text!r}: want true or false")
-    return text.lower() in _TRUE
-
-
-__all__ = ["RegistryOptions", "Retry", "flag", "from_environment", "truth"]
+__all__ = ["RegistryOptions", "Retry", "from_settings"]

@@ -12,7 +12,7 @@ import pytest
 from layerkit.images.registry import credentials, hosts, transport
 from layerkit.images.registry.auth import Authenticator, TokenRequest, parse_challenges
 from layerkit.images.registry.names import RegistryRef, api_host, fallback_tag, is_private
-from layerkit.images.registry.options import RegistryOptions, from_environment
+from layerkit.images.registry.options import RegistryOptions, from_settings
 from layerkit.model.digest import Digest
 from layerkit.model.errors import RegistryError, UsageError
 
@@ -380,10 +380,10 @@ def test_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LAYERKIT_AUTHFILE", "LAYERKIT_TLS_VERIFY", "LAYERKIT_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("REGISTRY_AUTH_FILE", "/a")
-    assert (from_environment().authfile, from_environment().tls_verify) == (Path("/a"), None)
+    assert (from_settings().authfile, from_settings().tls_verify) == (Path("/a"), None)
     monkeypatch.setenv("LAYERKIT_AUTHFILE", "/b")
     monkeypatch.setenv("LAYERKIT_TLS_VERIFY", "false")
-    assert (from_environment().authfile, from_environment().tls_verify) == (Path("/b"), False)
+    assert (from_settings().authfile, from_settings().tls_verify) == (Path("/b"), False)
     monkeypatch.setenv("LAYERKIT_TLS_VERIFY", "maybe")
     with pytest.raises(UsageError, match="want true or false"):
-        from_environment()
+        from_settings()
