@@ -52,7 +52,6 @@ def index_layer(
     diff_id: Digest | None,
     *,
     limits: Limits = DEFAULT,
-    data: DataSink | None = None,
     progress: Progress | None = None,
 ) -> Index:
     """Read a layer blob to its end and return its index; blob digest, size and ``diff_id`` are verified.
@@ -62,7 +61,6 @@ def index_layer(
         descriptor: the digest and size that the blob must have.
         diff_id: the digest that the uncompressed tar must have; None computes its sha256.
         limits: bounds on everything in the layer.
-        data: takes the uncompressed tar, from another thread; what it got is good only if this returns.
         progress: called in this thread with the compressed bytes read; what it raises ends the work.
 
     Raises:
@@ -70,7 +68,7 @@ def index_layer(
         InvalidImage: malformed, unsafe (:class:`UnsafeEntry`) or beyond ``limits`` (:class:`LimitExceeded`).
         LossyResult: an ACL that cannot be expressed.
     """
-    return LayerReading(reader, descriptor, diff_id, limits=limits, data=data, progress=progress).finish()
+    return LayerReading(reader, descriptor, diff_id, limits=limits).finish(progress)
 
 
 class VerifiedBlob:
@@ -138,11 +136,13 @@ class LayerReading:
         *,
         limits: Limits = DEFAULT,
         data: DataSink | None = None,
-        progress: Progress | None = None,
     ) -> None:
-        """Prepare; the arguments are those of :func:`index_layer`."""
+        """Prepare; for the other arguments see :func:`index_layer`.
+
+        ``data`` takes the uncompressed tar, from another thread; what it got is good if :meth:`finish` returns.
+        """
         self._descriptor, self._diff_id, self._limits = descriptor, diff_id, limits
-        self._data, self._progress = data, progress
+        self._data = data
         self._label = f"layer {descriptor.digest}"
         self._blob = VerifiedBlob(reader, descriptor, limits)
         self._tar_hash = (diff_id or _SHA256_OF_NOTHING).hasher()
@@ -182,14 +182,14 @@ class LayerReading:
         self.read.set()
         self._ring.clear()
 
-    def finish(self) -> Index:
+    def finish(self, progress: Progress | None = None) -> Index:
         """Walk over the tar, in this thread, while the others read; return the index, all digests verified."""
         tar = TarReader(str(self._descriptor.digest), self._limits)
         error: BaseException | None = None
         try:
             if not self._started:
                 self.start()
-            tar.read(self._chunks())
+            tar.read(self._chunks(progress))
             self._join()
         except BaseException as e:
             error = e
@@ -282,13 +282,13 @@ class LayerReading:
 
     # --- the caller's thread -----------------------------------------------------------------------------
 
-    def _chunks(self) -> Iterator[Chunk]:
+    def _chunks(self, progress: Progress | None) -> Iterator[Chunk]:
         slot = 0
         while (n := self._to_walk.get()) != _STOP:
             if self._hash_error is not None:
                 raise _Interrupted
-            if self._progress is not None:
-                self._progress(self._label, self._blob.count, self._descriptor.size)
+            if progress is not None:
+                progress(self._label, self._blob.count, self._descriptor.size)
             yield self._ring[slot % self._slots], n
             slot += 1
             self._walked.put(n)
@@ -375,14 +375,9 @@ class Contents:
                 if index is None or (tar is None and diff_id in wanted):
                     if diff_id in wanted:
                         tar = stack.enter_context(tempfile.TemporaryFile(prefix="layerkit-", buffering=0))
-                    reader = work.source.open_blob(layer.descriptor)
-                    try:
-                        index = index_layer(
-                            reader, layer.descriptor, diff_id, limits=limits, data=_Sink(tar) if tar else None,
-                            progress=labelled(work.progress, place, len(image.layers)),
-                        )  # fmt: skip
-                    finally:
-                        reader.close()
+                    with contextlib.closing(work.source.open_blob(layer.descriptor)) as reader:
+                        reading = LayerReading(reader, layer.descriptor, diff_id, limits=limits, data=tar)
+                        index = reading.finish(labelled(work.progress, place, len(image.layers)))
                     self.read += 1
                 if tar is not None:
                     self._tars[diff_id] = tar
@@ -439,13 +434,3 @@ class Indexed(Kept):
     def open_tar(self, diff_id: Digest) -> BinaryIO | None:
         """See the port."""
         return self._kept.open_tar(diff_id)
-
-
-class _Sink:
-    """A file as a :class:`~layerkit.model.ports.DataSink`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, chunk: memoryview, /) -> int:
-        return self._file.write(chunk)

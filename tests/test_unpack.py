@@ -21,7 +21,7 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
 from layerkit.model.limits import Limits
-from layerkit.unpack import SLOT_BYTES, SLOTS, index_layer
+from layerkit.unpack import SLOT_BYTES, SLOTS, LayerReading, index_layer
 
 FORMS = ["none", "gzip", "zstd"]
 
@@ -61,9 +61,8 @@ class Sink:
 def test_index_data_and_digests(tar: bytes, form: str, step: int) -> None:
     blob = packed(tar, form)
     sink, seen = Sink(most=300_000), []
-    index = index_layer(
-        Blob(blob, step), described(blob), Digest.of(tar), data=sink, progress=lambda *step: seen.append(step)
-    )
+    reading = LayerReading(Blob(blob, step), described(blob), Digest.of(tar), data=sink)
+    index = reading.finish(lambda *step: seen.append(step))
     assert list(index.entries()) == list(read_tar(tar).entries())
     assert (index.diff_id, index.tar_size) == (Digest.of(tar), len(tar))
     assert sink.data == tar
@@ -121,7 +120,7 @@ def test_bytes_after_the_marker_count_for_the_digest_only(tar: bytes) -> None:
     longer = tar + os.urandom(3 * SLOT_BYTES + 100)
     blob = packed(longer, "gzip")
     sink = Sink()
-    index = index_layer(Blob(blob), described(blob), Digest.of(longer), data=sink)
+    index = LayerReading(Blob(blob), described(blob), Digest.of(longer), data=sink).finish()
     assert index.tar_size == len(longer)
     assert sink.data == longer
 
@@ -156,12 +155,12 @@ def test_the_sinks_error_comes_out_once(tar: bytes, form: str) -> None:
     blob = packed(tar, form)
     for after in (0, 2 << 20):
         with pytest.raises(OSError, match="No space"):
-            index_layer(Blob(blob), described(blob), None, data=Sink(fail_after=after - 1))
+            LayerReading(Blob(blob), described(blob), None, data=Sink(fail_after=after - 1)).finish()
 
 
 def test_a_sink_that_takes_nothing_is_an_error(tar: bytes) -> None:
     with pytest.raises(OSError, match="no more bytes"):
-        index_layer(Blob(tar), described(tar), None, data=Sink(most=0))
+        LayerReading(Blob(tar), described(tar), None, data=Sink(most=0)).finish()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -217,7 +216,7 @@ def test_a_slow_side_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().write(chunk)
 
     sink = Slow()
-    index = index_layer(reader, described(tar), Digest.of(tar), data=sink)
+    index = LayerReading(reader, described(tar), Digest.of(tar), data=sink).finish()
     assert sink.data == tar and len(index) == 60
     assert max(ahead) <= (SLOTS + 2) * 4096
 

@@ -9,48 +9,37 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from layerkit.model.image import Image, Layer
-from layerkit.model.limits import Limits
-from layerkit.model.ports import ImageSource, Progress
+from layerkit.model.image import Layer
+from layerkit.model.ports import Progress
+from layerkit.model.work import Work
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping
     from concurrent.futures import Future
 
+    from layerkit.model.digest import Digest
     from layerkit.model.index import Index
     from layerkit.store.layers import LayerWriter
     from layerkit.unpack import LayerReading
 
 
-def import_layers(
-    source: ImageSource,
-    image: Image,
-    store: LocalStore,
-    backend: DataBackend,
-    *,
-    limits: Limits,
-    jobs: int = 1,
-    progress: Progress | None = None,
-) -> int:
-    """Bring every layer of ``image`` into ``store``; return how many blobs were read for it.
+def import_layers(work: Work, store: LocalStore, backend: DataBackend) -> int:
+    """Bring every layer of the image into ``store``; return how many blobs were read for it.
 
     Args:
-        source: where the blobs are.
-        image: whose layers are meant.
+        work: the image. Its progress is told of the bytes of each blob, with ``jobs`` 1 in the caller's thread.
         store: gets them; the caller holds it (``store.hold()``) until the image is added.
         backend: how their data is kept.
-        limits: bounds on input.
-        jobs: layers read at the same time.
-        progress: told of the bytes of each blob, with ``jobs`` 1 in the caller's thread.
 
     Raises:
         InvalidImage: a layer is malformed, unsafe, or not what its digests promise; layers that were
             whole before stay in the store, of this one nothing does.
     """
-    limits.check("layers_per_image", len(image.layers), image.name or "image")
+    image = work.image
+    work.limits.check("layers_per_image", len(image.layers), image.name or "image")
     missing = [
         (place, layer)
         for place, layer in {layer.diff_id: (i, layer) for i, layer in enumerate(image.layers)}.values()
@@ -63,16 +52,12 @@ def import_layers(
 
     from layerkit.unpack import labelled
 
-    with _Importer(source, store, backend, limits) as importer:
-        steps = {layer.diff_id: labelled(progress, place, len(image.layers)) for place, layer in missing}
-
-        def bring(*layers: Layer) -> int:
-            return importer.bring_in_turn(layers, lambda layer: steps[layer.diff_id])
-
-        if jobs <= 1 or len(missing) <= 1:
-            return bring(*(layer for _, layer in missing))
-        with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(bring, layer) for _, layer in missing]
+    steps = {layer.diff_id: labelled(work.progress, place, len(image.layers)) for place, layer in missing}
+    with _Importer(work, store, backend, steps) as importer:
+        if work.jobs <= 1 or len(missing) <= 1:
+            return importer.bring_in_turn(*(layer for _, layer in missing))
+        with ThreadPoolExecutor(work.jobs) as pool:
+            futures = [pool.submit(importer.bring_in_turn, layer) for _, layer in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
@@ -88,10 +73,12 @@ class _Importer:
     ends, whatever the readers of this and other processes wait for.
     """
 
-    def __init__(self, source: ImageSource, store: LocalStore, backend: DataBackend, limits: Limits) -> None:
+    def __init__(
+        self, work: Work, store: LocalStore, backend: DataBackend, steps: Mapping[Digest, Progress | None]
+    ) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self._source, self._store, self._backend, self._limits = source, store, backend, limits
+        self._work, self._store, self._backend, self._steps = work, store, backend, steps
         self._thread = ThreadPoolExecutor(1, "layerkit-commit")
         self._commits: list[Future[None]] = []
 
@@ -107,7 +94,7 @@ class _Importer:
         for commit in list(self._commits):
             commit.result()
 
-    def bring_in_turn(self, layers: Sequence[Layer], progress_of: Callable[[Layer], Progress | None]) -> int:
+    def bring_in_turn(self, *layers: Layer) -> int:
         """Read those of ``layers`` that the store lacks; return how many blobs that took. Commits follow."""
         from concurrent.futures import ThreadPoolExecutor
 
@@ -116,7 +103,7 @@ class _Importer:
         with ThreadPoolExecutor(1, "layerkit-ahead") as ahead, contextlib.ExitStack() as dropped:
             for layer in [*layers, None]:
                 after = begun.reading.read if begun is not None else None
-                begin = ahead.submit(self._begin, layer, progress_of(layer), after) if layer is not None else None
+                begin = ahead.submit(self._begin, layer, after) if layer is not None else None
                 if begin is not None:
                     dropped.callback(_drop, begin)
                 if begun is not None:
@@ -125,7 +112,7 @@ class _Importer:
                 begun = begin.result() if begin is not None else None
         return count
 
-    def _begin(self, layer: Layer, progress: Progress | None, after: threading.Event | None) -> _Begun | None:
+    def _begin(self, layer: Layer, after: threading.Event | None) -> _Begun | None:
         """Begin to read ``layer``, once ``after`` is set; return None if the store has it."""
         if after is not None:
             after.wait()
@@ -137,19 +124,18 @@ class _Importer:
                 return None
             from layerkit.unpack import LayerReading
 
-            reader = opened.enter_context(contextlib.closing(self._source.open_blob(layer.descriptor)))
+            reader = opened.enter_context(contextlib.closing(self._work.source.open_blob(layer.descriptor)))
             writer = kept.enter_context(store.begin_layer(backend))
-            reading = LayerReading(
-                reader, layer.descriptor, layer.diff_id, limits=self._limits, data=writer, progress=progress
-            )
+            limits = self._work.limits
+            reading = LayerReading(reader, layer.descriptor, layer.diff_id, limits=limits, data=writer)
             opened.callback(reading.abort)
             reading.start()
-            return _Begun(reading, writer, opened.pop_all(), kept.pop_all())
+            return _Begun(self._steps[layer.diff_id], reading, writer, opened.pop_all(), kept.pop_all())
 
     def _finish(self, begun: _Begun) -> None:
         with begun.kept:
             with begun.opened:
-                index = begun.reading.finish()
+                index = begun.reading.finish(begun.progress)
             self._wait_for_commits()  # so that one layer waits at most, and an error of one ends the run
             self._commits.append(self._thread.submit(_commit, begun.kept.pop_all(), begun.writer, index))
 
@@ -157,6 +143,7 @@ class _Importer:
 class _Begun(NamedTuple):
     """A layer that is being read."""
 
+    progress: Progress | None
     reading: LayerReading
     writer: LayerWriter
     opened: contextlib.ExitStack

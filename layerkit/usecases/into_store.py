@@ -14,8 +14,8 @@ from layerkit.idmap import Mapping
 from layerkit.model.facts import TreeFacts
 from layerkit.model.reports import RemapReport
 from layerkit.model.work import Work
-from layerkit.store import import_layers as importing
 from layerkit.store import preparation as prepare
+from layerkit.store.import_layers import import_layers
 from layerkit.store.local import LocalStore
 from layerkit.store.metas import MetaEntry
 
@@ -45,9 +45,7 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
     ways = choose.choose(store.root, mapping, options)
     # gc must not take layers between their import and the row that says who needs them.
     with store.hold():
-        read = importing.import_layers(
-            work.source, image, store, ways.backend, limits=work.limits, jobs=work.jobs, progress=work.progress
-        )
+        read = import_layers(work, store, ways.backend)
         ready = prepare.Preparation(store, image, limits=work.limits, strict=work.strict)
         facts = ready.facts()
         if ways.one_meta and mapping is not None:

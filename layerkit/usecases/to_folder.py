@@ -140,9 +140,7 @@ def unpack(work: Work, store: LocalStore, target: Path, options: UnpackOptions) 
     check_target(target)
     with store.hold():
         backend = choose_backend(store, image, target.parent, copy, options.data)
-        read = import_layers(
-            work.source, image, store, backend, limits=work.limits, jobs=work.jobs, progress=work.progress
-        )
+        read = import_layers(work, store, backend)
         tree = Preparation(store, image, limits=work.limits).tree()
         if mapping is not None:
             tree = apply_map(tree, mapping)

@@ -16,7 +16,7 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import Cancelled, DigestMismatch, LayerkitError
 from layerkit.model.image import Image, Layer
-from layerkit.model.limits import DEFAULT
+from layerkit.model.work import Work
 from layerkit.store.import_layers import import_layers
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
@@ -60,9 +60,8 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 def bring(store: LocalStore, source: Source, progress: object = None, jobs: int = 1) -> int:
-    return import_layers(
-        source, image(), store, DataBackend.TAR, limits=DEFAULT, jobs=jobs, progress=progress  # type: ignore[arg-type]
-    )  # fmt: skip
+    work = Work(source, image(), jobs=jobs, progress=progress)  # type: ignore[arg-type]
+    return import_layers(work, store, DataBackend.TAR)
 
 
 def kept(store: LocalStore) -> list[int]:
