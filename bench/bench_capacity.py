@@ -72,7 +72,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
 def measure(work: Path) -> dict[str, Cost]:
     """Return the cost of an image of each kind, for its first map, for its second, and looked at again."""
     from fault_proxy import fault_proxy
-    from hook_images import push
+    from pushed_images import push
     from registry_server import docker_registry
 
     work.mkdir(exist_ok=True)
@@ -182,8 +182,8 @@ def _push_real(host: str) -> None:
 
 def _push_build(host: str, number: int) -> str:
     """Push the real image with one small layer of its own on top."""
-    from hook_images import ask
-    from image_kit import LAYER, MANIFEST, descriptor, digest, dump, tar
+    from made_images import LAYER, MANIFEST, descriptor, digest, dump, tar
+    from pushed_images import ask
 
     manifest = json.loads(ask(host, "real/app/manifests/v0", Accept=MANIFEST)[1])
     config = json.loads(ask(host, f"real/app/blobs/{manifest['config']['digest']}")[1])

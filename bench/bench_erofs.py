@@ -35,7 +35,7 @@ def _resident(what: str, *, restart: bool = False) -> int:
 
 def measure(n: int, folder: Path) -> dict[str, Any]:
     """Build META of ``n`` names and patch it; return seconds and bytes."""
-    from erofs_trees import big_columns, mapped
+    from trees import big_columns, mapped
 
     from layerkit.formats.meta import erofs
     from layerkit.formats.meta.erofs_patch import patch_meta
@@ -126,13 +126,13 @@ def peer(n: int, folder: Path) -> float | None:
 def data(files: int, folder: Path) -> float:
     """Return the seconds to map the files of a layer onto its tar."""
     import numpy as np
-    from erofs_layers import make_layer
+    from made_layers import written_layer
 
     from layerkit.formats.meta import erofs
 
     rng = np.random.default_rng(1)
     folder.mkdir()
-    index, tar = make_layer(folder, {b"f%d" % i: rng.bytes(16) for i in range(files)})
+    index, tar = written_layer(folder, {b"f%d" % i: rng.bytes(16) for i in range(files)})
     start = time.perf_counter()
     with tar.open("rb") as source, (folder / "data").open("xb") as file:
         erofs.build_data(index, source, file)

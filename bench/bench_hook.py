@@ -46,7 +46,7 @@ def _row(what: str, ours: float, plain: float) -> dict[str, Any]:
 
 def events(work: Path) -> tuple[float, float]:
     """Return the seconds of one event, sent alone and in batches, until it is stored."""
-    from hook_support import MAP_A, TOKEN, event, hook_process
+    from hook_service import MAP_A, TOKEN, event, hook_process
 
     from layerkit.model.digest import Digest
 
@@ -97,8 +97,9 @@ def plain_sqlite(path: Path) -> float:
 
 def images(work: Path) -> tuple[float, float]:
     """Return the seconds of one image: its first map, and its second."""
-    from hook_images import push, settled
-    from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process, wait_for
+    from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process
+    from programs import wait_for
+    from pushed_images import push, settled
     from registry_server import docker_registry
 
     work.mkdir()

@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "sample-images")]
 
 from engines import Engine  # noqa: E402
-from podman_engine import CREATE, RUN, rootless_podman, write_program  # noqa: E402
+from rootless_podman import CREATE, RUN, rootless_podman, write_program  # noqa: E402
 
 _ROUNDS = 5
 IMAGE = "app"

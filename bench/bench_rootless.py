@@ -69,7 +69,8 @@ def rows(work: Path) -> list[dict[str, Any]]:
     subprocess.run(["chown", "-R", f"{USER}:{USER}", home], check=True)
     readable = ":".join(map(str, (sys.base_prefix, sys.prefix, TESTS.parent, home)))
     done = subprocess.run(
-        [sys.executable, TESTS / "in_userns.py", str(USER), readable, sys.executable, "-c", _SCRIPT],
+        [sys.executable, TESTS / "ordinary_users.py", "namespace", str(USER), readable,
+         sys.executable, "-c", _SCRIPT],
         cwd=home, stdout=subprocess.PIPE, check=True,
         env={**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(home), "LAYERKIT_STORE": f"{home}/store",
              "PYTHONPATH": str(TESTS.parent)},

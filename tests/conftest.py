@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support import mounts_below, need_root, need_tool
+from kernel_mounts import mounts_below
+from needs import need_root, need_tool
 
 # podman_engine, containerd_engine, docker_engine
 pytest_plugins = ("engines",)

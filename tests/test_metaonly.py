@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT
+from programs import ROOT
 from trees import file, folder, tree_of
 
 from layerkit import metaonly

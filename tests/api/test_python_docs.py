@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import ROOT
-from support import need_root
+from needs import need_root
+from programs import ROOT
 
 PAGE = ROOT / "docs/python.md"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 MAP = "0:100000:65536"
 ALL_COMMANDS = (

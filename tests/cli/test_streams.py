@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_kit import simple
+from made_images import simple
 
 Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 

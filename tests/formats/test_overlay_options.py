@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT
-from support import need_root
+from needs import need_root
+from programs import ROOT
 
 from layerkit.formats.overlay_options import OverlayOptions, parse_layers
 from layerkit.linux import mounts

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hook_support import settings
+from hook_service import settings
 
 from layerkit.hook.config import INDEX_REPOSITORY, Registry, load, read_token, with_index_repository
 from layerkit.model.errors import UsageError

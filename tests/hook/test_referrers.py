@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hook_images import REMAP, ask, image, settled
-from hook_support import BEARER, MAP_A, TOKEN, call, event, hook_process, wait_for
-from image_kit import MANIFEST
+from hook_service import BEARER, MAP_A, TOKEN, call, event, hook_process
+from made_images import MANIFEST
+from programs import wait_for
+from pushed_images import REMAP, ask, image, settled
 from registry_fake import fake_registry
 
 

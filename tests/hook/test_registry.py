@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
-from hook_images import REMAP, Pushed, artifacts, ask, image, map_of, push, run, settled, states
-from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, free_port, hook_process, wait_for
-from image_kit import INDEX, MANIFEST, digest, dump
+from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process
+from made_images import INDEX, MANIFEST, digest, dump
+from programs import free_port, layerkit, wait_for
+from pushed_images import REMAP, Pushed, artifacts, ask, image, map_of, push, settled, states
 from registry_server import Registry, docker_registry
 
 IMAGES = 30
@@ -126,7 +127,7 @@ def test_thirty_images_that_share_layers(site: Site, tmp_path: Path) -> None:
 
 def test_what_is_published_is_what_a_remap_gives(site: Site, tmp_path: Path) -> None:
     """The META of the hook is the one that ``remap`` makes of the same image, pulled by a foreign tool."""
-    from support import need_tool
+    from needs import need_tool
 
     need_tool("skopeo")
     with hook_process(site.config(MAP_A), log=tmp_path / "log") as (_, url):
@@ -137,7 +138,7 @@ def test_what_is_published_is_what_a_remap_gives(site: Site, tmp_path: Path) -> 
     assert isinstance(layers, list)
     subprocess.run(["skopeo", "copy", "-q", "--src-tls-verify=false", site.registry.ref(f"{pushed.name}:v1"),
                     f"oci:{tmp_path / 'pulled'}:v1"], check=True, timeout=60)  # fmt: skip
-    run(0, "remap", f"oci:{tmp_path / 'pulled'}:v1", f"oci:{tmp_path / 'mapped'}:v1", "--uid-map", MAP_A,
+    layerkit("remap", f"oci:{tmp_path / 'pulled'}:v1", f"oci:{tmp_path / 'mapped'}:v1", "--uid-map", MAP_A,
         "--store", str(tmp_path / "other"))  # fmt: skip
     blob = layers[0]["digest"].partition(":")[2]
     assert (tmp_path / "mapped/blobs/sha256" / blob).exists()
@@ -200,7 +201,7 @@ def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site
                 process.send_signal(signal.SIGKILL)
         with hook_process(config, log=log) as (_, url):
             # The registry may still hold back pushes that it could not tell while the hook was down.
-            wait_for(lambda: settled(url, count), 60)
+            wait_for(lambda: settled(url, count), seconds=60)
             found = states(url)
     finally:
         over.set()
@@ -219,33 +220,33 @@ def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     host = site.wire.host
     common = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"), "--engine", "threads"]
     refs = [f"docker://{host}/{each.name}:v1" for each in images]
-    done = json.loads(run(0, "hook", "run", *refs[:2], *common, "--json").stdout)
+    done = json.loads(layerkit("hook", "run", *refs[:2], *common, "--json").stdout)
     assert [job["state"] for job in done["jobs"]] == ["done", "done"] and done["failed"] == []
     # Part of it fails: what can be done is done, the exit code is 5, and the message says which.
-    failed = run(5, "hook", "run", refs[2], f"docker://{host}/team0/app0:absent", *common)
+    failed = layerkit("hook", "run", refs[2], f"docker://{host}/team0/app0:absent", *common, code=5)
     assert "1 of 2 failed" in failed.stderr and "team0/app0:absent: not in the registry" in failed.stderr
     assert [len(artifacts(site.registry.host, each)) for each in images] == [1, 1, 1]
     # Once more, without a state: two requests each, no layer, nothing written.
     site.wire.seen.clear()
-    again = json.loads(run(0, "hook", "run", *refs, *common, "--state", str(tmp_path / "fresh"), "--json").stdout)
+    again = json.loads(layerkit("hook", "run", *refs, *common, "--state", str(tmp_path / "fresh"), "--json").stdout)
     assert all(job["report"]["existing"] for job in again["jobs"])
     assert not [seen for seen in site.wire.seen if seen[0] not in ("GET", "HEAD") or "/blobs/" in seen[1]]
-    unmapped = run(
-        5, "hook", "run", refs[0], "--tls-verify=false", "--uid-map", "5:5:1", "--store", str(tmp_path / "s")
+    unmapped = layerkit(
+        "hook", "run", refs[0], "--tls-verify=false", "--uid-map", "5:5:1", "--store", str(tmp_path / "s"), code=5
     )
     assert "outside the map" in unmapped.stderr
     tags = json.loads(
-        run(0, "hook", "run", f"docker://{host}/{images[0].name}", "--all-tags", *common, "--json").stdout
+        layerkit("hook", "run", f"docker://{host}/{images[0].name}", "--all-tags", *common, "--json").stdout
     )
     assert [job["targets"][0]["tag"] for job in tags["jobs"]] == ["v1"]
     shown = json.loads(
-        run(0, "hook", "jobs", "--state", str(tmp_path / "s-hook"), "--only", "dead", "--json").stdout
+        layerkit("hook", "jobs", "--state", str(tmp_path / "s-hook"), "--only", "dead", "--json").stdout
     )
     assert len(shown["jobs"]) == 1
-    assert "1 jobs" in run(0, "hook", "retry", "--all", "--state", str(tmp_path / "s-hook")).stderr
-    run(2, "hook", "run", "oci:x", *common)
-    run(2, "hook", "run", refs[0])
-    run(2, "hook", "retry", "--state", str(tmp_path / "s-hook"))
+    assert "1 jobs" in layerkit("hook", "retry", "--all", "--state", str(tmp_path / "s-hook")).stderr
+    layerkit("hook", "run", "oci:x", *common, code=2)
+    layerkit("hook", "run", refs[0], code=2)
+    layerkit("hook", "retry", "--state", str(tmp_path / "s-hook"), code=2)
 
 
 def test_indexes_are_published_where_that_is_wanted(site: Site, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_indexes_are_published_where_that_is_wanted(site: Site, tmp_path: Path) 
 
 
 def test_statements_are_signed_and_a_node_can_ask_for_them(site: Site, tmp_path: Path) -> None:
-    from support import need_tool
+    from needs import need_tool
 
     need_tool("openssl")
     key, public = tmp_path / "sign.key", tmp_path / "sign.pub"
@@ -275,12 +276,12 @@ def test_statements_are_signed_and_a_node_can_ask_for_them(site: Site, tmp_path:
         jobs = json.loads(call(f"{url}/v1/jobs?state=done", headers=BEARER)[2])["jobs"]
     ref = site.registry.ref(f"{pushed.name}:v1")
     words = [ref, "--uid-map", MAP_A, "--tls-verify=false", "--store", str(tmp_path / "node"), "--json"]
-    pulled = json.loads(run(0, "pull", *words, "--key", str(public)).stdout)
+    pulled = json.loads(layerkit("pull", *words, "--key", str(public)).stdout)
     assert pulled["published"] == jobs[0]["report"]["artifact"]
     assert pulled["signed"] is True and pulled["refused"] == []
-    assert "agrees with the image" in run(0, "verify", ref, "--tls-verify=false").stdout
+    assert "agrees with the image" in layerkit("verify", ref, "--tls-verify=false").stdout
     broken = site.config(MAP_A, more=f'sign_key = "{tmp_path / "absent"}"')
-    assert "absent" in run(2, "hook", "serve", "--config", str(broken)).stderr
+    assert "absent" in layerkit("hook", "serve", "--config", str(broken), code=2).stderr
 
 
 @pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])
@@ -317,5 +318,5 @@ def test_an_index_is_done_for_each_platform(site: Site, tmp_path: Path) -> None:
         (parent,) = [job for job in jobs if job["digest"] == digest(index)]
         assert parent["state"] == "done" and parent["report"]["children"] == [one.digest]
     ref = f"docker://{site.wire.host}/{name}:multi"
-    run(0, "hook", "run", ref, "--tls-verify=false", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
+    layerkit("hook", "run", ref, "--tls-verify=false", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
     assert len(artifacts(site.registry.host, one)) == 2

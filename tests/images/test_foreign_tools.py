@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact

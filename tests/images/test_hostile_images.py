@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import CONFIG, INDEX, LAYER, MANIFEST, Layout, below, dump, simple, special, tar
+from made_images import CONFIG, INDEX, LAYER, MANIFEST, Layout, below, dump, simple, special, tar
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images import transfer

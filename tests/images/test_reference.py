@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_kit import below, digest, dump, simple, tar
+from made_images import below, digest, dump, simple, tar
 
 from layerkit.images import transfer
 from layerkit.images.open import open_sink, open_source

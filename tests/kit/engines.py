@@ -14,28 +14,19 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support import mounts_below, need_root, need_tool
+from kernel_mounts import mounts_below
+from needs import need_root, need_tool
+from programs import wait_for
 
 _START_SECONDS = 60
 _CONTAINERD_BIN = os.environ.get("LAYERKIT_TEST_CONTAINERD_BIN", "")
 """A folder with another containerd, its ctr and its shim, to use in place of the system's."""
 _STOP_SECONDS = 20
-
-_CONTAINERS_CONF = """
-[containers]
-# Without CAP_SYS_RESOURCE the limits cannot be raised, and podman's own default would.
-default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-runtime = "runc"
-"""
 
 _CONTAINERD_CONF = """
 version = 2
@@ -47,6 +38,19 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 [ttrpc]
   address = "{folder}/c.sock.ttrpc"
 {extra}
+"""
+
+
+def containers_conf(runtime: str) -> str:
+    """Return a containers.conf for podman in a bare virtual machine too."""
+    return f"""
+[containers]
+# Without CAP_SYS_RESOURCE the limits cannot be raised, and podman's own default would.
+default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+runtime = "{runtime}"
 """
 
 
@@ -130,7 +134,7 @@ def podman(folder: Path | None = None, *, storage: str = "", driver: str = "over
     with contextlib.ExitStack() as stack:
         folder = folder or stack.enter_context(short_folder())
         root, runroot = folder / "root", folder / "run"
-        (folder / "containers.conf").write_text(_CONTAINERS_CONF)
+        (folder / "containers.conf").write_text(containers_conf("runc"))
         (folder / "storage.conf").write_text(
             f'[storage]\ndriver = "{driver}"\ngraphroot = "{root}"\nrunroot = "{runroot}"\n{storage}\n'
         )
@@ -163,11 +167,11 @@ def _daemon(
             env={**os.environ, **(env or {})},
         )  # fmt: skip
     try:
-        end = time.monotonic() + _START_SECONDS
-        while not ready():
-            if process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"{command[0]} did not start:\n{log.read_text(errors='replace')[-3000:]}")
-            time.sleep(0.05)
+        try:
+            wait_for(lambda: process.poll() is not None or ready())
+        finally:
+            said = log.read_text(errors="replace")[-3000:]
+        assert process.poll() is None, f"{command[0]} did not start:\n{said}"
         yield process
     finally:
         process.terminate()

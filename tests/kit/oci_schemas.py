@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
-from image_kit import CONFIG, INDEX, MANIFEST
+from made_images import CONFIG, INDEX, MANIFEST
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT4
 

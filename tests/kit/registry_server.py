@@ -9,14 +9,14 @@ import os
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from support import need_tool
+from needs import need_tool
+from programs import free_port, wait_for
 
 USER = "sentinel-user"
 PASSWORD = "sentinel-password-9f2c"
@@ -38,13 +38,6 @@ class Registry:
 
     def ref(self, name: str) -> str:
         return f"docker://{self.host}/{name}"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
@@ -104,13 +97,13 @@ http:
 
 
 def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
-    for _ in range(200):
-        if process.poll() is not None:
-            return False
+    def there() -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return True
-        time.sleep(0.05)
-    return False
+        return process.poll() is not None
+
+    wait_for(there)
+    return process.poll() is None
 
 
 def certificate(folder: Path, name: str) -> tuple[Path, Path]:
@@ -244,11 +237,3 @@ def write_auth(path: Path, host: str, user: str = USER, password: str = PASSWORD
     auth = base64.b64encode(f"{user}:{password}".encode()).decode()
     path.write_text(json.dumps({"auths": {host: {"auth": auth}}}))
     return path
-
-
-def skopeo(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run skopeo with plain HTTP allowed; it must succeed."""
-    need_tool("skopeo")
-    done = subprocess.run(["skopeo", *map(str, args)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done

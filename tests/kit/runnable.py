@@ -1,4 +1,4 @@
-"""An image that runs: the tiny sample over a layer with busybox, and a program that tells what it sees."""
+"""Images that run, on a static busybox: one as a test wants it, and the tiny sample that tells what it sees."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import image_kit
-from support import need_tool
+import made_images
+from needs import need_tool
 
 NAME = "layerkit.example/run:1"
 
@@ -33,8 +33,7 @@ def build(tiny: ModuleType, folder: Path, *, sparse: bool = True) -> Path:
     Without ``sparse`` no entry is stored so: docker runs an image with such layers, but ``docker save`` then finds
     that it cannot put the layer together again ("could not verify layer data").
     """
-    need_tool("busybox")
-    layout = image_kit.Layout()
+    layout = made_images.Layout()
     config: dict[str, Any] = {
         "config": {"Cmd": ["/bin/report"], "Env": ["PATH=/usr/bin:/bin"], "Labels": {"made-by": "a test"}},
         "history": [{"created_by": f"step {i}"} for i in range(5)],
@@ -44,18 +43,23 @@ def build(tiny: ModuleType, folder: Path, *, sparse: bool = True) -> Path:
     return layout.folder(folder)
 
 
+def _program() -> bytes:
+    need_tool("busybox")
+    return Path(shutil.which("busybox") or "").resolve().read_bytes()
+
+
 def _busybox() -> bytes:
-    program = Path(shutil.which("busybox") or "").resolve().read_bytes()
+    program = _program()
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, mode in (("bin", 0o755), ("proc", 0o555), ("sys", 0o555), ("dev", 0o755)):
-            archive.addfile(image_kit.special(name, tarfile.DIRTYPE, mode=mode))
+            archive.addfile(made_images.special(name, tarfile.DIRTYPE, mode=mode))
         for name, data in (("bin/busybox", program), ("bin/report", _REPORT)):
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o755
             archive.addfile(info, io.BytesIO(data))
         for name in ("sh", "find", "stat", "md5sum", "sort", "id", "cat"):
-            archive.addfile(image_kit.special(f"bin/{name}", tarfile.SYMTYPE, "busybox", mode=0o777))
+            archive.addfile(made_images.special(f"bin/{name}", tarfile.SYMTYPE, "busybox", mode=0o777))
     return out.getvalue()
 
 
@@ -106,3 +110,23 @@ def seen(report: str, shift: int = 0) -> list[str]:
             parts[5] = str(max(0, int(parts[5])))  # no engine gives a file a time before 1970
         lines.append("|".join(parts))
     return sorted(lines)
+
+
+def busybox_image(folder: Path, config: dict[str, Any], *members: Any, layers: int = 1) -> Path:
+    """Make an OCI layout around a static busybox; ``members`` as :func:`made_images.tar` takes them."""
+    program = _program()
+    base: list[tuple[str, bytes]] = [
+        ("etc/passwd", b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/x\n"),
+        ("etc/group", b"root:x:0:\nvideo:x:44:app\n"),
+    ]
+    own = {member[0] if isinstance(member, tuple) else member.name for member in members}
+    tools = ("sh", "id", "cat", "ls", "stat", "pwd", "touch", "chown", "sleep")
+    links = [made_images.special(f"bin/{tool}", tarfile.SYMTYPE, "busybox") for tool in tools]
+    out = io.BytesIO(made_images.tar(*(each for each in base if each[0] not in own), *links, *members))
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        info = made_images.special("bin/busybox", tarfile.REGTYPE, mode=0o755, size=len(program))
+        archive.addfile(info, io.BytesIO(program))
+    more = [made_images.tar((f"layer/{n}", b"%d" % n)) for n in range(layers - 1)]
+    layout = made_images.Layout()
+    layout.list(layout.image(out.getvalue(), *more, config=config), "kit")
+    return layout.folder(folder)

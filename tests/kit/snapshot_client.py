@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
-from support import mounts_below
+from kernel_mounts import mounts_below
 
 from layerkit.hosts.containerd import snapshots_pb2 as pb
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.linux.direct import NewFile
 from layerkit.linux.pagecache import cached_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import below
-from support import need_root
+from made_images import below
+from needs import need_root
 
 from layerkit.linux import durable
 from layerkit.linux.durable import NEW, Staging, staging_beside, whole_file

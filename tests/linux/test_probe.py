@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.linux import mounts, tiny_erofs
 from layerkit.linux.probe import Features

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import KIT
-from support import need_root
+from needs import need_root
+from programs import KIT
 
 from layerkit.linux import mounts, pagecache, userns
 from layerkit.linux import syscalls as sc

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.linux import mounts
 from layerkit.model import acl_caps

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_support import make_image, random_layer
+from made_layers import make_image, random_layer
 
 from layerkit.model.digest import Digest
 from layerkit.model.errors import StoreError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from in_memory import Blob
-from store_support import make_image, make_layer
+from made_layers import make_image, make_layer
 
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -22,7 +22,7 @@ from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
 
 BYTES = 100_000
-MADE = [make_layer({f"layer{i}": bytes((i,)) * BYTES}) for i in range(4)]
+MADE = [make_layer({b"layer%d" % i: bytes((i,)) * BYTES}) for i in range(4)]
 BLOBS = [gzip.compress(layer.tar, mtime=0) for layer in MADE]
 
 

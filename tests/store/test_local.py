@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_support import (
+from made_layers import (
     MadeLayer,
     make_image,
     make_layer,
@@ -134,7 +134,7 @@ def test_tar_backend_keeps_tar_data_and_index(store: LocalStore) -> None:
 
 
 def test_objects_backend_writes_each_content_once(store: LocalStore) -> None:
-    layer = make_layer({"a": b"one", "b": b"two" * 100_000, "c/d": b"one", "empty": b""})
+    layer = make_layer({b"a": b"one", b"b": b"two" * 100_000, b"c/d": b"one", b"empty": b""})
     before = os.umask(0o077)
     try:
         put(store, layer, "objects")
@@ -168,7 +168,11 @@ def test_layers_share_objects(store: LocalStore) -> None:
 
 def test_sparse_objects_keep_their_runs(store: LocalStore) -> None:
     mib = 1 << 20
-    layer = make_layer({}, {"holes": (8 * mib, ((mib, 4096), (5 * mib, 8192))), "all-hole": (3 * mib, ())})
+    holed = bytearray(8 * mib)
+    runs = ((mib, 4096), (5 * mib, 8192))
+    for start, length in runs:
+        holed[start : start + length] = b"s" * length
+    layer = make_layer({}, {b"holes": (runs, bytes(holed)), b"all-hole": ((), bytes(3 * mib))})
     put(store, layer, "objects")
     holes, nothing = (store.object_file(layer.index.entry(row).sha256) for row in (1, 0))
     assert nothing.stat().st_size == 3 * mib
@@ -282,7 +286,7 @@ def test_an_index_can_be_kept_alone(store: LocalStore) -> None:
 
 
 def test_two_contents_of_one_short_name_are_refused(store: LocalStore) -> None:
-    layer = make_layer({"a": b"one", "b": b"two"})
+    layer = make_layer({b"a": b"one", b"b": b"two"})
     put(store, layer, "objects")
     files = state(store)
     clash = layer.index.sha256.copy()
@@ -292,7 +296,7 @@ def test_two_contents_of_one_short_name_are_refused(store: LocalStore) -> None:
         with pytest.raises(StoreError, match="share one short name"):
             writer.commit(replace(layer.index, sha256=clash, diff_id=Digest.of(b"other")))
     assert state(store) == files
-    both = make_layer({"a": b"xyz", "b": b"zyx"})
+    both = make_layer({b"a": b"xyz", b"b": b"zyx"})
     clash = both.index.sha256.copy()
     clash[1] = clash[0]
     clash[1, 15] ^= 3
@@ -305,7 +309,7 @@ def test_two_contents_of_one_short_name_are_refused(store: LocalStore) -> None:
 
 
 def test_a_stray_object_is_not_trusted(store: LocalStore) -> None:
-    layer = make_layer({"a": b"right"})
+    layer = make_layer({b"a": b"right"})
     path = store.objects_root / os.fsdecode(metaonly.data_path(layer.index.sha256[0].tobytes()))
     path.parent.mkdir()
     path.write_bytes(b"wrong")

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import KIT
-from store_support import make_image, put, put_meta, random_layer, state
-from support import need_root, need_tool
+from made_layers import make_image, put, put_meta, random_layer, state
+from needs import need_root, need_tool
+from programs import KIT
 
 from layerkit.model.errors import StoreError
 from layerkit.store.fsck import Severity
@@ -26,7 +26,7 @@ FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 WORKER = """
 import contextlib, random, sys
 from pathlib import Path
-from store_support import make_image, put, put_meta, random_layer
+from made_layers import make_image, put, put_meta, random_layer
 from layerkit.model.errors import NotFound, StoreError
 from layerkit.store.local import LocalStore
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from image_kit import simple
-from support import need_root
+from made_images import simple
+from needs import need_root
 
 import layerkit
 from layerkit.model.errors import StoreError

@@ -12,9 +12,9 @@ from typing import Any
 
 import oci_schemas
 import pytest
-from image_kit import CONFIG, INDEX, MANIFEST, Layout, attach, below, digest, dump, special, tar
+from made_images import CONFIG, INDEX, MANIFEST, Layout, attach, below, digest, dump, special, tar
+from needs import need_tool
 from registry_server import docker_registry
-from support import need_tool
 
 
 @pytest.fixture

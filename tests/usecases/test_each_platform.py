@@ -9,8 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from image_kit import INDEX, Layout, dump, special, tar
-from support import need_tool
+from made_images import INDEX, Layout, dump, special, tar
+from needs import need_tool
 
 from layerkit.api.open import open_image
 

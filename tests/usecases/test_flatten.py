@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import Layout
-from support import need_root, need_tool
+from judge import Shown, differences, snapshot
+from made_images import Layout
+from needs import need_root, need_tool
 from tar_blocks import END, folder, hardlink, member
-from treecompare import Shown, differences, snapshot
 
 import layerkit
 
@@ -211,7 +211,7 @@ def test_a_full_disk_or_a_damaged_layer_leaves_nothing(
 
 def make_big(folder: Path) -> None:
     """Write an image with 3 MB that do not compress."""
-    from image_kit import Layout, tar
+    from made_images import Layout, tar
 
     layout = Layout()
     layout.list(layout.image(tar(("a", os.urandom(2 << 20))), tar(("b", os.urandom(1 << 20)))), "t")

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import image_kit
+import made_images
 import pytest
-from support import need_root, need_tool
-from treecompare import data_extents, differences, snapshot
+from judge import data_extents, differences, snapshot
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.formats.compression.decompress import Compression
@@ -229,7 +229,7 @@ def test_names_lead_nowhere_else(tiny_image: Path, unpacked: Path, tmp_path: Pat
         image.pack(unpacked, f"oci:{tmp_path / 'out'}:new", packing=Packing(Compression.NONE))
     shown = umoci(tmp_path / "out", "new", tmp_path / "bundle")
     assert os.readlink(shown / "way-out") == str(tmp_path / "outside")
-    assert "secret" not in " ".join(image_kit.below(shown))
+    assert "secret" not in " ".join(made_images.below(shown))
 
 
 def test_the_command(tiny_image: Path, unpacked: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import MANIFEST, Layout, dump, tar
-from registry_fake import Fake, digest_of, fake_registry
+from made_images import MANIFEST, Layout, dump, tar
+from made_images import digest as digest_of
+from registry_fake import Fake, fake_registry
 
 import layerkit
 from layerkit.api import registry as publishing

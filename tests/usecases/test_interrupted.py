@@ -16,8 +16,8 @@ from pathlib import Path
 import oci_schemas
 import pytest
 from engines import dockerd, short_folder
-from image_kit import Layout, special, tar
-from support import need_root, need_tool
+from made_images import Layout, special, tar
+from needs import need_root, need_tool
 
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 TRANSPORTS = {

@@ -19,8 +19,8 @@ import oci_schemas
 import pytest
 import runnable
 from engines import Engine, podman_run
-from support import need_root, need_tool
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.api import optimize as optimizing

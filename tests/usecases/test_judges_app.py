@@ -9,8 +9,8 @@ from pathlib import Path
 import oci_schemas
 import pytest
 from engines import Engine, podman_run
-from support import need_root, need_tool
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from needs import need_root, need_tool
 
 from layerkit.api import optimize as optimizing
 from layerkit.api import rewrite as rewrites

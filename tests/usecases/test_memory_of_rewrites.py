@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import need_root
+from needs import need_root
 
 from layerkit.formats.compression.compress import compress
 from layerkit.formats.compression.decompress import Compression

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from image_kit import INDEX, LAYER, Layout, digest, dump, special, tar
-from judge import mapped
-from support import need_root, need_tool
-from treecompare import differences, snapshot
+from judge import differences, mapped, snapshot
+from made_images import INDEX, LAYER, Layout, digest, dump, special, tar
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.model.errors import LossyResult, UsageError

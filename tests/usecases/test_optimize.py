@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import treecompare
-from support import need_root, need_tool
+from judge import Shown, differences, snapshot
+from needs import need_root, need_tool
 
 from layerkit.api import optimize as optimizing
 from layerkit.api.open import Settings, open_image
@@ -29,9 +29,9 @@ def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def unpacked(image: str, bundle: Path) -> dict[bytes, treecompare.Shown]:
+def unpacked(image: str, bundle: Path) -> dict[bytes, Shown]:
     subprocess.run(["umoci", "unpack", "--image", image, str(bundle)], check=True, capture_output=True)
-    return treecompare.snapshot(bundle / "rootfs")
+    return snapshot(bundle / "rootfs")
 
 
 def layout(reference: str, folder: Path) -> str:
@@ -49,7 +49,7 @@ def judge(source: str, result: str, tmp: Path) -> None:
     """Let umoci unpack both and compare every attribute."""
     got = unpacked(layout(result, tmp / "got"), tmp / "a")
     want = unpacked(layout(source, tmp / "want"), tmp / "b")
-    assert treecompare.differences(got, want) == []
+    assert differences(got, want) == []
     assert len(want) > 10
 
 

@@ -11,10 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from image_kit import Layout
-from random_stacks import Stack
-from support import need_root, need_tool
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from made_images import Layout
+from needs import need_root, need_tool
+from random_tars import Stack
 
 import layerkit
 

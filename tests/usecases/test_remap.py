@@ -6,7 +6,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from merge_model import indexes, sound_stack
+from stacks import indexes, sound_stack
 
 from layerkit.idmap import IdMap, Mapping
 from layerkit.idmap import apply as apply_map

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge import differences, snapshot
 from judge import unpacked as mapped_by_kernel
-from support import need_root, need_tool
-from treecompare import differences, snapshot
+from needs import need_root, need_tool
 
 MAP = "0:100000:65536"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-import layer_stacks
 import pytest
+import stacks
 from hypothesis import HealthCheck, given, settings
 from trees import file, folder
 
@@ -25,7 +25,7 @@ METACOPY, REDIRECT = b"trusted.overlay.metacopy", b"trusted.overlay.redirect"
 
 def planned(*layers: list[Entry], keep_base: int = 0) -> list[dict[bytes, bytes]]:
     """Return for each layer its stubs with their redirects."""
-    before = layer_stacks.indexes(list(layers))
+    before = stacks.stored(list(layers))
     return [redirects(layer.index) for layer in stubs.plan_stubs(before, keep_base).layers]
 
 
@@ -51,40 +51,40 @@ def test_a_chown_becomes_stubs_over_the_same_paths() -> None:
 
 def test_a_move_points_to_where_the_file_was() -> None:
     old = [file(b"old", BIG)]
-    assert planned(old, [layer_stacks.gone(b"old"), file(b"new", BIG)]) == [{}, {b"new": b"/old"}]
+    assert planned(old, [stacks.gone(b"old"), file(b"new", BIG)]) == [{}, {b"new": b"/old"}]
     # Once it is gone there is nothing to point at.
-    assert planned(old, [layer_stacks.gone(b"old")], [file(b"new", BIG)]) == [{}, {}, {}]
+    assert planned(old, [stacks.gone(b"old")], [file(b"new", BIG)]) == [{}, {}, {}]
     # Stubs over stubs: the kernel goes on until it finds data.
     twice = [file(b"old", BIG, uid=1)], [file(b"old", BIG, uid=2)]
     assert planned(old, *twice) == [{}, {b"old": b""}, {b"old": b""}]
 
 
 def test_links_and_opaque_folders_need_a_redirect() -> None:
-    first = [folder(b"d"), file(b"d/a", BIG), layer_stacks.link(b"d/b", b"d/a")]
-    again = [file(b"d/a", BIG, uid=5), layer_stacks.link(b"d/b", b"d/a")]
+    first = [folder(b"d"), file(b"d/a", BIG), stacks.link(b"d/b", b"d/a")]
+    again = [file(b"d/a", BIG, uid=5), stacks.link(b"d/b", b"d/a")]
     assert planned(first, again) == [{}, {b"d/a": b"/d/a"}]
     opaque = [folder(b"d"), Entry(b"d", Kind.OPAQUE), file(b"d/a", BIG, uid=5)]
     assert planned(first, opaque) == [{}, {b"d/a": b"/d/a"}]
     # Unpackers do not agree on which of the two comes first.
-    assert planned(first, [layer_stacks.gone(b"d/a"), file(b"d/a", BIG, uid=5)]) == [{}, {}]
+    assert planned(first, [stacks.gone(b"d/a"), file(b"d/a", BIG, uid=5)]) == [{}, {}]
 
 
 def test_what_cannot_be_is_refused() -> None:
     first = [file(b"a", BIG)]
     with pytest.raises(UsageError, match="keep-base"):
-        stubs.plan_stubs(layer_stacks.indexes([first]), 2)
+        stubs.plan_stubs(stacks.stored([first]), 2)
     foreign = file(b"a", BIG, uid=1)._replace(xattrs=((METACOPY, b""),))
     with pytest.raises(UnsafeEntry, match=r"trusted\.overlay\.metacopy of its own"):
-        stubs.plan_stubs(layer_stacks.indexes([first, [foreign]]))
-    lost = stubs.as_stubs(layer_stacks.indexes([first])[0], {0: b""})
+        stubs.plan_stubs(stacks.stored([first, [foreign]]))
+    lost = stubs.as_stubs(stacks.stored([first])[0], {0: b""})
     with pytest.raises(InvalidImage, match="no such data"):
         stubs.filled(lost, merge([]))
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(layer_stacks.stack())
+@given(stacks.stack())
 def test_any_stack_keeps_its_root_filesystem(layers: list[list[Entry]]) -> None:
-    before = layer_stacks.indexes(layers)
+    before = stacks.stored(layers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stubs, "_LEAST_BYTES", 1)
         plan = stubs.plan_stubs(before)

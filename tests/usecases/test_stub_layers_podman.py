@@ -10,11 +10,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import judge
 import pytest
-import treecompare
 from engines import Engine, podman
-from image_kit import Layout
-from support import need_root, need_tool
+from made_images import Layout
+from needs import need_root, need_tool
 
 from layerkit.model.errors import UnsafeEntry
 
@@ -89,13 +89,13 @@ def optimize(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def shown(engine: Engine, archive: Path) -> dict[bytes, treecompare.Shown]:
+def shown(engine: Engine, archive: Path) -> dict[bytes, judge.Shown]:
     """Return the files of the image as podman mounts it."""
     loaded = engine("load", "-i", archive)
     name = loaded.strip().splitlines()[-1].split(": ", 1)[1].split(",")[0]
     mounted = Path(engine("image", "mount", name).strip())
     try:
-        found = treecompare.snapshot(mounted)
+        found = judge.snapshot(mounted)
         # No layer has an entry of the root folder, so its time is that of the load.
         del found[b"."]
         return found
@@ -117,7 +117,7 @@ def test_podman_with_metacopy_shows_the_same_files(image: Path, tmp_path: Path, 
     assert "ZEROS" in done.stderr
     assert "metacopy=on" in " ".join(report["warnings"])
     got = shown(metacopy_podman, out)
-    assert treecompare.differences(got, want) == []
+    assert judge.differences(got, want) == []
     assert got[b"./new/moved"].sha256 == want[b"./new/moved"].sha256
     again = tmp_path / "again.tar"
     optimize(image, f"oci-archive:{again}", "--metadata-only", "--stock-media-type", "--jobs", 1)

@@ -17,12 +17,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import image_kit
+import made_images
+import ordinary_users
 import pytest
-import rootless
-from judge import unpacked
-from support import need_root, need_tool
-from treecompare import Shown, data_extents, differences, snapshot
+from judge import Shown, data_extents, differences, snapshot, unpacked
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.model.errors import Cancelled, StoreError, UnsupportedHost, UsageError
@@ -150,8 +149,8 @@ def test_as_umoci_and_the_kernel_show_it(
 def test_files_in_a_tar_share_the_blocks_that_fit(xfs: Path, tmp_path: Path) -> None:
     content = os.urandom(9000)
     # The first file's data begins at byte 512 of the tar, the second's at byte 4096.
-    layout = image_kit.Layout()
-    layer = image_kit.tar(("a", content[:3072]), ("b", content))
+    layout = made_images.Layout()
+    layer = made_images.tar(("a", content[:3072]), ("b", content))
     layout.list(layout.image(layer), "one")
     folder = layout.folder(tmp_path / "image")
     report = unpack(f"{folder}:one", xfs / "fits", xfs / "fits-store", data="tar")
@@ -224,7 +223,7 @@ def test_a_place_that_is_taken_is_refused_untouched(tiny_image: Path, tmp_path: 
             unpack(tiny_image, tmp_path / name, tmp_path / "store")
     with pytest.raises(UsageError, match="mount point"):
         unpack(tiny_image, Path("/proc"), tmp_path / "store")
-    assert image_kit.below(tmp_path / "full") == ["mine"]
+    assert made_images.below(tmp_path / "full") == ["mine"]
     assert not os.listdir(tmp_path / "store/tar")
     (tmp_path / "full/mine").unlink()
     unpack(tiny_image, tmp_path / "full", tmp_path / "store")
@@ -243,7 +242,7 @@ def test_what_appears_meanwhile_is_not_touched(tiny_image: Path, tmp_path: Path)
 
     with layerkit.open_image(str(tiny_image), settings=settings) as opened, pytest.raises(UsageError):
         opened.unpack(target, progress=put)
-    assert image_kit.below(target) == ["mine"]
+    assert made_images.below(target) == ["mine"]
     assert not list(tmp_path.glob(".root*"))
 
 
@@ -274,9 +273,9 @@ def command(*arguments: object) -> list[str]:
 
 def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
     need_root()
-    made = image_kit.Layout()
+    made = made_images.Layout()
     many = [(f"usr/{i}", b"%d" % i) for i in range(4000)]
-    made.list(made.image(image_kit.tar(image_kit.special("usr", b"5", mode=0o755), *many)), "many")
+    made.list(made.image(made_images.tar(made_images.special("usr", b"5", mode=0o755), *many)), "many")
     image = f"{made.folder(tmp_path / 'image')}:many"
     unpack(image, tmp_path / "warm", tmp_path / "store")
     target = tmp_path / "root"
@@ -307,10 +306,10 @@ def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
 def test_another_user_of_a_shared_folder_changes_nothing(tmp_path: Path, mode: int) -> None:
     """They make the staging folder first, come into ours, or where the folder lets them put theirs in its place."""
     need_root()
-    made = image_kit.Layout()
-    etc, usr = (image_kit.special(name, b"5", mode=0o755) for name in ("etc", "usr"))
+    made = made_images.Layout()
+    etc, usr = (made_images.special(name, b"5", mode=0o755) for name in ("etc", "usr"))
     many = [(f"usr/{i}", b"%d" % i) for i in range(4000)]
-    made.list(made.image(image_kit.tar(etc, ("etc/passwd", b"root:x:0:0"), usr, *many)), "many")
+    made.list(made.image(made_images.tar(etc, ("etc/passwd", b"root:x:0:0"), usr, *many)), "many")
     image = f"{made.folder(tmp_path / 'image')}:many"
     unpack(image, tmp_path / "warm", tmp_path / "store")
     shared = tmp_path / "shared"
@@ -386,13 +385,13 @@ def test_names_stay_below_the_folder(tmp_path: Path) -> None:
     need_root()
     outside = tmp_path / "outside"
     outside.mkdir()
-    layout = image_kit.Layout()
-    lower = image_kit.tar(image_kit.special("d", b"5", mode=0o755), ("d/f", b"below"))
-    upper = image_kit.tar(image_kit.special("d", b"2", str(outside)), ("e", b"x"))
+    layout = made_images.Layout()
+    lower = made_images.tar(made_images.special("d", b"5", mode=0o755), ("d/f", b"below"))
+    upper = made_images.tar(made_images.special("d", b"2", str(outside)), ("e", b"x"))
     layout.list(layout.image(lower, upper), "one")
     unpack(f"{layout.folder(tmp_path / 'image')}:one", tmp_path / "root", tmp_path / "store")
     assert os.readlink(tmp_path / "root/d") == str(outside)
-    assert image_kit.below(outside) == []
+    assert made_images.below(outside) == []
 
 
 def test_rootless_in_a_user_namespace(tiny_archive, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -402,7 +401,7 @@ def test_rootless_in_a_user_namespace(tiny_archive, tmp_path: Path) -> None:  # 
     for archive, name in ((image, "plain"), (tiny_archive("oci-archive"), "devices")):
         (tmp_path / f"{name}.tar").write_bytes(archive.read_bytes())
         (tmp_path / f"{name}.tar").chmod(0o644)
-    said = rootless.run(
+    said = ordinary_users.python(
         tmp_path,
         "import layerkit, layerkit.api.open, layerkit.usecases.to_folder, layerkit.model.trees.merge\n"
         "import layerkit.unpack, layerkit.store.fsck, layerkit.images.oci.archive, layerkit.store.source\n"
@@ -428,7 +427,7 @@ print(sorted(os.listdir(".")))
     assert "devices'" not in lines[2].replace("devices.tar", "")
     unpack(tmp_path / "plain.tar", tmp_path / "ours", tmp_path / "our-store")
     got, want = snapshot(tmp_path / "plain"), snapshot(tmp_path / "ours")
-    shift = {0: 4242} | {i: rootless.SUBIDS + i - 1 for i in range(1, 65537)}
+    shift = {0: 4242} | {i: ordinary_users.SUBIDS + i - 1 for i in range(1, 65537)}
     assert {p: (s.mode, s.uid, s.gid, s.size, s.mtime_ns, s.sha256, s.links) for p, s in got.items()} == {
         p: (s.mode, shift[s.uid], shift[s.gid], s.size, s.mtime_ns, s.sha256, s.links) for p, s in want.items()
     }

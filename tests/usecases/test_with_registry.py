@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_server import PASSWORD, Registry, TokenServer, docker_registry, skopeo, write_auth
-from support import need_root, need_tool
+from needs import need_root, need_tool
+from programs import skopeo
+from registry_server import PASSWORD, Registry, TokenServer, docker_registry, write_auth
 from typer.testing import CliRunner
 
 from layerkit.model.errors import LayerkitError
@@ -114,7 +115,7 @@ def test_manifests_stay_byte_for_byte(
 
 
 def test_an_image_without_a_name_gets_the_tag(registry: Registry, cli: Cli, tmp_path: Path) -> None:
-    from image_kit import Layout, tar
+    from made_images import Layout, tar
 
     layout = Layout()
     layout.list(layout.image(tar(("a", b"a"))))
@@ -150,7 +151,7 @@ def test_podman_pulls_before_and_after(
 
 
 def test_all_platforms(registry: Registry, cli: Cli, tmp_path: Path) -> None:
-    from image_kit import INDEX, Layout, dump, tar
+    from made_images import INDEX, Layout, dump, tar
 
     layout = Layout()
     parts = [
@@ -545,7 +546,7 @@ def exact(data: bytes) -> bytes:
 def test_zstd_chunked_layers_are_indexed_by_range(registry: Registry, cli: Cli, tmp_path: Path) -> None:
     """Layers that skopeo itself compressed as zstd:chunked."""
     from fault_proxy import fault_proxy
-    from image_kit import simple, special, tar
+    from made_images import simple, special, tar
 
     layout = simple()
     lower = tar(special("d", b"5", mode=0o2755, uid=7), ("d/big", os.urandom(3_000_000)), ("d/empty", b""))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, containerd, dockerd, podman, podman_run
-from support import mounts_below, need_root, need_tool
+from kernel_mounts import mounts_below
+from needs import need_root, need_tool
 
 
 def _run(engine: Engine, folder: Path) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from places import ROOT
-from support import missing
+from needs import missing
+from programs import ROOT
 
 import layerkit
 

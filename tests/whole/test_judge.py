@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from judge import unpacked
+from judge import Shown, data_extents, differences, snapshot, unpacked
 from memcg import cache_bytes, memory_group, run_in
-from support import missing, need_root, need_tool
-from treecompare import Shown, data_extents, differences, snapshot
+from needs import missing, need_root, need_tool
 
 import layerkit
 from layerkit.linux import pagecache

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hook_support import settings
+from hook_service import settings
 from typer.testing import CliRunner
 
 import layerkit

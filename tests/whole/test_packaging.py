@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hook_images import artifacts, map_of, push
-from hook_support import TOKEN, free_port, hook_process, wait_for
-from places import ROOT
+from hook_service import TOKEN, hook_process
+from needs import need_root, need_tool
+from programs import ROOT, free_port, wait_for
+from pushed_images import artifacts, map_of, push
 from registry_server import certificate, docker_registry
-from support import need_root, need_tool
 
 PACKAGING = ROOT / "packaging"
 MANIFESTS = ("hook.yaml", "batch.yaml", "dask.yaml")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_userns import SUBIDS
-from judge import unpacked
-from places import KIT, ROOT
-from support import need_root, need_tool
-from treecompare import differences, snapshot
+from judge import differences, snapshot, unpacked
+from needs import need_root, need_tool
+from ordinary_users import SUBIDS
+from programs import KIT, ROOT
 
 USER = 12345
 # Ids of the user namespace: its root is the user, the rest are subordinate ids.
@@ -29,7 +28,7 @@ store, image, target, out, rendering, *paths = sys.argv[1:]
 sys.path[:0] = paths
 import layerkit
 from layerkit.hosts.diagnosis import doctor
-from treecompare import snapshot
+from judge import snapshot
 with layerkit.open_image(image, settings=layerkit.Settings(store=Path(store))) as opened:
     with opened.mount(target, layerkit.mapping(["0:1:65535"]), rendering=rendering) as mounted:
         lines = [x for x in open("/proc/self/mountinfo") if " - overlay " in x and target in x]
@@ -50,7 +49,8 @@ def as_user(work: Path, image: Path, rendering: str) -> Any:
     done = subprocess.run(
         [
             sys.executable,
-            KIT / "in_userns.py",
+            KIT / "ordinary_users.py",
+            "namespace",
             str(USER),
             folders,
             sys.executable,

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 KINDS = [("oci", "gzip"), ("oci", "zstd"), ("oci", "none"), ("docker-archive", "none")]
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_support import hook_process, wait_for
+from hook_service import hook_process
+from judge import Shown, differences, snapshot
+from needs import need_root, need_tool
+from programs import wait_for
 from registry_server import docker_registry
 from snapshot_client import Client
-from support import need_root, need_tool
-from treecompare import Shown, differences, snapshot
 
 import layerkit
 

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import need_tool
+from needs import need_tool
 
 from layerkit.formats.compression import gzip_blocks
 from layerkit.formats.compression.compress import LEVELS, compress, compressor

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory import Blob
-from support import need_tool
+from needs import need_tool
 
 from layerkit.formats.compression.compress import compress
 from layerkit.formats.compression.decompress import Compression, Decompressor, detect

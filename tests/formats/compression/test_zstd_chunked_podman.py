@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import treecompare
+import judge
 from engines import Engine, podman
-from image_kit import Layout, special, tar
+from made_images import Layout, special, tar
+from needs import need_root, need_tool
 from registry_server import docker_registry
-from support import need_root, need_tool
 
 PARTIAL = '[storage.options]\npull_options = {enable_partial_images = "true", use_hard_links = "false"}'
 
@@ -31,9 +31,9 @@ def source(folder: Path) -> Path:
     return layout.archive(folder / "image.tar")
 
 
-def mounted(engine: Engine, name: str) -> dict[bytes, treecompare.Shown]:
+def mounted(engine: Engine, name: str) -> dict[bytes, judge.Shown]:
     try:
-        found = treecompare.snapshot(Path(engine("image", "mount", name).strip()))
+        found = judge.snapshot(Path(engine("image", "mount", name).strip()))
     finally:
         engine("image", "umount", name)
     del found[b"."]  # in no layer: its time is that of the pull
@@ -53,7 +53,7 @@ def with_older_keys(layout: Path) -> None:
     (layout / "index.json").write_text(json.dumps(top))
 
 
-def content(tree: dict[bytes, treecompare.Shown]) -> dict[bytes, tuple[object, ...]]:
+def content(tree: dict[bytes, judge.Shown]) -> dict[bytes, tuple[object, ...]]:
     return {path: (x.mode, x.size, x.target, x.sha256, x.links) for path, x in tree.items()}
 
 
@@ -72,7 +72,7 @@ def test_podman_pulls_it_whole_and_file_by_file(tmp_path: Path) -> None:
         assert want[b"./d/big"].size == 256 * 40_000
         # As any zstd.
         name = engine("pull", "-q", f"oci:{out}:x").strip()
-        assert treecompare.differences(mounted(engine, name), want) == []
+        assert judge.differences(mounted(engine, name), want) == []
         engine("rmi", "--all", "--force")
         version = engine("version", "--format", "{{.Client.Version}}").split(".")
         old = tuple(map(int, version[:2])) < (4, 5)
@@ -89,4 +89,4 @@ def test_podman_pulls_it_whole_and_file_by_file(tmp_path: Path) -> None:
         got = mounted(engine, ref)
         # containers/storage 1.43 parses the keys "UID", "GID" and "ModTime", which not even it writes.
         assert content(got) == content(want)
-        assert old or treecompare.differences(got, want) == []
+        assert old or judge.differences(got, want) == []

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erofs_layers import make_layer
-from erofs_trees import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_layers import written_layer
+from trees import (
     ACL_ACCESS,
     ACL_DEFAULT,
     CAPABILITY,
@@ -29,8 +31,6 @@ from erofs_trees import (
     symlink,
     user_acl,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs import reader
@@ -335,7 +335,7 @@ def test_data_maps_every_content(
             content += random.Random(gap).randbytes(length * unit)
         holed[b"s%d" % i] = (tuple(runs), bytes(content) + bytes(end * unit))
     holed = {path: pair for path, pair in holed.items() if pair[1]}
-    index, tar = make_layer(folder, files, holed)
+    index, tar = written_layer(folder, files, holed)
     want = {
         data_path(hashlib.sha256(c).digest()): c for c in [*files.values(), *(c for _, c in holed.values())] if c
     }
@@ -344,12 +344,12 @@ def test_data_maps_every_content(
 
 def test_equal_contents_are_mapped_once(tmp_path: Path) -> None:
     content = bytes(4096) + b"end"
-    index, tar = make_layer(tmp_path, {b"x": content, b"y": content}, {b"a": ([(4096, 3)], content)})
+    index, tar = written_layer(tmp_path, {b"x": content, b"y": content}, {b"a": ([(4096, 3)], content)})
     assert read_data(tmp_path, index, tar) == {data_path(hashlib.sha256(content).digest()): content}
 
 
 def test_two_contents_of_one_name_are_an_error(tmp_path: Path) -> None:
-    index, tar = make_layer(tmp_path, {b"x": b"1", b"y": b"2"})
+    index, tar = written_layer(tmp_path, {b"x": b"1", b"y": b"2"})
     sha256 = index.sha256.copy()
     sha256[1, :15] = sha256[0, :15]
     sha256[1, 15] = sha256[0, 15] ^ 3
@@ -361,7 +361,7 @@ def test_two_contents_of_one_name_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
-    index, tar = make_layer(tmp_path, {b"x": b"1", b"y": bytes(5000)})
+    index, tar = written_layer(tmp_path, {b"x": b"1", b"y": bytes(5000)})
     tar.write_bytes(tar.read_bytes()[:5000])
     with tar.open("rb") as source, pytest.raises(InvalidImage, match="b'y' lies beyond the end"):
         erofs.build_data(index, source, io.BytesIO())

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erofs_layers import make_layer
-from erofs_trees import (
+from made_layers import written_layer
+from needs import need_root, need_tool
+from trees import (
     ACL_ACCESS,
     ACL_DEFAULT,
     CAPABILITY,
@@ -29,7 +30,6 @@ from erofs_trees import (
     symlink,
     user_acl,
 )
-from support import need_root, need_tool
 
 from layerkit.formats.meta import erofs
 from layerkit.formats.meta.erofs_patch import patch_meta
@@ -224,7 +224,7 @@ def test_overlay_of_meta_over_the_tars_reads_every_byte(tmp_path: Path) -> None:
     contents: dict[bytes, bytes] = {}
     data = []
     for number, files in enumerate(LAYER_FILES):
-        index, tar = make_layer(tmp_path, files, name=f"{number}.tar")
+        index, tar = written_layer(tmp_path, files, name=f"{number}.tar")
         with tar.open("rb") as source, (tmp_path / f"{number}.data").open("xb") as file:
             erofs.build_data(index, source, file)
         data.append(mounts.erofs(tmp_path / f"{number}.data", tar, directio=True))
@@ -286,7 +286,7 @@ SPARSE: dict[bytes, tuple[Sequence[Extent], bytes]] = {
 def test_sparse_files_read_as_they_are(tmp_path: Path, name: str | bytes) -> None:
     key = name if isinstance(name, bytes) else name.encode()
     contents = {b"x": b"before", key: SPARSE[key][1], b"y": b"after"}
-    index, tar = make_layer(tmp_path, {b"x": b"before", b"y": b"after"}, {key: SPARSE[key]})
+    index, tar = written_layer(tmp_path, {b"x": b"before", b"y": b"after"}, {key: SPARSE[key]})
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
         erofs.build_data(index, source, file)
     data_mount_shows(tmp_path, contents, tar)
@@ -296,14 +296,14 @@ def test_sparse_files_read_as_they_are(tmp_path: Path, name: str | bytes) -> Non
 
 
 def test_all_sparse_files_in_one_layer(tmp_path: Path) -> None:
-    index, tar = make_layer(tmp_path, {b"x": b"x"}, SPARSE)
+    index, tar = written_layer(tmp_path, {b"x": b"x"}, SPARSE)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
         erofs.build_data(index, source, file)
     data_mount_shows(tmp_path, {b"x": b"x"} | {path: content for path, (_, content) in SPARSE.items()}, tar)
 
 
 def test_a_layer_without_files_mounts(tmp_path: Path) -> None:
-    index, tar = make_layer(tmp_path, {b"empty": b""})
+    index, tar = written_layer(tmp_path, {b"empty": b""})
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
         erofs.build_data(index, source, file)
     data_mount_shows(tmp_path, {}, tar)
@@ -311,7 +311,7 @@ def test_a_layer_without_files_mounts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bytes_left", [5, 511, 512])
 def test_a_tar_that_ends_with_its_last_file(tmp_path: Path, bytes_left: int) -> None:
-    index, tar = make_layer(tmp_path, {b"w": bytes(9000), b"x": b"12345"})
+    index, tar = written_layer(tmp_path, {b"w": bytes(9000), b"x": b"12345"})
     raw = tar.read_bytes()[: int(index.offset[1]) + bytes_left]
     tar.write_bytes(raw)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
@@ -321,7 +321,7 @@ def test_a_tar_that_ends_with_its_last_file(tmp_path: Path, bytes_left: int) -> 
 
 def test_contents_that_do_not_keep_to_blocks_are_copied(tmp_path: Path) -> None:
     files = {b"x": b"12345", b"y": random.Random(9).randbytes(100_000)}
-    index, tar = make_layer(tmp_path, files)
+    index, tar = written_layer(tmp_path, files)
     tar.write_bytes(bytes(7) + tar.read_bytes())
     index = replace(index, offset=np.where(index.offset < 0, -1, index.offset + 7), tar_size=index.tar_size + 7)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
@@ -333,7 +333,7 @@ def test_contents_that_do_not_keep_to_blocks_are_copied(tmp_path: Path) -> None:
 def test_20_000_files_of_a_layer(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     files = {b"f%d" % i: rng.bytes(int(n)) for i, n in enumerate(rng.integers(1, 1500, 20_000))}
-    index, tar = make_layer(tmp_path, files)
+    index, tar = written_layer(tmp_path, files)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
         erofs.build_data(index, source, file)
     data_mount_shows(tmp_path, files, tar)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from image_kit import Layout, special, tar
-from support import need_tool
+from made_images import Layout, special, tar
+from needs import need_tool
 
 from layerkit.formats import secretbox
 from layerkit.formats.index import file as index_file

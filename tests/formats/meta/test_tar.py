@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import need_root, need_tool
-from treecompare import xattrs
+from judge import xattrs
+from needs import need_root, need_tool
 from trees import file, folder, tree_of
 
 from layerkit.formats.meta.tar import write_tar

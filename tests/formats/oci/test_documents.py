@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_kit import INDEX, MANIFEST, Layout, digest, dump, simple, tar
+from made_images import INDEX, MANIFEST, Layout, digest, dump, simple, tar
 
 from layerkit.formats import strict_json
 from layerkit.formats.oci import documents as oci

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_kit import simple
+from made_images import simple
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact

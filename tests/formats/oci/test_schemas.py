@@ -11,7 +11,7 @@ from pathlib import Path
 
 import oci_schemas
 import pytest
-from image_kit import INDEX, Layout, dump, tar
+from made_images import INDEX, Layout, dump, tar
 
 MAP = ("--uid-map", "0:100000:65536")
 WRITERS: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory import MemorySink
-from support import need_tool
+from needs import need_tool
 
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.tar.layer_writer import layer_tar

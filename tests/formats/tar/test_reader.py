@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import need_root, need_tool
+from needs import need_root, need_tool
 from tar_blocks import (
     END,
     GNU,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from image_kit import LAYER, tar
+from made_images import LAYER, tar
 from registry_fake import Fake, Handler, fake_registry
 
 from layerkit.formats.oci import documents as oci

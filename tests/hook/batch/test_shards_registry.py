@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
-from hook_images import Pushed, artifacts, ask, map_of, push, run
-from hook_support import MAP_A, MAP_B, call, event, hook, settings, wait_for
-from image_kit import MANIFEST, digest
+from hook_service import MAP_A, MAP_B, call, event, hook, settings
+from made_images import MANIFEST, digest
+from programs import layerkit, wait_for
+from pushed_images import Pushed, artifacts, ask, map_of, push
 from registry_server import Registry, docker_registry
 
 from layerkit.hook.batch.one_pass import parse_refs, shard_of
@@ -101,7 +102,7 @@ def test_three_shards_read_each_layer_once(site: Site) -> None:
     assert figure(done, "layers_shared") > 0
     for part in range(PARTS):
         assert (site.folder / f"s{part}/unproven-indexes").is_dir()
-        run(0, "store", "verify", "--store", str(site.folder / f"s{part}"))
+        layerkit("store", "verify", "--store", str(site.folder / f"s{part}"))
 
     # New machines, another map: nothing of the stores is left, and no layer is read.
     site.wire.seen.clear()
@@ -211,7 +212,7 @@ def test_two_hooks_with_stores_of_their_own_share(site: Site, tmp_path: Path) ->
             ours = {"events": [event(INDEXES, site.images[0].digest)]}
             said = json.loads(call(f"{url}/v1/events/main", ours)[2])
             assert said["ignored"] == 1 or "not among the repositories" in json.dumps(said)
-            wait_for(lambda queue=queue: queue.stats().depth == 0, 120)  # type: ignore[misc]
+            wait_for(lambda queue=queue: queue.stats().depth == 0, seconds=120)  # type: ignore[misc]
             assert queue.stats().states == {"done": FEW}
         assert site.reads() == (Counter(dict.fromkeys(site.layers, 1)) if not number else Counter())
 

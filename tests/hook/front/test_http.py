@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook, settings, wait_for
+from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook, settings
+from programs import wait_for
 
 from layerkit.hook import tracing
 from layerkit.hook.front.guard import Buckets, Token

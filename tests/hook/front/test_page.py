@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from hook_support import BEARER, MAP_A, MAP_B, TOKEN, call, hook, settings
-from support import need_tool
+from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, hook, settings
+from needs import need_tool
 
 from layerkit.hook.front.intake import keys
 from layerkit.hook.queue.jobs import Outcome, Target, Wish

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_support import BEARER, MAP_A, TOKEN, call, hook_process, run_asgi, settings, wait_for
-from image_kit import CONFIG, MANIFEST, descriptor, digest, dump
+from hook_service import BEARER, MAP_A, TOKEN, call, hook_process, run_asgi, settings
+from made_images import CONFIG, MANIFEST, descriptor, digest, dump
+from needs import need_tool
+from programs import wait_for
 from registry_server import PASSWORD, USER, docker_registry, write_auth
-from support import need_tool
 
 from layerkit.hook.config import Config
 from layerkit.hook.front.guard import Token

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_support import TOKEN, call, hook, settings
+from hook_service import TOKEN, call, hook, settings
 
 from layerkit.model.digest import Digest
 

@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hook_support import BEARER, MAP_A, TOKEN, hook_process
-from support import need_tool
+from hook_service import BEARER, MAP_A, TOKEN, hook_process
+from needs import need_tool
 
 
 def make(folder: Path, name: str) -> tuple[Path, Path]:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, fault_proxy
-from hook_images import Pushed, artifacts, push, run
-from hook_support import MAP_A, settings, wait_for
+from hook_service import MAP_A, settings
+from programs import layerkit, wait_for
+from pushed_images import Pushed, artifacts, push
 from registry_server import docker_registry
 
 from layerkit.hook.batch.one_pass import parse_shard
@@ -193,7 +194,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(kind: str, tmp_path: Pat
         wait_for(lambda: any("/blobs/sha256" in path for _, path, _ in list(wire.seen)) or wire.hits)
         victim = own.workers[0].pid if own else next(iter(worker._executor._processes))  # type: ignore[union-attr]
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: queue.stats().depth == 0, 120)
+        wait_for(lambda: queue.stats().depth == 0, seconds=120)
         assert queue.stats().states == {"done": len(images)}
         for each in images:
             assert len(artifacts(registry.host, each)) == 1
@@ -252,7 +253,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         for shard in range(3):
             words = ["--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A]
             words += ("--engine", "threads", "--wait", "0.5")  # one after the other: there is nobody to wait for
-            done = json.loads(run(0, "batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
+            done = json.loads(layerkit("batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
             assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
             seen += [job["targets"][0]["repository"] for job in done["jobs"]]
         assert sorted(seen) == sorted(each.name for each in images)
@@ -260,8 +261,8 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         listed.write_text(refs[0] + f"\ndocker://{registry.host}/absent:v1\n")
         words = ["--from", str(listed), "--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
                  "--engine", "threads"]  # fmt: skip
-        assert "absent:v1: not in the registry" in run(5, "batch", *words).stderr
-        run(2, "batch", *words, "--shard", "3/3")
+        assert "absent:v1: not in the registry" in layerkit("batch", *words, code=5).stderr
+        layerkit("batch", *words, "--shard", "3/3", code=2)
     assert parse_shard("3/4") == (3, 4)
     for wrong in ("3/3", "x", "-1/2", "1", "1/0", "1/2/3", "٣/٤"):
         with pytest.raises(UsageError):
@@ -272,8 +273,8 @@ def test_batch_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     with docker_registry(tmp_path / "r") as registry:
         image = push(registry.host, 2)
         words = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
-        run(
-            0, "batch", f"docker://{registry.host}/{image.name}:v1", *words, "--engine", f"dask://{cluster.address}"
+        layerkit(
+            "batch", f"docker://{registry.host}/{image.name}:v1", *words, "--engine", f"dask://{cluster.address}"
         )
         assert len(artifacts(registry.host, image)) == 1
 
@@ -308,7 +309,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(_runs(pid) for pid in pids), 20)
+    wait_for(lambda: not any(_runs(pid) for pid in pids), seconds=20)
 
 
 def test_a_broken_pool_ends_with_all_its_workers() -> None:
@@ -320,7 +321,7 @@ def test_a_broken_pool_ends_with_all_its_workers() -> None:
     os.kill(pids[0], signal.SIGKILL)
     assert isinstance(futures[0].exception(30), BrokenExecutor)
     end(executor, at_once=True)
-    wait_for(lambda: not any(_runs(pid) for pid in pids), 20)
+    wait_for(lambda: not any(_runs(pid) for pid in pids), seconds=20)
 
 
 def _runs(pid: int) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_support import settings, wait_for
+from hook_service import settings
+from programs import wait_for
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.images import no_image, wanted

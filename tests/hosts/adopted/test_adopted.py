@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root, need_tool
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.hosts.adopted import mount as adopt

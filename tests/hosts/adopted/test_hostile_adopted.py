@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root
+from needs import need_root
 
 from layerkit.formats.bolt import Bolt, Bucket, _fnv1a
 from layerkit.hosts.adopted.containerd import read_bolt

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_userns import COUNT, SUBIDS
-from places import KIT, ROOT
-from support import need_root
-from treecompare import differences, snapshot
+from judge import differences, snapshot
+from needs import need_root
+from ordinary_users import COUNT, SUBIDS
+from programs import KIT, ROOT
 
 from layerkit.linux import mounts
 
@@ -33,7 +33,7 @@ from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.store.local import LocalStore
-from treecompare import snapshot
+from judge import snapshot
 bottom, top = work / "bottom", work / "top"
 for name in ("gone", "kept", "opaque/below", "d/private"):
     (bottom / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def test_layers_of_an_ordinary_user(rendering: str, tmp_path: Path) -> None:
     root = ROOT
     folders = ":".join(map(str, (sys.base_prefix, sys.prefix, root, tmp_path)))
     done = subprocess.run(
-        [sys.executable, KIT / "in_userns.py", str(USER), folders, sys.executable, "-c", SCRIPT, rendering,
-         tmp_path, root, KIT],
+        [sys.executable, KIT / "ordinary_users.py", "namespace", str(USER), folders, sys.executable, "-c",
+         SCRIPT, rendering, tmp_path, root, KIT],
         env={**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

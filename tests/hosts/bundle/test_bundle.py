@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import image_kit
+import made_images
 import pytest
-import runtimes
+import runc
+import runnable
 from engines import short_folder
 from memcg import cache_bytes, memory_group, run_in
-from support import missing, need_root, need_tool
+from needs import missing, need_root, need_tool
 
 import layerkit
 from layerkit.api import bundle as bundling
@@ -104,7 +105,7 @@ def test_two_containers_of_one_image_with_different_maps(store: Path, open_path:
         report = make(store, REF, folder, uid_map, "python3", "-c", LOOK)
         assert (report.user, report.layers_read, report.meta_bytes, report.warnings) == ("1000:1000", 0, 0, ())
         try:
-            seen = json.loads(runtimes.run(runtime, open_path, folder))
+            seen = json.loads(runc.run(runtime, open_path, folder))
             assert (seen["uid"], seen["map"]) == (1000, uid_map.split(":"))
             assert seen["/usr/bin/su"] == [0, 0, 0o4755]
             assert seen["/opt/app"] == [1000, 1000, 0o750]
@@ -158,7 +159,7 @@ def test_system_calls_are_those_that_the_hosts_engines_leave_open(
         folder = open_path / f"b{number}"
         make(store, REF, folder, MAPS[0], "python3", "-c", CALLS, seccomp=wish, cap_add=caps)
         try:
-            assert json.loads(runtimes.run(runtime, open_path, folder)) == want
+            assert json.loads(runc.run(runtime, open_path, folder)) == want
         finally:
             bundling.remove(folder)
 
@@ -169,7 +170,7 @@ def test_writes_go_to_the_upper_and_copy_no_data(store: Path, open_path: Path, r
     folder = open_path / "b"
     make(store, REF, folder, MAPS[0], "sh", "-c", WRITE, user="0", workdir="/")
     try:
-        out = runtimes.run(runtime, open_path, folder)
+        out = runc.run(runtime, open_path, folder)
         assert out.split() == ["5:6:644", "0:0:600", "0:0:2775", "33:33:4755"]
         upper = folder / "state/upper"
         owned = {name: (upper / name).lstat() for name in ("etc/passwd", "etc/group", "new", "new/link")}
@@ -188,7 +189,7 @@ def test_the_images_own_command(store: Path, open_path: Path) -> None:
     need_tool("runc")
     make(store, REF, open_path / "b", MAPS[0])
     try:
-        assert "django" in runtimes.run("runc", open_path, open_path / "b")
+        assert "django" in runc.run("runc", open_path, open_path / "b")
     finally:
         bundling.remove(open_path / "b")
 
@@ -207,7 +208,7 @@ def test_without_a_map_and_read_only(store: Path, open_path: Path) -> None:
         read_only=True,
     )
     try:
-        assert runtimes.run("runc", open_path, open_path / "b").split() == ["0", "no"]
+        assert runc.run("runc", open_path, open_path / "b").split() == ["0", "no"]
         assert stat.S_IMODE((open_path / "b").stat().st_mode) == 0o700
     finally:
         bundling.remove(open_path / "b")
@@ -227,7 +228,7 @@ def test_the_page_cache_grows_once(store: Path, open_path: Path) -> None:
             Path("/proc/sys/vm/drop_caches").write_text("3")
             sizes = []
             for folder in made:
-                read = int(runtimes.run("runc", open_path, folder))
+                read = int(runc.run("runc", open_path, folder))
                 run_in(group, ["find", f"{folder}/rootfs/usr/lib", "-type", "f", "-exec", "cat", "--", "{}", "+"])
                 sizes.append(cache_bytes(group))
         finally:
@@ -279,9 +280,9 @@ def test_twenty_at_once_started_and_killed(store: Path, open_path: Path) -> None
                 "import time; print(1, flush=True); time.sleep(99)",
             )
             made.append(folder)
-            name = runtimes.name()
+            name = runc.name()
             started[name] = subprocess.Popen(
-                runtimes.words("runc", open_path, "run", "-b", folder, name),
+                runc.words("runc", open_path, "run", "-b", folder, name),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             out = started[name].stdout
@@ -302,9 +303,9 @@ def test_twenty_at_once_started_and_killed(store: Path, open_path: Path) -> None
             bundling.remove(made[0])
     finally:
         for name, process in started.items():
-            subprocess.run(runtimes.words("runc", open_path, "kill", name, "KILL"), capture_output=True)
+            subprocess.run(runc.words("runc", open_path, "kill", name, "KILL"), capture_output=True)
             process.wait(20)
-            subprocess.run(runtimes.words("runc", open_path, "delete", "--force", name), capture_output=True)
+            subprocess.run(runc.words("runc", open_path, "delete", "--force", name), capture_output=True)
         for folder in made:
             bundling.remove(folder)
     assert not [p for p in open_path.iterdir() if p.name.startswith("b")]
@@ -331,14 +332,14 @@ def command(*words: object, code: int = 0) -> str:
 
 
 def entry(name: str, kind: bytes, link: str = "", **more: Any) -> tarfile.TarInfo:
-    return image_kit.special(name, kind, link, **more)
+    return made_images.special(name, kind, link, **more)
 
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Callable[..., Path]:
     """Return a maker of images around a static busybox: ``kit(config, *members)``."""
     need_tool("runc")
-    return lambda config, *members, layers=1: runtimes.busybox_image(
+    return lambda config, *members, layers=1: runnable.busybox_image(
         tmp_path / f"image-{len(list(tmp_path.iterdir()))}", config, *members, layers=layers
     )
 
@@ -351,7 +352,7 @@ def test_user_workdir_and_environment_of_the_image(kit: Callable[..., Path], ope
     report = make(open_path / "store", image, open_path / "b", MAPS[0])
     try:
         assert report.user == "1000:1001"
-        ids, cwd, owner, env = runtimes.run("runc", open_path, open_path / "b").splitlines()
+        ids, cwd, owner, env = runc.run("runc", open_path, open_path / "b").splitlines()
         assert ids == "uid=1000(app) gid=1001 groups=44(video)" or "44" in ids
         assert (cwd, owner) == ("/srv/made/here", "0:0:755")
         assert env.startswith("b c /home/app /usr/local/sbin:")
@@ -369,7 +370,7 @@ def test_volumes_keep_data_out_of_the_root(kit: Callable[..., Path], open_path: 
     )  # fmt: skip
     make(open_path / "store", image, open_path / "b", MAPS[0], image_volumes=kind)
     try:
-        out = runtimes.run("runc", open_path, open_path / "b").split()
+        out = runc.run("runc", open_path, open_path / "b").split()
         # runc copies into a tmpfs what is in the folder, and not the owner of the folder itself.
         assert out[:2] == ["seeded", "7:8:1770" if kind == "bind" else "0:0:1770"]
         upper = {
@@ -388,9 +389,7 @@ def test_a_hundred_layers(kit: Callable[..., Path], open_path: Path) -> None:
     image = kit({"Cmd": ["/bin/sh", "-c", "cat /layer/*"]}, layers=100)
     make(open_path / "store", image, open_path / "b", MAPS[0])
     try:
-        assert sorted(runtimes.run("runc", open_path, open_path / "b")) == sorted(
-            "".join(str(n) for n in range(99))
-        )
+        assert sorted(runc.run("runc", open_path, open_path / "b")) == sorted("".join(str(n) for n in range(99)))
     finally:
         bundling.remove(open_path / "b")
 
@@ -401,7 +400,7 @@ def test_the_hosts_network(kit: Callable[..., Path], open_path: Path, runtime: s
     image = kit({"Cmd": ["/bin/sh", "-c", "ls /sys/class/net; cat /proc/net/dev"]})
     make(open_path / "store", image, open_path / "b", MAPS[0], network="host")
     try:
-        names = runtimes.run(runtime, open_path, open_path / "b").split()
+        names = runc.run(runtime, open_path, open_path / "b").split()
         assert set(os.listdir("/sys/class/net")) <= set(names)
     finally:
         bundling.remove(open_path / "b")
@@ -505,7 +504,7 @@ def test_gc_keeps_what_a_bundle_needs(kit: Callable[..., Path], open_path: Path)
     command("store", "gc", "--store", store)
     again = make(store, image, folder, MAPS[0])
     assert (again.reused, again.layers_read) == (True, 0)
-    assert "video" in runtimes.run("runc", open_path, folder)
+    assert "video" in runc.run("runc", open_path, folder)
     with pytest.raises(UsageError, match="ready already"):
         make(store, image, folder, MAPS[0])
     folders.unmount(read(folder))
@@ -527,10 +526,10 @@ def test_changes_stay_when_it_is_mounted_again(kit: Callable[..., Path], open_pa
     store, folder = open_path / "store", open_path / "b"
     image = kit({"Cmd": ["/bin/sh", "-c", "ls /kept; touch /kept"]})
     make(store, image, folder, MAPS[0])
-    runtimes.run("runc", open_path, folder)
+    runc.run("runc", open_path, folder)
     command("umount", folder / "rootfs", "--store", store)
     assert make(store, image, folder, MAPS[0]).reused
-    assert runtimes.run("runc", open_path, folder) == "/kept\n"
+    assert runc.run("runc", open_path, folder) == "/kept\n"
     bundling.remove(folder)
 
 
@@ -549,13 +548,13 @@ def test_killed_while_it_is_made(kit: Callable[..., Path], open_path: Path) -> N
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (folder / "config.json").exists():
-            assert runtimes.run("runc", open_path, folder) == "0\n"
+            assert runc.run("runc", open_path, folder) == "0\n"
         if (folder / "layerkit.json").exists():
             bundling.remove(folder)
         elif folder.exists():
             folder.rmdir()  # killed between the folder and its first file: empty
     make(store, image, open_path / "b", MAPS[0])
-    assert runtimes.run("runc", open_path, open_path / "b") == "0\n"
+    assert runc.run("runc", open_path, open_path / "b") == "0\n"
     bundling.remove(open_path / "b")
     command("store", "gc", "--store", store)
 
@@ -574,7 +573,7 @@ def test_the_command_and_its_answer(kit: Callable[..., Path], open_path: Path) -
     assert config["hostname"] == "web-1"
     assert config["annotations"]["org.opencontainers.image.stopSignal"] == "SIGINT"
     assert config["annotations"]["org.opencontainers.image.exposedPorts"] == "80/tcp"
-    assert runtimes.run("runc", open_path, folder).split() == ["1", "1000"]
+    assert runc.run("runc", open_path, folder).split() == ["1", "1000"]
     mounted = json.loads(command("mounts", "--json", "--store", store))["mounts"]
     assert [m["target"] for m in mounted] == [str(folder / "rootfs")]
     command("bundle", "--remove", folder)

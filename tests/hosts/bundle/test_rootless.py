@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from engines import short_folder
-from image_kit import special
-from ordinary_user import SUBIDS, UID
-from places import KIT, ROOT
-from runtimes import busybox_image
-from support import need_root, need_tool
+from made_images import special
+from needs import need_root, need_tool
+from ordinary_users import ACCOUNT_SUBIDS as SUBIDS
+from ordinary_users import UID
+from programs import KIT, ROOT
+from runnable import busybox_image
 
 LOOK = (
     "id -u; cat /proc/self/uid_map; stat -c %u:%g:%a /usr/bin/su /opt/app /srv/drop; echo new > /root/new; "
@@ -57,7 +58,7 @@ def as_user(home: Path, script: str, *, code: int = 0) -> str:
     way = ":".join(map(str, (sys.base_prefix, sys.prefix, root, home)))
     start = f'layerkit() {{ "{sys.executable}" -m layerkit.cli.main "$@"; }}\ncd "{home}"; set -e\n'
     done = subprocess.run(
-        [sys.executable, KIT / "ordinary_user.py", way, "sh", "-c", start + script],
+        [sys.executable, KIT / "ordinary_users.py", "account", way, "sh", "-c", start + script],
         env={
             "PATH": os.environ["PATH"], "HOME": str(home), "XDG_RUNTIME_DIR": f"{home}/run",
             "PYTHONPATH": str(root),

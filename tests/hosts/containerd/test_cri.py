@@ -8,12 +8,13 @@ from pathlib import Path
 
 import engines
 import grpc
-import image_kit
+import made_images
 import pytest
 from engines import Engine, containerd, containerd_version, short_folder
-from registry_server import Registry, docker_registry, skopeo
+from needs import need_root, need_tool
+from programs import skopeo
+from registry_server import Registry, docker_registry
 from snapshot_client import Process, snapshotter
-from support import need_root, need_tool
 
 from layerkit.api import open as api
 from layerkit.hosts.containerd.config_toml import proxy_plugin
@@ -22,7 +23,7 @@ _CRI = """
 [plugins.{table}]
   snapshotter = "layerkit"
 """
-_LAYERS = [image_kit.tar((f"file{n}", bytes([65 + n]) * (100_000 + n))) for n in range(4)]
+_LAYERS = [made_images.tar((f"file{n}", bytes([65 + n]) * (100_000 + n))) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("registry")
     with docker_registry(folder / "registry") as found:
         for name, layers in (("base", _LAYERS[:3]), ("above", _LAYERS)):
-            layout = image_kit.Layout()
+            layout = made_images.Layout()
             layout.list(layout.image(*layers), name)
             source = f"oci:{layout.folder(folder / name)}:{name}"
             done = skopeo("copy", "--dest-tls-verify=false", source, found.ref(f"{name}:1"))
@@ -72,7 +73,7 @@ def pull(engine: Engine, name: str) -> None:
 
 def _blobs(engine: Engine) -> set[str]:
     lines = engine("--namespace", "k8s.io", "content", "ls", "-q").split()
-    layers = {image_kit.digest(gzip.compress(layer, mtime=0)): n for n, layer in enumerate(_LAYERS)}
+    layers = {made_images.digest(gzip.compress(layer, mtime=0)): n for n, layer in enumerate(_LAYERS)}
     return {f"layer {layers[line]}" if line in layers else "other" for line in lines}
 
 
@@ -80,7 +81,7 @@ def _blobs(engine: Engine) -> set[str]:
 def test_pull(host: tuple[Engine, Process], registry: Registry, tmp_path: Path, known: bool) -> None:
     engine, process = host
     if known:
-        layout = image_kit.Layout()
+        layout = made_images.Layout()
         layout.list(layout.image(*_LAYERS[:3]), "base")
         source = f"oci:{layout.folder(tmp_path / 'base')}:base"
         with api.open_image(source, settings=api.Settings(store=process.store)) as image:

@@ -19,11 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import image_kit
+import made_images
 import pytest
 from engines import short_folder
+from kernel_mounts import mounts_below
+from needs import need_root, need_tool
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
-from support import mounts_below, need_root, need_tool
 
 from layerkit.api import open as api
 from layerkit.hosts.containerd.snapshots.chains import chain_ids
@@ -224,7 +225,7 @@ def chain(process: Process, tmp_path: Path) -> list[str]:
         _layer({"two": (b"2" * 5000, 1000, {}), "one": (b"over", 5, {})}),
         _layer({"three": (_BIG, 7, {}), ".wh.two": (b"", 0, {})}),
     ]
-    layout = image_kit.Layout()
+    layout = made_images.Layout()
     layout.list(layout.image(*layers), "stored")
     with api.open_image(
         f"oci:{layout.folder(tmp_path / 'layout')}:stored", settings=api.Settings(store=process.store)

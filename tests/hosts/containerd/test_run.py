@@ -21,14 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import image_kit
 import judge
+import made_images
 import pytest
 import runnable
-import treecompare
 from engines import Engine, containerd, containerd_version, short_folder
+from kernel_mounts import mounts_below
+from needs import need_root, need_tool
 from snapshot_client import Process, mounted, snapshotter, unmount
-from support import mounts_below, need_root, need_tool
 
 from layerkit.hosts.containerd.config_toml import proxy_plugin
 
@@ -94,7 +94,7 @@ def _layers() -> list[bytes]:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, mode in (("bin", 0o755), ("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
-            archive.addfile(image_kit.special(name, tarfile.DIRTYPE, mode=mode))
+            archive.addfile(made_images.special(name, tarfile.DIRTYPE, mode=mode))
         for name, mode, owner, caps in (
             ("bin/busybox", 0o755, 0, b""), ("bin/ping", 0o755, 0, _NET_RAW), ("bin/su", 0o4755, 0, b""),
             ("bin/own", 0o2750, 1000, b""),
@@ -106,7 +106,7 @@ def _layers() -> list[bytes]:
                 info.pax_headers = {"SCHILY.xattr.security.capability": caps.decode()}
             archive.addfile(info, io.BytesIO(data))
         for name in ("sh", "stat", "id", "cat", "sleep", "chown", "ls", "touch", "md5sum", "ping6", "seq"):
-            archive.addfile(image_kit.special(f"bin/{name}", tarfile.SYMTYPE, "busybox", mode=0o777))
+            archive.addfile(made_images.special(f"bin/{name}", tarfile.SYMTYPE, "busybox", mode=0o777))
     big = io.BytesIO()
     with tarfile.open(fileobj=big, mode="w") as archive:
         info = tarfile.TarInfo("data")
@@ -123,7 +123,7 @@ def named(entry: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_tool("busybox")
-    layout = image_kit.Layout()
+    layout = made_images.Layout()
     layout.list(named(layout.image(*_layers()), NAME))
     return layout.archive(tmp_path_factory.mktemp("image") / "image.tar")
 
@@ -308,8 +308,8 @@ def test_image_of_100_layers(host: Host, tmp_path: Path) -> None:
     layers = [_layers()[0]]
     for number in range(99):
         files = ((f"l{number}", str(number).encode()), ("last", str(number).encode()))
-        layers.append(image_kit.tar(*files))
-    layout = image_kit.Layout()
+        layers.append(made_images.tar(*files))
+    layout = made_images.Layout()
     layout.list(named(layout.image(*layers), "layerkit.example/hundred:1"))
     file = layout.archive(tmp_path / "hundred.tar")
     script = "cat /last; echo; seq 0 98 | while read n; do cat /l$n; done | md5sum; stat -c %u /l50"
@@ -379,10 +379,10 @@ def test_judged_by_the_kernel(host: Host, tiny: ModuleType, tmp_path: Path, way:
     else:
         judged = judge.unpacked(f"{plain}:x", tmp_path, extents)
     with judged as shown:
-        wanted = treecompare.snapshot(shown)
+        wanted = judge.snapshot(shown)
     with mounted(client.view("judged", top, labels), tmp_path / "m") as root:
-        found = treecompare.snapshot(root)
+        found = judge.snapshot(root)
     client.remove("judged")
     host.empty()
     # The root is in no layer: each makes it with the time of the run.
-    assert treecompare.differences(found, wanted, skip=frozenset({b"."})) == []
+    assert judge.differences(found, wanted, skip=frozenset({b"."})) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import ROOT
+from programs import ROOT
 from typer.testing import CliRunner
 
 from layerkit.cli.main import app

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 import layerkit
 from layerkit.cli.cache_html import cache_html

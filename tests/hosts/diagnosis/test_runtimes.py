@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.hosts.diagnosis.runtimes import probe_place, storage_root, version_of
 

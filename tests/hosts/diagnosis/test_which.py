@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import need_root
+from needs import need_root
 
 import layerkit
 from layerkit.cli import main as cli

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from fuse_counter import counting_mount
-from overlays import overlay, wait_gone
-from support import need_root
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from kernel_mounts import overlay, wait_gone
+from needs import need_root
 
 import layerkit
 from layerkit.hosts.finalize import finalize as fz

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from fuse_counter import counting_mount
-from support import missing, mounts_below, need_root
-from treecompare import differences, snapshot
+from judge import differences, snapshot
+from kernel_mounts import mounts_below
+from needs import missing, need_root
 
 from layerkit.api import open as api
 from layerkit.formats.meta.fuse import write_tree

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from support import need_root, need_tool
+from needs import need_root, need_tool
 
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import RunFolder

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import ordinary_users
 import pytest
-import rootless
 from fuse_counter import counting_mount
-from support import need_root, need_tool
-from treecompare import data_extents, differences, snapshot, xattrs
+from judge import data_extents, differences, snapshot, xattrs
+from needs import need_root, need_tool
 from trees import file, folder, tree_of
 
 from layerkit import idmap
@@ -267,7 +267,7 @@ def test_data_that_the_mounter_may_not_read(bench: Bench) -> None:
     data = bench.data(b"open", b"shut")
     (data / os.fsdecode(data_path(hashlib.sha256(b"shut").digest()))).chmod(0o600)
     bench.meta(metadata_layer(tree_of([file(b"open", b"open"), file(b"shut", b"shut")]), Namespace.USER))
-    out = rootless.run(
+    out = ordinary_users.python(
         bench.path,
         "",
         """

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import need_root
+from needs import need_root
 
 USER = 12_345
 SUBIDS = 300_000

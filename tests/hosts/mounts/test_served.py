@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import missing, mounts_below, need_root
+from kernel_mounts import mounts_below
+from needs import missing, need_root
 
 import layerkit
 from layerkit.api import open as api

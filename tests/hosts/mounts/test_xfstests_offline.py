@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from overlays import overlay
-from support import need_root
-from treecompare import Shown, differences, snapshot
+from judge import Shown, differences, snapshot
+from kernel_mounts import overlay
+from needs import need_root
 
 import layerkit
 from layerkit.hosts.finalize import finalize as fz

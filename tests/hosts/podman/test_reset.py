@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engine
-from podman_engine import RUN, as_user, need_podman, rootless_podman
+from rootless_podman import RUN, as_user, need_podman, rootless_podman
 
 USER = 4243
 

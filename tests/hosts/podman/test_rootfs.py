@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, podman_run
-from support import need_root
+from needs import need_root
 
 MAPS = ("0:100000:65536", "0:300000:1000,1000:400000:64536")
 SCRIPT = (

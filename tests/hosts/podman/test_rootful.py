@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, podman
-from podman_engine import load_box, need_podman, write_program
+from rootless_podman import load_box, need_podman, write_program
 
 from layerkit.linux import pagecache
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from engines import Engine
-from in_userns import SUBIDS
-from podman_engine import CREATE, RUN, UID, as_user, load_box, need_podman, rootless_podman, servers
+from ordinary_users import SUBIDS
+from rootless_podman import CREATE, RUN, UID, as_user, load_box, need_podman, rootless_podman, servers
 
 MAPS = {
     "none": (),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from image_kit import below, digest, dump, special, tar
+from made_images import below, digest, dump, special, tar
 
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import runnable
 from engines import Engine
-from image_kit import Layout, attach, dump, tar
+from made_images import Layout, attach, dump, tar
 
 from layerkit.images.open import open_source
 

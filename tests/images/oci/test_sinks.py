@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from image_kit import MANIFEST, Layout, below, dump, simple, tar
-from support import need_root
+from made_images import MANIFEST, Layout, below, dump, simple, tar
+from needs import need_root
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, fault_proxy
-from registry_fake import Fake, Handler, digest_of, fake_registry
+from made_images import digest as digest_of
+from registry_fake import Fake, Handler, fake_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.registry.client import RegistryClient, Repository

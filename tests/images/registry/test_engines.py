@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 import runnable
 from engines import Engine
-from hook_images import ask, run
-from hook_support import MAP_A, MAP_B, TOKEN, hook_process
-from image_kit import INDEX, MANIFEST, digest
+from hook_service import MAP_A, MAP_B, TOKEN, hook_process
+from made_images import INDEX, MANIFEST, digest
+from programs import layerkit
+from pushed_images import ask
 from registry_server import docker_registry
 
 _ID = ("/bin/busybox", "id", "-u")
@@ -43,13 +44,13 @@ def test_pulls_before_and_after(
     layout = runnable.build(tiny, tmp_path / "image", sparse=False)
     with docker_registry(tmp_path / "registry") as registry:
         plain, ref = ("--tls-verify=false", "--store", str(tmp_path / "store")), registry.ref("team/run:v1")
-        run(0, "copy", str(layout), ref, "--tls-verify=false")
+        layerkit("copy", str(layout), ref, "--tls-verify=false")
         data = ask(registry.host, "team/run/manifests/v1", Accept=f"{MANIFEST}, {INDEX}")[1]
         use(client, f"{registry.host}/team/run", digest(data))
 
-        run(0, "remap", ref, ref, "--uid-map", MAP_A, *plain)
-        run(0, "index", "push", ref, *plain)
-        run(0, "hook", "run", ref, "--uid-map", MAP_B, "--engine", "threads", *plain)
+        layerkit("remap", ref, ref, "--uid-map", MAP_A, *plain)
+        layerkit("index", "push", ref, *plain)
+        layerkit("hook", "run", ref, "--uid-map", MAP_B, "--engine", "threads", *plain)
         status, _, _ = ask(registry.host, f"team/run/manifests/{digest(data).replace(':', '-')}", Accept=INDEX)
         assert status == 200, "nothing was published beside the image"
         assert ask(registry.host, "team/run/manifests/v1", Accept=f"{MANIFEST}, {INDEX}")[1] == data

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from registry_fake import Fake, Handler, digest_of, fake_registry
-from registry_server import PASSWORD, USER, TokenServer, docker_registry, skopeo
+from made_images import digest as digest_of
+from programs import skopeo
+from registry_fake import Fake, Handler, fake_registry
+from registry_server import PASSWORD, USER, TokenServer, docker_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.registry.client import RegistryClient, Repository

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ordinary_users
 import pytest
-import rootless
-from support import need_root, need_tool
-from treecompare import xattrs
+from judge import xattrs
+from needs import need_root, need_tool
 from trees import file, folder, tree_of
 
 from layerkit.linux.folders.stubs import Written, write_directory
@@ -332,7 +332,7 @@ def test_rootless_owners_and_data(tmp_path: Path) -> None:
         file(b"d/f", b"hello", perm=0o4711, uid=1000, gid=100), folder(b"closed", 0, uid=7),
         file(b"closed/f", b"", perm=0), Entry(b"l", Kind.SYMLINK, 0o777, uid=9, link=b"d/f"),
     ])  # fmt: skip
-    out = rootless.run(tmp_path, _IMPORTS, """
+    out = ordinary_users.python(tmp_path, _IMPORTS, """
 tree = tree_of([file(b"d/f", b"hello", perm=0o4711, uid=1000, gid=100), folder(b"closed", 0, uid=7),
                 file(b"closed/f", b"", perm=0), Entry(b"l", Kind.SYMLINK, 0o777, uid=9, link=b"d/f")])
 meta = metadata_layer(tree, Namespace.USER)
@@ -368,7 +368,7 @@ print(json.dumps([st.st_uid, st.st_gid, st.st_mode & 0o7777, open("mnt/l").read(
     ],
 )  # fmt: skip
 def test_rootless_says_what_it_cannot(tmp_path: Path, entry: str, namespace: str, says: str) -> None:
-    out = rootless.run(tmp_path, _IMPORTS, f"""
+    out = ordinary_users.python(tmp_path, _IMPORTS, f"""
 try:
     write_directory(metadata_layer(tree_of([{entry}]), Namespace.{namespace}), Path("meta"))
 except Exception as error:
@@ -378,7 +378,7 @@ except Exception as error:
 
 
 def test_rootless_capabilities_of_the_namespace(tmp_path: Path) -> None:
-    rootless.run(tmp_path, _IMPORTS, f"""
+    ordinary_users.python(tmp_path, _IMPORTS, f"""
 tree = tree_of([file(b"f", b"x", xattrs=((b"security.capability", {CAPABILITY!r}),))])
 write_directory(metadata_layer(tree, Namespace.USER), Path("meta"))
 """)  # fmt: skip

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_kit import Layout
-from judge import unpacked
-from support import need_root, need_tool
+from judge import differences, snapshot, unpacked
+from made_images import Layout
+from needs import need_root, need_tool
 from tar_blocks import END, folder, hardlink, header, member, pax, symlink
-from treecompare import differences, snapshot
 from trees import file, tree_of
 from trees import folder as folder_entry
 

@@ -7,15 +7,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merge_model import (
-    STACKS,
-    Broken,
-    indexes,
-    is_dir,
-    last_of,
-    model,
-    sound_stack,
-)
+from merge_model import Broken, is_dir, last_of, model
+from stacks import STACKS, indexes, sound_stack
 
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind

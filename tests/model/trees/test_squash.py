@@ -6,7 +6,8 @@ import os
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merge_model import Files, Inode, apply_layer, indexes, is_dir, last_of, model, sound_stack
+from merge_model import Files, Inode, apply_layer, is_dir, last_of, model
+from stacks import indexes, sound_stack
 
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.trees.merge import merge

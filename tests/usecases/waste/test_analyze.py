@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import need_tool
+from needs import need_tool
 from trees import file, folder
 
 from layerkit.cli.analyze import parse_limit

@@ -9,7 +9,7 @@ import merge_model
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layer_stacks import gone, indexes, link, stack
+from stacks import gone, link, stack, stored
 from trees import file, folder
 
 from layerkit.model.entry import Entry, Kind
@@ -23,7 +23,7 @@ EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 
 def planned(*layers: list[Entry], keep_base: int = 0) -> tuple[Plan, list[list[Entry] | None]]:
     """Return the plan and each layer's entries without offsets; None for a layer that is kept."""
-    before = indexes(list(layers))
+    before = stored(list(layers))
     result = plan(before, keep_base)
     check(before, result, keep_base)
     return result, [
@@ -158,7 +158,7 @@ def test_a_link_into_a_lower_layer_pins_it() -> None:
 def test_a_base_that_is_not_there() -> None:
     for base in (-1, 2):
         with pytest.raises(UsageError, match="keep-base"):
-            plan(indexes([[]]), base)
+            plan(stored([[]]), base)
 
 
 def test_what_a_kept_layer_would_hide_does_not_stay() -> None:
@@ -212,7 +212,7 @@ def test_a_folder_that_only_hidden_files_made_stays() -> None:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stack(), st.integers(0, 3))
 def test_any_stack_keeps_its_root_filesystem(layers: list[list[Entry]], keep: int) -> None:
-    before = indexes(layers)
+    before = stored(layers)
     keep = min(keep, len(before))
     result = plan(before, keep)
     check(before, result, keep)
@@ -222,7 +222,7 @@ def test_any_stack_keeps_its_root_filesystem(layers: list[list[Entry]], keep: in
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stack())
 def test_without_links_between_layers_no_content_is_left_that_is_not_shown(layers: list[list[Entry]]) -> None:
-    before = indexes(layers)
+    before = stored(layers)
     result = plan(before)
     if result.pinned:
         return
@@ -231,7 +231,7 @@ def test_without_links_between_layers_no_content_is_left_that_is_not_shown(layer
     for inode in range(tree.inodes):
         if tree.offset[inode] >= 0:
             row = int(tree.sparse[inode])
-            stored = int(tree.size[inode]) if row < 0 else tree.sparse_maps.stored_bytes(row)
-            shown[tree.sha256[inode].tobytes()] += stored
+            size = int(tree.size[inode]) if row < 0 else tree.sparse_maps.stored_bytes(row)
+            shown[tree.sha256[inode].tobytes()] += size
     if not any(len(x.sparse_maps) for x in before):
         assert result.bytes_after == sum(shown.values())

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from engines import short_folder
+from needs import need_root, need_tool
 from snapshot_client import ACTIVE, COMMITTED, ROOT_LABEL, VIEW, Client, Process, mounted, refused, snapshotter
-from support import need_root, need_tool
 
 Applier = Callable[[Path], None]
 _ROUNDS = int(os.environ.get("LAYERKIT_TEST_SNAPSHOT_ROUNDS", "2"))

@@ -14,20 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engines import Engine, short_folder
-from places import KIT, ROOT
-from support import missing, need_root, need_tool
+from engines import Engine, containers_conf, short_folder
+from needs import missing, need_root, need_tool
+from programs import KIT, ROOT, run
 
 UID = 4242
 NAME = "lktest"
-_CONTAINERS_CONF = """
-[containers]
-default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-runtime = "crun"
-"""
 RUN = ("run", "--rm", "--network", "none", "--cgroups", "disabled")
 CREATE = ("create", "--network", "none", "--cgroups", "disabled")
 
@@ -50,29 +42,29 @@ def rootless_podman(*, mount_program: bool = True, uid: int = UID, home: Path | 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(short_folder())
         folder.chmod(0o755)
-        home, run = home or folder / "home", folder / "x"
+        home, work = home or folder / "home", folder / "x"
         (home / ".config/containers").mkdir(parents=True)
-        run.mkdir(mode=0o700)
-        (home / ".config/containers/containers.conf").write_text(_CONTAINERS_CONF)
-        storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{home}/s"\nrunroot = "{run}/r"\n'
+        work.mkdir(mode=0o700)
+        (home / ".config/containers/containers.conf").write_text(containers_conf("crun"))
+        storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{home}/s"\nrunroot = "{work}/r"\n'
         if mount_program:
             storage += f'[storage.options.overlay]\nmount_program = "{folder}/program"\n'
         (home / ".config/containers/storage.conf").write_text(storage)
         write_program(folder)
-        subprocess.run(["chown", "-R", f"{uid}:{uid}", home, run], check=True)
+        subprocess.run(["chown", "-R", f"{uid}:{uid}", home, work], check=True)
         readable = ":".join(map(str, (sys.base_prefix, sys.prefix, ROOT, folder, home)))
         holder = subprocess.Popen(
-            ["unshare", "-m", sys.executable, KIT / "podman_user.py", folder, str(uid), NAME, readable],
+            [sys.executable, KIT / "ordinary_users.py", "machine", folder, str(uid), NAME, readable],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert holder.stdin and holder.stdout
-        stack.callback(_end, holder, run)
+        stack.callback(_end, holder, work)
         assert holder.stdout.readline() == "ready\n"
         user = (
             "nsenter", "-t", str(holder.pid), "-m", f"--wdns={home}",
             "setpriv", "--reuid", str(uid), "--regid", str(uid),
             "--clear-groups", "env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", f"HOME={home}",
-            f"XDG_RUNTIME_DIR={run}", f"USER={NAME}", f"LAYERKIT_STORE={home}/layerkit", f"TMPDIR={home}",
+            f"XDG_RUNTIME_DIR={work}", f"USER={NAME}", f"LAYERKIT_STORE={home}/layerkit", f"TMPDIR={home}",
             "OPENBLAS_NUM_THREADS=1",
         )  # fmt: skip
         engine = Engine(folder, (*user, "podman"))
@@ -146,11 +138,7 @@ def write_program(folder: Path, before: str = "") -> Path:
 
 def as_user(engine: Engine, *words: object, code: int = 0) -> str:
     """Run any program as podman's user and return what it prints."""
-    done = subprocess.run(
-        [*engine.command[:-1], *map(str, words)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    return run(*engine.command[:-1], *words, code=code).stdout
 
 
 def servers(uid: int = UID) -> list[int]:

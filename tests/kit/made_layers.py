@@ -1,12 +1,14 @@
-"""Small layers for tests of the store, made with tarfile alone, and images of them."""
+"""Small layers made with tarfile alone, images of them, and what a store then holds."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
 import random
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from layerkit.store.local import LocalStore
 
 @dataclass(frozen=True)
 class MadeLayer:
+    """A layer: its tar, and the index of it."""
+
     tar: bytes
     index: Index
 
@@ -27,37 +31,49 @@ class MadeLayer:
     def diff_id(self) -> Digest:
         return self.index.diff_id
 
+    def write(self, path: Path) -> Path:
+        """Write the tar to ``path`` and return that."""
+        path.write_bytes(self.tar)
+        return path
 
-def make_layer(
-    files: dict[str, bytes], sparse: dict[str, tuple[int, tuple[Extent, ...]]] | None = None
-) -> MadeLayer:
-    """Return a layer of regular files; ``sparse`` gives name -> (size, runs), filled with stored bytes."""
-    buffer = io.BytesIO()
-    stored = {name: b"s" * sum(length for _, length in runs) for name, (_, runs) in (sparse or {}).items()}
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in {**files, **stored}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    raw = buffer.getvalue()
-    entries = []
-    with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
-        for member in tar:
-            data = raw[member.offset_data : member.offset_data + member.size]
-            runs = None
-            if member.name in stored:
-                size, runs = (sparse or {})[member.name]
-                whole = bytearray(size)
-                for start, length in runs:
-                    whole[start : start + length] = b"s" * length
-                data = bytes(whole)
-            entries.append(
-                Entry(
-                    member.name.encode(), Kind.REG, size=len(data), offset=member.offset_data if data else -1,
-                    sha256=hashlib.sha256(data).digest(), sparse=runs,
-                )
-            )  # fmt: skip
-    return MadeLayer(raw, Index.of(entries, Digest.of(raw), len(raw)))
+
+Sparse = Mapping[bytes, tuple[Sequence[Extent], bytes]]
+
+
+def make_layer(files: Mapping[bytes, bytes], sparse: Sparse | None = None) -> MadeLayer:
+    """Return a layer of regular files, made without the tar reader and writer.
+
+    Args:
+        files: content by path.
+        sparse: by path (runs of data, content with its holes): only the runs are stored, as a sparse
+            entry's are; the tar's own headers do not matter to what is tested.
+    """
+    sparse = sparse or {}
+    raw = io.BytesIO()
+    entries: list[Entry] = []
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path, content in {**files, **{p: c for p, (_, c) in sparse.items()}}.items():
+            runs = tuple(sparse[path][0]) if path in sparse else None
+            stored = content if runs is None else b"".join(content[a : a + n] for a, n in runs)
+            info = tarfile.TarInfo(os.fsdecode(path))
+            info.size = len(stored)
+            tar.addfile(info, io.BytesIO(stored))
+            at = tar.offset - -(-len(stored) // 512) * 512 if stored else -1
+            sha256 = hashlib.sha256(content).digest()
+            entries.append(Entry(path, Kind.REG, size=len(content), offset=at, sha256=sha256, sparse=runs))
+    data = raw.getvalue()
+    for entry in entries:
+        if entry.sparse is None and entry.size:
+            assert data[entry.offset : entry.offset + entry.size] == files[entry.path]
+    return MadeLayer(data, Index.of(entries, Digest.of(data), len(data)))
+
+
+def written_layer(
+    folder: Path, files: Mapping[bytes, bytes], sparse: Sparse | None = None, name: str = "layer.tar"
+) -> tuple[Index, Path]:
+    """Return the index of such a layer, and its tar as a file in ``folder``."""
+    layer = make_layer(files, sparse)
+    return layer.index, layer.write(folder / name)
 
 
 def random_layer(seed: int, files: int = 20, most_bytes: int = 9000) -> MadeLayer:
@@ -66,7 +82,7 @@ def random_layer(seed: int, files: int = 20, most_bytes: int = 9000) -> MadeLaye
     made = {}
     for i in range(files):
         source = random.Random(i) if i % 3 == 0 else rng
-        made[f"d{i % 4}/f{i}"] = source.randbytes(source.randrange(most_bytes))
+        made[b"d%d/f%d" % (i % 4, i)] = source.randbytes(source.randrange(most_bytes))
     return make_layer(made)
 
 

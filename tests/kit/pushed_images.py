@@ -1,17 +1,15 @@
-"""Images of the hook's tests, pushed by plain HTTP, and what a registry then lists of them; no code of ours."""
+"""Images pushed by plain HTTP, and what a registry then lists of them; no code of ours."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
-from hook_support import BEARER, call
-from image_kit import CONFIG, INDEX, LAYER, MANIFEST, descriptor, digest, dump, tar
+from hook_service import BEARER, call
+from made_images import CONFIG, INDEX, LAYER, MANIFEST, descriptor, digest, dump, tar
 
 REMAP = "application/vnd.layerkit.remap.v1"
 
@@ -108,11 +106,3 @@ def states(url: str) -> dict[str, int]:
 def settled(url: str, done: int) -> bool:
     found = states(url)
     return not found.get("waiting") and not found.get("running") and found.get("done", 0) >= done
-
-
-def run(code: int, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *words], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done

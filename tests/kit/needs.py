@@ -1,9 +1,8 @@
-"""Shared helpers of the tests: what the machine must offer, and why a test skips where it does not."""
+"""What a test needs of the machine; it skips where that is not there, and fails in CI."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -31,15 +30,3 @@ def need_tool(*names: str) -> None:
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
         missing(f"needs {', '.join(absent)} (apt-get install)")
-
-
-def mounts_below(folder: Path) -> list[bytes]:
-    """Return the mount points below ``folder``, in the order they were mounted."""
-    prefix = os.fsencode(folder.resolve()) + b"/"
-    found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        # proc_pid_mountinfo(5): blanks and backslashes in names are written as three octal digits.
-        target = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
-        if target.startswith(prefix):
-            found.append(target)
-    return found

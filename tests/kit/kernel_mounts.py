@@ -1,15 +1,16 @@
-"""Overlay mounts by mount(8), as people make them: what the kernel shows is the judge."""
+"""What is mounted where, and overlays by mount(8) as people make them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_GONE_SECONDS = 60
+from programs import wait_for
 
 
 @contextmanager
@@ -29,10 +30,9 @@ def overlay(target: Path, **options: object) -> Iterator[Path]:
 
 
 def wait_gone(target: Path) -> None:
-    """Wait until nothing is mounted at ``target`` in any mount namespace."""
-    end = time.monotonic() + _GONE_SECONDS
-    while _is_mounted(str(target)) and time.monotonic() < end:
-        time.sleep(0.1)
+    """Wait until nothing is mounted at ``target`` in any mount namespace, but not for ever."""
+    with contextlib.suppress(TimeoutError):
+        wait_for(lambda: not _is_mounted(str(target)), f"{target} is still mounted somewhere")
 
 
 def _is_mounted(target: str) -> bool:
@@ -41,3 +41,15 @@ def _is_mounted(target: str) -> bool:
             if f" {target} " in (process / "mountinfo").read_text("utf-8", "surrogateescape"):
                 return True
     return False
+
+
+def mounts_below(folder: Path) -> list[bytes]:
+    """Return the mount points below ``folder``, in the order they were mounted."""
+    prefix = os.fsencode(folder.resolve()) + b"/"
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        # proc_pid_mountinfo(5): blanks and backslashes in names are written as three octal digits.
+        target = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        if target.startswith(prefix):
+            found.append(target)
+    return found

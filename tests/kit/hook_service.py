@@ -1,15 +1,12 @@
-"""Helpers of the hook's tests: settings, a service in this process, and clients."""
+"""The hook as a service: settings, one in this process or in its own, and clients that call it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import socket
 import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from programs import command, wait_for
 
 from layerkit.hook.config import Config, Registry, parse
 from layerkit.hook.front.guard import Token
@@ -113,9 +111,8 @@ def hook_process(config: Path, *words: str, log: Path) -> Iterator[tuple[subproc
     with log.open("ab") as out:
         start = log.stat().st_size
         process = subprocess.Popen(
-            [sys.executable, "-m", "layerkit.cli.main", "hook", *(words or ("serve",)), "--config", str(config)],
-            stdout=out, stderr=out,
-        )  # fmt: skip
+            command("hook", *(words or ("serve",)), "--config", config), stdout=out, stderr=out
+        )
         try:
             found: list[str] = []
 
@@ -139,18 +136,3 @@ def event(repository: str, digest: str, *, tag: str = "", host: str = "", **targ
         "target": {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
                    "repository": repository, "tag": tag, **target},
     }  # fmt: skip
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Return when ``condition`` holds; fail after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
