@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from layerkit.model.descriptor import Descriptor, Platform
@@ -45,11 +45,11 @@ class Image:
         return tuple(layer.diff_id for layer in self.layers)
 
 
-def chain_ids(diff_ids: tuple[str, ...]) -> Iterator[str]:
-    """Yield the chain id of each layer (image-spec, config.md, "Layer ChainID"), bottom first."""
+def chain_ids(diff_ids: Iterable[Digest | str]) -> list[str]:
+    """Return the chain_id of each layer, bottom first (image-spec, config.md, "Layer ChainID")."""
     import hashlib
 
-    chain = ""
-    for diff_id in diff_ids:
-        chain = diff_id if not chain else "sha256:" + hashlib.sha256(f"{chain} {diff_id}".encode()).hexdigest()
-        yield chain
+    found: list[str] = []
+    for text in map(str, diff_ids):
+        found.append("sha256:" + hashlib.sha256(f"{found[-1]} {text}".encode()).hexdigest() if found else text)
+    return found

@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 from kernel_mounts import mounts_below
 
-from layerkit.hosts.containerd import snapshots_pb2 as pb
+from layerkit.hosts.containerd import messages_pb2 as pb
 
 SERVICE = "/containerd.services.snapshots.v1.Snapshots/"
 ROOT_LABEL = {"containerd.io/gc.root": "2026-01-01T00:00:00Z"}

@@ -50,7 +50,7 @@ class Containerd:
         )
         image = oci_images.select(self._fetch, [entry], full, f"containerd's {full}", None, limits=DEFAULT)
         diff_ids = tuple(map(str, image.diff_ids))
-        chain = list(chain_ids(diff_ids))
+        chain = chain_ids(diff_ids)
         return Unpacked(
             name=full,
             runtime="containerd",

@@ -9,6 +9,7 @@ store, so such an image runs, and can neither be pushed nor exported from there.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,11 @@ import grpc
 from google.protobuf import empty_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from layerkit.hosts.containerd import client_pb2 as pb
-from layerkit.hosts.containerd import snapshots_pb2 as snapshots_pb
-from layerkit.hosts.containerd.snapshots.chains import chain_ids
-from layerkit.hosts.containerd.snapshots.values import REF_LABEL
+from layerkit.hosts.containerd import messages_pb2 as pb
+from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.errors import LayerkitError, UsageError
-from layerkit.model.image import Image
+from layerkit.model.image import Image, chain_ids
 
 _SECONDS = 30
 _PIECE_BYTES = 1 << 20
@@ -105,7 +104,7 @@ class Containerd:
             for _ in call(messages(), metadata=self._metadata(), timeout=_SECONDS):
                 pass
         except grpc.RpcError as error:
-            if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+            if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise
             request = pb.ContentUpdateRequest(
                 info=pb.ContentInfo(digest=digest, labels=labels),
@@ -123,7 +122,7 @@ class Containerd:
         try:
             self._call(service, "Create", pb.ImageRequest(image=image), reply)
         except grpc.RpcError as error:
-            if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+            if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise
             request = pb.ImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
             self._call(service, "Update", request, reply)
@@ -138,16 +137,16 @@ class Containerd:
         parent = ""
         for chain_id in chain:
             key = f"extract-layerkit-{uuid.uuid4().hex} {chain_id}"
-            request = snapshots_pb.CreateRequest(
+            request = pb.CreateRequest(
                 snapshotter=snapshotter, key=key, parent=parent, labels={REF_LABEL: chain_id}
             )
             try:
-                self._call(service, "Prepare", request, snapshots_pb.MountsReply.FromString)
+                self._call(service, "Prepare", request, pb.MountsReply.FromString)
             except grpc.RpcError as error:
-                if _code(error) is not grpc.StatusCode.ALREADY_EXISTS:
+                if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
                     raise
             else:
-                request = snapshots_pb.KeyRequest(snapshotter=snapshotter, key=key)
+                request = pb.KeyRequest(snapshotter=snapshotter, key=key)
                 self._call(service, "Remove", request, empty_pb2.Empty.FromString)
                 raise UsageError(
                     f"the snapshotter {snapshotter!r} does not know {chain_id}: it must be `layerkit snapshotter` "
@@ -173,20 +172,16 @@ class Containerd:
                 self.write(image.descriptor, image.manifest, config)
                 self.name(name, image.descriptor)
         except grpc.RpcError as error:
-            raise LayerkitError(f"containerd at {self._address}: {_text(error)}") from error
+            raise LayerkitError(f"containerd at {self._address}: {_failed(error).details()}") from error
         return top
 
 
 def _in(seconds: int) -> str:
-    import datetime
-
     when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
     return when.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _code(error: grpc.RpcError) -> object:
-    return error.code() if hasattr(error, "code") else None
-
-
-def _text(error: grpc.RpcError) -> str:
-    return str(error.details()) if hasattr(error, "details") else str(error)
+def _failed(error: grpc.RpcError) -> grpc.Call:
+    """Return the call that failed: it is what a channel raises."""
+    assert isinstance(error, grpc.Call)
+    return error

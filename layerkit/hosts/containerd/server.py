@@ -10,6 +10,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import grpc
 from google.protobuf import empty_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from layerkit.hosts.containerd import snapshots_pb2 as pb
+from layerkit.hosts.containerd import messages_pb2 as pb
+from layerkit.hosts.containerd.snapshots.catalog import Info, Kind
 from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
-from layerkit.hosts.containerd.snapshots.values import Info, Kind, Mount
+from layerkit.hosts.containerd.snapshots.stacks import Mount
 from layerkit.model.errors import LayerkitError, NotFound, SnapshotError, UnmappedId, UnsupportedHost, UsageError
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
@@ -54,46 +56,6 @@ def _time(nanoseconds: int) -> Timestamp:
     return Timestamp(seconds=nanoseconds // 1_000_000_000, nanos=nanoseconds % 1_000_000_000)
 
 
-def _prepare(s: Snapshotter, r: Any) -> pb.MountsReply:
-    return _mounts(s.prepare(r.key, r.parent, dict(r.labels)))
-
-
-def _view(s: Snapshotter, r: Any) -> pb.MountsReply:
-    return _mounts(s.view(r.key, r.parent, dict(r.labels)))
-
-
-def _mounts_of(s: Snapshotter, r: Any) -> pb.MountsReply:
-    return _mounts(s.mounts(r.key))
-
-
-def _commit(s: Snapshotter, r: Any) -> empty_pb2.Empty:
-    s.commit(r.name, r.key, dict(r.labels), r.parent)
-    return empty_pb2.Empty()
-
-
-def _remove(s: Snapshotter, r: Any) -> empty_pb2.Empty:
-    s.remove(r.key)
-    return empty_pb2.Empty()
-
-
-def _stat(s: Snapshotter, r: Any) -> pb.InfoReply:
-    return pb.InfoReply(info=_info(s.stat(r.key)))
-
-
-def _update(s: Snapshotter, r: Any) -> pb.InfoReply:
-    return pb.InfoReply(info=_info(s.update(r.info.name, dict(r.info.labels), list(r.update_mask.paths))))
-
-
-def _usage(s: Snapshotter, r: Any) -> pb.UsageReply:
-    usage = s.usage(r.key)
-    return pb.UsageReply(size=usage.size, inodes=usage.inodes)
-
-
-def _cleanup(s: Snapshotter, r: Any) -> empty_pb2.Empty:
-    s.cleanup()
-    return empty_pb2.Empty()
-
-
 def _list(s: Snapshotter, r: Any) -> Iterator[pb.ListReply]:
     block: list[pb.Info] = []
     for info in s.walk(list(r.filters)):
@@ -105,16 +67,24 @@ def _list(s: Snapshotter, r: Any) -> Iterator[pb.ListReply]:
         yield pb.ListReply(info=block)
 
 
-_UNARY: dict[str, tuple[Handler, Any]] = {
-    "Prepare": (_prepare, pb.CreateRequest),
-    "View": (_view, pb.CreateRequest),
-    "Mounts": (_mounts_of, pb.KeyRequest),
-    "Commit": (_commit, pb.CommitRequest),
-    "Remove": (_remove, pb.KeyRequest),
-    "Stat": (_stat, pb.KeyRequest),
-    "Update": (_update, pb.UpdateRequest),
-    "Usage": (_usage, pb.KeyRequest),
-    "Cleanup": (_cleanup, pb.CleanupRequest),
+def _update(s: Snapshotter, r: Any) -> pb.InfoReply:
+    return pb.InfoReply(info=_info(s.update(r.info.name, dict(r.info.labels), list(r.update_mask.paths))))
+
+
+def _cleanup(s: Snapshotter, r: Any) -> None:
+    s.cleanup()
+
+
+_UNARY: dict[str, tuple[Any, Handler]] = {
+    "Prepare": (pb.CreateRequest, lambda s, r: _mounts(s.prepare(r.key, r.parent, dict(r.labels)))),
+    "View": (pb.CreateRequest, lambda s, r: _mounts(s.view(r.key, r.parent, dict(r.labels)))),
+    "Mounts": (pb.KeyRequest, lambda s, r: _mounts(s.mounts(r.key))),
+    "Commit": (pb.CommitRequest, lambda s, r: s.commit(r.name, r.key, dict(r.labels), r.parent)),
+    "Remove": (pb.KeyRequest, lambda s, r: s.remove(r.key)),
+    "Stat": (pb.KeyRequest, lambda s, r: pb.InfoReply(info=_info(s.stat(r.key)))),
+    "Update": (pb.UpdateRequest, _update),
+    "Usage": (pb.KeyRequest, lambda s, r: pb.UsageReply(**asdict(s.usage(r.key)))),
+    "Cleanup": (pb.CleanupRequest, _cleanup),
 }
 
 
@@ -149,10 +119,10 @@ def _told(context: grpc.ServicerContext, method: str) -> Iterator[None]:
         context.abort(code, text)
 
 
-def _unary(snapshotter: Snapshotter, method: str, handler: Handler, request: Any) -> grpc.RpcMethodHandler:
+def _unary(snapshotter: Snapshotter, method: str, request: Any, handler: Handler) -> grpc.RpcMethodHandler:
     def call(message: Any, context: grpc.ServicerContext) -> Any:
         with _told(context, method):
-            return handler(snapshotter, message)
+            return handler(snapshotter, message) or empty_pb2.Empty()
 
     return grpc.unary_unary_rpc_method_handler(call, request.FromString, lambda reply: reply.SerializeToString())
 

@@ -27,9 +27,9 @@ from needs import need_root, need_tool
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
 
 from layerkit.api import open as api
-from layerkit.hosts.containerd.snapshots.chains import chain_ids
 from layerkit.linux import pagecache
 from layerkit.model.digest import Digest
+from layerkit.model.image import chain_ids
 
 REF = "containerd.io/snapshot.ref"
 NET_RAW = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw=ep, revision 2

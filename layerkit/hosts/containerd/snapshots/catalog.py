@@ -1,4 +1,4 @@
-"""The snapshotter's database: which snapshots there are, and what its short mount points stand for.
+"""The snapshotter's database: which snapshots there are, in containerd's words, and what mount points stand for.
 
 SQLite in WAL mode. A row counts once its transaction is committed; folders that no row knows are what a killed
 process left, and ``Snapshotter.cleanup`` removes them. The id of a row is never used for another, so a folder can
@@ -14,11 +14,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from layerkit.hosts.containerd.snapshots.values import Info, Kind, Usage
 from layerkit.model.errors import SnapshotError, StoreError
+
+REF_LABEL = "containerd.io/snapshot.ref"
+"""On a Prepare for unpacking: the chain_id that the snapshot will have once it is committed."""
+_LABEL_BYTES = 4096
 
 SCHEMA_VERSION = 1
 _BUSY_SECONDS = 60
@@ -33,7 +37,73 @@ CREATE INDEX child ON snapshots (parent);
 CREATE INDEX target ON snapshots (ref) WHERE ref != '';
 CREATE TABLE places (id INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL UNIQUE, info TEXT NOT NULL);
 """
-_COLUMNS = "id, key, parent, kind, created, updated, labels, map, chain, image, ref"
+_COLUMNS = "key, parent, kind, labels, map, chain, image, ref, id, created, updated"
+
+
+class Kind(IntEnum):
+    """What a snapshot is; the numbers are those of the service."""
+
+    VIEW = 1
+    ACTIVE = 2
+    COMMITTED = 3
+
+    @property
+    def word(self) -> str:
+        """Return the kind as filters spell it."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What is known of a snapshot.
+
+    Attributes:
+        name: its key, or the name it was committed by. parent: likewise, "" for none.
+        kind: what it is.
+        created, updated: nanoseconds since 1970.
+        labels: as clients set them.
+    """
+
+    name: str
+    parent: str
+    kind: Kind
+    created: int
+    updated: int
+    labels: Mapping[str, str]
+
+    def field(self, path: tuple[str, ...]) -> str | None:
+        """Return a field as filters name it, None where it is not present."""
+        match path:
+            case ("kind",):
+                return self.kind.word
+            case ("name",):
+                return self.name
+            case ("parent",):
+                return self.parent
+            case ("labels", *rest) if rest:
+                return self.labels.get(".".join(rest))
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a snapshot alone takes on disk: bytes and inodes."""
+
+    size: int
+    inodes: int
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Refuse a label whose key and value together are above 4096 bytes, as containerd does.
+
+    Raises:
+        SnapshotError: invalid_argument.
+    """
+    for key, value in labels.items():
+        if len(key.encode()) + len(value.encode()) > _LABEL_BYTES:
+            raise SnapshotError(
+                "invalid_argument", f"label {key[:64]!r}: key and value are above {_LABEL_BYTES} bytes"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +111,27 @@ class Row:
     """A snapshot as it is kept.
 
     Attributes:
-        id: its number; its folder is ``snapshots/ID``.
-        key: its name. parent: id of its parent, None for none. kind: what it is.
-        created, updated: nanoseconds since 1970. labels: as clients set them.
+        key: its name. parent: id of its parent, None for none. kind: what it is. labels: as clients set them.
         map: canonical id map of an active snapshot or view that shows mapped owners (or of what was committed
             from one), else "".
         chain: diff_ids, bottom first, of a snapshot whose files lie in layerkit's store, else ().
         image: manifest digest of the stored image that keeps that chain, else "".
         ref: the chain_id that a committed snapshot stands for, "" where nobody said.
+        id: its number, given by the catalog; its folder is ``snapshots/ID``.
+        created, updated: nanoseconds since 1970, likewise.
     """
 
-    id: int
     key: str
     parent: int | None
     kind: Kind
-    created: int
-    updated: int
     labels: Mapping[str, str]
-    map: str
-    chain: tuple[str, ...]
-    image: str
-    ref: str
+    map: str = ""
+    chain: tuple[str, ...] = ()
+    image: str = ""
+    ref: str = ""
+    id: int = 0
+    created: int = 0
+    updated: int = 0
 
 
 class Catalog:
@@ -186,18 +256,7 @@ class Catalog:
         """Return whether any snapshot has this one as its parent."""
         return bool(self._all("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", identity))
 
-    def insert(
-        self,
-        key: str,
-        parent: int | None,
-        kind: Kind,
-        labels: Mapping[str, str],
-        *,
-        map_text: str = "",
-        chain: tuple[str, ...] = (),
-        image: str = "",
-        ref: str = "",
-    ) -> int:
+    def insert(self, row: Row) -> int:
         """Add a snapshot, within :meth:`write`; return its id.
 
         Raises:
@@ -206,12 +265,12 @@ class Catalog:
         now = time.time_ns()
         try:
             cursor = self._run(
-                "INSERT INTO snapshots (key, parent, kind, created, updated, labels, map, chain, image, ref) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                key, parent, int(kind), now, now, _text(labels), map_text, " ".join(chain), image, ref,
+                f"INSERT INTO snapshots ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
+                row.key, row.parent, int(row.kind), _text(row.labels), row.map, " ".join(row.chain), row.image,
+                row.ref, now, now,
             )  # fmt: skip
         except sqlite3.IntegrityError as error:
-            raise SnapshotError("already_exists", f"snapshot {key!r} exists") from error
+            raise SnapshotError("already_exists", f"snapshot {row.key!r} exists") from error
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
@@ -286,8 +345,5 @@ def _text(labels: Mapping[str, str]) -> str:
 
 
 def _row(values: tuple[Any, ...]) -> Row:
-    identity, key, parent, kind, created, updated, labels, map_text, chain, image, ref = values
-    return Row(
-        identity, key, parent, Kind(kind), created, updated, json.loads(labels), map_text,
-        tuple(chain.split()), image, ref,
-    )  # fmt: skip
+    key, parent, kind, labels, map_text, chain, *rest = values
+    return Row(key, parent, Kind(kind), json.loads(labels), map_text, tuple(chain.split()), *rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, SnapshotError, StoreError
+from layerkit.model.image import chain_ids
 from layerkit.model.limits import Limits
 
 if TYPE_CHECKING:
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     from layerkit.store.local import LocalStore
 
 _log = logging.getLogger("layerkit.snapshotter")
-
-
-def chain_ids(diff_ids: Sequence[Digest]) -> list[str]:
-    """Return the chain_id of each layer and those below it (image-spec config.md, "Layer ChainID")."""
-    found: list[str] = []
-    for diff_id in diff_ids:
-        text = str(diff_id)
-        found.append("sha256:" + hashlib.sha256(f"{found[-1]} {text}".encode()).hexdigest() if found else text)
-    return found
 
 
 @dataclass(frozen=True, slots=True)

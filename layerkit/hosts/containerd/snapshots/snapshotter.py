@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from layerkit.hosts.containerd.snapshots.catalog import Catalog, Row
+from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Info, Kind, Row, Usage, check_labels
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.filters import Filter
 from layerkit.hosts.containerd.snapshots.layers import Layers
@@ -26,13 +26,13 @@ from layerkit.hosts.containerd.snapshots.stacks import (
     FILES,
     WORK,
     Lowers,
+    Mount,
     Stack,
     active_mounts,
     mapping_of,
     stack_of,
     view_mounts,
 )
-from layerkit.hosts.containerd.snapshots.values import REF_LABEL, Info, Kind, Mount, Usage, check_labels
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
@@ -300,8 +300,10 @@ class Snapshotter:
             key = f"layerkit/{above.id if above else 0}/{ref}"
             if self._catalog.find(key) is None:
                 self._catalog.insert(
-                    key, above.id if above else None, Kind.COMMITTED, {**labels, REF_LABEL: ref},
-                    chain=tuple(map(str, chain.diff_ids)), image=chain.image, ref=ref,
+                    Row(
+                        key, above.id if above else None, Kind.COMMITTED, {**labels, REF_LABEL: ref},
+                        chain=tuple(map(str, chain.diff_ids)), image=chain.image, ref=ref,
+                    )
                 )  # fmt: skip
         return True
 
@@ -320,7 +322,8 @@ class Snapshotter:
                 again = self._parent(parent)
                 if (again and again.id) != (above and above.id):
                     raise SnapshotError("not_found", f"parent snapshot {parent!r} was replaced meanwhile")
-                identity = self._catalog.insert(key, above.id if above else None, kind, labels, map_text=stack.map)
+                row = Row(key, above.id if above else None, kind, labels, stack.map)
+                identity = self._catalog.insert(row)
                 self._make_folder(identity, stack, lowers, with_work=kind is Kind.ACTIVE)
         return self._answer(kind, identity, lowers)
 

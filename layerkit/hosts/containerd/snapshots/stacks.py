@@ -15,10 +15,11 @@ from pathlib import Path
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.containerd.snapshots.catalog import Row
-from layerkit.hosts.containerd.snapshots.values import GID_LABEL, UID_LABEL, Mount
 from layerkit.idmap import IdMap, Mapping
 from layerkit.model.errors import SnapshotError, UsageError
 
+UID_LABEL = "containerd.io/snapshot/uidmapping"
+GID_LABEL = "containerd.io/snapshot/gidmapping"
 FILES = "+f"
 """The folder of a snapshot's files, in ``snapshots/ID``.
 
@@ -96,6 +97,15 @@ def mapping_of(labels: Labels[str, str]) -> Mapping | None:
         )
     except UsageError as error:
         raise SnapshotError("invalid_argument", str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A call of mount(2) that containerd is to make; options as in fstab(5)."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from layerkit.hosts.containerd.snapshots.chains import chain_ids
+from layerkit.hosts.containerd.snapshots.catalog import Info, Kind
 from layerkit.hosts.containerd.snapshots.filters import Filter
 from layerkit.hosts.containerd.snapshots.stacks import mapping_of, stack_of
-from layerkit.hosts.containerd.snapshots.values import Info, Kind
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError
+from layerkit.model.image import chain_ids
 
 
 def info(name: str = "n", **labels: str) -> Info:
