@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 import layerkit
 from layerkit.cli.main import app
-from layerkit.hosts.containerd.snapshots.stacks import mapping_of
-from layerkit.hosts.containerd.snapshots.values import GID_LABEL, UID_LABEL
+from layerkit.hosts.containerd.snapshots.stacks import GID_LABEL, UID_LABEL, mapping_of
 from layerkit.hosts.podman import mount_options
 from layerkit.idmap import Mapping
 from layerkit.linux.subids import subid_map
