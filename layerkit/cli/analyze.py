@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, line, note, progress, table
+from layerkit.cli.render import Output, fields, human, line, note, table
 from layerkit.model.errors import UsageError, show_path
 
 if TYPE_CHECKING:
@@ -20,12 +19,9 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 def analyze(
     refs: Annotated[
-        list[str],
-        typer.Argument(metavar="REF...", help="One image or several; as for `layerkit inspect`."),
+        list[str], typer.Argument(metavar="REF...", help="One image or several; as for `layerkit inspect`.")
     ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens in a browser from disk.")
-    ] = None,
+    html: o.Html = None,
     fail_over: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +31,7 @@ def analyze(
         ),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Worst paths to show.")] = 10,
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -51,30 +47,28 @@ def analyze(
 
     `layerkit analyze oci:images:app --fail-over 5% --quiet`
     """
-    from layerkit.api import open as api
-    from layerkit.cli.report_html import report_html
+    from layerkit.api.open import open_image
     from layerkit.usecases.waste.analyze import sharing
 
+    out = Output(json, quiet)
     limit = parse_limit(fail_over) if fail_over is not None else None
     if html is not None and len(refs) > 1:
         raise UsageError(f"--html shows one image, not {len(refs)}; call it once for each")
-    settings = api.Settings(store=o.store_dir(store))
+    settings = o.settings(store)
     reports, held = [], []
-    with progress(quiet) as step:
+    with out.progress() as step:
         for ref in refs:
-            with api.open_image(ref, platform=platform, settings=settings) as image:
+            with open_image(ref, platform=platform, settings=settings) as image:
                 report, indexes = image.analyze(progress=step)
             reports.append(report)
             held.append((report.name, indexes))
     shared = sharing(held) if len(refs) > 1 else None
     if html is not None:
-        _write(html, report_html(reports[0]))
-    if json:
-        emit_json("analyze", {
-            "images": [report.to_dict() for report in reports],
-            "sharing": shared.to_dict() if shared else None,
-        })  # fmt: skip
-    else:
+        from layerkit.cli import pages
+
+        pages.write(html, pages.analysis(reports[0]))
+    images = [report.to_dict() for report in reports]
+    if not out.told("analyze", {"images": images, "sharing": shared.to_dict() if shared else None}):
         for report in reports:
             _show(report, top)
         if shared:
@@ -108,14 +102,6 @@ def _used(report: AnalyzeReport, limit: str) -> float:
     if not limit.strip().endswith("%"):
         return report.wasted_bytes
     return 100 * report.wasted_bytes / report.file_bytes if report.file_bytes else 0.0
-
-
-def _write(path: Path, text: str) -> None:
-    """Write ``text`` by rename, so that a page is there whole or not at all."""
-    from layerkit.linux.durable import whole_file
-
-    with whole_file(path) as file:
-        file.write(text.encode("ascii"))
 
 
 def _show(report: AnalyzeReport, top: int) -> None:
@@ -170,8 +156,3 @@ def _show_sharing(shared: SharingReport) -> None:
         [(human(size), show_path(shared.images[a]), show_path(shared.images[b])) for a, b, size in shared.pairs],
         right=(0,),
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's command to ``app``."""
-    app.command("analyze", rich_help_panel="Images")(analyze)

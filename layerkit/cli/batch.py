@@ -112,8 +112,3 @@ def _lines(source: str | None) -> list[str]:
         raise UsageError(f"{source}: {error}") from None
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("batch", rich_help_panel="Services")(batch)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import Output, fields, human
 from layerkit.model.errors import UsageError
 
 
@@ -80,13 +80,10 @@ def bundle(
     remove: Annotated[
         bool, typer.Option("--remove", help="Unmount and delete a bundle, named in the place of REF.")
     ] = False,
-    own_meta: Annotated[
-        bool,
-        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
-    ] = False,
+    own_meta: o.OwnMeta = False,
     strict: o.Strict = False,
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     json: o.Json = False,
@@ -112,17 +109,18 @@ def bundle(
         # Before anything that starts threads.
         enter()
     from layerkit.api import bundle as bundling
-    from layerkit.api import open as api
+    from layerkit.api.open import open_image
 
+    out = Output(json, quiet)
     if remove:
         if folder is not None:
             raise UsageError("--remove takes one folder and nothing else")
         bundling.remove(ref)
-        note(f"removed {ref}", quiet=quiet)
+        out.note(f"removed {ref}")
         return
     if folder is None:
         raise UsageError("a folder for the bundle is missing: layerkit bundle REF DIR")
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
+    mapping = o.mapping(uid_map, gid_map, subuid_name)
     from layerkit.formats.runtime.config import Wishes
 
     wishes = Wishes(
@@ -131,32 +129,25 @@ def bundle(
         network=network, cap_add=tuple(cap_add or ()), cap_drop=tuple(cap_drop or ()), binds=tuple(volume or ()),
         image_volumes=image_volume, annotations=_pairs(annotation or []), seccomp=seccomp,
     )  # fmt: skip
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
-    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+    settings = o.settings(store, data=data, jobs=jobs, strict=strict)
+    with open_image(ref, platform=platform, settings=settings) as image, out.progress() as step:
         result = bundling.bundle(
             image, folder, mapping, wishes, rootless=rootless, own_meta=own_meta, progress=step
         )
-    for warning in result.warnings:
-        note(f"warning: {warning}", quiet=quiet)
+    out.warn(result.warnings)
     if mapping is None and not rootless and userns.in_initial_userns():
-        note("warning: no id map, so root in the container is root of the host; --uid-map C:H:N", quiet=quiet)
-    if json:
-        emit_json("bundle", result.to_dict())
+        out.note("warning: no id map, so root in the container is root of the host; --uid-map C:H:N")
+    if out.told("bundle", result.to_dict()):
         return
-    name = _host_name(folder)
-    fields(
-        [
-            (
-                "bundle",
-                f"{result.folder} of {result.name}" + (" (kept what was written in it)" if result.reused else ""),
-            ),
-            ("map", result.map_text or "none"),
-            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
-            ("process", f"{' '.join(result.args)} as {result.user}"),
-            ("run it", f"runc run -b {result.folder} {name}"),
-            ("remove it", f"layerkit bundle --remove {result.folder}"),
-        ]
-    )
+    kept = " (kept what was written in it)" if result.reused else ""
+    fields([
+        ("bundle", f"{result.folder} of {result.name}{kept}"),
+        ("map", result.map_text or "none"),
+        ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+        ("process", f"{' '.join(result.args)} as {result.user}"),
+        ("run it", f"runc run -b {result.folder} {_host_name(folder)}"),
+        ("remove it", f"layerkit bundle --remove {result.folder}"),
+    ])  # fmt: skip
 
 
 def _is_rootless(folder: Path) -> bool:
@@ -196,8 +187,3 @@ def _pairs(texts: list[str]) -> dict[str, str]:
         if "=" not in text or text.startswith("="):
             raise UsageError(f"--annotation {text!r}: want KEY=VALUE")
     return {key: value for key, _, value in (text.partition("=") for text in texts)}
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("bundle", rich_help_panel="Host")(bundle)

@@ -8,14 +8,12 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.cli.render import Output, fields, human, table
 
 
 def cache(
     mounts: Annotated[list[Path], typer.Argument(metavar="MOUNT...", help="Mount points, ours or anybody's.")],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens in a browser from disk.")
-    ] = None,
+    html: o.Html = None,
     top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Files to name.")] = 10,
     store: o.StoreDir = None,
     json: o.Json = False,
@@ -30,27 +28,19 @@ def cache(
     """
     from layerkit.hosts.diagnosis.cache import cache_report
 
-    with progress(quiet) as step:
+    out = Output(json, quiet)
+    with out.progress() as step:
         report = cache_report(mounts, o.store_dir(store), top=top, progress=step)
-    for warning in report.warnings:
-        note(f"warning: {warning}", quiet=quiet)
+    out.warn(report.warnings)
     if html is not None:
-        from layerkit.cli.cache_html import cache_html
+        from layerkit.cli import pages
 
-        html.write_text(cache_html(report.to_dict()), encoding="utf-8")
-        note(f"wrote {html}", quiet=quiet)
-    if json:
-        emit_json("cache", report.to_dict())
+        pages.write(html, pages.page("cache.html", report.to_dict()))
+        out.note(f"wrote {html}")
+    if out.told("cache", report.to_dict()):
         return
     rows = [
-        (
-            m.target,
-            m.image or m.map,
-            human(m.size),
-            human(m.resident),
-            human(m.shared),
-            human(m.resident - m.shared),
-        )
+        (m.target, m.image or m.map, *map(human, (m.size, m.resident, m.shared, m.resident - m.shared)))
         for m in report.mounts
     ]
     table("", ["MOUNT", "IMAGE", "SIZE", "IN MEMORY", "SHARED", "ITS OWN"], rows, right=(2, 3, 4, 5))
@@ -62,8 +52,3 @@ def cache(
     if report.top:
         files = [(f.mounts, human(f.resident), human(f.size), f.path) for f in report.top]
         table("", ["MOUNTS", "IN MEMORY", "SIZE", "PATH"], files, right=(0, 1, 2))
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("cache", rich_help_panel="Host")(cache)

@@ -64,8 +64,3 @@ def _shown(value: object) -> str | None:
     if value is None or isinstance(value, bool):
         return None if value is None else str(value).lower()
     return str(value)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's command to ``app``."""
-    app.command("config", rich_help_panel="Host")(config)

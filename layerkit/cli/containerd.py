@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, progress
+from layerkit.cli.render import Output, fields
+from layerkit.model.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Make images of the store known to containerd.")
+group = typer.Typer(no_args_is_help=True, help="Make images of the store known to containerd.")
 
 
-@app.command("add")
+@group.command("add")
 def add(
     ref: o.Ref,
     name: Annotated[
@@ -29,7 +31,7 @@ def add(
     snapshotter: Annotated[
         str, typer.Option("--snapshotter", help="The name that config.toml gives to `layerkit snapshotter`.")
     ] = "layerkit",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     json: o.Json = False,
@@ -45,42 +47,30 @@ def add(
 
     `ctr run --rm --snapshotter layerkit example.com/app:1 test`
     """
-    import time
-
-    from layerkit.api import open as api
-    from layerkit.model.errors import UsageError
+    from layerkit.api.open import open_image
 
     try:
         from layerkit.hosts.containerd.client import Containerd
     except ImportError as error:
         raise UsageError(f"this needs grpcio ({error}): pip install 'layerkit[containerd]'") from error
 
-    start = time.monotonic()
-    settings = api.Settings(store=o.store_dir(store), jobs=jobs)
+    start, out = time.monotonic(), Output(json, quiet)
     with Containerd(address, namespace) as containerd:
-        with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+        with (
+            open_image(ref, platform=platform, settings=o.settings(store, jobs=jobs)) as image,
+            out.progress() as step,
+        ):
             report = image.remap(None, progress=step)
             chosen = name or report.name
             chain = containerd.add(image.image, chosen, snapshotter)
-    seconds = time.monotonic() - start
-    if json:
-        emit_json(
-            "containerd-add",
-            {
-                "name": chosen, "manifest": report.manifest, "chain_id": chain, "snapshotter": snapshotter,
-                "namespace": namespace, "layers_read": report.layers_read, "seconds": seconds,
-            },
-        )  # fmt: skip
+    facts = {
+        "name": chosen, "manifest": report.manifest, "chain_id": chain, "snapshotter": snapshotter,
+        "namespace": namespace, "layers_read": report.layers_read, "seconds": time.monotonic() - start,
+    }  # fmt: skip
+    if out.told("containerd-add", facts):
         return
-    fields(
-        [
-            ("added", f"{chosen} to containerd's namespace {namespace}"),
-            ("layers", f"{report.layers} ({report.layers_read} read just now)"),
-            ("next", f"ctr -n {namespace} run --rm --snapshotter {snapshotter} {chosen} NAME"),
-        ]
-    )
-
-
-def register(main: typer.Typer) -> None:
-    """Add this file's commands to ``main``."""
-    main.add_typer(app, name="containerd", rich_help_panel="Host")
+    fields([
+        ("added", f"{chosen} to containerd's namespace {namespace}"),
+        ("layers", f"{report.layers} ({report.layers_read} read just now)"),
+        ("next", f"ctr -n {namespace} run --rm --snapshotter {snapshotter} {chosen} NAME"),
+    ])  # fmt: skip

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from layerkit.cli import options as o
-from layerkit.cli.options import Dst
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import Output, fields, human
 
 
 def copy(
     src: o.Ref,
-    dst: Dst,
-    all_platforms: Annotated[
-        bool, typer.Option("--all-platforms", help="Copy the images of all platforms, with their index.")
-    ] = False,
-    platform: o.PlatformOption = None,
+    dst: o.Dst,
+    all_platforms: o.AllPlatforms = False,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -36,31 +29,23 @@ def copy(
 
     `layerkit copy oci:images:multi oci-archive:all.tar --all-platforms`
     """
-    from layerkit.api import open as api
-    from layerkit.api import rewrite as rewrites
+    from layerkit.api import rewrite
 
-    with progress(quiet) as step:
-        report = rewrites.copy(
-            src, dst, all_platforms=all_platforms, platform=platform,
-            settings=api.Settings(store=o.store_dir(store)), progress=step,
+    out = Output(json, quiet, dst)
+    with out.progress() as step:
+        report = rewrite.copy(
+            src, dst, all_platforms=all_platforms, platform=o.one_platform(platform, all_platforms),
+            settings=o.settings(store), progress=step,
         )  # fmt: skip
-    if json:
-        emit_json("copy", report.to_dict())
+    if out.told("copy", report.to_dict()):
         return
-    if dst.rpartition(":")[2] == "-":  # standard output holds the archive
-        note(f"copied {report.manifest}", quiet=quiet)
+    if out.holds_archive:
+        out.note(f"copied {report.manifest}")
         return
-    fields(
-        [
-            ("image", f"{report.name or dst}  {report.manifest}"),
-            ("platforms", len(report.images)),
-            ("attached", report.attached or "nothing"),
-            *([("left behind", report.left)] if report.left else []),
-            ("copied", f"{report.blobs} blobs, {human(report.bytes)}, in {report.seconds:.2f} s"),
-        ]
-    )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("copy", rich_help_panel="Images")(copy)
+    fields([
+        ("image", f"{report.name or dst}  {report.manifest}"),
+        ("platforms", len(report.images)),
+        ("attached", report.attached or "nothing"),
+        *([("left behind", report.left)] if report.left else []),
+        ("copied", f"{report.blobs} blobs, {human(report.bytes)}, in {report.seconds:.2f} s"),
+    ])  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, table
+from layerkit.cli.render import Output, fields, human, table
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,18 +44,15 @@ def copyups(
 
     if seconds is not None and not watch:
         raise UsageError("--seconds means something only with --watch")
-    where = o.store_dir(store)
+    out, where = Output(json, quiet), o.store_dir(store)
     if watch:
-        note(f"watching {mount}" + ("; Ctrl-C ends it" if seconds is None else f" for {seconds:g} s"), quiet=quiet)
+        out.note(f"watching {mount}" + ("; Ctrl-C ends it" if seconds is None else f" for {seconds:g} s"))
         report = _until_stopped(mount, where, seconds)
     else:
         report = looking.look(mount, where)
-    for warning in report.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("copyups", report.to_dict())
-        return
-    _show(report)
+    out.warn(report.warnings)
+    if not out.told("copyups", report.to_dict()):
+        _show(report)
 
 
 def _until_stopped(mount: Path, store: Path, seconds: float | None) -> CopyUpReport:
@@ -108,8 +105,3 @@ def _way(file: CopyUp) -> str:
     if not file.size:
         return "empty"
     return "bytes" if not file.shared else "clone" if file.shared >= file.allocated else "part clone"
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("copyups", rich_help_panel="Host")(copyups)

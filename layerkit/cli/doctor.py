@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, table
+from layerkit.cli.render import Output, fields, table
 
 
 def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
@@ -20,16 +18,12 @@ def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
     from layerkit.hosts.diagnosis.doctor import examine
 
     report = examine(o.store_dir(store))
-    if json:
-        emit_json("doctor", report.to_dict())
+    if Output(json).told("doctor", report.to_dict()):
         return
     table(
         "",
         ["FEATURE", "HERE", "WHAT FOR", "IF ABSENT"],
-        [
-            (row.feature, "yes" if row.present else "no", row.why, "" if row.present else row.hint)
-            for row in report.rows
-        ],
+        [(r.feature, "yes" if r.present else "no", r.why, "" if r.present else r.hint) for r in report.rows],
     )
     fields(report.conclusions())
     table(
@@ -43,8 +37,3 @@ def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
             for r in report.runtimes
         ],
     )  # fmt: skip
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("doctor", rich_help_panel="Host")(doctor)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, note
+from layerkit.cli.render import Output, fields
 from layerkit.model.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerkit.hosts.finalize.finalize import FinalizeReport
 
 
 def finalize(
@@ -54,13 +57,13 @@ def finalize(
     from layerkit.hosts.finalize import finalize as work
     from layerkit.metaonly import Namespace
 
+    out = Output(json, quiet)
     if undo is not None:
         if lower is not None or check:
             raise UsageError("--undo stands alone: layerkit finalize UPPER --undo FILE")
         steps = work.undo(upper, undo)
-        if json:
-            emit_json("finalize-undo", {"upper": str(upper), "steps": steps})
-        note(f"taken back: {steps:,} changes in {upper}", quiet=quiet or json)
+        if not out.told("finalize-undo", {"upper": str(upper), "steps": steps}):
+            out.note(f"taken back: {steps:,} changes in {upper}")
         return
     if lower is None:
         raise UsageError("--lower is missing: the layers that UPPER was mounted over, top first")
@@ -71,32 +74,27 @@ def finalize(
     result = work.finalize(
         upper, lower, check=check, keep_root_whiteouts=stacking == "classic", namespace=Namespace(namespace)
     )
-    if json:
-        emit_json("finalize", result.to_dict())
-    else:
-        would = "would " if check else ""
-        rows = [("upper", result.upper)]
-        if result.final:
-            rows.append(("state", "final already: nothing to do"))
-        else:
-            rows += [
-                (f"{would}make", f"{result.made:,} entries that only the lower layers have"),
-                (f"{would}redirect", f"{result.redirects:,} stubs"),
-                (f"{would}close", f"{result.opaque:,} folders"),
-                (f"{would}remove", f"{result.whiteouts:,} whiteouts"),
-            ]
-        if result.root_whiteouts:
-            rows.append(("root", f"keeps {result.root_whiteouts} whiteouts; --for data-only removes them"))
-        if result.undo_file:
-            rows.append(("undo", f"layerkit finalize {result.upper} --undo {result.undo_file}"))
-        fields(rows)
+    if not out.told("finalize", result.to_dict()):
+        _show(result, "would " if check else "")
         if check:
-            for line in result.examples:
-                note(line, quiet=quiet)
+            out.note(*result.examples)
     if check and not result.final:
         raise typer.Exit(1)
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("finalize", rich_help_panel="Host")(finalize)
+def _show(result: FinalizeReport, would: str) -> None:
+    rows = [("upper", result.upper)]
+    if result.final:
+        rows.append(("state", "final already: nothing to do"))
+    else:
+        rows += [
+            (f"{would}make", f"{result.made:,} entries that only the lower layers have"),
+            (f"{would}redirect", f"{result.redirects:,} stubs"),
+            (f"{would}close", f"{result.opaque:,} folders"),
+            (f"{would}remove", f"{result.whiteouts:,} whiteouts"),
+        ]
+    if result.root_whiteouts:
+        rows.append(("root", f"keeps {result.root_whiteouts} whiteouts; --for data-only removes them"))
+    if result.undo_file:
+        rows.append(("undo", f"layerkit finalize {result.upper} --undo {result.undo_file}"))
+    fields(rows)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Dst, Level, Threads, one_platform
-from layerkit.cli.render import emit_json, fields, human, note, progress, show_platforms
-
-if TYPE_CHECKING:
-    pass
+from layerkit.cli.render import Output, fields, human, show_platforms
 
 
 def flatten(
     src: o.Ref,
-    dst: Dst,
+    dst: o.Dst,
     from_layer: Annotated[
         str | None,
         typer.Option(
@@ -26,18 +22,13 @@ def flatten(
     to_layer: Annotated[
         str | None, typer.Option("--to", metavar="LAYER", help="Topmost layer to merge [default: the top].")
     ] = None,
-    keep_base: Annotated[
-        str | None,
-        typer.Option(
-            "--keep-base", metavar="REF|N", help="Leave the layers of this image, or the lowest N, as they are."
-        ),
-    ] = None,
-    compression: CompressionOption = "gzip",
-    level: Level = None,
-    jobs: Threads = None,
-    created: Created = None,
-    platform: o.PlatformOption = None,
-    all_platforms: AllPlatforms = False,
+    keep_base: o.KeepBase = None,
+    compression: o.Compression = "gzip",
+    level: o.Level = None,
+    jobs: o.Threads = None,
+    created: o.Created = None,
+    platform: o.Platform = None,
+    all_platforms: o.AllPlatforms = False,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -60,41 +51,29 @@ def flatten(
     from layerkit.usecases.each_platform import PlatformsReport
     from layerkit.usecases.flatten import FlattenOptions
     from layerkit.usecases.flatten import flatten as use_case
-    from layerkit.usecases.settings import RewriteOptions, Settings
+    from layerkit.usecases.settings import RewriteOptions
 
-    settings = Settings(o.store_dir(store))
+    out, settings = Output(json, quiet, dst), o.settings(store)
     rewrite = RewriteOptions.of(compression, level, jobs, created)
     options = FlattenOptions(rewrite, from_layer, to_layer, base_of(keep_base, settings))
-    with progress(quiet) as step:
-        route = Route(src, dst, settings, one_platform(platform, all_platforms), all_platforms, step)
+    with out.progress() as step:
+        route = Route(src, dst, settings, o.one_platform(platform, all_platforms), all_platforms, step)
         report = route.go(lambda work, to: use_case(work, to, options))
     if isinstance(report, PlatformsReport):
-        show_platforms("flatten-platforms", report, dst, json=json, quiet=quiet)
+        show_platforms("flatten-platforms", report, out)
         return
-    for warning in report.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("flatten", report.to_dict())
+    out.warn(report.warnings)
+    if out.told("flatten", report.to_dict()):
         return
-    if dst.rpartition(":")[2] == "-":  # standard output holds the archive
-        note(f"{report.manifest}: {report.layers_after} layers, before {report.layers_before}", quiet=quiet)
+    if out.holds_archive:
+        out.note(f"{report.manifest}: {report.layers_after} layers, before {report.layers_before}")
         return
-    fields(
-        [
-            ("image", f"{report.name or dst}  {report.manifest}"),
-            ("layers", f"{report.layers_after}, before {report.layers_before}"),
-            (
-                "merged",
-                f"{report.merged[0]} to {report.merged[-1]} into {report.layer or 'nothing: no difference'}",
-            ),
-            ("entries", f"{report.entries:,}, of which {report.whiteouts:,} whiteouts"),
-            ("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}"),
-            ("tree", f"{report.tree_digest}, as before"),
-            ("made in", f"{report.seconds:.2f} s"),
-        ]
-    )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("flatten", rich_help_panel="Images")(flatten)
+    fields([
+        ("image", f"{report.name or dst}  {report.manifest}"),
+        ("layers", f"{report.layers_after}, before {report.layers_before}"),
+        ("merged", f"{report.merged[0]} to {report.merged[-1]} into {report.layer or 'nothing: no difference'}"),
+        ("entries", f"{report.entries:,}, of which {report.whiteouts:,} whiteouts"),
+        ("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}"),
+        ("tree", f"{report.tree_digest}, as before"),
+        ("made in", f"{report.seconds:.2f} s"),
+    ])  # fmt: skip

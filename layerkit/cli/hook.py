@@ -348,8 +348,3 @@ def _show(rows: list[JobRow]) -> None:
         ],
         right=(4, 5, 6),
     )  # fmt: skip
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.add_typer(group, name="hook", rich_help_panel="Services")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.cli.render import Output, fields, human, table
 
 group = typer.Typer(
     no_args_is_help=True, help="Publish what is known of layers, so that nobody has to read them again.",
@@ -26,11 +26,9 @@ def push(
     ] = None,
     mount_from: Annotated[
         list[str] | None,
-        typer.Option(
-            "--mount-from", metavar="REPOSITORY", help="A repository of DST's registry that may have some."
-        ),
+        typer.Option("--mount-from", metavar="REPOSITORY", help="One of DST's registry that may have some."),
     ] = None,
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -45,32 +43,28 @@ def push(
 
     `layerkit index push oci:images:app docker://registry.example.com/team/app:v1`
     """
-    from layerkit.api import open as api
-    from layerkit.api import registry as publishing
+    from layerkit.api import registry
 
-    settings = api.Settings(store=o.store_dir(store))
-    with progress(quiet) as step:
-        report = publishing.push_indexes(
-            src, dst, platform=platform, settings=settings, mount_from=mount_from or (), progress=step
+    out = Output(json, quiet)
+    with out.progress() as step:
+        report = registry.push_indexes(
+            src, dst, platform=platform, settings=o.settings(store), mount_from=mount_from or (), progress=step
         )
-    if json:
-        emit_json("index-push", report.to_dict())
+    if out.told("index-push", report.to_dict()):
         return
     share = 100 * report.bytes / report.image_bytes if report.image_bytes else 0
-    fields(
-        [
-            ("image", f"{report.name}  {report.manifest}"),
-            ("artifact", report.artifact),
-            ("indexes", f"{human(report.bytes)} for {report.layers} layers, {share:.2f} % of the image's bytes"),
-            ("sent", f"{report.blobs} indexes; {report.layers_read} layers read for them"),
-        ]
-    )
+    fields([
+        ("image", f"{report.name}  {report.manifest}"),
+        ("artifact", report.artifact),
+        ("indexes", f"{human(report.bytes)} for {report.layers} layers, {share:.2f} % of the image's bytes"),
+        ("sent", f"{report.blobs} indexes; {report.layers_read} layers read for them"),
+    ])  # fmt: skip
 
 
 @group.command()
 def pull(
     ref: o.Ref,
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -82,14 +76,12 @@ def pull(
 
     Example: `layerkit index pull docker://registry.example.com/team/app:v1`
     """
-    from layerkit.api import open as api
-    from layerkit.api import registry as publishing
+    from layerkit.api import registry
 
-    report = publishing.pull_indexes(ref, platform=platform, settings=api.Settings(store=o.store_dir(store)))
-    for text in report.notes:
-        note(f"warning: {text}", quiet=quiet)
-    if json:
-        emit_json("index-pull", report.to_dict())
+    out = Output(json, quiet)
+    report = registry.pull_indexes(ref, platform=platform, settings=o.settings(store))
+    out.warn(report.notes)
+    if out.told("index-pull", report.to_dict()):
         return
     table(
         "",
@@ -97,7 +89,7 @@ def pull(
         [(layer.digest, f"{layer.entries:,}", _ORIGINS[layer.origin]) for layer in report.layers],
         right=(1,),
     )
-    note(f"read {human(report.bytes)} instead of {human(report.image_bytes)}", quiet=quiet)
+    out.note(f"read {human(report.bytes)} instead of {human(report.image_bytes)}")
 
 
 _ORIGINS = {
@@ -106,8 +98,3 @@ _ORIGINS = {
     "artifact": "a published index (unproven)",
     "toc": "its table of contents (unproven)",
 }
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.add_typer(group, name="index", rich_help_panel="Registries")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import typer
+from typing import TYPE_CHECKING
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, line, progress, table
+from layerkit.cli.render import Output, fields, human, line, table
+
+if TYPE_CHECKING:
+    from layerkit.model.reports import InspectReport
 
 
 def inspect(
@@ -16,7 +19,7 @@ def inspect(
     overflow_id: o.OverflowId = None,
     squash: o.Squash = False,
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     json: o.Json = False,
@@ -29,23 +32,23 @@ def inspect(
 
     `layerkit inspect image.tar --uid-map 0:100000:65536 --json`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_image
 
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs)
-    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    settings = o.settings(store, data=data, jobs=jobs)
+    with open_image(ref, platform=platform, settings=settings) as image, out.progress() as step:
         report = image.inspect(mapping, progress=step)
-    if json:
-        emit_json("inspect", report.to_dict())
-        return
-    fields(
-        [
-            ("image", f"{report.name}  {report.manifest}"),
-            ("platform", report.platform),
-            ("tree", f"{report.entries:,} names, {report.inodes:,} inodes, {human(report.data_bytes)}"),
-            ("tree digest", report.tree_digest),
-        ]
-    )
+    if not out.told("inspect", report.to_dict()):
+        _show(report)
+
+
+def _show(report: InspectReport) -> None:
+    fields([
+        ("image", f"{report.name}  {report.manifest}"),
+        ("platform", report.platform),
+        ("tree", f"{report.entries:,} names, {report.inodes:,} inodes, {human(report.data_bytes)}"),
+        ("tree digest", report.tree_digest),
+    ])  # fmt: skip
     table(
         "",
         ["LAYER", "BLOB", "DIFF ID", "ENTRIES", "WHITEOUTS", "TAR"],
@@ -56,16 +59,11 @@ def inspect(
         right=(0, 1, 3, 4, 5),
     )
     table("", ["KIND", "ENTRIES"], [(k, f"{v:,}") for k, v in report.kinds.items()], right=(1,))
-    heads = ["ID", "ENTRIES", "BECOMES"] if mapping else ["ID", "ENTRIES"]
+    width = 3 if report.map_text else 2
     for what, rows in (("users", report.uids), ("groups", report.gids)):
-        cells = [(r.id, f"{r.entries:,}", r.becomes) if mapping else (r.id, f"{r.entries:,}") for r in rows]
-        table(what, heads, cells, right=(0, 1, 2))
+        cells = [(r.id, f"{r.entries:,}", r.becomes)[:width] for r in rows]
+        table(what, ["ID", "ENTRIES", "BECOMES"][:width], cells, right=(0, 1, 2))
     if report.xattrs:
         table("", ["XATTR", "INODES"], [(k, f"{v:,}") for k, v in report.xattrs.items()], right=(1,))
     for problem in report.problems:
         line(f"! {problem}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("inspect", rich_help_panel="Images")(inspect)

@@ -85,36 +85,23 @@ def main(
     """Change who owns files in container images by writing metadata only."""
 
 
-for module in (
-    remap,
-    mount,
-    mount_program,
-    bundle,
-    finalize,
-    unpack,
-    pack,
-    inspect,
-    analyze,
-    optimize,
-    flatten,
-    copy,
-    verify,
-    index,
-    pull,
-    store,
-    hook,
-    batch,
-    doctor,
-    setup,
-    snapshotter,
-    containerd,
-    adopt,
-    which,
-    cache,
-    copyups,
-    config,
-):
-    module.register(app)
+IMAGES, HOST, REGISTRIES, SERVICES = "Images", "Host", "Registries", "Services"
+_COMMANDS = (
+    (IMAGES, remap.remap), (HOST, mount.mount), (HOST, mount.umount), (HOST, mount.mounts),
+    (HOST, mount_program.mount_program), (HOST, bundle.bundle), (HOST, finalize.finalize), (IMAGES, unpack.unpack),
+    (IMAGES, pack.pack), (IMAGES, inspect.inspect), (IMAGES, analyze.analyze), (IMAGES, optimize.optimize),
+    (IMAGES, flatten.flatten), (IMAGES, copy.copy), (IMAGES, verify.verify), (REGISTRIES, pull.pull),
+    (SERVICES, batch.batch), (HOST, doctor.doctor), (HOST, snapshotter.snapshotter), (HOST, adopt.adopt),
+    (HOST, which.which), (HOST, cache.cache), (HOST, copyups.copyups), (HOST, config.config),
+)  # fmt: skip
+_GROUPS = (
+    (REGISTRIES, "index", index.group), (HOST, "store", store.group), (SERVICES, "hook", hook.group),
+    (HOST, "setup", setup.group), (HOST, "containerd", containerd.group),
+)  # fmt: skip
+for panel, command in _COMMANDS:
+    app.command(command.__name__.replace("_", "-"), rich_help_panel=panel)(command)
+for panel, name, group in _GROUPS:
+    app.add_typer(group, name=name, rich_help_panel=panel)
 registry_options.add_to_commands(app)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from layerkit.cli import adopt
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress, table
+from layerkit.cli.render import Output, fields, human, table
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,16 +38,13 @@ def mount(
     rendering: Annotated[
         str | None, typer.Option("--rendering", metavar="auto|erofs|directory|fuse", help="Form of the metadata.")
     ] = None,
-    own_meta: Annotated[
-        bool,
-        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
-    ] = False,
+    own_meta: o.OwnMeta = False,
     for_podman: Annotated[
         bool,
         typer.Option("--for-podman", help="Print what `podman run` takes to run it: maps and --rootfs TARGET:O."),
     ] = False,
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     stacking: adopt.Stacking = "auto",
     reread: adopt.Reread = False,
     store: o.StoreDir = None,
@@ -71,47 +68,44 @@ def mount(
 
     if for_podman and upper is not None:
         raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
-    if adopt.is_unpacked(ref):
+    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    writable = "" if upper else " (read-only)"
+    if ref.startswith(adopt.SCHEMES):
         if strict or platform is not None:
             raise UsageError(f"{ref}: --strict and --platform mean nothing for layers that are unpacked already")
         if for_podman:
             raise UsageError("--for-podman: podman has these layers itself; give it the map, or name an image file")
-        adopt.mount_unpacked(
-            ref, target, mapping, o.store_dir(store), stacking=stacking, rendering=rendering, own_meta=own_meta,
-            upper=upper, work=work, reread=reread, json=json, quiet=quiet,
-        )  # fmt: skip
+        with out.progress() as step:
+            adopted = api.mount_unpacked(
+                ref, target, mapping, stacking=stacking, rendering=rendering, own_meta=own_meta, upper=upper,
+                work=work, reread=reread, store=o.store_dir(store), progress=step,
+            )  # fmt: skip
+        adopt.tell("mount", adopted, out, ("mounted", f"{adopted.name} on {target}{writable}"))
         return
     if stacking != "auto" or reread:
         raise UsageError(
             "--stacking and --reread are for layers that a runtime unpacked (containers-storage:NAME, ...)"
         )
     podman = podman_words(target, mapping) if for_podman else []
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs, strict=strict)
-    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+    settings = o.settings(store, data=data, jobs=jobs, strict=strict)
+    with api.open_image(ref, platform=platform, settings=settings) as image, out.progress() as step:
         mounted = image.mount(
             target, mapping, upper=upper, work=work, rendering=rendering, own_meta=own_meta, progress=step
         )
     result = mounted.report
-    for warning in result.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        extra = {"podman": podman} if for_podman else {}
-        emit_json("mount", {"target": str(mounted.target), **result.to_dict(), **extra})
+    out.warn(result.warnings)
+    extra = {"podman": podman} if for_podman else {}
+    if out.told("mount", {"target": str(mounted.target), **result.to_dict(), **extra}):
         return
     if for_podman:
         print(" ".join(podman))
-        note(
-            "podman takes nothing else from the image: name the command, and --user, --env, --workdir", quiet=quiet
-        )
+        out.note("podman takes nothing else from the image: name the command, and --user, --env, --workdir")
         return
-    fields(
-        [
-            ("mounted", f"{result.name} on {mounted.target}" + ("" if upper else " (read-only)")),
-            ("map", result.map_text or "none"),
-            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
-        ]
-    )
+    fields([
+        ("mounted", f"{result.name} on {mounted.target}{writable}"),
+        ("map", result.map_text or "none"),
+        ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+    ])  # fmt: skip
 
 
 def podman_words(target: Path, mapping: Mapping | None) -> list[str]:
@@ -143,10 +137,10 @@ def umount(
     """
     from layerkit.api import open as api
 
+    out = Output(json, quiet)
     api.umount(target, store=o.store_dir(store))
-    note(f"unmounted {target}", quiet=quiet)
-    if json:
-        emit_json("umount", {"target": str(target)})
+    out.note(f"unmounted {target}")
+    out.told("umount", {"target": str(target)})
 
 
 def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
@@ -157,24 +151,14 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
     from layerkit.api import open as api
 
     rows = api.mounts(store=o.store_dir(store))
-    if json:
-        emit_json("mounts", {"mounts": rows})
+    out = Output(json)
+    if out.told("mounts", {"mounts": rows}):
         return
     table("", ["TARGET", "IMAGE", "MAP"], [(r["target"], r["image"], r["map"] or "none") for r in rows])
     for row in rows:
         if row["server"]:
-            note(
-                f"warning: {row['target']}: the processes that serve its metadata were killed; unmount it, and "
-                "mount it again"
-            )
+            killed = "the processes that serve its metadata were killed; unmount it, and mount it again"
+            out.note(f"warning: {row['target']}: {killed}")
         if row["lost"]:
-            note(
-                f"warning: {row['target']}: its runtime removed layers under it, unmount it: {row['lost'].split()}"
-            )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("mount", rich_help_panel="Host")(mount)
-    app.command("umount", rich_help_panel="Host")(umount)
-    app.command("mounts", rich_help_panel="Host")(mounts)
+            lost = f"its runtime removed layers under it, unmount it: {row['lost'].split()}"
+            out.note(f"warning: {row['target']}: {lost}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from layerkit.cli import options as o
+from layerkit.cli.render import Output
 
 
 def mount_program(
@@ -36,14 +36,6 @@ def mount_program(
     from layerkit.hosts.podman.mount_program import mount
 
     mounted = mount(",".join(option), target, o.store_dir(store))
-    for note in mounted.notes:
-        print(f"layerkit mount-program: {note}", file=sys.stderr)
-    if json:
-        from layerkit.cli.render import emit_json
-
-        emit_json("mount-program", {"target": str(target), "way": mounted.way, "server": mounted.pid})
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's command to ``app``."""
-    app.command("mount-program", rich_help_panel="Host")(mount_program)
+    out = Output(json)
+    out.note(*(f"layerkit mount-program: {text}" for text in mounted.notes))
+    out.told("mount-program", {"target": str(target), "way": mounted.way, "server": mounted.pid})

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level, Threads, one_platform
-from layerkit.cli.render import emit_json, fields, human, note, progress, show_platforms, table
+from layerkit.cli.render import Output, fields, human, show_platforms, table
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,20 +18,9 @@ def optimize(
     src: o.Ref,
     dst: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[DST]",
-            help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`; "
-            "`-` is an archive on standard output. Not needed with --dry-run.",
-        ),
+        typer.Argument(metavar="[DST]", help="Where the result goes, as for `flatten`. Not needed with --dry-run."),
     ] = None,
-    keep_base: Annotated[
-        str | None,
-        typer.Option(
-            "--keep-base",
-            metavar="REF|N",
-            help="Never touch the layers of this image, or the lowest N: who has the base shares it.",
-        ),
-    ] = None,
+    keep_base: o.KeepBase = None,
     metadata_only: Annotated[
         bool,
         typer.Option(
@@ -40,19 +28,13 @@ def optimize(
             help="Make stubs of doubled files instead, for hosts that mount with metacopy=on and for no others.",
         ),
     ] = False,
-    stock_media_type: Annotated[
-        bool,
-        typer.Option(
-            "--stock-media-type",
-            help="With --metadata-only: the standard media type. DANGEROUS: most runtimes show files of zeros.",
-        ),
-    ] = False,
-    compression: CompressionOption = "gzip",
-    level: Level = None,
-    jobs: Threads = None,
-    created: Created = None,
-    platform: o.PlatformOption = None,
-    all_platforms: AllPlatforms = False,
+    stock_media_type: o.StockMediaType = False,
+    compression: o.Compression = "gzip",
+    level: o.Level = None,
+    jobs: o.Threads = None,
+    created: o.Created = None,
+    platform: o.Platform = None,
+    all_platforms: o.AllPlatforms = False,
     store: o.StoreDir = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -76,47 +58,43 @@ def optimize(
     from layerkit.usecases.each_platform import PlatformsReport
     from layerkit.usecases.optimize import OptimizeOptions
     from layerkit.usecases.optimize import optimize as use_case
-    from layerkit.usecases.settings import RewriteOptions, Settings
+    from layerkit.usecases.settings import RewriteOptions
 
     if dst is None and not dry_run:
         raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
-    settings = Settings(o.store_dir(store))
+    to = None if dry_run else dst
+    out, settings = Output(json, quiet, to), o.settings(store)
     rewrite = RewriteOptions.of(compression, level, jobs, created)
     options = OptimizeOptions(rewrite, base_of(keep_base, settings), metadata_only, stock_media_type)
-    with progress(quiet) as step:
-        route = Route(
-            src, None if dry_run else dst, settings, one_platform(platform, all_platforms), all_platforms, step
-        )
+    with out.progress() as step:
+        route = Route(src, to, settings, o.one_platform(platform, all_platforms), all_platforms, step)
         report = route.go(lambda work, to: use_case(work, to, options))
     if isinstance(report, PlatformsReport):
-        show_platforms("optimize-platforms", report, dst or "", json=json, quiet=quiet)
+        show_platforms("optimize-platforms", report, out)
         return
-    for warning in report.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("optimize", report.to_dict())
-    elif dst is not None and not dry_run and dst.rpartition(":")[2] == "-":  # standard output holds the archive
-        note(f"{report.manifest}: {human(report.bytes_after)}, before {human(report.bytes_before)}", quiet=quiet)
+    out.warn(report.warnings)
+    if out.told("optimize", report.to_dict()):
+        return
+    if out.holds_archive:
+        out.note(f"{report.manifest}: {human(report.bytes_after)}, before {human(report.bytes_before)}")
     else:
         _show(report, dst or "")
 
 
 def _show(report: OptimizeReport, dst: str) -> None:
     written = bool(report.manifest)
-    fields(
-        [
-            ("image", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}"),
-            ("layers", f"{report.layers_after}, before {report.layers_before}"),
-            ("files", f"{human(report.file_bytes_after)}, before {human(report.file_bytes_before)}"),
-        ]
-    )
+    rows = [
+        ("image", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}"),
+        ("layers", f"{report.layers_after}, before {report.layers_before}"),
+        ("files", f"{human(report.file_bytes_after)}, before {human(report.file_bytes_before)}"),
+    ]
     if written:
         saved = f"{abs(report.saved_percent)} % {'less' if report.saved_percent >= 0 else 'more'}"
-        fields([("blobs ", f"{human(report.bytes_after)}, before {human(report.bytes_before)}: {saved}")])
+        rows.append(("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}: {saved}"))
     if report.kept_base:
         base = f"{report.kept_base} layers kept; touching them would save {human(report.base_cost_bytes)} of files"
-        fields([("base  ", base)])
-    fields([("tree  ", f"{report.tree_digest}, as before")])
+        rows.append(("base", base))
+    fields([*rows, ("tree", f"{report.tree_digest}, as before")])
     table(
         "",
         ["LAYER", "ACTION", "FILES", "AFTER", "ENTRIES", "AFTER", "BLOB", "AFTER", "DIGEST"],
@@ -130,8 +108,3 @@ def _show(report: OptimizeReport, dst: str) -> None:
         ],
         right=(0, 2, 3, 4, 5, 6, 7),
     )  # fmt: skip
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's command to ``app``."""
-    app.command("optimize", rich_help_panel="Images")(optimize)

@@ -6,13 +6,17 @@ Where a flag is not given, its value is what ``layerkit config`` shows: see :fun
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from layerkit.linux.configuration import configured, everything
 from layerkit.model.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerkit.idmap import Mapping as IdMapping
+    from layerkit.usecases.settings import Settings
 
 Ref = Annotated[
     str,
@@ -23,12 +27,18 @@ Ref = Annotated[
         "`-` is an archive on standard input.",
     ),
 ]
+Dst = Annotated[
+    str,
+    typer.Argument(
+        metavar="DST",
+        help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`, "
+        "`docker-daemon:NAME[:TAG]`; `-` is an archive on standard output.",
+    ),
+]
 UidMap = Annotated[
     list[str] | None,
-    typer.Option(
-        "--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it or use commas.",
-    ),
-]  # fmt: skip
+    typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it or use commas."),
+]
 GidMap = Annotated[
     list[str] | None,
     typer.Option("--gid-map", metavar="C:H:N", help="The same for groups; without it the uid map is used."),
@@ -47,6 +57,9 @@ Squash = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse overlay xattrs that the image brings, instead of escaping them.")
 ]
+OwnMeta = Annotated[
+    bool, typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none.")
+]
 StoreDir = Annotated[
     Path | None,
     typer.Option(
@@ -61,15 +74,59 @@ Data = Annotated[
         help="How file data is kept: raw layer tars under EROFS, or content-addressed files.",
     ),
 ]  # fmt: skip
-PlatformOption = Annotated[
+Platform = Annotated[
     str | None,
     typer.Option("--platform", metavar="OS/ARCH[/VARIANT]",
                  help="Which image of a multi-platform one [default: this host's]."),
 ]  # fmt: skip
+AllPlatforms = Annotated[
+    bool, typer.Option("--all-platforms", help="Do it to the images of all platforms, under one index.")
+]
+KeepBase = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-base", metavar="REF|N",
+        help="Leave the layers of this image, or the lowest N, as they are: who has the base shares it.",
+    ),
+]  # fmt: skip
+StockMediaType = Annotated[
+    bool,
+    typer.Option(
+        "--stock-media-type",
+        help="For layers of stubs: the standard media type. DANGEROUS: most runtimes show files of zeros.",
+    ),
+]
+Compression = Annotated[
+    str,
+    typer.Option(
+        "--compression", metavar="gzip|zstd|zstd:chunked|none", help="Compression of layers that are written."
+    ),
+]
+Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
+Created = Annotated[
+    str | None,
+    typer.Option(
+        "--created", metavar="TIME",
+        help="Time written into the result, RFC 3339 or seconds since 1970 "
+        "[default: SOURCE_DATE_EPOCH, else that of the image].",
+    ),
+]  # fmt: skip
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, max=64, help="Layers read at the same time.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", "-j", min=1, max=64,
+        help="Threads that compress; the result does not depend on it [default: all cores].",
+    ),
+]  # fmt: skip
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens in a browser from disk.")
+]
+Undo = Annotated[bool, typer.Option("--undo", help="Take out what this command put in.")]
+Print = Annotated[bool, typer.Option("--print", help="Print what would be written; change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, max=64, help="Layers read at the same time.")]
 
 
 def store_dir(given: Path | None) -> Path:
@@ -79,50 +136,24 @@ def store_dir(given: Path | None) -> Path:
     return given or default_store()
 
 
-Dst = Annotated[
-    str,
-    typer.Argument(
-        metavar="DST",
-        help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`, "
-        "`docker-daemon:NAME[:TAG]`; "
-        "`-` is an archive on standard output.",
-    ),
-]
+def settings(store: Path | None, **flags: Any) -> Settings:
+    """Return the settings that the shared flags ``--store``, ``--data``, ``--jobs`` and ``--strict`` mean."""
+    from layerkit.usecases.settings import Settings
+
+    return Settings(store, **flags)
 
 
-CompressionOption = Annotated[
-    str,
-    typer.Option(
-        "--compression", metavar="gzip|zstd|zstd:chunked|none", help="Compression of layers that are written."
-    ),
-]
+def mapping(
+    uid_map: list[str] | None,
+    gid_map: list[str] | None,
+    subuid_name: str | None,
+    overflow_id: int | None = None,
+    squash: bool = False,
+) -> IdMapping | None:
+    """Return the id map that the shared flags spell, None if there are none."""
+    from layerkit.usecases.settings import MapOptions
 
-
-Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
-
-
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--jobs", "-j", min=1, max=64,
-        help="Threads that compress; the result does not depend on it [default: all cores].",
-    ),
-]  # fmt: skip
-
-
-AllPlatforms = Annotated[
-    bool, typer.Option("--all-platforms", help="Do it to the images of all platforms, and write a new index.")
-]
-
-
-Created = Annotated[
-    str | None,
-    typer.Option(
-        "--created", metavar="TIME",
-        help="Time written into the result, RFC 3339 or seconds since 1970 "
-        "[default: SOURCE_DATE_EPOCH, else that of the image].",
-    ),
-]  # fmt: skip
+    return MapOptions(tuple(uid_map or ()), tuple(gid_map or ()), subuid_name, overflow_id, squash).mapping()
 
 
 def one_platform(platform: str | None, all_platforms: bool) -> str | None:

@@ -8,15 +8,14 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import CompressionOption, Created, Dst, Level
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import Output, fields, human
 
 
 def pack(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A root filesystem, as `layerkit unpack` writes it.")
     ],
-    dst: Dst,
+    dst: o.Dst,
     base: Annotated[str, typer.Option("--base", metavar="SRC", help="The image that DIR was unpacked from.")],
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
@@ -28,10 +27,10 @@ def pack(
         ),
     ] = False,
     message: Annotated[str, typer.Option("--message", metavar="TEXT", help="What the history says of it.")] = "",
-    compression: CompressionOption = "gzip",
-    level: Level = None,
-    created: Created = None,
-    platform: o.PlatformOption = None,
+    compression: o.Compression = "gzip",
+    level: o.Level = None,
+    created: o.Created = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -46,35 +45,27 @@ def pack(
 
     `layerkit pack rootfs app-2.tar --base app.tar --uid-map 0:100000:65536 --message "settings of the site"`
     """
-    from layerkit.api import open as api
-    from layerkit.pack import Packing
+    from layerkit.api.open import open_image
+    from layerkit.usecases.from_folder import PackOptions
+    from layerkit.usecases.from_folder import pack as use_case
+    from layerkit.usecases.settings import RewriteOptions
 
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name)
-    settings = api.Settings(store=o.store_dir(store))
-    with api.open_image(base, platform=platform, settings=settings) as image, progress(quiet) as step:
-        result = image.pack(
-            folder, dst, mapping, packing=Packing.parse(compression, level), created=created, message=message,
-            checksum=checksum, progress=step,
-        )  # fmt: skip
-    for warning in result.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    # An archive on standard output leaves no room there for anything else.
-    if dst in ("-", "oci-archive:-", "docker-archive:-"):
+    out, settings = Output(json, quiet, dst), o.settings(store)
+    mapping = o.mapping(uid_map, gid_map, subuid_name)
+    options = PackOptions(RewriteOptions.of(compression, level, created=created), mapping, message, checksum)
+    with (
+        open_image(base, platform=platform, settings=settings) as image,
+        out.progress() as step,
+        image.kept(step) as work,
+    ):
+        result = use_case(folder, work, settings.destination(dst, image.source), options)
+    out.warn(result.warnings)
+    if out.told("pack", result.to_dict()) or out.holds_archive:
         return
-    if json:
-        emit_json("pack", result.to_dict())
-        return
-    fields(
-        [
-            ("image", f"{dst}  {result.manifest}"),
-            ("base", f"{result.name}  {result.base}"),
-            ("layer", f"{result.layer}  {human(result.layer_bytes)}"),
-            ("changes", f"{result.added:,} added, {result.changed:,} changed, {result.removed:,} removed"),
-            ("made in", f"{result.seconds:.2f} s, {human(result.hashed_bytes)} compared"),
-        ]
-    )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("pack", rich_help_panel="Images")(pack)
+    fields([
+        ("image", f"{dst}  {result.manifest}"),
+        ("base", f"{result.name}  {result.base}"),
+        ("layer", f"{result.layer}  {human(result.layer_bytes)}"),
+        ("changes", f"{result.added:,} added, {result.changed:,} changed, {result.removed:,} removed"),
+        ("made in", f"{result.seconds:.2f} s, {human(result.hashed_bytes)} compared"),
+    ])  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
+from layerkit.cli.render import Output, fields, human, next_mount
 
 
 def pull(
@@ -27,12 +27,9 @@ def pull(
     require_published: Annotated[
         bool, typer.Option("--require-published", help="Fail where no published remap is right.")
     ] = False,
-    own_meta: Annotated[
-        bool,
-        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
-    ] = False,
+    own_meta: o.OwnMeta = False,
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -48,38 +45,27 @@ def pull(
 
     `layerkit pull docker://registry.example.com/team/app:v1 --subuid-name alice --key cosign.pub`
     """
-    from layerkit.api import open as api
-    from layerkit.api import registry as publishing
+    from layerkit.api import registry
 
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
-    settings = api.Settings(store=o.store_dir(store), data=data)
-    with progress(quiet) as step:
-        report = publishing.pull(
+    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    with out.progress() as step:
+        report = registry.pull(
             ref, mapping, key=key, require_published=require_published, own_meta=own_meta, platform=platform,
-            settings=settings, progress=step,
+            settings=o.settings(store, data=data), progress=step,
         )  # fmt: skip
-    for text in report.refused:
-        note(f"warning: not used: {text}", quiet=quiet)
-    if json:
-        emit_json("pull", report.to_dict())
+    out.warn(f"not used: {text}" for text in report.refused)
+    if out.told("pull", report.to_dict()):
         return
     made = report.remap
     if report.published:
         published = f"{report.published} agrees{', signed by the key' if report.signed else ''}"
     else:
         published = "none that is right for this map; made here"
-    fields(
-        [
-            ("image", f"{made.name}  {made.manifest}"),
-            ("map", made.map_text or "none"),
-            ("entries", f"{made.entries:,} in {made.layers} layers, {human(made.data_bytes)} of data"),
-            ("published", published if mapping is not None else "not looked for without a map"),
-            ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
-        ]
-    )
-    next_mount(made, quiet=quiet)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("pull", rich_help_panel="Registries")(pull)
+    fields([
+        ("image", f"{made.name}  {made.manifest}"),
+        ("map", made.map_text or "none"),
+        ("entries", f"{made.entries:,} in {made.layers} layers, {human(made.data_bytes)} of data"),
+        ("published", published if mapping is not None else "not looked for without a map"),
+        ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
+    ])  # fmt: skip
+    next_mount(made, out)

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.options import AllPlatforms, CompressionOption, Created, Level
-from layerkit.cli.render import emit_json, fields, human, next_mount, note, progress
+from layerkit.cli.render import Output, fields, human, next_mount
 from layerkit.model.errors import UsageError
-from layerkit.usecases.settings import RewriteOptions
 
 if TYPE_CHECKING:
     from layerkit.model.reports import RemapReport
@@ -37,71 +35,54 @@ def remap(
     rendering: Annotated[
         str | None,
         typer.Option(
-            "--rendering",
-            metavar="auto|erofs|directory|fuse|tar",
+            "--rendering", metavar="auto|erofs|directory|fuse|tar",
             help="Form of the metadata: tar is for artifacts only.",
         ),
     ] = None,
     namespace: Annotated[
         str,
         typer.Option(
-            "--namespace",
-            metavar="auto|trusted|user",
+            "--namespace", metavar="auto|trusted|user",
             help="Xattr namespace of the stubs: user for userxattr mounts.",
         ),
     ] = "auto",
-    own_meta: Annotated[
-        bool,
-        typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none."),
-    ] = False,
+    own_meta: o.OwnMeta = False,
     form: Annotated[
         str,
         typer.Option(
-            "--form",
-            metavar="artifact|layer|portable",
+            "--form", metavar="artifact|layer|portable",
             help="What DST gets: the image with META attached, META as a layer of it, or all layers written anew.",
         ),
     ] = "artifact",
-    stock_media_type: Annotated[
-        bool,
-        typer.Option(
-            "--stock-media-type",
-            help="With --form layer: the standard media type. DANGEROUS: most runtimes show files of zeros.",
-        ),
-    ] = False,
+    stock_media_type: o.StockMediaType = False,
     statement: Annotated[
         bool, typer.Option("--statement", help="Attach an in-toto statement of what was done to the artifact.")
     ] = False,
     sign_key: Annotated[
         Path | None,
         typer.Option(
-            "--sign-key",
-            metavar="FILE",
+            "--sign-key", metavar="FILE",
             help="Sign that statement with this private key (PEM or cosign's; password in LAYERKIT_KEY_PASSWORD).",
         ),
     ] = None,
-    compression: CompressionOption = "gzip",
-    level: Level = None,
-    created: Created = None,
+    compression: o.Compression = "gzip",
+    level: o.Level = None,
+    created: o.Created = None,
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
-    all_platforms: AllPlatforms = False,
+    platform: o.Platform = None,
+    all_platforms: o.AllPlatforms = False,
     store: o.StoreDir = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            "--jobs",
-            "-j",
-            min=1,
-            max=64,
-            envvar="LAYERKIT_JOBS",
+            "--jobs", "-j", min=1, max=64, envvar="LAYERKIT_JOBS",
             help="Layers read at the same time [default: 1], or threads that compress [default: all cores].",
         ),
     ] = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     """Apply an id map to an image by writing metadata only.
 
     The image stays as it is. Without DST the result is kept in the local store and can be mounted at once;
@@ -119,9 +100,7 @@ def remap(
 
     `layerkit remap image.tar docker-archive:out.tar:app:remapped --form portable --uid-map 0:100000:65536`
     """
-    from layerkit.api import open as api
-
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
+    out, mapping = Output(json, quiet, dst), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
     if form not in ("artifact", "layer", "portable"):
         raise UsageError(f"--form {form!r}: want artifact, layer or portable")
     if form != "artifact" and (dst is None or mapping is None):
@@ -134,30 +113,34 @@ def remap(
         raise UsageError(
             "--statement and --sign-key are about what is attached to an image: give DST, --form artifact"
         )
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs or 1, strict=strict)
+    settings = o.settings(store, data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:
         from layerkit.api.rewrite import Route
         from layerkit.usecases.each_platform import PlatformsReport
         from layerkit.usecases.remap import RemapOptions
         from layerkit.usecases.remap import remap as use_case
+        from layerkit.usecases.settings import RewriteOptions
 
-        options = RemapOptions(
-            mapping, RewriteOptions.of(compression, level, jobs, created), form, stock_media_type
-        )
-        with progress(quiet) as step:
+        rewrite = RewriteOptions.of(compression, level, jobs, created)
+        options = RemapOptions(mapping, rewrite, form, stock_media_type)
+        with out.progress() as step:
             route = Route(src, dst, settings, o.one_platform(platform, all_platforms), all_platforms, step)
             made = route.go(lambda work, to: use_case(work, to, options))
         if isinstance(made, PlatformsReport):
-            _show_all(made, dst, json, quiet)
+            _show_all(made, out)
         else:
-            _show(made, dst, json, quiet)
+            _show(made, out)
         return
-    with api.open_image(src, platform=platform, settings=settings) as image:
+    from layerkit.api.open import open_image
+
+    with open_image(src, platform=platform, settings=settings) as image:
         if dry_run:
-            plan = image.inspect(mapping)
-            _print_plan(plan.to_dict(), json)
+            plan = image.inspect(mapping).to_dict()
+            if not out.told("remap-plan", plan):
+                plain = [(name, value) for name, value in plan.items() if not isinstance(value, (list, dict))]
+                fields([(name.replace("_", " "), value) for name, value in plain])
             return
-        with progress(quiet) as step:
+        with out.progress() as step:
             if dst is None:
                 result = image.remap(
                     mapping, rendering=rendering, namespace=namespace, own_meta=own_meta, progress=step
@@ -167,53 +150,30 @@ def remap(
                     mapping, dst, rendering=rendering or "auto", namespace=namespace, statement=statement,
                     sign_key=sign_key, progress=step,
                 )  # fmt: skip
-    _show(result, dst, json, quiet)
+    _show(result, out)
 
 
-def _show_all(whole: PlatformsReport, dst: str, json: bool, quiet: bool) -> None:
-    for warning in dict.fromkeys(warning for one in whole.images for warning in one.warnings):
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("remap-platforms", whole.to_dict())
-    elif dst.rpartition(":")[2] != "-":  # standard output holds the archive
-        fields([("index", f"{whole.name}  {whole.manifest}"), ("map", whole.images[0].map_text), ("written", dst)])
+def _show_all(whole: PlatformsReport, out: Output) -> None:
+    out.warn(warning for one in whole.images for warning in one.warnings)
+    if not out.told("remap-platforms", whole.to_dict()) and not out.holds_archive:
+        fields([
+            ("index", f"{whole.name}  {whole.manifest}"), ("map", whole.images[0].map_text), ("written", out.dst),
+        ])  # fmt: skip
         fields([(name, one.manifest) for name, one in zip(whole.platforms, whole.images, strict=True)])
 
 
-def _show(result: RemapReport, dst: str | None, json: bool, quiet: bool) -> None:
-    for warning in result.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("remap", result.to_dict())
+def _show(result: RemapReport, out: Output) -> None:
+    out.warn(result.warnings)
+    if out.told("remap", result.to_dict()) or out.holds_archive:
         return
-    if dst is not None and dst.rpartition(":")[2] == "-":  # standard output holds the archive
-        return
-    fields(
-        [
-            ("image", f"{result.name}  {result.manifest}"),
-            ("map", result.map_text or "none"),
-            ("entries", f"{result.entries:,} in {result.layers} layers, {human(result.data_bytes)} of data"),
-            ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
-            ("made in", f"{result.seconds:.2f} s, {result.layers_read} layers read"),
-        ]
-    )
-    if result.artifact:
-        fields([("artifact", result.artifact), ("written", str(dst))])
-    elif dst is not None:
-        fields([("written", dst)])
-    else:
-        next_mount(result, quiet=quiet)
-
-
-def _print_plan(plan: dict[str, object], json: bool) -> None:
-    if json:
-        emit_json("remap-plan", plan)
-    else:
-        fields(
-            [(name.replace("_", " "), value) for name, value in plan.items() if not isinstance(value, (list, dict))]
-        )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("remap", rich_help_panel="Images")(remap)
+    fields([
+        ("image", f"{result.name}  {result.manifest}"),
+        ("map", result.map_text or "none"),
+        ("entries", f"{result.entries:,} in {result.layers} layers, {human(result.data_bytes)} of data"),
+        ("metadata", f"{human(result.meta_bytes)} for this map ({result.how})"),
+        ("made in", f"{result.seconds:.2f} s, {result.layers_read} layers read"),
+        *([("artifact", result.artifact)] if result.artifact else []),
+        *([("written", out.dst)] if out.dst is not None else []),
+    ])  # fmt: skip
+    if out.dst is None:
+        next_mount(result, out)

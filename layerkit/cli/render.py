@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
 
 from layerkit.model.errors import show_lines, show_path
 
@@ -15,6 +16,50 @@ if TYPE_CHECKING:
     from layerkit.model.ports import Progress
     from layerkit.model.reports import RemapReport
     from layerkit.usecases.each_platform import PlatformsReport
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How a command answers.
+
+    Attributes:
+        json: one JSON document on standard output, and nothing else there.
+        quiet: nothing on standard error but errors.
+        dst: reference of the result; where that is standard output, an archive is all that goes there.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    dst: str | None = None
+
+    @property
+    def holds_archive(self) -> bool:
+        """Return whether standard output holds an archive."""
+        return self.dst is not None and self.dst.rpartition(":")[2] == "-"
+
+    def note(self, *texts: str) -> None:
+        """Print lines for people on standard error."""
+        for text in texts:
+            note(text, quiet=self.quiet)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Print warnings, each once, on standard error."""
+        self.note(*(f"warning: {text}" for text in dict.fromkeys(warnings)))
+
+    def told(self, schema: str, body: Mapping[str, object]) -> bool:
+        """Print ``body`` as JSON where that is wanted, and return whether no text is."""
+        if self.json:
+            emit_json(schema, body, sys.stderr if self.holds_archive else sys.stdout)
+        return self.json
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress | None]:
+        """Give a progress callback that draws bars on a terminal, or None where nobody watches."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        with _bars() as step:
+            yield step
 
 
 def human(size: float) -> str:
@@ -26,9 +71,9 @@ def human(size: float) -> str:
     raise AssertionError(size)
 
 
-def emit_json(schema: str, body: Mapping[str, object]) -> None:
+def emit_json(schema: str, body: Mapping[str, object], file: TextIO | None = None) -> None:
     """Print ``body`` as one JSON document that names its ``schema`` and version."""
-    print(json.dumps({"schema": f"layerkit.{schema}.v1", **body}, indent=2, default=_plain))
+    print(json.dumps({"schema": f"layerkit.{schema}.v1", **body}, indent=2, default=_plain), file=file)
 
 
 def _plain(value: object) -> object:
@@ -48,12 +93,12 @@ def line(text: object) -> None:
     print(shown(text))
 
 
-def next_mount(result: RemapReport, *, quiet: bool) -> None:
+def next_mount(result: RemapReport, out: Output) -> None:
     """Tell how to mount what ``result`` is about."""
     name = show_path(result.next_ref)
     # A name of the image's own choice, to be pasted into a shell: one that cannot be typed gives way to the digest.
     ref = shlex.quote(name) if name == result.next_ref else f"store:{result.manifest}"
-    note(f"\nnext: layerkit mount {ref} TARGET {result.map_flags}".rstrip(), quiet=quiet)
+    out.note(f"\nnext: layerkit mount {ref} TARGET {result.map_flags}".rstrip())
 
 
 def shown(value: object) -> str:
@@ -99,11 +144,7 @@ def fields(pairs: Sequence[tuple[str, object]]) -> None:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Progress | None]:
-    """Give a progress callback that draws bars on a terminal, or None where nobody watches."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
+def _bars() -> Iterator[Progress]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -129,17 +170,15 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield step
 
 
-def show_platforms(schema: str, report: PlatformsReport, dst: str, *, json: bool, quiet: bool) -> None:
+def show_platforms(schema: str, report: PlatformsReport, out: Output) -> None:
     """Print what was made of a multi-platform image."""
-    for warning in dict.fromkeys(warning for one in report.images for warning in getattr(one, "warnings", ())):
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json(schema, report.to_dict())
+    out.warn(warning for one in report.images for warning in one.warnings)
+    if out.told(schema, report.to_dict()):
         return
-    if report.manifest and dst.rpartition(":")[2] == "-":  # standard output holds the archive
-        note(f"{report.manifest}: {len(report.images)} platforms", quiet=quiet)
+    if report.manifest and out.holds_archive:
+        out.note(f"{report.manifest}: {len(report.images)} platforms")
         return
-    fields([("index", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}")])
+    fields([("index", f"{report.name or out.dst}  {report.manifest or 'not written (--dry-run)'}")])
     table(
         "",
         ["PLATFORM", "LAYERS", "BEFORE", "BLOBS", "BEFORE", "MANIFEST"],

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli import setup_containerd
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from layerkit.cli.render import Output
+from layerkit.cli.snapshotter import DEFAULT_ADDRESS, DEFAULT_ROOT
+from layerkit.model.errors import NotFound, UsageError
 
 group = typer.Typer(
-    no_args_is_help=True,
-    help="Make a container runtime use layerkit, and take it back with --undo.",
+    no_args_is_help=True, help="Make a container runtime use layerkit, and take it back with --undo.",
     rich_markup_mode="markdown",
-)
+)  # fmt: skip
 
 
 @group.command()
-def podman(
-    undo: Annotated[bool, typer.Option("--undo", help="Take out the lines that this command put in.")] = False,
-    show: Annotated[bool, typer.Option("--print", help="Print the file as it would be; change nothing.")] = False,
-    quiet: o.Quiet = False,
-    json: o.Json = False,
-) -> None:
+def podman(undo: o.Undo = False, show: o.Print = False, quiet: o.Quiet = False, json: o.Json = False) -> None:
     """Write the lines of storage.conf that let podman start containers under any id map without a copy.
 
     For an ordinary user that is `~/.config/containers/storage.conf`, for root `/etc/containers/storage.conf`.
@@ -33,33 +29,23 @@ def podman(
 
     Example: `layerkit setup podman --print`
     """
-    from layerkit.cli.render import emit_json, note
     from layerkit.hosts.podman import storage_conf
     from layerkit.linux import userns
 
-    path = storage_conf.storage_conf(userns.is_privileged())
-    change = storage_conf.remove(path) if undo else storage_conf.add(path, _program())
+    out, path = Output(json, quiet), storage_conf.storage_conf(userns.is_privileged())
+    change = storage_conf.remove(path) if undo else storage_conf.add(path, _mount_program())
     if show:
         print(change.text, end="")
-    changed = not show and change.apply()
-    if json and not show:
-        emit_json("setup-podman", {"file": str(path), "changed": changed, "notes": list(change.notes)})
+        out.note(*change.notes)
         return
-    for text in change.notes:
-        note(text, quiet=quiet)
-    if not show:
-        said = f"{path}: {'taken back' if undo else 'written'}" if changed else f"{path}: nothing to do"
-        note(said, quiet=quiet)
+    changed = change.apply()
+    if not out.told("setup-podman", {"file": str(path), "changed": changed, "notes": list(change.notes)}):
+        said = ("taken back" if undo else "written") if changed else "nothing to do"
+        out.note(*change.notes, f"{path}: {said}")
 
 
-def _program() -> Path:
+def _mount_program() -> Path:
     """Return the installed ``layerkit-mount-program``."""
-    import shutil
-    import sys
-    from pathlib import Path
-
-    from layerkit.model.errors import NotFound
-
     name = "layerkit-mount-program"
     for folder in (Path(sys.argv[0]).parent, Path(sys.executable).parent):
         if (folder / name).is_file():
@@ -70,7 +56,73 @@ def _program() -> Path:
     return Path(found)
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    setup_containerd.register(group)
-    app.add_typer(group, name="setup", rich_help_panel="Host")
+@group.command()
+def containerd(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="containerd's configuration.")] = Path(
+        "/etc/containerd/config.toml"
+    ),
+    unit: Annotated[Path, typer.Option("--unit", metavar="FILE", help="The systemd unit to write.")] = Path(
+        "/etc/systemd/system/layerkit-snapshotter.service"
+    ),
+    name: Annotated[str, typer.Option("--name", help="What containerd is to call the snapshotter.")] = "layerkit",
+    address: Annotated[
+        Path, typer.Option("--address", metavar="SOCKET", help="The snapshotter's socket.")
+    ] = DEFAULT_ADDRESS,
+    root: Annotated[
+        Path, typer.Option("--root", metavar="DIR", help="Where the snapshotter keeps snapshots.")
+    ] = DEFAULT_ROOT,
+    store: o.StoreDir = None,
+    undo: o.Undo = False,
+    show: o.Print = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Write what containerd's config.toml needs to use `layerkit snapshotter`, and a unit for systemd.
+
+    Then: `systemctl enable --now layerkit-snapshotter`, `systemctl restart containerd`.
+
+    Examples:
+    `layerkit setup containerd --print`
+
+    `layerkit setup containerd`
+
+    `layerkit setup containerd --undo`
+    """
+    from layerkit.hosts.containerd import config_toml as containerd_conf
+    from layerkit.hosts.setup_file import Change
+
+    for path in (address, root):
+        if not path.is_absolute():
+            raise UsageError(
+                f"{path}: want an absolute path, since systemd and containerd have working folders of their own"
+            )
+    if undo:
+        changes = [containerd_conf.remove(config), Change(unit, "")]
+        notes = [f"run: systemctl disable --now {unit.stem}; systemctl daemon-reload; systemctl restart containerd"]
+    else:
+        change = containerd_conf.add(config, name, address)
+        words = [*_program(), "snapshotter", "--quiet", "--address", str(address), "--root", str(root)]
+        words += ["--store", str(o.store_dir(store).absolute())]
+        changes = [change, Change(unit, containerd_conf.unit(words))]
+        notes = [f"run: systemctl daemon-reload; systemctl enable --now {unit.stem}", *change.notes]
+    if show:
+        for each in changes:
+            print(f"# {each.path}" + ("" if each.text else ": removed"))
+            print(each.text, end="\n" if each.text else "")
+        return
+    changed = [str(each.path) for each in changes if each.apply()]
+    out = Output(json, quiet)
+    if not out.told("setup-containerd", {"changed": changed, "notes": notes}):
+        if changed:
+            out.note(f"{'taken back' if undo else 'written'}: {', '.join(changed)}", *notes)
+        else:
+            out.note("nothing to do")
+
+
+def _program() -> list[str]:
+    """Return how this layerkit is started from anywhere."""
+    script = Path(sys.argv[0]).absolute()
+    if script.name == "layerkit" and script.is_file():
+        return [str(script)]
+    found = shutil.which("layerkit")
+    return [found] if found else [sys.executable, "-m", "layerkit.cli.main"]

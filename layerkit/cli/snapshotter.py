@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, note
+from layerkit.cli.render import Output
 
 DEFAULT_ADDRESS = Path("/run/layerkit/snapshotter.sock")
 DEFAULT_ROOT = Path("/var/lib/layerkit-snapshotter")
@@ -63,11 +63,10 @@ def snapshotter(
         server = Server(opened, address)
         server.start()
         try:
-            if json:
-                facts = {"address": server.address, "root": opened.root, "run": opened.run}
-                emit_json("snapshotter", {key: str(path) for key, path in facts.items()})
+            out, facts = Output(json, quiet), {"address": server.address, "root": opened.root, "run": opened.run}
+            if out.told("snapshotter", {key: str(path) for key, path in facts.items()}):
                 sys.stdout.flush()
-            note(f"serving snapshots of {opened.root} on {server.address}", quiet=quiet)
+            out.note(f"serving snapshots of {opened.root} on {server.address}")
             tell_systemd("READY=1")
             stopped.wait()
             tell_systemd("STOPPING=1")
@@ -75,8 +74,3 @@ def snapshotter(
             server.stop(_GRACE_SECONDS)
     finally:
         opened.close()
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("snapshotter", rich_help_panel="Host")(snapshotter)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, human, line, note, table
+from layerkit.cli.render import Output, human, line, note, table
 
 group = typer.Typer(no_args_is_help=True, help="Look after the local store.", rich_markup_mode="markdown")
 
@@ -18,12 +18,11 @@ def df(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store df`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
 
-    with api.open_store(o.store_dir(store)) as held:
+    with open_store(o.store_dir(store)) as held:
         report = held.df()
-    if json:
-        emit_json("store-df", report.to_dict())
+    if Output(json).told("store-df", report.to_dict()):
         return
     table(
         "",
@@ -51,12 +50,11 @@ def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store ls --json`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
 
-    with api.open_store(o.store_dir(store)) as held:
+    with open_store(o.store_dir(store)) as held:
         rows = held.ls()
-    if json:
-        emit_json("store-ls", {"images": [row.to_dict() for row in rows]})
+    if Output(json).told("store-ls", {"images": [row.to_dict() for row in rows]}):
         return
     table(
         "",
@@ -79,14 +77,14 @@ def rm(
 
     Example: `layerkit store rm image:latest && layerkit store gc`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
 
-    with api.open_store(o.store_dir(store)) as held:
+    out = Output(json, quiet)
+    with open_store(o.store_dir(store)) as held:
         for name in names:
             held.remove_image(name)
-            note(f"removed {name}", quiet=quiet)
-    if json:
-        emit_json("store-rm", {"removed": names})
+            out.note(f"removed {name}")
+    out.told("store-rm", {"removed": names})
 
 
 @group.command()
@@ -102,14 +100,13 @@ def verify(
 
     Example: `layerkit store verify --repair`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
 
-    with api.open_store(o.store_dir(store)) as held:
+    with open_store(o.store_dir(store)) as held:
         findings = held.verify(repair=repair, deep=not shallow)
     damaged = [f for f in findings if f.is_damage]
-    if json:
-        emit_json("store-verify", {"whole": not damaged, "findings": [f.to_dict() for f in findings]})
-    else:
+    whole = {"whole": not damaged, "findings": [f.to_dict() for f in findings]}
+    if not Output(json).told("store-verify", whole):
         for finding in findings:
             line(finding)
         line("the store is whole" if not damaged else f"{len(damaged)} things are damaged")
@@ -123,17 +120,13 @@ def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False
 
     Example: `layerkit store gc --dry-run`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
+    from layerkit.usecases.collect_garbage import collect_garbage
 
-    report = api.collect_garbage(o.store_dir(store), dry_run=dry_run)
-    if json:
-        emit_json("store-gc", {"dry_run": dry_run, **report})
+    with open_store(o.store_dir(store)) as held:
+        report = collect_garbage(held, dry_run=dry_run)
+    if Output(json).told("store-gc", {"dry_run": dry_run, **report.to_dict()}):
         return
-    for removed in report["removed"]:  # type: ignore[attr-defined]
+    for removed in report.removed:
         line(removed)
-    line(f"{'would free' if dry_run else 'freed'} {human(int(str(report['freed_bytes'])))}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.add_typer(group, name="store", rich_help_panel="Host")
+    line(f"{'would free' if dry_run else 'freed'} {human(report.freed_bytes)}")

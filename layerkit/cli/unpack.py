@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, note, progress
+from layerkit.cli.render import Output, fields, human
 
 
 def unpack(
@@ -30,7 +30,7 @@ def unpack(
         ),
     ] = "auto",
     data: o.Data = "auto",
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     json: o.Json = False,
@@ -48,29 +48,20 @@ def unpack(
 
     `layerkit unpack store:app /srv/xfs/rootfs --store /srv/xfs/store --copy reflink`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_image
 
-    mapping = api.mapping(uid_map, gid_map, subuid_name=subuid_name, overflow_id=overflow_id, squash=squash)
-    settings = api.Settings(store=o.store_dir(store), data=data, jobs=jobs)
-    with api.open_image(src, platform=platform, settings=settings) as image, progress(quiet) as step:
+    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    settings = o.settings(store, data=data, jobs=jobs)
+    with open_image(src, platform=platform, settings=settings) as image, out.progress() as step:
         result = image.unpack(folder, mapping, copy=copy, progress=step)
-    for warning in result.warnings:
-        note(f"warning: {warning}", quiet=quiet)
-    if json:
-        emit_json("unpack", result.to_dict())
+    out.warn(result.warnings)
+    if out.told("unpack", result.to_dict()):
         return
     shared = f", {human(result.shared_bytes)} shared with the store" if result.shared_bytes else ""
-    fields(
-        [
-            ("image", f"{result.name}  {result.manifest}"),
-            ("map", result.map_text or "none"),
-            ("folder", result.target),
-            ("entries", f"{result.entries:,}, {human(result.data_bytes)} of data{shared}"),
-            ("made in", f"{result.seconds:.2f} s, {result.layers_read} of {result.layers} layers read"),
-        ]
-    )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("unpack", rich_help_panel="Images")(unpack)
+    fields([
+        ("image", f"{result.name}  {result.manifest}"),
+        ("map", result.map_text or "none"),
+        ("folder", result.target),
+        ("entries", f"{result.entries:,}, {human(result.data_bytes)} of data{shared}"),
+        ("made in", f"{result.seconds:.2f} s, {result.layers_read} of {result.layers} layers read"),
+    ])  # fmt: skip

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, line, progress
+from layerkit.cli.render import Output, fields, line
 
 
 def verify(
     ref: o.Ref,
-    platform: o.PlatformOption = None,
+    platform: o.Platform = None,
     store: o.StoreDir = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -22,25 +20,17 @@ def verify(
 
     Example: `layerkit verify oci-archive:remapped.tar`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_image
 
-    settings = api.Settings(store=o.store_dir(store))
-    with api.open_image(ref, platform=platform, settings=settings) as image, progress(quiet) as step:
+    out = Output(json, quiet)
+    with open_image(ref, platform=platform, settings=o.settings(store)) as image, out.progress() as step:
         report = image.verify(progress=step)
-    if json:
-        emit_json("verify", report.to_dict())
+    if out.told("verify", report.to_dict()):
         return
-    fields(
-        [
-            ("image", f"{report.name}  {report.manifest}"),
-            ("layers", f"{report.layers}, every digest and size is right"),
-            ("tree", f"{report.entries:,} entries, {report.tree_digest}"),
-        ]
-    )
+    fields([
+        ("image", f"{report.name}  {report.manifest}"),
+        ("layers", f"{report.layers}, every digest and size is right"),
+        ("tree", f"{report.entries:,} entries, {report.tree_digest}"),
+    ])  # fmt: skip
     for artifact in report.artifacts:
         line(f"artifact  {artifact} agrees with the image")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("verify", rich_help_panel="Images")(verify)

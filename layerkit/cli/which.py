@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, fields, human, line, table
+from layerkit.cli.render import Output, fields, human, line, table
 
 if TYPE_CHECKING:
     from layerkit.hosts.diagnosis.which import Place, Which
@@ -39,15 +39,13 @@ def which(
 
     `layerkit which sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03 --json`
     """
-    from layerkit.api import open as api
+    from layerkit.api.open import open_store
     from layerkit.hosts.diagnosis.which import which as find
 
-    with api.open_store(o.store_dir(store)) as held:
+    with open_store(o.store_dir(store)) as held:
         answer = find(what, held)
-    if json:
-        emit_json("which", answer.to_dict())
-        return
-    _show(answer)
+    if not Output(json).told("which", answer.to_dict()):
+        _show(answer)
 
 
 def _show(answer: Which) -> None:
@@ -86,8 +84,3 @@ def _layer(place: Place) -> str:
     names = [f"{place.layer} from the bottom", place.diff_id and f"diff_id {place.diff_id}",
              place.blob and f"blob {place.blob}"]  # fmt: skip
     return ", ".join(filter(None, names))
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's commands to ``app``."""
-    app.command("which", rich_help_panel="Host")(which)

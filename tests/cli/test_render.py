@@ -56,7 +56,7 @@ def test_fields_and_tables_show_no_control_characters(capsys: pytest.CaptureFixt
 def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str], ref: str, shown: str) -> None:
     some: dict[str, Any] = {f.name: "" for f in dataclasses.fields(RemapReport) if f.default is dataclasses.MISSING}
     report = RemapReport(**{**some, "manifest": "sha256:00", "next_ref": ref, "map_flags": "--uid-map 0:1:2"})
-    render.next_mount(report, quiet=False)
+    render.next_mount(report, render.Output())
     assert capsys.readouterr().err == f"\nnext: layerkit mount {shown} TARGET --uid-map 0:1:2\n"
 
 

@@ -15,7 +15,7 @@ from needs import need_tool
 from trees import file, folder
 
 from layerkit.cli.analyze import parse_limit
-from layerkit.cli.report_html import report_html
+from layerkit.cli.pages import analysis as report_html
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
