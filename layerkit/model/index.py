@@ -14,6 +14,16 @@ from layerkit.model.entry import Entry, Kind, XattrSet
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
+COLUMNS = {
+    "kind": "u1", "perm": "<u2", "uid": "<u4", "gid": "<u4", "mtime": "<i8", "mtime_ns": "<u4", "size": "<i8",
+    "major": "<u4", "minor": "<u4", "link": "<i4", "xattr": "<i4", "offset": "<i8", "sha256": "u1",
+    "sparse": "<i4",
+}  # fmt: skip
+"""The columns with a value for each row, and their dtypes; in the order in which the index's file has them."""
+
+_PLAIN = ("perm", "uid", "gid", "mtime", "mtime_ns", "size", "major", "minor", "offset")
+"""Those that say the same in an :class:`Entry`."""
+
 
 def path_key(path: bytes) -> bytes:
     """Return the sort key of the canonical order: parents before children, siblings by their bytes.
@@ -96,25 +106,22 @@ class Index:
             tar_size=tar_size,
             path=Strings.of([e.path for e in rows]),
             kind=np.array([e.kind for e in rows], np.uint8),
-            perm=np.array([e.perm for e in rows], np.uint16),
-            uid=np.array([e.uid for e in rows], np.uint32),
-            gid=np.array([e.gid for e in rows], np.uint32),
-            mtime=np.array([e.mtime for e in rows], np.int64),
-            mtime_ns=np.array([e.mtime_ns for e in rows], np.uint32),
-            size=np.array([e.size for e in rows], np.int64),
-            major=np.array([e.major for e in rows], np.uint32),
-            minor=np.array([e.minor for e in rows], np.uint32),
             link=np.array(
                 [links.setdefault(e.link, len(links)) if e.kind in has_link else -1 for e in rows], np.int32
             ),
             links=Strings.of(links),
             xattr=np.array([sets.setdefault(e.xattrs, len(sets)) for e in rows], np.int32),
             xattr_sets=tuple(sets),
-            offset=np.array([e.offset for e in rows], np.int64),
             sha256=np.frombuffer(b"".join(e.sha256 or bytes(32) for e in rows), np.uint8).reshape(-1, 32),
             sparse=np.array([-1 if e.sparse is None else next(map_rows) for e in rows], np.int32),
             sparse_maps=SparseMaps.of(maps) if maps else sparse_maps.NONE,
+            warnings=(),
+            **{name: np.array([getattr(e, name) for e in rows], COLUMNS[name]) for name in _PLAIN},
         )
+
+    def take(self, rows: NDArray[np.integer]) -> Index:
+        """Return the index of ``rows`` (rising) alone."""
+        return replace(self, path=self.path.take(rows), **{name: getattr(self, name)[rows] for name in COLUMNS})
 
     def entry(self, row: int) -> Entry:
         """Return row ``row`` as a Python value."""
@@ -123,19 +130,11 @@ class Index:
         return Entry(
             path=self.path[row],
             kind=kind,
-            perm=int(self.perm[row]),
-            uid=int(self.uid[row]),
-            gid=int(self.gid[row]),
-            mtime=int(self.mtime[row]),
-            mtime_ns=int(self.mtime_ns[row]),
-            size=int(self.size[row]),
-            major=int(self.major[row]),
-            minor=int(self.minor[row]),
             link=b"" if link < 0 else self.links[link],
             xattrs=self.xattr_sets[int(self.xattr[row])],
-            offset=int(self.offset[row]),
             sha256=self.sha256[row].tobytes() if kind is Kind.REG else b"",
             sparse=None if hole_map < 0 else self.sparse_maps.extents(hole_map),
+            **{name: int(getattr(self, name)[row]) for name in _PLAIN},
         )
 
     def entries(self) -> Iterator[Entry]:
@@ -156,6 +155,3 @@ class Index:
 def empty(diff_id: Digest) -> Index:
     """Return the index of a layer without entries."""
     return Index.of((), diff_id)
-
-
-__all__ = ["Index", "empty", "path_key"]

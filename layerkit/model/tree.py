@@ -16,6 +16,24 @@ from layerkit.model.errors import InvalidImage
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
+_SHOWN = {
+    "parent": "<i4", "inode": "<i4", "mode": "<u4", "uid": "<u4", "gid": "<u4", "size": "<i8", "mtime": "<i8",
+    "mtime_ns": "<u4", "major": "<u4", "minor": "<u4", "target": "<i4", "xattr": "<i4", "sha256": "u1",
+}  # fmt: skip
+"""The columns that the digest covers, in its order."""
+
+INODE_COLUMNS = (
+    "nlink",
+    "layer",
+    "offset",
+    "sparse",
+    *(name for name in _SHOWN if name not in ("parent", "inode")),
+)
+"""Those with a value for each inode."""
+
+_PLAIN = ("mode", "uid", "gid", "nlink", "size", "mtime", "mtime_ns", "major", "minor")
+"""Those that say the same in a :class:`Node`."""
+
 
 class Node(NamedTuple):
     """One name of a tree with its inode, as a Python value; for edges and tests."""
@@ -142,19 +160,22 @@ class Tree:
             yield Node(
                 path=path,
                 inode=i,
-                mode=int(self.mode[i]),
-                uid=int(self.uid[i]),
-                gid=int(self.gid[i]),
-                nlink=int(self.nlink[i]),
-                size=int(self.size[i]),
-                mtime=int(self.mtime[i]),
-                mtime_ns=int(self.mtime_ns[i]),
-                major=int(self.major[i]),
-                minor=int(self.minor[i]),
                 target=b"" if target < 0 else self.targets[target],
                 xattrs=self.xattr_sets[int(self.xattr[i])],
                 sha256=self.sha256[i].tobytes() if self.mode[i] >> 12 == Kind.REG else b"",
+                **{name: int(getattr(self, name)[i]) for name in _PLAIN},
             )
+
+    def subset(self, keep: NDArray[np.bool_]) -> Tree:
+        """Return the names ``keep`` only, among which are the root and all names of an inode or none."""
+        rows = np.flatnonzero(keep)
+        number = np.cumsum(keep, dtype=np.int32) - np.int32(1)
+        parent = number[self.parent[rows]]
+        parent[0] = -1
+        # Inodes are numbered by first names, and so stay in that order.
+        inodes, inode = np.unique(self.inode[rows], return_inverse=True)
+        columns = {name: getattr(self, name)[inodes] for name in INODE_COLUMNS}
+        return replace(self, parent=parent, name=self.name.take(rows), inode=inode.astype(np.int32), **columns)
 
     def with_owners(
         self, uid: NDArray[np.uint32], gid: NDArray[np.uint32], xattr_sets: tuple[XattrSet, ...]
@@ -175,11 +196,8 @@ class Tree:
             h.update(len(strings).to_bytes(8, "little"))
             h.update(strings.lengths.astype("<i8").tobytes())
             h.update(strings.blob)
-        for column, dtype in (
-            (self.parent, "<i4"), (self.inode, "<i4"), (self.mode, "<u4"), (self.uid, "<u4"), (self.gid, "<u4"),
-            (self.size, "<i8"), (self.mtime, "<i8"), (self.mtime_ns, "<u4"), (self.major, "<u4"),
-            (self.minor, "<u4"), (self.target, "<i4"), (xattr, "<i4"), (self.sha256, "u1"),
-        ):  # fmt: skip
+        columns = {name: (getattr(self, name), dtype) for name, dtype in _SHOWN.items()} | {"xattr": (xattr, "<i4")}
+        for column, dtype in columns.values():
             h.update(len(column).to_bytes(8, "little"))
             h.update(np.ascontiguousarray(column, dtype).data)
         for pairs in xattr_sets:
@@ -213,11 +231,8 @@ class Tree:
     def _problems(self) -> Iterator[str]:
         """Yield what is broken. Each check relies on those before it, so only the first one counts."""
         n, m = len(self), self.inodes
-        inode_columns = (
-            self.uid, self.gid, self.nlink, self.size, self.mtime, self.mtime_ns, self.major, self.minor,
-            self.target, self.xattr, self.layer, self.offset, self.sha256, self.sparse,
-        )  # fmt: skip
-        if len(self.name) != n or len(self.inode) != n or any(len(column) != m for column in inode_columns):
+        lengths = {len(getattr(self, name)) for name in INODE_COLUMNS}
+        if len(self.name) != n or len(self.inode) != n or lengths != {m}:
             yield "column lengths"
         if n == 0 or m == 0 or self.parent[0] != -1 or self.name[0] != b"" or self.inode[0] != 0:
             yield "no root"

@@ -15,8 +15,8 @@ from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.model.reports import Report
 from layerkit.model.tree import Tree
+from layerkit.model.trees.diff import LayerDiff, diff
 from layerkit.model.trees.merge import merge
-from layerkit.model.trees.squash import Squashed, squash
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents
@@ -108,7 +108,7 @@ def flatten(work: Work, dst: Destination, options: FlattenOptions) -> FlattenRep
         indexes = contents.indexes
         below, above = indexes[:first], indexes[after:]
         base, top = merge(below, limits=limits), merge(indexes[:after], limits=limits)
-        made = squash(base, top, root=any(map(has_root, indexes[:after])))
+        made = diff(base, top, root=any(map(has_root, indexes[:after])))
         want = (top if not above else merge(indexes, limits=limits)).digest()
         tars = dict.fromkeys(places, contents)
         if lower := _layers_of_data(made, top) - tars.keys():
@@ -174,7 +174,7 @@ def _places(work: Work, options: FlattenOptions) -> range:
     return range(first, last + 1)
 
 
-def _layers_of_data(made: Squashed, top: Tree) -> set[int]:
+def _layers_of_data(made: LayerDiff, top: Tree) -> set[int]:
     """Return the places of the layers that the content of ``made`` comes from."""
     inodes = made.inode[made.index.offset >= 0]
     return set(top.layer[inodes].tolist())

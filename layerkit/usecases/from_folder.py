@@ -20,7 +20,7 @@ from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage, UsageError, show_path
 from layerkit.model.index import Index
 from layerkit.model.reports import Report
-from layerkit.model.trees.diff import diff, diff_and_carried
+from layerkit.model.trees.diff import diff
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, rewrite_image, write_layer
@@ -112,13 +112,14 @@ def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> Pa
         new = read.tree
         if mapping is not None:
             new = apply_map(new, mapping.inverse())
-        change, carried = diff_and_carried(old, new, root=any(map(has_root, indexes)))
+        made = diff(old, new, root=any(map(has_root, indexes)))
+        change = made.index
 
         def content(row: int) -> Iterator[memoryview]:
             return read_runs(root, change.entry(row))
 
         def check(written: Index) -> None:
-            left = diff(as_on_disk(merge([*indexes, written], limits=limits), None), new)
+            left = diff(as_on_disk(merge([*indexes, written], limits=limits), None), new).index
             if len(left):
                 raise InvalidImage(
                     f"{show_path(left.path[0]) or '/'}: the layer that was written does not show it as the "
@@ -145,7 +146,7 @@ def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> Pa
         map_text=mapping.canonical() if mapping else "",
         entries=len(new),
         added=shown.count(False),
-        changed=shown.count(True) - removed - carried,
+        changed=shown.count(True) - removed - made.carried,
         removed=removed,
         hashed_bytes=read.hashed_bytes,
         seconds=time.monotonic() - start,

@@ -31,8 +31,8 @@ from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink
 from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
+from layerkit.model.trees.diff import layer_of
 from layerkit.model.trees.merge import merge
-from layerkit.model.trees.squash import layer_of
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents

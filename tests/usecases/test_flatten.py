@@ -223,15 +223,15 @@ def test_a_result_with_another_tree_is_never_written(
 ) -> None:
     import layerkit
     from layerkit.model.entry import Kind
-    from layerkit.model.trees.squash import Squashed, squash
+    from layerkit.model.trees.diff import LayerDiff, diff
     from layerkit.usecases import flatten as flattening
 
-    def forgetful(*words: Any, **more: Any) -> Squashed:
-        made = squash(*words, **more)
+    def forgetful(*words: Any, **more: Any) -> LayerDiff:
+        made = diff(*words, **more)
         made.index.kind[made.index.kind == Kind.WHITEOUT] = Kind.FIFO
         return made
 
-    monkeypatch.setattr(flattening, "squash", forgetful)
+    monkeypatch.setattr(flattening, "diff", forgetful)
     with pytest.raises(layerkit.LayerkitError, match="nothing was written"):
         layerkit.flatten(str(tiny_image), f"oci:{tmp_path / 'out'}:t", keep_base="1")
     assert not (tmp_path / "out").exists()

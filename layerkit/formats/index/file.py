@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage
-from layerkit.model.index import Index
+from layerkit.model.index import COLUMNS, Index
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
@@ -31,16 +31,11 @@ _ALIGN = 64
 _HEAD = struct.Struct("<8sIIQQQ")
 _PART = struct.Struct("<QQI4x")
 _CRC = struct.Struct("<I4x")
-_COLUMNS = {
-    "kind": "u1", "perm": "<u2", "uid": "<u4", "gid": "<u4", "mtime": "<i8", "mtime_ns": "<u4", "size": "<i8",
-    "major": "<u4", "minor": "<u4", "link": "<i4", "xattr": "<i4", "offset": "<i8", "sha256": "u1",
-    "sparse": "<i4",
-}  # fmt: skip
 _STRINGS = ("diff_id", "path", "links", "xattrs", "warnings")
 _SPARSE = {"starts": "<i8", "offset": "<i8", "length": "<i8"}
 # The order of the parts in the file.
 _PARTS = (
-    *_COLUMNS,
+    *COLUMNS,
     *(f"{name}.{half}" for name in _STRINGS for half in ("offsets", "blob")),
     "xattr_sets",
     *(f"sparse_maps.{name}" for name in _SPARSE),
@@ -61,7 +56,7 @@ def encode(index: Index) -> list[bytes | memoryview]:
         "warnings": Strings.of([text.encode() for text in index.warnings]),
     }
     parts: dict[str, bytes | memoryview] = {
-        name: _raw(getattr(index, name), dtype) for name, dtype in _COLUMNS.items()
+        name: _raw(getattr(index, name), dtype) for name, dtype in COLUMNS.items()
     }
     for name, column in strings.items():
         parts[f"{name}.offsets"] = _raw(column.offsets, "<i8")
@@ -95,7 +90,7 @@ def decode(buffer: bytes | bytearray | memoryview | mmap.mmap, where: str) -> In
     """
     view = memoryview(buffer).cast("B")
     parts, rows, tar_size = _parts(view, where)
-    columns: dict[str, NDArray[Any]] = {name: np.frombuffer(parts[name], dtype) for name, dtype in _COLUMNS.items()}
+    columns: dict[str, NDArray[Any]] = {name: np.frombuffer(parts[name], dtype) for name, dtype in COLUMNS.items()}
     columns["sha256"] = columns["sha256"].reshape(-1, 32)
     strings = {name: _strings(parts, name, where) for name in _STRINGS}
     maps = SparseMaps(*(np.frombuffer(parts[f"sparse_maps.{name}"], dtype) for name, dtype in _SPARSE.items()))
@@ -152,7 +147,7 @@ def _parts(view: memoryview, where: str) -> tuple[dict[str, memoryview], int, in
         _check(isal_zlib.crc32(part) == crc, f"the checksum of {name}", where)
         expected = at + _aligned(length)
         _check(not any(view[at + length : expected]), f"the padding after {name}", where)
-        dtype = _COLUMNS.get(name) or ("<i8" if not name.endswith(".blob") else "u1")
+        dtype = COLUMNS.get(name) or ("<i8" if not name.endswith(".blob") else "u1")
         _check(length % (32 if name == "sha256" else np.dtype(dtype).itemsize) == 0, f"the length of {name}", where)
         parts[name] = part
     _check(expected == len(view), "its end", where)

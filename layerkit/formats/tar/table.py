@@ -18,7 +18,7 @@ from layerkit.model import sparse as sparse_maps
 from layerkit.model.digest import Digest
 from layerkit.model.entry import WHITEOUT_PREFIX, Extent, Kind, XattrSet
 from layerkit.model.errors import UnsafeEntry, show_path
-from layerkit.model.index import Index
+from layerkit.model.index import COLUMNS, Index
 from layerkit.model.limits import Limits
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
@@ -31,11 +31,7 @@ _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
 _XATTR_KEYS = (tar_pax.XATTR, tar_pax.LIBARCHIVE_XATTR, *ACL_XATTRS)
 _MAX_SECONDS = 1 << 62
 _DIR, _REG, _SYMLINK, _HARDLINK = map(int, (Kind.DIR, Kind.REG, Kind.SYMLINK, Kind.HARDLINK))
-_COLUMNS: dict[str, type[np.generic]] = {
-    "kind": np.uint8, "perm": np.uint16, "uid": np.uint32, "gid": np.uint32, "mtime": np.int64,
-    "mtime_ns": np.uint32, "size": np.int64, "major": np.uint32, "minor": np.uint32, "link": np.int32,
-    "xattr": np.int32, "offset": np.int64, "sparse": np.int32,
-}  # fmt: skip
+_DECODED = {name: dtype for name, dtype in COLUMNS.items() if name != "sha256"}
 
 
 class Table:
@@ -63,8 +59,8 @@ class Table:
         self._extra_blocks: list[NDArray[np.uint8]] = []
         self._extra_offsets: list[NDArray[np.int64]] = []
         self._pending = self._decoded = 0
-        self._columns = {name: _Column(dtype) for name, dtype in _COLUMNS.items()}
-        self._hashed, self._kept = _Column(np.bool_), _Column(np.bool_)
+        self._columns = {name: _Column(dtype) for name, dtype in _DECODED.items()}
+        self._hashed, self._kept = _Column("?"), _Column("?")
         self._keys: list[bytes] = []
         self._sha = bytearray()
         self._links: dict[bytes, int] = {}
@@ -170,7 +166,7 @@ class Table:
         self._keys += [path.replace(b"/", b"\0") for path in paths]
         self._metadata_bytes += sum(map(len, paths))
         limits.check("metadata_bytes_per_layer", self._metadata_bytes, f"{layer}: bytes of names and xattrs")
-        for name in _COLUMNS:
+        for name in _DECODED:
             self._columns[name].append(columns[name])
         self._hashed.append(hashed)
         self._kept.append(kept)
@@ -329,7 +325,7 @@ class Table:
         """
         self.decode()
         # Column by column, each part let go once it is copied; here and below that halves the peak.
-        columns = {name: self._columns.pop(name).take() for name in _COLUMNS}
+        columns = {name: self._columns.pop(name).take() for name in _DECODED}
         sha256 = np.zeros((self.rows, 32), np.uint8)
         sha256[self._hashed.take()] = np.frombuffer(self._sha, np.uint8).reshape(-1, 32)
         self._sha = bytearray()
@@ -359,7 +355,7 @@ class Table:
 class _Column:
     """A column that grows; in large pieces, because the memory of small ones is not given back when freed."""
 
-    def __init__(self, dtype: type[np.generic]) -> None:
+    def __init__(self, dtype: str) -> None:
         self._dtype = dtype
         self._parts: list[NDArray[Any]] = []
         self._free = 0  # rows of the last part that are not filled; their memory is not touched yet

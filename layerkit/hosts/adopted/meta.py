@@ -238,7 +238,7 @@ def metadata_over_folders(
     mapped = tree if mapping is None else apply_map(tree, mapping)
     if stacking is Stacking.CLASSIC:
         if mapping is not None:
-            mapped = _subset(mapped, _changed(tree, mapped))
+            mapped = mapped.subset(_changed(tree, mapped))
         return metadata_layer(mapped, namespace, places=Strings.of([b""] * mapped.inodes))
     return metadata_layer(mapped, namespace, places=data_paths(mapped, prefix))
 
@@ -271,19 +271,3 @@ def _changed(old: Tree, new: Tree) -> NDArray[np.bool_]:
         rows = np.asarray(above[~keep[above]], np.intp)
         keep[rows] = True
     return keep
-
-
-def _subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
-    """Return ``tree`` with the names ``keep`` only, among them all names of an inode or none."""
-    rows = np.flatnonzero(keep)
-    number = np.cumsum(keep, dtype=np.int32) - np.int32(1)
-    parent = number[tree.parent[rows]]
-    parent[0] = -1
-    # Inodes are numbered by first names, and so stay in that order.
-    inodes, inode = np.unique(tree.inode[rows], return_inverse=True)
-    columns = ("mode", "uid", "gid", "nlink", "size", "mtime", "mtime_ns", "major", "minor", "target", "xattr",
-               "layer", "offset", "sha256", "sparse")  # fmt: skip
-    return replace(
-        tree, parent=parent, name=tree.name.take(rows), inode=inode.astype(np.int32),
-        **{name: getattr(tree, name)[inodes] for name in columns},
-    )  # fmt: skip

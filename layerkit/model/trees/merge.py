@@ -12,29 +12,42 @@ survives follows from three maxima per path:
 A path is there if its entry, or something beneath it, is not cut. Where the topmost entry is no directory
 but a higher layer has something beneath it, a directory takes its place, as in a runtime that unpacks
 each layer alone. Markers make nothing: a whiteout in a directory that is nowhere has no effect.
+
+A hard link's target is an entry of its own layer, wherever that stands in the tar; failing that, what the layers
+below show at that path once the link's layer has hidden its part of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, islice, pairwise, repeat
+from operator import ne
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.model.entry import OPAQUE_NAME, Kind
-from layerkit.model.errors import InvalidImage, UnsafeEntry, show_path
-from layerkit.model.index import Index
+from layerkit.model.entry import OPAQUE_NAME, Kind, XattrSet
+from layerkit.model.errors import InvalidImage, LimitExceeded, UnsafeEntry, show_path
+from layerkit.model.index import COLUMNS, Index
 from layerkit.model.limits import DEFAULT, Limits
+from layerkit.model.sparse import SparseMaps
+from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
-from layerkit.model.trees.merge_columns import inode_columns
-from layerkit.model.trees.merge_hardlinks import resolve
-from layerkit.model.trees.merge_paths import Paths, Rows, sort_rows
 
-__all__ = ["merge"]
-
+_NAMES_AT_ONCE = 1 << 16
 _MISSING = "its directory is in no layer: made as 0755 root:root"
 _REPLACED = "a lower layer has no directory here, but an upper one puts entries in it: made as 0755 root:root"
+_NOTHING = "which is not there"
+_DIRECTORY = "which is a directory"
+_CYCLE = "which leads back to itself through hard links"
+
+_MADE: dict[str, Any] = {"kind": int(Kind.DIR), "perm": 0o755, "link": -1, "offset": -1, "sparse": -1}
+"""Row 0, a directory that no layer has; 0 in every other column."""
+
+Column = NDArray[Any]
 
 
 def merge(indexes: Sequence[Index], *, limits: Limits = DEFAULT) -> Tree:
@@ -57,9 +70,9 @@ def merge(indexes: Sequence[Index], *, limits: Limits = DEFAULT) -> Tree:
     limits.check("entries_per_image", sum(map(len, indexes)), "image")
     for index in indexes:
         _check_layer(index)
-    paths, rows = sort_rows(indexes, limits)
+    paths, rows = _sort_rows(indexes, limits)
     shown = _surviving(paths, rows)
-    base = resolve(indexes, paths, rows)
+    base = _resolve_links(indexes, paths, rows)
     keep = np.flatnonzero(shown.exists)
     name = paths.names(keep)
     row_of = np.cumsum(shown.exists, dtype=np.int32) - np.int32(1)
@@ -77,7 +90,7 @@ def merge(indexes: Sequence[Index], *, limits: Limits = DEFAULT) -> Tree:
     source[made] = total + np.arange(np.count_nonzero(made), dtype=np.int32)
     inode, source = _number(source, total + int(np.count_nonzero(made)))
     source[source >= total] = 0
-    columns = inode_columns(indexes, source, layer_of[source])
+    columns = _inode_columns(indexes, source, layer_of[source])
     del layer_of, source
     is_dir = columns["mode"] >> 12 == Kind.DIR
     nlink = np.bincount(inode, minlength=len(is_dir))
@@ -98,7 +111,7 @@ def merge(indexes: Sequence[Index], *, limits: Limits = DEFAULT) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class _Surviving:
-    """What is left, per path: ``top`` is the place in ``Rows`` of the topmost entry (0 where none)."""
+    """What is left, per path: ``top`` is the place in ``_Rows`` of the topmost entry (0 where none)."""
 
     exists: NDArray[np.bool_]
     top: NDArray[np.int32]
@@ -106,7 +119,7 @@ class _Surviving:
     replaced: NDArray[np.bool_]
 
 
-def _surviving(paths: Paths, rows: Rows) -> _Surviving:
+def _surviving(paths: _Paths, rows: _Rows) -> _Surviving:
     count = len(paths.parent)
     at, layer, kind = rows.path, rows.sorted_layer, rows.sorted_kind
     # Layers rise within a path, and of repeated places numpy keeps the last value: each is a maximum.
@@ -220,3 +233,418 @@ def _warnings(
     if len(rows) > bound:
         own.append(f"{len(rows) - bound} more directories were made")
     return tuple(carried + own)
+
+
+# The rows of all layers in canonical order, and the paths they name with every directory above them.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The rows of all layers: row 0 is a made root, then the layers' rows, bottom layer first.
+
+    ``order``, ``path``, ``sorted_layer`` and ``sorted_kind`` have one value per *place*: rows sorted by
+    path, then layer, markers before the entry. ``layer`` and ``kind`` have one per row.
+
+    Attributes:
+        order: int32, the row at each place.
+        path: int32, row of ``_Paths``; never falls.
+        sorted_layer: int16. sorted_kind: uint8.
+        layer: int16. kind: uint8.
+        starts: first row of each layer.
+    """
+
+    order: NDArray[np.int32]
+    path: NDArray[np.int32]
+    sorted_layer: NDArray[np.int16]
+    sorted_kind: NDArray[np.uint8]
+    layer: NDArray[np.int16]
+    kind: NDArray[np.uint8]
+    starts: list[int]
+
+    @property
+    def total(self) -> int:
+        """Return the number of rows."""
+        return len(self.order)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Paths:
+    r"""Distinct paths in canonical order, each after the directory that holds it.
+
+    Attributes:
+        keys: ``path_key`` of each path that some row names, as Latin-1 text: it compares like the bytes,
+            and faster.
+        start: int32, where the last part of each key begins.
+        length: int64, of that part.
+        place: int32, the path of each key; between them lie the directories that no row names.
+        added: their names, by path.
+        parent: int32 per path, -1 for the root.
+        depth: int16 per path.
+        levels: the paths of each depth, rising.
+    """
+
+    keys: list[str]
+    start: NDArray[np.int32]
+    length: NDArray[np.int64]
+    place: NDArray[np.int32]
+    added: dict[int, str]
+    parent: NDArray[np.int32]
+    depth: NDArray[np.int16]
+    levels: list[NDArray[np.int32]]
+
+    def names(self, rows: NDArray[np.int64]) -> Strings:
+        """Return the last part of each path of ``rows`` (which rise)."""
+        wanted = np.zeros(len(self.parent), np.bool_)
+        wanted[rows] = True
+        chosen = wanted[self.place]
+        keys, starts = list(compress(self.keys, chosen.tolist())), self.start[chosen]
+        listed = np.ones(len(self.parent), np.bool_)
+        listed[list(self.added)] = False
+        listed = listed[rows]
+        lengths = np.empty(len(rows), np.int64)
+        lengths[listed] = self.length[chosen]
+        lengths[~listed] = [len(self.added[row]) for row in rows[~listed].tolist()]
+        blobs, done = [], 0
+        # In pieces, so that the names are never all there as Python objects.
+        for first in range(0, len(rows), _NAMES_AT_ONCE):
+            part = slice(first, first + _NAMES_AT_ONCE)
+            count = int(np.count_nonzero(listed[part]))
+            pairs = zip(keys[done : done + count], starts[done : done + count].tolist(), strict=True)
+            names = [key[start:] for key, start in pairs]
+            done += count
+            if count < len(listed[part]):
+                known = iter(names)
+                places = zip(rows[part].tolist(), listed[part].tolist(), strict=True)
+                names = [next(known) if is_listed else self.added[row] for row, is_listed in places]
+            blobs.append("".join(names).encode("latin-1"))
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return Strings(b"".join(blobs), offsets)
+
+
+def _sort_rows(indexes: Sequence[Index], limits: Limits) -> tuple[_Paths, _Rows]:
+    """Return the paths and the rows of ``indexes``, bottom layer first.
+
+    Raises:
+        LimitExceeded: missing directories make more entries than ``limits`` allows, or a path too deep.
+    """
+    keys, starts, sizes = [""], list[int](), [np.zeros(1, np.int64)]
+    for index in indexes:
+        starts.append(len(keys))
+        sizes.append(index.path.lengths)
+        # One byte for one byte, so the offsets stay right for the whole blob.
+        text = bytes(index.path.blob).replace(b"/", b"\0").decode("latin-1")
+        keys += [text[a:b] for a, b in pairwise(index.path.offsets.tolist())]
+    layer = np.zeros(len(keys), np.int16)
+    for i, (a, b) in enumerate(pairwise([*starts, len(keys)])):
+        layer[a:b] = i
+    kind = np.concatenate([np.array([Kind.DIR], np.uint8), *(index.kind for index in indexes)])
+    # Every layer is a sorted run already, and merging runs is what this sort is best at. It is stable:
+    # within a path, rows stay in the order of the layers.
+    ordered = sorted(range(len(keys)), key=keys.__getitem__)
+    order = np.array(ordered, np.int32)
+    texts = list(map(keys.__getitem__, ordered))
+    del keys, ordered
+    fresh = np.ones(len(texts), np.bool_)
+    fresh[1:] = np.fromiter(map(ne, islice(texts, 1, None), texts), np.bool_, len(texts) - 1)
+    texts = list(compress(texts, fresh.tolist()))
+    paths = _paths(texts, np.concatenate(sizes)[order[fresh]], limits)
+    path = paths.place[np.cumsum(fresh, dtype=np.int32) - np.int32(1)]
+    return paths, _Rows(order, path, layer[order], kind[order], layer, kind, starts)
+
+
+def _paths(keys: list[str], sizes: NDArray[np.int64], limits: Limits) -> _Paths:
+    """Return the paths of sorted, distinct ``keys``, whose lengths are ``sizes``."""
+    count = len(keys)
+    parts = np.fromiter(map(str.count, keys, repeat("\0")), np.int64, count) + 1
+    parts[0] = 0
+    if int(parts.max()) > min(limits.path_depth, 32767):
+        raise LimitExceeded("path_depth", int(parts.max()), limits.path_depth, "image")
+    depth = parts.astype(np.int16)
+    parent, levels = _parents(depth)
+    start = np.fromiter(map(str.rfind, keys, repeat("\0")), np.int32, count) + np.int32(1)
+    # The last path one level up is the directory, unless that is missing: then it is some other path.
+    right = sizes[parent] == np.maximum(start - 1, 0)
+    above = map(keys.__getitem__, parent.tolist())
+    right &= np.fromiter(map(str.startswith, keys, above), np.bool_, count)
+    right[0] = True
+    place = np.arange(count, dtype=np.int32)
+    paths = _Paths(keys, start, sizes - start, place, {}, parent, depth, levels)
+    return paths if right.all() else _with_missing(paths, np.flatnonzero(~right), limits)
+
+
+def _with_missing(listed: _Paths, orphans: NDArray[np.int64], limits: Limits) -> _Paths:
+    """Return the paths with the directories that no row names, each right before the first path in it."""
+    keys, depth = listed.keys, listed.depth
+    extra = np.zeros(len(keys), np.int64)
+    allowed = limits.entries_per_image - len(keys)
+    missing: list[list[str]] = []
+    for row in orphans.tolist():
+        directories = keys[row].split("\0")[:-1]
+        shared = 0
+        for ours, theirs in zip(directories, keys[row - 1].split("\0"), strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        missing.append(directories[shared:])
+        extra[row] = len(directories) - shared
+        # Deep paths without their directories multiply: some bytes of input for thousands of entries.
+        allowed -= len(directories) - shared
+        if allowed < 0:
+            found = limits.entries_per_image - allowed
+            raise LimitExceeded("entries_per_image", found, limits.entries_per_image, "image")
+    place = (np.arange(len(keys)) + np.cumsum(extra)).astype(np.int32)
+    full = np.zeros(len(keys) + int(extra.sum()), np.int16)
+    full[place] = depth
+    added: dict[int, str] = {}
+    for row, names in zip(orphans.tolist(), missing, strict=True):
+        first, level = int(place[row]) - len(names), int(depth[row]) - len(names)
+        for i, name in enumerate(names):
+            added[first + i] = name
+            full[first + i] = level + i
+    parent, levels = _parents(full)
+    return replace(listed, place=place, added=added, parent=parent, depth=full, levels=levels)
+
+
+def _parents(depth: NDArray[np.int16]) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
+    """Return for each path the last one before it that is one level up, and the paths of each level."""
+    by_depth = np.argsort(depth, kind="stable").astype(np.int32)
+    bounds = np.searchsorted(depth[by_depth], np.arange(int(depth.max()) + 2)).tolist()
+    levels = [by_depth[a:b] for a, b in pairwise(bounds)]
+    parent = np.zeros(len(depth), np.int32)
+    for upper, level in pairwise(levels):
+        if len(upper):
+            parent[level] = upper[np.maximum(np.searchsorted(upper, level) - 1, 0)]
+    parent[0] = -1
+    return parent, levels
+
+
+# Hard links to inodes: which row holds the attributes and the content behind a HARDLINK row.
+
+
+def _resolve_links(indexes: Sequence[Index], paths: _Paths, rows: _Rows) -> NDArray[np.int32] | None:
+    """Return for each row the row of its inode (itself for all but links), or None if there are no links.
+
+    Raises:
+        UnsafeEntry: a target that is not there, is a directory, or is the link itself. Every link is
+            looked at, also one that an upper layer removes: the layer that holds it is broken.
+    """
+    links = np.flatnonzero(rows.kind == Kind.HARDLINK).astype(np.int32)
+    if not len(links):
+        return None
+    layer = rows.layer[links].astype(np.int64)
+    target = np.concatenate([
+        _targets(indexes[i], links[layer == i] - rows.starts[i], paths) for i in np.unique(layer).tolist()
+    ])  # fmt: skip
+    entries = np.flatnonzero(rows.sorted_kind <= Kind.HARDLINK)
+    # Each layer has one entry at a path, so (path, layer) rises without repeats.
+    code = rows.path[entries] * np.int64(len(indexes)) + rows.sorted_layer[entries]
+    wanted = target * len(indexes) + layer
+    found = np.minimum(np.searchsorted(code, wanted), len(code) - 1)
+    here = code[found] == wanted
+    base = np.arange(rows.total, dtype=np.int32)
+    base[links[here]] = rows.order[entries[found[here]]]
+    below = _Below(paths, rows)
+    for i in np.flatnonzero(~here).tolist():
+        row = below.entry(int(target[i]), int(layer[i])) if target[i] >= 0 else -1
+        if row < 0:
+            raise _refused(indexes, rows, int(links[i]), _NOTHING)
+        base[links[i]] = row
+    for _ in range(len(links).bit_length() + 1):
+        # Each round doubles the steps that a link has gone along its chain.
+        base[links] = base[base[links]]
+    kind = rows.kind[base[links]]
+    for bad, why in ((Kind.HARDLINK, _CYCLE), (Kind.DIR, _DIRECTORY)):
+        if (kind == bad).any():
+            raise _refused(indexes, rows, int(links[np.argmax(kind == bad)]), why)
+    return base
+
+
+def _targets(index: Index, rows: NDArray[np.int32], paths: _Paths) -> NDArray[np.int64]:
+    """Return the path that each link of ``rows`` names, -1 where there is none."""
+    link, which = np.unique(index.link[rows], return_inverse=True)
+    found = np.full(len(link), -1, np.int64)
+    keys = paths.keys
+    for i, row in enumerate(link.tolist()):
+        key = "" if row < 0 else index.links[row].replace(b"/", b"\0").decode("latin-1")
+        place = bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            found[i] = paths.place[place]
+    return found[which]
+
+
+def _refused(indexes: Sequence[Index], rows: _Rows, row: int, why: str) -> UnsafeEntry:
+    layer = int(rows.layer[row])
+    index, row = indexes[layer], row - rows.starts[layer]
+    target = index.links[int(index.link[row])] if index.link[row] >= 0 else b""
+    return UnsafeEntry(str(index.diff_id), index.path[row], f"hard link to {show_path(target) or '/'}, {why}")
+
+
+class _Below:
+    """What the layers below one layer show, with that layer's markers applied. Links need it rarely."""
+
+    def __init__(self, paths: _Paths, rows: _Rows) -> None:
+        self._paths, self._rows = paths, rows
+        self._cuts: dict[tuple[int, int], int] = {}
+        self._entries: dict[tuple[int, int], int] = {}
+
+    def entry(self, path: int, layer: int) -> int:
+        """Return the row of the entry at ``path``, -1 where there is none or a directory was made."""
+        known = self._entries.get((path, layer))
+        if known is None:
+            known = self._entries[path, layer] = self._find(path, layer)
+        return known
+
+    def _find(self, path: int, layer: int) -> int:
+        rows = self._rows
+        places, layers, kinds = self._at(path, path + 1, layer)
+        whiteouts = (kinds == Kind.WHITEOUT) & (layers <= layer)
+        cut = max(self._cut(int(self._paths.parent[path]), layer), _last(layers, whiteouts))
+        entry = np.flatnonzero((kinds <= Kind.HARDLINK) & (layers < layer) & (layers >= cut))
+        if not len(entry):
+            return -1
+        top = int(entry[-1])
+        if kinds[top] != Kind.DIR and self._made_since(path, int(layers[top]), layer):
+            return -1
+        return int(rows.order[places + top])
+
+    def _made_since(self, path: int, low: int, high: int) -> bool:
+        """Return whether a layer between ``low`` and ``high`` has an entry beneath ``path``."""
+        depth = self._paths.depth
+        end = path + 1
+        while end < len(depth) and depth[end] > depth[path]:
+            end += 1
+        if end == path + 1:
+            return False
+        _, layers, kinds = self._at(path + 1, end, high)
+        return bool(((kinds <= Kind.HARDLINK) & (layers > low) & (layers < high)).any())
+
+    def _at(self, path: int, end: int, layer: int) -> tuple[int, NDArray[np.int16], NDArray[np.uint8]]:
+        """Return the first place of the paths from ``path`` to ``end``, their layers and kinds."""
+        a, b = np.searchsorted(self._rows.path, [path, end]).tolist()
+        return a, self._rows.sorted_layer[a:b], self._rows.sorted_kind[a:b]
+
+    def _cut(self, path: int, layer: int) -> int:
+        """Return the lowest layer that ``path`` and the directories above it let through beneath them."""
+        todo = []
+        while path >= 0 and (path, layer) not in self._cuts:
+            todo.append(path)
+            path = int(self._paths.parent[path])
+        cut = self._cuts[path, layer] if path >= 0 else 0
+        for path in reversed(todo):
+            _, layers, kinds = self._at(path, path + 1, layer)
+            markers = (kinds > Kind.HARDLINK) & (layers <= layer)
+            plain = (kinds <= Kind.HARDLINK) & (kinds != Kind.DIR) & (layers < layer)
+            cut = self._cuts[path, layer] = max(cut, _last(layers, markers | plain))
+        return cut
+
+
+def _last(layers: NDArray[np.int16], chosen: NDArray[np.bool_]) -> int:
+    return int(layers[chosen].max(initial=0))
+
+
+# Inodes from the rows that hold them: one column at a time, so that only one is held twice.
+
+
+def _inode_columns(indexes: Sequence[Index], source: NDArray[np.int32], layer: NDArray[np.int16]) -> dict[str, Any]:
+    """Return the columns of a tree's inodes by the names that ``Tree`` gives them, all but ``nlink``.
+
+    Args:
+        indexes: the layers.
+        source: (m,), the row of each inode: 0 for a made directory, then the layers' rows in order.
+        layer: (m,), the layer of each row.
+    """
+
+    def gather(name: str, dtype: str) -> Column:
+        made = np.array([_MADE.get(name, 0)], dtype)
+        return np.concatenate([made, *(np.asarray(getattr(i, name), dtype) for i in indexes)])[source]
+
+    kind = gather("kind", "u1")
+    device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
+    regular = kind == Kind.REG
+    mode = (gather("perm", "u4") & np.uint32(0o7777)) | (kind.astype(np.uint32) << np.uint32(12))
+    sha256 = np.concatenate([np.zeros((1, 32), np.uint8), *(i.sha256 for i in indexes)])[source]
+    target, targets = _symlinks(indexes, np.where(kind == Kind.SYMLINK, gather("link", "i4"), -1), layer)
+    size = np.where(regular, gather("size", "i8"), 0)
+    links = target >= 0
+    size[links] = targets.lengths[target[links]]
+    offset = np.where(regular, gather("offset", "i8"), -1)
+    xattr, xattr_sets = _xattrs(indexes, gather("xattr", "i4"), layer)
+    sparse, sparse_maps = _sparse(indexes, gather("sparse", "i4"), layer)
+    return {
+        **{name: gather(name, COLUMNS[name]) for name in ("uid", "gid", "mtime", "mtime_ns")},
+        "mode": mode,
+        "size": size,
+        "major": np.where(device, gather("major", "u4"), np.uint32(0)),
+        "minor": np.where(device, gather("minor", "u4"), np.uint32(0)),
+        "target": target,
+        "targets": targets,
+        "xattr": xattr,
+        "xattr_sets": xattr_sets,
+        "layer": np.where(offset >= 0, layer, np.int16(-1)).astype(np.int32),
+        "offset": offset,
+        "sha256": sha256,
+        "sparse": sparse,
+        "sparse_maps": sparse_maps,
+    }
+
+
+def _symlinks(indexes: Sequence[Index], link: Column, layer: Column) -> tuple[NDArray[np.int32], Strings]:
+    texts: dict[bytes, int] = {}
+    column = _interned(
+        link, layer, link >= 0, [len(i.links) for i in indexes],
+        lambda at, row: texts.setdefault(indexes[at].links[row], len(texts)),
+    )  # fmt: skip
+    return column, Strings.of(texts)
+
+
+def _xattrs(
+    indexes: Sequence[Index], xattr: Column, layer: Column
+) -> tuple[NDArray[np.int32], tuple[XattrSet, ...]]:
+    sets: dict[XattrSet, int] = {(): 0}
+    column = _interned(
+        xattr, layer, xattr > 0, [len(i.xattr_sets) for i in indexes],
+        lambda at, row: sets.setdefault(indexes[at].xattr_sets[row], len(sets)),
+    )  # fmt: skip
+    column[xattr <= 0] = 0
+    return column, tuple(sets)
+
+
+def _interned(
+    column: Column,
+    layer: Column,
+    used: NDArray[np.bool_],
+    sizes: Sequence[int],
+    number: Callable[[int, int], int],
+) -> NDArray[np.int32]:
+    """Return ``column`` with rows of one common table in place of rows of each layer's own; -1 if unused.
+
+    ``number`` is asked for each distinct (layer, row) once, in order of first use.
+    """
+    out = np.full(len(column), -1, np.int32)
+    places = np.flatnonzero(used)
+    if len(places):
+        starts = np.cumsum([0, *sizes])
+        codes = starts[layer[places]] + column[places]
+        distinct, first, which = np.unique(codes, return_index=True, return_inverse=True)
+        numbers = np.empty(len(distinct), np.int32)
+        owners = np.searchsorted(starts, distinct, "right") - 1
+        rows = (distinct - starts[owners]).tolist()
+        for i in np.argsort(first).tolist():
+            numbers[i] = number(int(owners[i]), rows[i])
+        out[places] = numbers[which]
+    return out
+
+
+def _sparse(indexes: Sequence[Index], sparse: Column, layer: Column) -> tuple[NDArray[np.int32], SparseMaps]:
+    out = np.full(len(sparse), -1, np.int32)
+    places = np.flatnonzero(sparse >= 0)
+    out[places] = np.arange(len(places))
+    starts, offsets, lengths = [0], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for at, row in zip(layer[places].tolist(), sparse[places].tolist(), strict=True):
+        maps = indexes[at].sparse_maps
+        a, b = int(maps.starts[row]), int(maps.starts[row + 1])
+        offsets.append(maps.offset[a:b])
+        lengths.append(maps.length[a:b])
+        starts.append(starts[-1] + b - a)
+    return out, SparseMaps(np.array(starts, np.int64), np.concatenate(offsets), np.concatenate(lengths))

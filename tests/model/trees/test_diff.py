@@ -14,7 +14,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index
-from layerkit.model.trees.diff import diff, diff_and_carried
+from layerkit.model.trees.diff import LayerDiff, diff
 from layerkit.model.trees.merge import merge
 
 EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
@@ -32,8 +32,8 @@ def file(path: bytes, content: bytes = b"x", **more: object) -> Entry:
     )  # fmt: skip
 
 
-def rows(index: Index) -> list[tuple[bytes, Kind]]:
-    return [(entry.path, entry.kind) for entry in index.entries()]
+def rows(made: LayerDiff) -> list[tuple[bytes, Kind]]:
+    return [(entry.path, entry.kind) for entry in made.index.entries()]
 
 
 @st.composite
@@ -68,11 +68,11 @@ def stacks(draw: st.DrawFn) -> list[Index]:
 @given(stacks(), stacks())
 def test_the_layers_with_the_diff_show_the_new_tree(old: list[Index], new: list[Index]) -> None:
     before, after = merge(old), merge(new)
-    change = diff(before, after)
+    change = diff(before, after).index
     assert merge([*old, change]).digest() == after.digest()
-    assert len(diff(after, after)) == 0
+    assert len(diff(after, after).index) == 0
     # And once more, on top of a stack of two with whiteouts in it.
-    assert merge([*old, change, diff(after, before)]).digest() == before.digest()
+    assert merge([*old, change, diff(after, before).index]).digest() == before.digest()
 
 
 def test_only_what_changed_is_in_it() -> None:
@@ -81,15 +81,16 @@ def test_only_what_changed_is_in_it() -> None:
     want = [(b"d", Kind.DIR), (b"d/b", Kind.REG), (b"e", Kind.WHITEOUT), (b"f", Kind.REG)]
     assert rows(diff(old, new)) == want
     assert rows(diff(old, new, root=True)) == [(b"", Kind.DIR), *want]
-    assert diff_and_carried(old, new, root=True)[1] == 2
+    assert diff(old, new, root=True).carried == 2
     assert rows(diff(old, old, root=True)) == []
 
 
 def test_folders_above_are_listed_as_runtimes_that_unpack_each_layer_alone_need_them() -> None:
     folders = [Entry(b"", Kind.DIR), Entry(b"d", Kind.DIR, perm=0o700, uid=7), Entry(b"d/e", Kind.DIR, perm=0o711)]
     old = merge([layer(*folders, file(b"d/e/f"), file(b"d/e/g"))])
-    index, carried = diff_and_carried(old, merge([layer(*folders, file(b"d/e/f"))]))
-    assert rows(index) == [(b"d", Kind.DIR), (b"d/e", Kind.DIR), (b"d/e/g", Kind.WHITEOUT)]
+    made = diff(old, merge([layer(*folders, file(b"d/e/f"))]))
+    index, carried = made.index, made.carried
+    assert rows(made) == [(b"d", Kind.DIR), (b"d/e", Kind.DIR), (b"d/e/g", Kind.WHITEOUT)]
     assert (index.perm[0], index.uid[0], index.perm[1], carried) == (0o700, 7, 0o711, 2)
 
 
@@ -112,4 +113,15 @@ def test_a_name_that_would_be_a_whiteout_is_refused() -> None:
     old, new = merge([layer(Entry(b"", Kind.DIR))]), merge([layer(Entry(b"", Kind.DIR), file(b"d"))])
     with pytest.raises(LossyResult, match="begins with"):
         diff(old, merge([layer(Entry(b"", Kind.DIR), file(b".wh.d"))]))
-    assert len(diff(old, new)) == 1
+    assert len(diff(old, new).index) == 1
+
+
+def test_a_hard_link_says_what_its_inode_is() -> None:
+    # docker gives each entry's owner and mode to what it has just linked.
+    capability = ((b"security.capability", b"x"), (b"user.a", b"1"))
+    link = Entry(b"b", Kind.HARDLINK, link=b"a")
+    new = merge([layer(Entry(b"", Kind.DIR), file(b"a", uid=7, perm=0o4750, xattrs=capability), link)])
+    index = diff(merge([]), new).index
+    row = [entry.path for entry in index.entries()].index(b"b")
+    made = index.entry(row)
+    assert (made.kind, made.uid, made.perm, made.xattrs) == (Kind.HARDLINK, 7, 0o4750, capability[:1])

@@ -10,8 +10,8 @@ from merge_model import Files, Inode, apply_layer, is_dir, last_of, model
 from stacks import indexes, sound_stack
 
 from layerkit.model.entry import Entry, Kind
+from layerkit.model.trees.diff import diff
 from layerkit.model.trees.merge import merge
-from layerkit.model.trees.squash import squash
 
 EXAMPLES = 150 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
 
@@ -35,7 +35,7 @@ def test_any_range_of_layers_becomes_one_with_the_same_tree(layers: list[list[En
     first = data.draw(st.integers(0, len(layers) - 1))
     last = data.draw(st.integers(first, len(layers) - 1))
     read = indexes(layers)
-    made = squash(merge(read[:first]), merge(read[: last + 1])).index
+    made = diff(merge(read[:first]), merge(read[: last + 1]), root=True).index
     rows = list(made.entries())
     if not first:
         assert all(e.kind < Kind.WHITEOUT for e in rows)
@@ -57,7 +57,7 @@ def test_any_range_of_layers_becomes_one_with_the_same_tree(layers: list[list[En
 @given(sound_stack())
 def test_nothing_is_repeated(layers: list[list[Entry]]) -> None:
     tree = merge(indexes(layers))
-    assert len(squash(tree, tree).index) == 0
+    assert len(diff(tree, tree, root=True).index) == 0
 
 
 def test_hard_links_that_part_or_meet() -> None:
@@ -66,6 +66,6 @@ def test_hard_links_that_part_or_meet() -> None:
     two = [Entry(b"a", Kind.REG, sha256=sha), Entry(b"b", Kind.REG, sha256=sha)]
     for lower, upper in ((one, two), (two, one)):
         stack = indexes([lower, upper])
-        made = squash(merge(stack[:1]), merge(stack)).index
+        made = diff(merge(stack[:1]), merge(stack), root=True).index
         assert merge([stack[0], made]).digest() == merge(stack).digest()
         assert any(e.path == b"b" for e in made.entries())
