@@ -301,15 +301,15 @@ class OpenImage:
 
         options = AttachOptions(mapping, rendering, namespace, self.settings.strict, statement, sign_key)
         found = self._find_indexes(progress)
-        return attach(self.work(progress), self.settings.destination(dst, self.source), options, found)
+        return attach(self.work(progress), [self.settings.destination(dst, self.source)], options, found)
 
     def _find_indexes(self, progress: Progress | None) -> Found:
         """Return the indexes for something that is looked at or published, and not mounted by it."""
-        from layerkit.store.unproven import UnprovenIndexes
-        from layerkit.usecases.published_indexes import find_indexes
+        from layerkit.model.work import NOBODY
+        from layerkit.usecases.published_indexes import PublishedIndexes, find_indexes
 
         with self.kept(progress) as work:
-            return find_indexes(work, UnprovenIndexes(limits=self.limits).load if self.settings.published else None)
+            return find_indexes(work, PublishedIndexes(work) if self.settings.published else NOBODY)
 
 
 def umount(target: str | Path, *, store: Path | None = None) -> None:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ def push_indexes(
     with open_image(src, platform=platform, settings=settings) as opened:
         to = _beside(opened, src, dst, mount_from)
         with opened.kept(progress) as work:
-            return use_case.push_indexes(work, to, copy=dst is not None)
+            return use_case.push_indexes(work, to)
 
 
 def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[str]) -> Destination:
@@ -68,7 +68,7 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
     if parsed.transport in ("store", "docker-daemon", "docker-archive") or parsed.path == "-":
         raise UsageError(f"{parsed}: nothing can be attached to an image there; use docker:// or oci:")
     if parsed.transport != "docker":
-        return opened.settings.destination(str(parsed), opened.source)
+        return replace(opened.settings.destination(str(parsed), opened.source), has_image=dst is None)
     from layerkit.images.registry.names import RegistryRef
     from layerkit.images.registry.sink import RegistrySink
 
@@ -82,7 +82,7 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
             mount_from=[*mount_from, opened.source.repository_at(ref.host)],
         )  # fmt: skip
 
-    return Destination(sink, parsed.name)
+    return Destination(sink, parsed.name, has_image=dst is None)
 
 
 def pull_indexes(src: str, *, platform: str | None = None, settings: Settings | None = None) -> IndexPullReport:

@@ -77,9 +77,8 @@ def batch(
     `layerkit batch --from images.txt --config hook.toml --engine dask://scheduler:8786`
     """
     hook.need_extra()
-    from layerkit.hook import logs
     from layerkit.hook.batch import one_pass as once
-    from layerkit.hook.front.status import job_view
+    from layerkit.hook.telemetry import log_as_json
 
     listed = [*(refs or []), *_lines(source)]
     if not listed:
@@ -91,12 +90,13 @@ def batch(
         config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify,
         index_repository=index_repository,
     )  # fmt: skip
-    logs.set_up("error")
-    done = once.run(chosen, every, all_tags=all_tags, again=again, part=part, parts=parts, wait_seconds=wait)
-    count = sum(once.shard_of(ref, parts) == part for ref in every)
+    log_as_json("error")
+    wanted = once.Wanted(every, all_tags, again, part, parts, wait)
+    done = once.run(chosen, wanted)
+    count = len(wanted.ours)
     if json:
         body = {"shard": part, "shards": parts, "images": count, "failed": done.failed}
-        emit_json("batch", {**body, "jobs": [job_view(row) for row in done.rows]})
+        emit_json("batch", {**body, "jobs": [row.view() for row in done.rows]})
     if done.failed:
         jobs = len(done.rows) + len(done.missing)
         raise PartialFailure(f"{len(done.failed)} of {jobs} failed: " + "; ".join(done.failed[:5]))

@@ -14,7 +14,8 @@ from layerkit.model.errors import PartialFailure, UnsupportedHost, UsageError
 
 if TYPE_CHECKING:
     from layerkit.hook.config import Config
-    from layerkit.hook.queue.queue import JobRow, Queue
+    from layerkit.hook.queue.jobs import JobRow
+    from layerkit.hook.queue.queue import Queue
 
 group = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
@@ -65,6 +66,7 @@ def settings_of(
     """Return the settings of the file, or those that the flags make without one."""
     from dataclasses import replace
 
+    from layerkit.formats.toml_settings import Table
     from layerkit.hook import config as settings
     from layerkit.linux.configuration import SETTINGS
 
@@ -92,7 +94,7 @@ def settings_of(
             "store": str(root.absolute()),
             "state": str((state or root.with_name(root.name + "-hook")).absolute()),
         }
-        config = settings.parse(values, "flags", Path.cwd())
+        config = settings.Config.read(Table(values, "flags", Path.cwd()))
     listen = more.get("listen")
     if isinstance(listen, str):
         host, port = settings.listen_address(listen, "--listen")
@@ -101,19 +103,18 @@ def settings_of(
         if more.get(name) is not None:
             config = replace(config, **{name: more[name]})  # type: ignore[arg-type]
     if isinstance(repository := more.get("index_repository"), str):
-        config = settings.with_index_repository(config, repository)
-    settings.check_engine(config.engine, "--engine")
+        config = config.with_index_repository(repository)
     return config
 
 
 def _service_logs(config: Config, level: str) -> None:
-    from layerkit.hook import logs
     from layerkit.hook.config import read_token
+    from layerkit.hook.telemetry import log_as_json
 
     if level not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {level!r}: want debug, info, warning or error")
     token, path = read_token(config)
-    logs.set_up(level, [token])
+    log_as_json(level, [token])
     note(f"token: {path}")
 
 
@@ -157,10 +158,10 @@ def serve(
         config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
         engine=engine, tls_verify=tls_verify,
     )  # fmt: skip
-    from layerkit.hook import server
+    from layerkit.hook.front import server
 
     _service_logs(chosen, log_level)
-    server.serve(chosen, on_listen=lambda url: note(f"listening on {url}"))
+    server.serve(chosen, lambda url: note(f"listening on {url}"))
 
 
 @group.command()
@@ -206,11 +207,14 @@ def proxy(
     )
     if found is None:
         raise UsageError(f"{upstream}: not among the configured registries: {', '.join(chosen.registries)}")
-    from layerkit.hook import logs
-    from layerkit.hook.front.proxy import serve_proxy
+    from layerkit.hook.front import server
+    from layerkit.hook.front.proxy import Proxy
+    from layerkit.hook.telemetry import log_as_json
 
-    logs.set_up(log_level)
-    serve_proxy(chosen, found, workers=not no_workers, on_listen=lambda url: note(f"listening on {url}"))
+    log_as_json(log_level)
+    server.serve(
+        chosen, lambda url: note(f"listening on {url}"), lambda parts: Proxy(parts, found), workers=not no_workers
+    )
 
 
 @group.command()
@@ -243,19 +247,18 @@ def run(
     `layerkit hook run docker://registry.example/app --all-tags --config hook.toml --json`
     """
     need_extra()
-    from layerkit.hook import logs
     from layerkit.hook.batch import one_pass as once
-    from layerkit.hook.front.status import job_view
+    from layerkit.hook.telemetry import log_as_json
 
     named = once.parse_refs(refs)
     hosts = None if config else sorted({ref.host for ref in named})
     chosen = settings_of(
         config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
     )
-    logs.set_up("error")
-    done = once.run(chosen, named, all_tags=all_tags, again=again)
+    log_as_json("error")
+    done = once.run(chosen, once.Wanted(named, all_tags, again))
     if json:
-        emit_json("hook-run", {"jobs": [job_view(row) for row in done.rows], "failed": done.failed})
+        emit_json("hook-run", {"jobs": [row.view() for row in done.rows], "failed": done.failed})
     else:
         _show(done.rows)
     if done.failed:
@@ -279,7 +282,6 @@ def jobs(
 
     Example: `layerkit hook jobs --only dead`
     """
-    from layerkit.hook.front.status import job_view
     from layerkit.hook.queue.jobs import STATES
 
     if only and only not in STATES:
@@ -287,7 +289,7 @@ def jobs(
     with _queue(config, state, store) as queue:
         rows = queue.jobs(only, limit)
     if json:
-        emit_json("hook-jobs", {"jobs": [job_view(row) for row in rows]})
+        emit_json("hook-jobs", {"jobs": [row.view() for row in rows]})
     else:
         _show(rows)
 

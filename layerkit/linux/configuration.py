@@ -8,12 +8,13 @@ and the Python API ask here alone. What a registry's hook is told stands in its 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from layerkit.formats.toml_settings import nearest
 from layerkit.model.errors import UsageError
 from layerkit.model.limits import Limits
 
@@ -185,7 +186,7 @@ def unknown_variables() -> list[str]:
     """
     known = ENVIRONMENT_ONLY | {setting.variable for setting in SETTINGS.values()}
     return [
-        f"{name}: there is no such variable{_nearest(name, known)}"
+        f"{name}: there is no such variable{nearest(name, known)}"
         for name in sorted(os.environ)
         if name.startswith("LAYERKIT_") and name not in known and not name.startswith("LAYERKIT_TEST_")
         if "_SERVICE_" not in name and "_PORT" not in name
@@ -230,15 +231,8 @@ def _known(values: dict[str, object], path: Path) -> Iterator[tuple[Setting, obj
         raise UsageError(f"{path}: {_LIMITS} is a table: write [{_LIMITS}], and one bound in each line below it")
     for key, value in (values | {f"{_LIMITS}.{name}": value for name, value in table.items()}).items():
         if key not in SETTINGS:
-            raise UsageError(f"{path}: there is no setting {key!r}{_nearest(key, SETTINGS)}")
+            raise UsageError(f"{path}: there is no setting {key!r}{nearest(key, SETTINGS)}")
         yield SETTINGS[key], value
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 __all__ = [

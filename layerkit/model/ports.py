@@ -115,6 +115,10 @@ class ImageSink(Protocol):
         """Return whether the blob is there already."""
         ...
 
+    def has_attached(self, subject: Digest, artifact_type: str) -> bool:
+        """Return whether the place says that something of this type is attached to ``subject`` in it already."""
+        return False
+
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
         """Store a blob, verified against ``descriptor``'s digest and size while it is written.
 

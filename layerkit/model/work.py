@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -11,7 +11,7 @@ from layerkit.model.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
     from layerkit.model.digest import Digest
-    from layerkit.model.image import Image
+    from layerkit.model.image import Image, Layer
     from layerkit.model.index import Index
     from layerkit.model.ports import ImageSink, ImageSource, Progress
 
@@ -34,6 +34,41 @@ class _NothingKept(Kept):
 
 NOTHING_KEPT: Kept = _NothingKept()
 """Where every layer is to be read."""
+
+
+class Others(Protocol):
+    """Who else may know the index of a layer, or be reading the layer just now; by itself nobody.
+
+    Attributes:
+        notes: why a better way was not gone, as text.
+    """
+
+    notes: Sequence[str] = ()
+
+    def index(self, layer: Layer, below: Mapping[Digest, Index]) -> tuple[Index, str] | None:
+        """Return the index of a layer and where it came from, None where nobody has it.
+
+        Args:
+            layer: which is not read for it.
+            below: the indexes of the layers below it.
+        """
+        return None
+
+    def turn(self, layer: Layer) -> contextlib.AbstractContextManager[tuple[Index, str] | None]:
+        """Have the layer to oneself while the block runs; gives its index where it has come about meanwhile."""
+        return contextlib.nullcontext()
+
+    def take(self, index: Index) -> None:
+        """Take the index of a layer that was read here."""
+        return
+
+
+class _Nobody(Others):
+    """Nothing is known of a layer but what is kept."""
+
+
+NOBODY: Others = _Nobody()
+"""Where there is nobody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +105,14 @@ class Destination:
         name: of the image there, "" for the name it has.
         where: the reference, for messages.
         one_image: there is no room for an index: a docker archive or daemon.
+        has_image: the image is there already, and what is put is attached to it.
     """
 
     open: Callable[[], ImageSink] | None
     name: str = ""
     where: str = ""
     one_image: bool = False
+    has_image: bool = False
 
     @contextlib.contextmanager
     def sink(self) -> Iterator[ImageSink]:

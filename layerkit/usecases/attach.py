@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import BinaryIO
 from layerkit.formats.compression.compress import compress
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.oci import documents as oci
-from layerkit.formats.oci import intoto
+from layerkit.formats.oci import index_artifact, intoto
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
@@ -30,7 +30,7 @@ from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
-from layerkit.usecases.published_indexes import Found
+from layerkit.usecases.published_indexes import Found, put_indexes
 
 UNCOMPRESSED_KEY = "io.layerkit.remap.uncompressed-digest"
 """Annotation of the META's descriptor: the digest of its bytes before compression."""
@@ -49,6 +49,7 @@ class AttachOptions:
         strict: refuse overlay xattrs that the image brings, instead of escaping them.
         statement: attach an in-toto statement of what was done to the artifact.
         sign_key: a private key; the statement, made then in any case, is signed, in a sigstore bundle.
+        indexes: also attach the indexes of its layers to an image that has none.
     """
 
     mapping: Mapping
@@ -57,6 +58,7 @@ class AttachOptions:
     strict: bool = False
     statement: bool = False
     sign_key: Path | None = None
+    indexes: bool = False
 
     def __post_init__(self) -> None:
         """Refuse words that are none of the choices, and a key that cannot be used."""
@@ -78,12 +80,13 @@ class AttachOptions:
         return Namespace.TRUSTED if self.namespace == "auto" else Namespace(self.namespace)
 
 
-def attach(work: Work, dst: Destination, options: AttachOptions, found: Found) -> RemapReport:
-    """Copy the image to ``dst`` and attach META for the map to it; the image keeps its digest.
+def attach(work: Work, places: Sequence[Destination], options: AttachOptions, found: Found) -> RemapReport:
+    """Make META for the map once and attach it to the image in each of ``places``; the image keeps its digest.
 
     Args:
         work: the image.
-        dst: where it all goes; on an error nothing of it is visible.
+        places: where it all goes, one after the other; the image is copied where it is not there yet. On an error
+            nothing of it is visible in the place, and in those that follow.
         options: the artifact.
         found: the indexes of the image's layers.
 
@@ -92,11 +95,24 @@ def attach(work: Work, dst: Destination, options: AttachOptions, found: Found) -
     """
     start, image, mapping = time.monotonic(), work.image, options.mapping
     tree = merge(found.indexes, limits=work.limits)
-    name = dst.name or image.name
-    with dst.sink() as sink, made(image, tree, options) as result:
-        copy_image(work.source, sink, image, name, progress=work.progress)
-        wanted = options.statement or options.sign_key is not None
-        put(result, sink, statement(image, work.source.where, result, options.sign_key) if wanted else None)
+    name = places[0].name or image.name
+    with made(image, tree, options) as result:
+        for dst in places:
+            with dst.sink() as sink:
+                if not dst.has_image:
+                    copy_image(work.source, sink, image, dst.name or image.name, progress=work.progress)
+                if options.statement or options.sign_key is not None:
+                    where = dst.where if dst.has_image else work.source.where
+                    said = _statement(image, where, result, options.sign_key)
+                    kind = said.descriptor.artifact_type
+                    # It may come before what it is about (distribution-spec, "Pushing Manifests with Subject"):
+                    # then nobody sees the artifact without it.
+                    if not (dst.has_image and sink.has_attached(result.descriptor.digest, kind)):
+                        sink.put_blob(said.blob, [said.data])
+                        sink.put_manifest(said.descriptor, said.manifest)
+                _put(result, sink)
+                if options.indexes and not sink.has_attached(image.descriptor.digest, index_artifact.ARTIFACT_TYPE):
+                    put_indexes(image, found.indexes, sink, vouched=True)
     return RemapReport(
         name=work.name,
         manifest=str(image.descriptor.digest),
@@ -158,29 +174,17 @@ def made(image: Image, tree: Tree, options: AttachOptions) -> Iterator[Made]:
         yield Made(blob, manifest, descriptor, packed)
 
 
-def put(result: Made, sink: ImageSink, said: intoto.Attestation | None = None) -> None:
-    """Put an artifact into ``sink``, which is not committed, with what is said of it."""
+def _put(result: Made, sink: ImageSink) -> None:
+    """Put an artifact into ``sink``, which is not committed."""
     if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
         sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
     if not sink.has_blob(result.blob.digest):
         sink.put_blob(result.blob, result.chunks)
-    # A statement may come before what it is about (distribution-spec, "Pushing Manifests with Subject"): then
-    # nobody sees the artifact without it.
-    if said is not None:
-        sink.put_blob(said.blob, [said.data])
-        sink.put_manifest(said.descriptor, said.manifest)
     sink.put_manifest(result.descriptor, result.manifest)
 
 
-def statement(image: Image, where: str, result: Made, sign_key: Path | None) -> intoto.Attestation:
-    """Return what is said of an artifact.
-
-    Args:
-        image: what it is attached to.
-        where: where that image was read from.
-        result: the artifact.
-        sign_key: a private key, None for an unsigned statement.
-    """
+def _statement(image: Image, where: str, result: Made, sign_key: Path | None) -> intoto.Attestation:
+    """Return what is said of an artifact of ``image``, which was read from ``where``."""
     from importlib.metadata import version
 
     found = artifact.parse(result.manifest, f"artifact {result.descriptor.digest}")

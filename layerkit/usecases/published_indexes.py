@@ -7,7 +7,7 @@ layer itself. What comes from the two in the middle is marked as unproven, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,17 +21,15 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, RegistryError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.model.ports import ImageSink
+from layerkit.model.limits import Limits
+from layerkit.model.ports import BlobReader, ImageSink, Progress
 from layerkit.model.reports import Report
-from layerkit.model.work import Destination, Work
+from layerkit.model.work import NOBODY, Destination, Others, Work
 from layerkit.store.unproven import UnprovenIndexes
 from layerkit.unpack import VerifiedBlob, index_layer, labelled
 
 _BLOB_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
-
-LoadUnproven = Callable[[Digest], Index | None]
-"""Gives an index that was published and kept since, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,8 @@ class Found:
 
     Attributes:
         indexes: bottom first; those that nothing has proven carry a warning that says so.
-        origins: for each, ``store``, ``cache``, ``artifact``, ``toc`` or ``layer``.
+        origins: for each, ``store``, ``layer`` (it was read), or what others say: ``cache``, ``artifact``, ``toc``,
+            ``shared``.
         notes: why a better way was not gone, as text.
     """
 
@@ -63,15 +62,16 @@ class Found:
     @property
     def layers_read(self) -> int:
         """Return how many layer blobs were read whole."""
-        return self.origins.count("layer")
+        pairs = zip(self.indexes, self.origins, strict=True)
+        return len({index.diff_id for index, origin in pairs if origin == "layer"})
 
 
-def find_indexes(work: Work, load_unproven: LoadUnproven | None, *, layers: bool = True) -> Found:
+def find_indexes(work: Work, others: Others = NOBODY, *, layers: bool = True) -> Found:
     """Return the index of every layer of the image with as few bytes read as can be.
 
     Args:
         work: the image, and what is kept of it.
-        load_unproven: asked before the network. None takes nothing unproven: no artifacts, no tables of contents.
+        others: asked for what is not kept; only layers that they have not either are read.
         layers: read layers where there is nothing else; if not, that is an error.
 
     Raises:
@@ -80,42 +80,68 @@ def find_indexes(work: Work, load_unproven: LoadUnproven | None, *, layers: bool
     """
     image = work.image
     work.limits.check("layers_per_image", len(image.layers), image.name or "image")
-    published = None if load_unproven is None else _Published(work, load_unproven)
     known: dict[Digest, tuple[Index, str]] = {}
     for place, layer in enumerate(image.layers):
         if layer.diff_id in known:
             continue
-        got = None
+        got: tuple[Index, str] | None
         if (kept := work.kept.load_index(layer.diff_id)) is not None:
             got = kept, "store"
-        elif published is not None:
-            got = published.index(layer, {diff_id: index for diff_id, (index, _) in known.items()})
+        else:
+            got = others.index(layer, {diff_id: index for diff_id, (index, _) in known.items()})
         if got is None:
             if not layers:
                 raise NotFound(f"{image.name}: no index is published of layer {layer.descriptor.digest}")
-            reader = work.source.open_blob(layer.descriptor)
-            try:
-                step = labelled(work.progress, place, len(image.layers))
-                index = index_layer(reader, layer.descriptor, layer.diff_id, limits=work.limits, progress=step)
-            finally:
-                reader.close()
-            got = index, "layer"
+            step = labelled(work.progress, place, len(image.layers))
+            got = read_in_turn(layer, work.source.open_blob, others, work.limits, step)
         known[layer.diff_id] = got
     indexes, origins = zip(*(known[diff_id] for diff_id in image.diff_ids), strict=True) if known else ((), ())
-    return Found(indexes, origins, tuple(published.notes) if published else ())
+    return Found(indexes, origins, tuple(others.notes))
 
 
-class _Published:
+def read_in_turn(
+    layer: Layer,
+    open_blob: Callable[[Descriptor], BlobReader],
+    others: Others,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> tuple[Index, str]:
+    """Return the index of a layer and where it came from: the layer is read, unless others do so just now.
+
+    Args:
+        layer: which.
+        open_blob: opens its blob.
+        others: whose turn is waited for, and who get the index.
+        limits: bounds on the layer.
+        progress: told of the bytes read.
+
+    Raises:
+        InvalidImage: the layer is malformed, unsafe, or not what its digests promise.
+    """
+    with others.turn(layer) as got:
+        if got is not None:
+            return got
+        reader = open_blob(layer.descriptor)
+        try:
+            index = index_layer(reader, layer.descriptor, layer.diff_id, limits=limits, progress=progress)
+        finally:
+            reader.close()
+        others.take(index)
+        return index, "layer"
+
+
+class PublishedIndexes(Others):
     """What is published of an image's layers; artifacts are looked up once, blobs read when they are asked for."""
 
-    def __init__(self, work: Work, load_unproven: LoadUnproven) -> None:
-        self._source, self._limits, self._load = work.source, work.limits, load_unproven
-        self._image = work.image
+    def __init__(self, work: Work) -> None:
+        """Nothing is asked yet; what was fetched earlier is asked before the network."""
+        self._source, self._limits = work.source, work.limits
+        self._image, self._load = work.image, UnprovenIndexes(limits=work.limits).load
         self._attached: dict[Digest, list[Descriptor]] | None = None
         self.notes: list[str] = []
 
-    def index(self, layer: Layer, below: dict[Digest, Index]) -> tuple[Index, str] | None:
-        """Return the index of a layer and where it came from, None where nothing usable is published of it."""
+    def index(self, layer: Layer, below: Mapping[Digest, Index]) -> tuple[Index, str] | None:
+        """See the port; ``cache`` is what was fetched earlier, ``toc`` the layer's own table of contents."""
         if (index := self._load(layer.diff_id)) is not None:
             return index, "cache"
         if (index := self._from_artifact(layer.diff_id, below)) is not None:
@@ -141,7 +167,7 @@ class _Published:
                 out.setdefault(diff_id, []).append(blob)
         return out
 
-    def _from_artifact(self, diff_id: Digest, known: dict[Digest, Index]) -> Index | None:
+    def _from_artifact(self, diff_id: Digest, known: Mapping[Digest, Index]) -> Index | None:
         if self._attached is None:
             self._attached = self._blobs()
         for blob in self._attached.get(diff_id, ()):
@@ -209,8 +235,8 @@ class PublishReport(Report):
     image_bytes: int
 
 
-def push_indexes(work: Work, dst: Destination, *, copy: bool) -> PublishReport:
-    """Attach the indexes of the image's layers to it in ``dst``, where the image is, or with ``copy`` comes too.
+def push_indexes(work: Work, dst: Destination) -> PublishReport:
+    """Attach the indexes of the image's layers to it in ``dst``; the image comes along where it is not there.
 
     Layers whose index is kept are not read.
 
@@ -218,9 +244,9 @@ def push_indexes(work: Work, dst: Destination, *, copy: bool) -> PublishReport:
         InvalidImage: a layer is damaged.
     """
     image = work.image
-    found = find_indexes(work, None)
+    found = find_indexes(work)
     with dst.sink() as sink:
-        if copy:
+        if not dst.has_image:
             copy_image(work.source, sink, image, dst.name or image.name, progress=work.progress)
         sent = put_indexes(image, found.indexes, sink)
     return PublishReport(
@@ -306,7 +332,7 @@ def pull_indexes(work: Work) -> IndexPullReport:
         NotFound: nothing is published of a layer, neither an index nor a table of contents.
     """
     cache = UnprovenIndexes(limits=work.limits)
-    found = find_indexes(work, cache.load, layers=False)
+    found = find_indexes(work, PublishedIndexes(work), layers=False)
     for index, origin in zip(found.indexes, found.origins, strict=True):
         if origin in ("artifact", "toc"):
             cache.save(index)

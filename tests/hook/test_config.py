@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hook_service import settings
 
-from layerkit.hook.config import INDEX_REPOSITORY, Registry, load, read_token, with_index_repository
+from layerkit.hook.config import INDEX_REPOSITORY, Registry, load, read_token
 from layerkit.model.errors import UsageError
 
 WHOLE = """
@@ -63,7 +63,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
     config = load(write(tmp_path, WHOLE))
     assert (config.host, config.port, config.workers, config.hold_seconds) == ("::1", 9000, 4, 3.0)
     assert config.state == tmp_path / "state"
-    assert config.registries["main"].authfile == tmp_path / "auth.json"
+    assert config.registries["main"].options.authfile == tmp_path / "auth.json"
     assert [remap.mapping for remap in config.remaps] == [
         "uid=0:100000:65536;gid=0:100000:65536", "uid=0:1:65535;gid=0:5:1000;overflow=7",
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("workers = 4", "wrokers = 4", "unknown name 'wrokers'"),
+        ("workers = 4", "wrokers = 4", "unknown name 'wrokers'; did you mean workers"),
         ("workers = 4", "workers = 0", "workers = 0: want 1 to 256"),
         ("workers = 4", "workers = true", "workers = True"),
         ("workers = 4", 'workers = "4"', "workers = '4'"),
@@ -89,7 +89,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
         ('engine = "threads"', 'engine = "magic"', "dask://"),
         ('listen = "[::1]:9000"', 'listen = "9000"', "ADDRESS:PORT"),
         ("rate = 5", "rate = -1", "above 0"),
-        ("rate = 5", "rate = 5\nspeed = 1", "unknown name 'speed'"),
+        ("rate = 5", "rate = 5\nspeed = 1", "unknown name 'speed'; did you mean "),
         ('key = "k.pem"\n', "", "belong together"),
         ("[limits]", "[limits", "hook.toml"),
         ('aliases = ["mirror.example"]', "aliases = [1]", "list of texts"),
@@ -112,7 +112,7 @@ def test_nothing_to_serve(tmp_path: Path) -> None:
 
 
 def test_patterns_of_repositories() -> None:
-    registry = Registry("r", "h", repositories=("library/*", "team/**", "exact", "v*/x"))
+    registry = Registry("h", "r", repositories=("library/*", "team/**", "exact", "v*/x"))
     yes = ("library/app", "team/a", "team/a/b/c", "exact", "v1/x")
     no = ("library", "library/a/b", "team", "exactly", "xlibrary/app", "v1/y", "v/1/x", "library/app\n", "")
     assert all(registry.serves(name) for name in yes)
@@ -150,10 +150,10 @@ def test_where_indexes_are_shared(tmp_path: Path) -> None:
     chosen = named.registries["main"]
     assert named.index_repository(chosen) == "infra/indexes"
     assert not chosen.serves("infra/indexes") and chosen.serves(INDEX_REPOSITORY)
-    off = with_index_repository(replace(plain, apart=True), "")
+    off = replace(plain, apart=True).with_index_repository("")
     assert off.index_repository(off.registries["main"]) == ""
     for wrong in ("UPPER", "a:b", "a@sha256:" + "0" * 64, "host:5000/a b", "../x"):
         with pytest.raises(UsageError):
             settings(tmp_path, registry={"index_repository": wrong})
         with pytest.raises(UsageError):
-            with_index_repository(plain, wrong)
+            plain.with_index_repository(wrong)

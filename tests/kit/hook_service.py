@@ -17,13 +17,14 @@ from typing import Any
 import uvicorn
 from programs import command, wait_for
 
-from layerkit.hook.config import Config, Registry, parse
+from layerkit.formats.toml_settings import Table
+from layerkit.hook.config import Config, Registry
 from layerkit.hook.front.guard import Token
-from layerkit.hook.front.http import Service, make_app
-from layerkit.hook.front.intake import Intake
-from layerkit.hook.metrics import Metrics
+from layerkit.hook.front.http import make_app
+from layerkit.hook.front.intake import Intake, Service
 from layerkit.hook.queue.jobs import Outcome
 from layerkit.hook.queue.queue import Queue
+from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.tasks import Task
 from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.digest import Digest
@@ -44,7 +45,7 @@ def settings(folder: Path, host: str = "127.0.0.1:1", *, maps: tuple[str, ...] =
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "token").write_text(TOKEN)
     (folder / "token").chmod(0o600)
-    return parse(values | {"token_file": str(folder / "token")}, "test", folder)
+    return Config.read(Table(values | {"token_file": str(folder / "token")}, "test", folder))
 
 
 def no_registry(registry: Registry, repository: str, tag: str) -> Digest:

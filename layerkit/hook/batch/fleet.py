@@ -6,23 +6,23 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from contextlib import suppress
 from dataclasses import replace
 
 from layerkit.formats.oci import documents as oci
-from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci.images import no_image, wanted
 from layerkit.hook.batch.shards import Meeting, Shard, Want
 from layerkit.hook.config import Config, Registry
 from layerkit.hook.queue.jobs import Wish
-from layerkit.hook.work.access import client_of
+from layerkit.hook.work.access import place_in
 from layerkit.hook.work.executors import open_executor
-from layerkit.hook.work.layers import LayerTask, publish, shared_at
-from layerkit.hook.work.tasks import Task, has_artifact
-from layerkit.hook.work.worker import access_to, end, task_of
+from layerkit.hook.work.layers import Fleet, LayerTask, publish
+from layerkit.hook.work.tasks import Task, has_artifact, task_of
 from layerkit.images.registry.names import RegistryRef
-from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, RegistryError
+from layerkit.model.image import Layer
+from layerkit.usecases.settings import Settings
 
 _log = logging.getLogger("layerkit.hook.fleet")
 _published: set[tuple[str, Digest]] = set()
@@ -57,34 +57,33 @@ def index_together(config: Config, shard: Shard, wishes: Sequence[Wish], registr
 
 
 def _index_in(config: Config, registry: Registry, shard: Shard, wishes: Sequence[Wish]) -> None:
-    limits, access = configuration.limits(), access_to(registry)
-    repository = config.index_repository(registry)
-    shared = shared_at(access, repository, limits)
+    settings, indexes = Settings(config.store), place_in(registry, config.index_repository(registry))
+    shared = Fleet(settings, indexes, indexes).shared_indexes()
     assert shared is not None
     executor = open_executor(config.engine, min(config.workers, registry.concurrency), tls=config.engine_tls)
-    meeting = Meeting(shared, shard, registry.serves, limits)
+    meeting = Meeting(shared, shard, registry.serves, settings.bounds)
     try:
 
         def submit(want: Want) -> Future[bool]:
-            task = LayerTask(access, want.repository, want.blob, want.diff_id, config.store, repository)
-            return executor.submit(publish, task)
+            fleet = Fleet(settings, place_in(registry, want.repository), indexes)
+            return executor.submit(publish, LayerTask(fleet, Layer(want.blob, want.diff_id)))
 
         with meeting.present():
             meeting.say(_survey(config, executor, wishes))
             meeting.meet(submit)
     except BaseException:
         # An interrupt must not wait for layers that are being read.
-        end(executor, at_once=True)
+        executor.shutdown(wait=False, cancel_futures=True)
         raise
-    end(executor, at_once=False)
+    executor.shutdown(cancel_futures=True)
 
 
 def _survey(config: Config, executor: Executor, wishes: Sequence[Wish]) -> dict[Digest, Want]:
     """Return the layers that are needed for ``wishes`` and not indexed yet."""
     images: dict[tuple[Digest, str], list[Task]] = {}
     for wish in wishes:
-        task = task_of(config, wish.key, [wish.target], anew=wish.again)
-        if isinstance(task, Task):
+        with suppress(LayerkitError):
+            task = task_of(config, wish.key, [wish.target], anew=wish.again)
             images.setdefault((wish.key.digest, wish.target.repository), []).append(task)
     found: dict[Digest, Want] = {}
     for future in as_completed([executor.submit(survey, tuple(tasks)) for tasks in images.values()]):
@@ -105,27 +104,26 @@ def survey(tasks: tuple[Task, ...]) -> list[Want]:
 
 
 def _image_wants(tasks: tuple[Task, ...]) -> list[Want]:
-    limits, task = configuration.limits(), tasks[0]
-    access, name = task.targets[0]
-    repository = client_of(access, limits).repository(f"{access.host}/{name}")
-    entry, data = repository.manifest(task.digest)
+    task = tasks[0]
+    limits, shared = task.settings.bounds, task.fleet.shared_indexes()
+    source = task.source(limits)
+    (entry,) = source.chosen()
+    data = source.fetch(entry, limits.manifest_bytes)
     if entry.media_type in oci.INDEX_TYPES:
         children = wanted(data, entry, task.platforms, limits)
         return [want for child in children for want in survey(tuple(replace(each, digest=child) for each in tasks))]
     if no_image(data, entry, limits):
         return []
-    image = oci_images.build_image(str(task.digest), data, entry, repository.fetch, str(repository), limits=limits)
-    shared = shared_at(access, task.shared, limits)
     missing = []
-    for layer in image.layers:
+    for layer in source.image().layers:
         key = (str(shared.repository) if shared else "", layer.diff_id)
         if key in _published:
             continue
         if shared is not None and shared.has(layer.diff_id):
             _published.add(key)
         else:
-            missing.append(Want(layer.diff_id, layer.descriptor, name))
-    if missing and all(not each.again and has_artifact(repository, each, limits) for each in tasks):
+            missing.append(Want(layer.diff_id, layer.descriptor, task.targets[0].repository))
+    if missing and all(not each.again and has_artifact(source.repository, each, limits) for each in tasks):
         return []
     return missing
 

@@ -13,19 +13,17 @@ from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
 from layerkit.hook.batch.fleet import index_together, run_name
 from layerkit.hook.batch.shards import Shard
 from layerkit.hook.config import Config, Registry
-from layerkit.hook.front.intake import keys
-from layerkit.hook.metrics import Metrics
-from layerkit.hook.queue.jobs import Key, Target, Wish
-from layerkit.hook.queue.queue import JobRow, Queue
-from layerkit.hook.server import make_worker, resolve_at
+from layerkit.hook.queue.jobs import JobRow, Key, Target, Wish
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.access import all_tags as tags_of
-from layerkit.hook.work.worker import access_to
+from layerkit.hook.work.access import resolve
+from layerkit.hook.work.worker import make_worker
 from layerkit.images.registry.names import RegistryRef
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, UsageError
 
 _PREFIX = "docker://"
-WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +73,59 @@ def shard_of(ref: RegistryRef, parts: int) -> int:
     return int.from_bytes(hashlib.sha256(ref.name.encode()).digest()[:8], "big") % parts
 
 
-def run(
-    config: Config,
-    refs: Sequence[RegistryRef],
-    *,
-    all_tags: bool = False,
-    again: bool = False,
-    part: int = 0,
-    parts: int = 1,
-    wait_seconds: float = WAIT_SECONDS,
-) -> Pass:
-    """Remap every one of ``refs`` for the configured maps; return what came of it.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one pass is to do.
 
-    Args:
-        config: of the hook.
+    Attributes:
         refs: what is meant; nothing else in the queue is touched.
         all_tags: all tags of the repositories of ``refs``.
         again: make what is there already anew.
         part: which shard this is, from 0; only its images are done, see :func:`shard_of`.
         parts: how many shards there are; several find each other's indexes of layers in the registry.
         wait_seconds: how long another shard may show no sign of life before this one goes on without it.
+    """
+
+    refs: Sequence[RegistryRef]
+    all_tags: bool = False
+    again: bool = False
+    part: int = 0
+    parts: int = 1
+    wait_seconds: float = 60.0
+
+    @property
+    def ours(self) -> list[RegistryRef]:
+        """Return the references of this shard."""
+        return [ref for ref in self.refs if shard_of(ref, self.parts) == self.part]
+
+
+def run(config: Config, wanted: Wanted) -> Pass:
+    """Remap what is wanted for the configured maps; return what came of it.
 
     Raises:
         UsageError: a registry or repository that is not configured.
         RegistryError: a registry does not answer at all.
     """
-    named = [ref for ref in refs if shard_of(ref, parts) == part]
-    if parts > 1:
+    if wanted.parts > 1:
         config = replace(config, apart=True)
-    elif not named:
+    elif not wanted.refs:
         return Pass([], [])
     # For one pass, somebody waits for the end: what failed is tried again sooner, and given up sooner.
     policy = replace(config.policy, attempts=min(4, config.policy.attempts), first_seconds=0.5, recheck_seconds=0.0)
     with _state(config) as folder, contextlib.closing(Queue(folder, policy)) as queue:
         wishes, missing = [], []
-        for ref in named:
+        for ref in wanted.ours:
             registry = _registry(config, ref)
-            for tag, digest in _meant(registry, ref, all_tags):
+            for tag, digest in _meant(registry, ref, wanted.all_tags):
                 if digest is None:
                     missing.append(f"{ref.name}:{tag}")
                     continue
                 target = Target(registry.name, ref.repository, tag)
-                wishes += [Wish(key, target, again=again) for key in keys(config, digest)]
-        if parts > 1:
-            everywhere = sorted({_registry(config, ref).name for ref in refs})
-            shard = Shard(run_name(config, refs, parts), part, parts, wait_seconds)
-            index_together(config, shard, wishes, everywhere)
+                wishes += [Wish(key, target, again=wanted.again) for key in config.keys(digest)]
+        if wanted.parts > 1:
+            everywhere = sorted({_registry(config, ref).name for ref in wanted.refs})
+            run = run_name(config, wanted.refs, wanted.parts)
+            index_together(config, Shard(run, wanted.part, wanted.parts, wanted.wait_seconds), wishes, everywhere)
         queue.recover()
         jobs = {added.job for added in queue.add(wishes)}
         open_jobs = set(jobs)
@@ -142,8 +147,7 @@ def run(
 def _children(row: JobRow) -> set[str]:
     children = row.report.get("children", [])
     assert isinstance(children, list)
-    version = FORMAT_VERSION
-    return {Key(Digest.parse(str(each)), row.mapping, row.options, version).job for each in children}
+    return {Key(Digest.parse(each), row.mapping, row.options, FORMAT_VERSION).job for each in children}
 
 
 @contextlib.contextmanager
@@ -171,9 +175,9 @@ def _meant(registry: Registry, ref: RegistryRef, all_tags: bool) -> Iterator[tup
     if ref.digest is not None:
         yield ref.tag, ref.digest
         return
-    for tag in tags_of(access_to(registry), ref.repository) if all_tags else [ref.tag or "latest"]:
+    for tag in tags_of(registry, ref.repository) if all_tags else [ref.tag or "latest"]:
         try:
-            yield tag, resolve_at(registry, ref.repository, tag)
+            yield tag, resolve(registry, ref.repository, tag)
         except NotFound:
             yield tag, None
 
@@ -182,4 +186,4 @@ def _words(row: JobRow) -> str:
     return f"{', '.join(t.repository for t in row.targets)}@{row.digest[:19]}: {row.why or row.state}"
 
 
-__all__ = ["WAIT_SECONDS", "Pass", "parse_refs", "parse_shard", "run", "shard_of"]
+__all__ = ["Pass", "Wanted", "parse_refs", "parse_shard", "run", "shard_of"]

@@ -34,7 +34,7 @@ from layerkit.model.errors import InvalidImage, LayerkitError, NotFound
 from layerkit.model.limits import Limits
 
 if TYPE_CHECKING:
-    from layerkit.hook.work.shared import SharedIndexes
+    from layerkit.hook.work.layers import SharedIndexes
 
 PLAN_TYPE = "application/vnd.layerkit.wanted-layers.v1"
 _BLOB_TYPE = PLAN_TYPE + "+zstd"

@@ -17,11 +17,12 @@ as senders repeat a refused request for ever.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from layerkit.formats.oci import documents as oci
 from layerkit.formats.strict_json import loads
+from layerkit.images.registry.names import REPOSITORY, TAG
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage
 from layerkit.model.limits import Limits
@@ -33,19 +34,7 @@ DISTRIBUTION_TYPES = (
 CLOUD_EVENT = "application/cloudevents+json"
 CLOUD_EVENTS = "application/cloudevents-batch+json"
 
-MANIFEST_TYPES = frozenset(
-    {
-        "application/vnd.oci.image.manifest.v1+json",
-        "application/vnd.oci.image.index.v1+json",
-        "application/vnd.docker.distribution.manifest.v2+json",
-        "application/vnd.docker.distribution.manifest.list.v2+json",
-    }
-)
-
-_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-# distribution-spec, "Pulling manifests"; the bound keeps a hostile name from costing time.
-_REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
-_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
 _MAX_REPOSITORY_CHARS = 255
 _MAX_HOST_CHARS = 255
 _EVENT_LIMITS = Limits(json_depth=32)
@@ -171,7 +160,7 @@ def _event(kind: str, fields: Mapping[str, object]) -> Event:
     if why := fields.get("left"):
         raise _Left(str(why))
     repository, tag, host = (_text(fields.get(name)) for name in ("repository", "tag", "host"))
-    if len(repository) > _MAX_REPOSITORY_CHARS or not _REPOSITORY.fullmatch(repository):
+    if len(repository) > _MAX_REPOSITORY_CHARS or not REPOSITORY.fullmatch(repository):
         raise _Left(f"not a repository name: {repository[:80]!r}")
     digest: Digest | None = None
     if text := _text(fields.get("digest")):
@@ -180,7 +169,7 @@ def _event(kind: str, fields: Mapping[str, object]) -> Event:
         except InvalidImage:
             raise _Left(f"{repository}: not a digest: {text[:80]!r}") from None
     # Harbor names an untagged artifact by its digest in the place of the tag.
-    if tag and not _TAG.fullmatch(tag):
+    if tag and not TAG.fullmatch(tag):
         if digest is None:
             raise _Left(f"{repository}: not a tag: {tag[:80]!r}")
         tag = ""
@@ -208,7 +197,7 @@ def _distribution(value: dict[str, object]) -> Iterable[tuple[str, dict[str, obj
         action, media_type = event.get("action"), _text(target.get("mediatype"))
         if action != "push":
             yield "distribution", {"left": f"action {str(action)[:40]!r}"}
-        elif media_type and media_type not in MANIFEST_TYPES:
+        elif media_type and media_type not in _MANIFESTS:
             yield "distribution", {"left": f"media type {media_type[:80]!r} is no manifest"}
         else:
             yield "distribution", {**target, "host": request.get("host")}
@@ -245,7 +234,7 @@ def _cloud(event_type: str, data: object, source: str) -> Iterable[tuple[str, di
     if not isinstance(data, dict):
         raise BadRequest("a CloudEvent of zot holds an object as its data")
     media_type = _text(data.get("mediaType"))
-    if media_type and media_type not in MANIFEST_TYPES:
+    if media_type and media_type not in _MANIFESTS:
         yield "zot", {"left": f"media type {media_type[:80]!r} is no manifest"}
         return
     reference = _text(data.get("reference"))

@@ -10,6 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from starlette.types import Scope
+
 _MAX_ADDRESSES = 10_000
 _MAX_HEADER_CHARS = 4096
 
@@ -37,6 +39,11 @@ class Token:
                 given = b""
         # Compared in any case: a missing header takes as long as a wrong one.
         return hmac.compare_digest(hashlib.sha256(given).digest(), self._digest)
+
+    def shown_in(self, scope: Scope) -> bool:
+        """Return whether a request shows the token, once."""
+        shown = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(shown) == 1 and self.matches(shown[0].decode("latin-1"))
 
 
 class Buckets:

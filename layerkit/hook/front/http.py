@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -18,15 +15,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from layerkit.hook.config import Bounds, Config
 from layerkit.hook.front import status
-from layerkit.hook.front.events import BadRequest, parse, parse_job
-from layerkit.hook.front.guard import Buckets, Token
-from layerkit.hook.front.intake import Intake, Taken
-from layerkit.hook.metrics import Metrics
+from layerkit.hook.front.events import BadRequest, Event, parse, parse_job
+from layerkit.hook.front.guard import Buckets
+from layerkit.hook.front.intake import Service, Taken
 from layerkit.hook.queue.jobs import STATES
-from layerkit.hook.queue.queue import Queue
-from layerkit.hook.tracing import span
+from layerkit.hook.telemetry import span
 from layerkit.model.errors import LayerkitError, NotFound, RegistryError
 
 _log = logging.getLogger("layerkit.hook.http")
@@ -35,60 +29,13 @@ _OPEN = frozenset(("/healthz", "/readyz"))
 _PAGE_ROWS = 400
 
 
-class Worker(Protocol):
-    """What works the queue off, in threads of its own."""
-
-    def start(self) -> None:
-        """Begin to claim jobs."""
-        ...
-
-    def stop(self) -> None:
-        """Claim no more, wait for what runs as long as is configured, give the rest back."""
-        ...
-
-    def wake(self) -> None:
-        """Look for jobs now."""
-        ...
-
-    @property
-    def healthy(self) -> bool:
-        """Return whether it still works the queue off."""
-        ...
-
-
-@dataclass(slots=True)
-class Service:
-    """The parts of a running hook."""
-
-    config: Config
-    queue: Queue
-    intake: Intake
-    metrics: Metrics
-    token: Token
-    worker: Worker | None
-    draining: bool = False
-
-
 def make_app(service: Service) -> ASGIApp:
     """Return the hook as an ASGI application; its lifespan starts and drains the worker."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        storing = asyncio.create_task(service.intake.run())
-        if service.worker is not None:
-            service.worker.start()
-        try:
-            yield
-        finally:
-            service.draining = True
-            if service.worker is not None:
-                await asyncio.to_thread(service.worker.stop)
-            storing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await storing
-
     routes = _Routes(service)
-    app = Starlette(routes=routes.all(), lifespan=lifespan, exception_handlers={Exception: _failed})
+    app = Starlette(
+        routes=routes.all(), lifespan=lambda _: service.running(),
+        exception_handlers={_Refused: _refused, BadRequest: _bad, NotFound: _not_found, Exception: _failed},
+    )  # fmt: skip
     return Guarded(app, service)
 
 
@@ -98,7 +45,7 @@ class Guarded:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         """Guard ``app``."""
         self._app, self._service = app, service
-        bounds: Bounds = service.config.bounds
+        bounds = service.config.bounds
         self._requests = Buckets(bounds.rate, bounds.burst)
         self._failures = Buckets(bounds.failures / 60.0, bounds.failures)
 
@@ -115,27 +62,26 @@ class Guarded:
                 code = message["status"]
             await send(message)
 
+        client = scope.get("client")
+        address = str(client[0]) if client else "unknown"
         try:
-            refused = self._refusal(scope)
-            await (refused or self._app)(scope, receive, noted)
+            await (self._refusal(scope, address) or self._app)(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
+            route = scope["route"].path if "route" in scope else "none"
             self._service.metrics.request(route, code)
             level = logging.DEBUG if scope["path"] in _OPEN else logging.INFO
             seconds = round(time.monotonic() - start, 4)
             fields = {"method": scope["method"], "route": route, "status": code, "seconds": seconds}
-            _log.log(level, "request", extra={**fields, "client": _address(scope)})
+            _log.log(level, "request", extra={**fields, "client": address})
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _refusal(self, scope: Scope, address: str) -> Response | None:
         if scope["path"] in _OPEN:
             return None
-        address = _address(scope)
         if wait := self._requests.wait(address):
             return _error(429, "too many requests", {"Retry-After": str(int(wait) + 1)})
         if self._failures.empty(address):
             return _error(429, "too many wrong tokens; wait a minute", {"Retry-After": "60"})
-        shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(shown) != 1 or not self._service.token.matches(shown[0].decode("latin-1")):
+        if not self._service.token.shown_in(scope):
             self._failures.wait(address)
             challenge = {"WWW-Authenticate": 'Basic realm="layerkit hook", charset="UTF-8"'}
             return _error(401, "show the hook's token as Bearer, or as the password of Basic", challenge)
@@ -144,138 +90,111 @@ class Guarded:
 
 class _Routes:
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self._service, self._queue = service, service.queue
 
     def all(self) -> list[Route]:
-        return [
-            Route("/", self.page, methods=["GET"]),
+        routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("GET", "/", self.page),
             # The two of Harbor's preheat driver; distribution's own documentation uses no fixed path.
-            Route("/registry/notifications", self.events, methods=["POST"]),
-            Route("/health", self.health, methods=["GET"]),
-            Route("/v1/events", self.events, methods=["POST"]),
-            Route("/v1/events/{registry}", self.events, methods=["POST"]),
-            Route("/v1/jobs", self.new_job, methods=["POST"]),
-            Route("/v1/jobs", self.jobs, methods=["GET"]),
-            Route("/v1/jobs/{job}", self.job, methods=["GET"]),
-            Route("/v1/jobs/{job}/retry", self.retry, methods=["POST"]),
-            Route("/v1/status", self.status, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
-            Route("/healthz", self.health, methods=["GET"]),
-            Route("/readyz", self.ready, methods=["GET"]),
+            ("POST", "/registry/notifications", self.events),
+            ("GET", "/health", self.health),
+            ("POST", "/v1/events", self.events),
+            ("POST", "/v1/events/{registry}", self.events),
+            ("POST", "/v1/jobs", self.new_job),
+            ("GET", "/v1/jobs", self.jobs),
+            ("GET", "/v1/jobs/{job}", self.job),
+            ("POST", "/v1/jobs/{job}/retry", self.retry),
+            ("GET", "/v1/status", self.status),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/healthz", self.health),
+            ("GET", "/readyz", self.ready),
         ]
+        return [Route(path, endpoint, methods=[method]) for method, path, endpoint in routes]
 
     async def events(self, request: Request) -> Response:
         """Take what a registry sends."""
         body = await self._body(request)
-        if isinstance(body, Response):
-            return body
         headers = {k: v for k, v in request.headers.items() if k.startswith("ce-")}
-        try:
-            parsed = parse(
-                body,
-                request.headers.get("content-type", ""),
-                headers,
-                max_events=self._service.config.bounds.events,
-            )
-        except BadRequest as error:
-            return _error(400, str(error))
-        named = request.path_params.get("registry", "")
-        if named and named not in self._service.config.registries:
-            return _error(404, f"no registry {named[:80]!r} is configured")
+        most = self._service.config.bounds.events
+        parsed = parse(body, request.headers.get("content-type", ""), headers, max_events=most)
         with span("hook.events", {"count": len(parsed.events)}):
-            taken = await self._take(lambda intake: intake.take(parsed.events, named))
-        if isinstance(taken, Response):
-            return taken
+            taken = await self._take(parsed.events, request.path_params.get("registry", ""))
         self._service.metrics.events("none", "ignored", len(parsed.ignored))
         return _accepted(taken, parsed.ignored)
 
     async def new_job(self, request: Request) -> Response:
         """Take one image by name."""
-        body = await self._body(request)
-        if isinstance(body, Response):
-            return body
-        try:
-            asked = parse_job(body)
-        except BadRequest as error:
-            return _error(400, str(error))
-        registry = asked.event.host
-        if registry and registry not in self._service.config.registries:
-            return _error(404, f"no registry {registry[:80]!r} is configured")
-        taken = await self._take(lambda intake: intake.take([asked.event], registry, again=asked.again))
-        if isinstance(taken, Response):
-            return taken
+        asked = parse_job(await self._body(request))
+        taken = await self._take([asked.event], asked.event.host, again=asked.again)
         if taken.ignored:  # one was asked for and is refused: unlike with events, the sender wants to know
-            return _error(404 if "not in the registry" in taken.ignored[0] else 403, taken.ignored[0])
+            raise _Refused(404 if "not in the registry" in taken.ignored[0] else 403, taken.ignored[0])
         return _accepted(taken, ())
 
-    async def _take(self, what: Callable[[Intake], Awaitable[Taken]]) -> Taken | Response:
+    async def _take(self, events: Sequence[Event], registry: str, *, again: bool = False) -> Taken:
+        if registry and registry not in self._service.config.registries:
+            raise _Refused(404, f"no registry {registry[:80]!r} is configured")
         try:
-            taken = await what(self._service.intake)
+            taken = await self._service.intake.take(events, registry, again=again)
         except RegistryError as error:
             # Nothing is stored: the sender is to come again.
-            return _error(503, f"the registry does not answer: {error}", {"Retry-After": "10"})
+            raise _Refused(503, f"the registry does not answer: {error}", {"Retry-After": "10"}) from None
         except LayerkitError as error:
             _log.error("cannot store jobs", extra={"error": str(error)})
-            return _error(503, "the queue cannot be written", {"Retry-After": "30"})
-        if self._service.worker is not None and taken.jobs:
-            self._service.worker.wake()
+            raise _Refused(503, "the queue cannot be written", {"Retry-After": "30"}) from None
+        if taken.jobs:
+            self._service.wake()
         return taken
 
-    async def _body(self, request: Request) -> bytes | Response:
-        """Return the body, or why there is none: no JSON, too long, too slow."""
+    async def _body(self, request: Request) -> bytes:
+        """Return the body, unless it is no JSON, too long, or too slow."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Only types that a foreign page in a browser cannot send without asking first.
         if kind != "application/json" and not kind.endswith("+json"):
-            return _error(415, "want a Content-Type of application/json or …+json")
+            raise _Refused(415, "want a Content-Type of application/json or …+json")
         if request.headers.get("content-encoding", "identity") != "identity":
-            return _error(415, "bodies are taken as they are, without Content-Encoding")
+            raise _Refused(415, "bodies are taken as they are, without Content-Encoding")
         most, body = self._service.config.bounds.body_bytes, bytearray()
         length = request.headers.get("content-length", "0")
+        close = {"Connection": "close"}
+        too_long = _Refused(413, f"more than {most} bytes", close)
         if length.isdigit() and int(length) > most:
-            return _error(413, f"more than {most} bytes", {"Connection": "close"})
+            raise too_long
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > most:
-                        return _error(413, f"more than {most} bytes", {"Connection": "close"})
+                        raise too_long
         except TimeoutError:
-            return _error(408, "the body came too slowly", {"Connection": "close"})
+            raise _Refused(408, "the body came too slowly", close) from None
         except ClientDisconnect:
-            return _error(400, "the body broke off")
+            raise _Refused(400, "the body broke off") from None
         return bytes(body)
 
     async def jobs(self, request: Request) -> Response:
         """List jobs: ``?state=dead&limit=100``."""
         state, limit = request.query_params.get("state", ""), request.query_params.get("limit", "100")
         if state not in ("", *STATES) or not (limit.isascii() and limit.isdigit() and 0 < int(limit) <= 1000):
-            return _error(400, f"state: want one of {', '.join(STATES)}; limit: 1 to 1000")
-        rows = await asyncio.to_thread(self._service.queue.jobs, state, int(limit))
-        return JSONResponse({"jobs": [status.job_view(row) for row in rows]})
+            raise _Refused(400, f"state: want one of {', '.join(STATES)}; limit: 1 to 1000")
+        rows = await asyncio.to_thread(self._queue.jobs, state, int(limit))
+        return JSONResponse({"jobs": [row.view() for row in rows]})
 
     async def job(self, request: Request) -> Response:
         """Show one job."""
-        try:
-            row = await asyncio.to_thread(self._service.queue.job, request.path_params["job"])
-        except NotFound as error:
-            return _error(404, str(error))
-        return JSONResponse(status.job_view(row))
+        return JSONResponse((await asyncio.to_thread(self._queue.job, request.path_params["job"])).view())
 
     async def retry(self, request: Request) -> Response:
         """Let a dead job run again."""
-        body = await self._body(request)  # for its content type: a foreign page must not be able to do this
-        if isinstance(body, Response):
-            return body
-        count = await asyncio.to_thread(self._service.queue.retry, [request.path_params["job"]])
-        if count and self._service.worker is not None:
-            self._service.worker.wake()
+        await self._body(request)  # for its content type: a foreign page must not be able to do this
+        count = await asyncio.to_thread(self._queue.retry, [request.path_params["job"]])
+        if count:
+            self._service.wake()
         return JSONResponse({"retried": count}, 202 if count else 409)
 
     async def status(self, request: Request) -> Response:
         """Return the data of the page."""
-        queue = self._service.queue
-        stats = await asyncio.to_thread(queue.stats)
-        rows = await asyncio.to_thread(queue.jobs, "", _PAGE_ROWS)
+        stats = await asyncio.to_thread(self._queue.stats)
+        rows = await asyncio.to_thread(self._queue.jobs, "", _PAGE_ROWS)
         view = status.status_view(self._service.config, stats, rows, draining=self._service.draining)
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
 
@@ -304,13 +223,13 @@ class _Routes:
         """Say whether events are taken and worked off."""
         service = self._service
         if service.draining:
-            return _error(503, "stopping")
+            raise _Refused(503, "stopping")
         if service.worker is not None and not service.worker.healthy:
-            return _error(503, "the worker has ended")
+            raise _Refused(503, "the worker has ended")
         try:
-            await asyncio.to_thread(service.queue.stats)
+            await asyncio.to_thread(self._queue.stats)
         except LayerkitError:
-            return _error(503, "the queue cannot be read")
+            raise _Refused(503, "the queue cannot be read") from None
         return JSONResponse({"status": "ready"})
 
 
@@ -321,8 +240,27 @@ def _accepted(taken: Taken, ignored: tuple[str, ...]) -> Response:
     return Response(json.dumps(body), 202, media_type="application/json")
 
 
+class _Refused(Exception):
+    """A request gets an answer that says why not: its status, words and headers."""
+
+    def __init__(self, code: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(code, message, headers)
+
+
 def _error(code: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": message}, code, headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return _error(*error.args)
+
+
+async def _bad(request: Request, error: Exception) -> Response:
+    return _error(400, str(error))
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return _error(404, str(error))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -330,9 +268,4 @@ async def _failed(request: Request, error: Exception) -> Response:
     return _error(500, "the hook failed; its log says more")
 
 
-def _address(scope: Scope) -> str:
-    client = scope.get("client")
-    return str(client[0]) if client else "unknown"
-
-
-__all__ = ["Guarded", "Service", "Worker", "make_app"]
+__all__ = ["Guarded", "make_app"]

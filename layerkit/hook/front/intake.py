@@ -7,15 +7,17 @@ flush of the disk.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
-from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
 from layerkit.hook.config import Config, Registry
 from layerkit.hook.front.events import Event
-from layerkit.hook.metrics import Metrics
-from layerkit.hook.queue.jobs import Key, Target, Wish, options_text
-from layerkit.hook.queue.queue import Added, Queue
+from layerkit.hook.front.guard import Token
+from layerkit.hook.queue.jobs import Added, Target, Wish
+from layerkit.hook.queue.queue import Queue
+from layerkit.hook.telemetry import Metrics
+from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound
 
@@ -31,14 +33,6 @@ class Taken:
 
     jobs: tuple[Added, ...]
     ignored: tuple[str, ...]
-
-
-def keys(config: Config, digest: Digest) -> list[Key]:
-    """Return the jobs that a manifest is worth: one for each configured map."""
-    return [
-        Key(digest, r.mapping, options_text({"namespace": r.namespace, "rendering": r.rendering}), FORMAT_VERSION)
-        for r in config.remaps
-    ]
 
 
 class Intake:
@@ -120,7 +114,52 @@ class Intake:
                 except NotFound:
                     return f"{event.repository}:{event.tag}: not in the registry"
         target = Target(registry.name, event.repository, event.tag)
-        return [Wish(key, target, again=again) for key in keys(self._config, digest)]
+        return [Wish(key, target, again=again) for key in self._config.keys(digest)]
 
 
-__all__ = ["Intake", "Resolve", "Taken", "keys"]
+@dataclass(slots=True)
+class Service:
+    """The parts of a running hook, behind whichever door.
+
+    Attributes:
+        config: of the hook.
+        queue: of its jobs.
+        intake: stores new ones.
+        metrics: of this process.
+        token: that clients must show.
+        worker: works the queue off here; None leaves that to other processes.
+        draining: whether it is about to end.
+    """
+
+    config: Config
+    queue: Queue
+    intake: Intake
+    metrics: Metrics
+    token: Token
+    worker: QueueWorker | None
+    draining: bool = False
+
+    def wake(self) -> None:
+        """Have the queue looked at now."""
+        if self.worker is not None:
+            self.worker.wake()
+
+    @contextlib.asynccontextmanager
+    async def running(self, *others: Coroutine[object, object, None]) -> AsyncIterator[None]:
+        """Run intake, worker and ``others`` while the block does, then let the worker end in order."""
+        tasks = [asyncio.create_task(each) for each in (self.intake.run(), *others)]
+        if self.worker is not None:
+            self.worker.start()
+        try:
+            yield
+        finally:
+            self.draining = True
+            if self.worker is not None:
+                await asyncio.to_thread(self.worker.stop)
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+__all__ = ["Intake", "Resolve", "Service", "Taken"]

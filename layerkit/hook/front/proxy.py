@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Sequence
 
 import httpx2
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
 from layerkit.formats.oci import documents as oci
-from layerkit.hook.config import Config, Registry, read_token
-from layerkit.hook.front.guard import Token
-from layerkit.hook.front.intake import Intake, keys
-from layerkit.hook.metrics import Metrics
+from layerkit.formats.oci.images import no_image
+from layerkit.hook.config import Registry
+from layerkit.hook.front.intake import Service
 from layerkit.hook.queue.jobs import ENDS, Target, Wish
 from layerkit.hook.queue.queue import Queue
-from layerkit.hook.server import make_worker, resolve_at, run_app
 from layerkit.hook.work.access import upstream
-from layerkit.hook.work.worker import QueueWorker, access_to
+from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError
+from layerkit.model.limits import DEFAULT
 
 _log = logging.getLogger("layerkit.hook.proxy")
 
@@ -50,57 +49,50 @@ _POLL_SECONDS = 0.05
 class Proxy:
     """The front, as an ASGI application; nothing of it is specific to a server."""
 
-    def __init__(
-        self, config: Config, registry: Registry, queue: Queue, metrics: Metrics, token: Token,
-        worker: QueueWorker | None,
-    ) -> None:  # fmt: skip
-        """Stand before ``registry``; ``worker`` works the queue off here, None leaves that to others."""
-        self._config, self._registry, self._metrics, self._token = config, registry, metrics, token
-        self._worker, self._waiter = worker, Waiter(queue)
-        self._intake = Intake(config, queue, resolve_at, metrics)
-        self._base, context = upstream(access_to(registry))
+    def __init__(self, service: Service, registry: Registry) -> None:
+        """Stand before ``registry``.
+
+        Raises:
+            RegistryError: it does not answer, so that its scheme is not known.
+        """
+        self._service, self._registry = service, registry
+        self._waiter = Waiter(service.queue)
+        self._base, context = upstream(registry)
         self._client = httpx2.AsyncClient(
             verify=context, follow_redirects=False, trust_env=False,
             timeout=httpx2.Timeout(60.0, connect=15.0, pool=None),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
         )  # fmt: skip
         self._holds = 0
+        self._app = Router(default=self._http, lifespan=self._lifespan)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a connection."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+        await self._app(scope, receive, send)
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        tasks = [asyncio.create_task(each) for each in (self._intake.run(), self._waiter.run())]
-        if self._worker is not None:
-            self._worker.start()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        if self._worker is not None:
-            await asyncio.to_thread(self._worker.stop)
-        for task in tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        await self._client.aclose()
-        await send({"type": "lifespan.shutdown.complete"})
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
+        async with self._client, self._service.running(self._waiter.run()):
+            yield
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
+        await (await self._own(scope) or self._pass)(scope, receive, send)
+
+    async def _own(self, scope: Scope) -> Response | None:
+        """Return the answer to what is not passed on."""
+        path = scope["path"]
         if path == "/healthz":
-            await _answer(send, 200, {"status": "ok"})
-        elif path == "/metrics":
-            await self._show_metrics(scope, send)
-        elif not (path == "/v2" or path.startswith("/v2/")) or "/../" in f"{path}/" or "/./" in f"{path}/":
-            await _answer(send, 404, _problem("NAME_UNKNOWN", "this is a front for pulls; it serves /v2/ only"))
-        elif method not in ("GET", "HEAD"):
-            await _answer(send, 405, _problem("UNSUPPORTED", "a front for pulls; push to the registry itself"))
-        else:
-            await self._pass(scope, receive, send)
+            return JSONResponse({"status": "ok"})
+        if path == "/metrics":
+            if not self._service.token.shown_in(scope):
+                return JSONResponse({"error": "show the hook's token"}, 401, {"WWW-Authenticate": "Bearer"})
+            text = await asyncio.to_thread(self._service.metrics.text)
+            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        if not (path == "/v2" or path.startswith("/v2/")) or "/../" in f"{path}/" or "/./" in f"{path}/":
+            return _problem(404, "NAME_UNKNOWN", "this is a front for pulls; it serves /v2/ only")
+        if scope["method"] not in ("GET", "HEAD"):
+            return _problem(405, "UNSUPPORTED", "a front for pulls; push to the registry itself")
+        return None
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.monotonic()
@@ -113,8 +105,8 @@ class Proxy:
             response = await self._client.send(request, stream=True)
         except httpx2.TransportError as error:
             _log.warning("the registry does not answer", extra={"error": type(error).__name__})
-            await _answer(send, 502, _problem("UNKNOWN", "the registry behind this front does not answer"))
-            return
+            away = _problem(502, "UNKNOWN", "the registry behind this front does not answer")
+            return await away(scope, receive, send)
         held, begun = "", False
         try:
             body: bytes | None = None
@@ -124,13 +116,8 @@ class Proxy:
                 if body is not None:
                     held = await self._hold(match["repository"], match["reference"], response, body)
             begun = True
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": response.status_code,
-                    "headers": passed(response.headers.raw),
-                }
-            )
+            start_of = {"status": response.status_code, "headers": passed(response.headers.raw)}
+            await send({"type": "http.response.start", **start_of})
             if body is not None:
                 await send({"type": "http.response.body", "body": body})
             else:
@@ -142,16 +129,11 @@ class Proxy:
             if begun:
                 # To break off as well is the only way to say that the answer is not whole.
                 raise
-            await _answer(send, 502, _problem("UNKNOWN", "the registry behind this front broke off"))
+            await _problem(502, "UNKNOWN", "the registry behind this front broke off")(scope, receive, send)
         finally:
             await response.aclose()
-            fields = {
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": response.status_code,
-                "held": held,
-            }
-            _log.info("passed", extra={**fields, "seconds": round(time.monotonic() - start, 4)})
+            fields = {"method": scope["method"], "path": scope["path"], "status": response.status_code}
+            _log.info("passed", extra={**fields, "held": held, "seconds": round(time.monotonic() - start, 4)})
 
     async def _hold(self, repository: str, reference: str, response: httpx2.Response, body: bytes) -> str:
         """Wait for the remaps of a manifest; return how that ended. Never raises but for a cancellation."""
@@ -161,7 +143,7 @@ class Proxy:
         except Exception as error:
             _log.error("a manifest was not held", extra={"error": f"{type(error).__name__}: {error}"})
         if result != "none":
-            self._metrics.hold(result, time.monotonic() - start)
+            self._service.metrics.hold(result, time.monotonic() - start)
         return result
 
     async def _wait(self, repository: str, reference: str, response: httpx2.Response, body: bytes) -> str:
@@ -170,31 +152,23 @@ class Proxy:
             return "none"
         if self._holds >= _MAX_HOLDS:
             return "off"
-        tag = "" if ":" in reference else reference
-        target = Target(self._registry.name, repository, tag)
+        config = self._service.config
+        target = Target(self._registry.name, repository, "" if ":" in reference else reference)
         self._holds += 1
         try:
-            async with asyncio.timeout(self._config.hold_seconds):
-                added = await self._intake.store([Wish(k, target, urgent=True) for k in keys(self._config, digest)])
+            async with asyncio.timeout(config.hold_seconds):
+                wishes = [Wish(key, target, urgent=True) for key in config.keys(digest)]
+                added = await self._service.intake.store(wishes)
                 jobs = [each.job for each in added if each.state not in ENDS]
                 if not jobs:
                     return "known"
-                if self._worker is not None:
-                    self._worker.wake()
+                self._service.wake()
                 await self._waiter.wait(jobs)
                 return "ready"
         except TimeoutError:
             return "timeout"
         finally:
             self._holds -= 1
-
-    async def _show_metrics(self, scope: Scope, send: Send) -> None:
-        shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(shown) != 1 or not self._token.matches(shown[0].decode("latin-1")):
-            await _answer(send, 401, {"error": "show the hook's token"}, [(b"www-authenticate", b"Bearer")])
-            return
-        text = await asyncio.to_thread(self._metrics.text)
-        await _answer(send, 200, text, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
 
 
 class Waiter:
@@ -203,7 +177,7 @@ class Waiter:
     def __init__(self, queue: Queue) -> None:
         """Start it with :meth:`run` in a task."""
         self._queue = queue
-        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self._some = asyncio.Event()
 
     async def run(self) -> None:
@@ -226,30 +200,24 @@ class Waiter:
 
     async def wait(self, jobs: Sequence[str]) -> None:
         """Return when each of ``jobs`` is at its end."""
-        futures = []
-        for job in jobs:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(job, []).append(future)
-            futures.append((job, future))
+        futures = {job: asyncio.get_running_loop().create_future() for job in jobs}
+        for job, future in futures.items():
+            self._waiting.setdefault(job, set()).add(future)
         self._some.set()
         try:
-            await asyncio.gather(*(future for _, future in futures))
+            await asyncio.gather(*futures.values())
         finally:
-            for job, future in futures:
-                if job in self._waiting:
-                    self._waiting[job] = [each for each in self._waiting[job] if each is not future]
-                    if not self._waiting[job]:
-                        del self._waiting[job]
+            for job, future in futures.items():
+                waiting = self._waiting.get(job, set())
+                waiting.discard(future)
+                if not waiting:
+                    self._waiting.pop(job, None)
 
 
 def passed(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
     """Return the headers that are handed on, in their order, repeated ones repeated."""
-    named = {
-        token.strip().lower()
-        for name, value in headers
-        if name.lower() == b"connection"
-        for token in value.split(b",")
-    }
+    tokens = [token for name, value in headers if name.lower() == b"connection" for token in value.split(b",")]
+    named = {token.strip().lower() for token in tokens}
     return [(name.lower(), value) for name, value in headers if name.lower() not in _HOP | named]
 
 
@@ -273,42 +241,14 @@ def _digest(reference: str, response: httpx2.Response, body: bytes) -> Digest | 
 
 def _is_artifact(body: bytes) -> bool:
     try:
-        document = json.loads(body)
-    except ValueError:
+        entry = Descriptor(oci.guess_media_type(body, "a manifest"), Digest.of(body), len(body))
+        return entry.media_type not in oci.INDEX_TYPES and bool(no_image(body, entry, DEFAULT))
+    except LayerkitError:
         return True
-    if not isinstance(document, dict) or document.get("artifactType"):
-        return True
-    config = document.get("config")
-    kind = config.get("mediaType") if isinstance(config, dict) else None
-    return "manifests" not in document and kind not in (oci.CONFIG, oci.DOCKER_CONFIG)
 
 
-def _problem(code: str, message: str) -> dict[str, object]:
-    return {"errors": [{"code": code, "message": message}]}
+def _problem(status: int, code: str, message: str) -> Response:
+    return JSONResponse({"errors": [{"code": code, "message": message}]}, status)
 
 
-async def _answer(send: Send, status: int, body: object, headers: Headers | None = None) -> None:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    whole = [(b"content-length", str(len(data)).encode()), *(headers or [(b"content-type", b"application/json")])]
-    await send({"type": "http.response.start", "status": status, "headers": whole})
-    await send({"type": "http.response.body", "body": data})
-
-
-def serve_proxy(
-    config: Config, registry: Registry, *, workers: bool = True, on_listen: Callable[[str], None] | None = None
-) -> None:
-    """Serve the front for ``registry`` until SIGTERM or SIGINT.
-
-    Raises:
-        UsageError: no token that can be used.
-        RegistryError: the registry does not answer, so that its scheme is not known.
-    """
-    token, _ = read_token(config)
-    with closing(Queue(config.state, config.policy)) as queue:
-        metrics = Metrics(queue.stats)
-        worker = make_worker(config, queue, metrics) if workers else None
-        proxy = Proxy(config, registry, queue, metrics, Token(token), worker)
-        run_app(proxy, config, config.host, config.port, on_listen)
-
-
-__all__ = ["Proxy", "Waiter", "passed", "serve_proxy"]
+__all__ = ["Proxy", "Waiter", "passed"]

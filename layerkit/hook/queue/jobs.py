@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
+from layerkit.formats.toml_settings import whole
 from layerkit.model.digest import Digest
 
 STATES = ("waiting", "running", "done", "skipped", "gone", "dead")
@@ -113,8 +115,8 @@ class Policy:
         recheck_seconds: see :func:`after_wish`.
     """
 
-    attempts: int = 10
-    losses: int = 100
+    attempts: int = whole(10, 1, 1000)
+    losses: int = whole(100, 1, 1_000_000)
     first_seconds: float = 2.0
     most_seconds: float = 900.0
     lease_seconds: float = 60.0
@@ -163,9 +165,64 @@ def after_wish(state: str, *, again: bool, new_target: bool, age: float, recheck
     return state
 
 
+class Added(NamedTuple):
+    """What became of a wish: the job's name and state, and whether it was unknown before."""
+
+    job: str
+    state: str
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job for people: times are seconds since 1970, None where that has not happened."""
+
+    job: str
+    digest: str
+    mapping: str
+    options: str
+    state: str
+    attempts: int
+    losses: int
+    not_before: float
+    created: float
+    started: float | None
+    finished: float | None
+    why: str
+    report: dict[str, object]
+    targets: tuple[Target, ...]
+
+    def view(self) -> dict[str, object]:
+        """Return the job as the API and ``--json`` show it."""
+        return {{"job": "id", "mapping": "map"}.get(name, name): value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The queue as a whole: jobs by state, the age of the oldest that waits (seconds), sums over all ends."""
+
+    states: dict[str, int]
+    oldest_seconds: float
+    totals: dict[str, int]
+
+    @property
+    def depth(self) -> int:
+        """Return how many jobs are waiting or running."""
+        return self.states.get("waiting", 0) + self.states.get("running", 0)
+
+
+def figure(report: Mapping[str, object], name: str) -> int:
+    """Return a figure of a report, 0 where it has none."""
+    value = report.get(name)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 def options_text(options: Mapping[str, str]) -> str:
     """Return options as canonical text: the same options give the same text."""
     return json.dumps(dict(options), sort_keys=True, separators=(",", ":"))
 
 
-__all__ = ["ENDS", "STATES", "Claim", "Key", "Outcome", "Policy", "Target", "Wish", "after_wish", "options_text"]
+__all__ = [
+    "ENDS", "STATES", "Added", "Claim", "JobRow", "Key", "Outcome", "Policy", "Stats", "Target", "Wish",
+    "after_wish", "figure", "options_text",
+]  # fmt: skip

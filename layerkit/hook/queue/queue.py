@@ -8,21 +8,59 @@ changes nothing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import random
 import secrets
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from layerkit.hook.queue.database import FIGURES, Database, on_disk
-from layerkit.hook.queue.holders import Holders
-from layerkit.hook.queue.jobs import ENDS, Claim, Key, Outcome, Policy, Target, Wish, after_wish
-from layerkit.hook.queue.rows import Added, JobRow, Stats
+from layerkit.hook.queue.jobs import (
+    ENDS,
+    Added,
+    Claim,
+    JobRow,
+    Key,
+    Outcome,
+    Policy,
+    Stats,
+    Target,
+    Wish,
+    after_wish,
+    figure,
+)
 from layerkit.model.digest import Digest
-from layerkit.model.errors import NotFound
+from layerkit.model.errors import NotFound, StoreError
+
+_SCHEMA_VERSION = 1
+_BUSY_SECONDS = 60.0
+_FIGURES = ("bytes_read", "bytes_written", "bytes_mounted", "bytes_avoided", "layers_read", "layers_kept")
+_SCHEMA = f"""
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, digest TEXT NOT NULL, mapping TEXT NOT NULL, options TEXT NOT NULL,
+    version INTEGER NOT NULL, state TEXT NOT NULL,
+    urgent INTEGER NOT NULL DEFAULT 0, anew INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
+    not_before REAL NOT NULL, owner TEXT, token TEXT, lease_until REAL,
+    created REAL NOT NULL, started REAL, finished REAL, why TEXT NOT NULL DEFAULT '',
+    report TEXT NOT NULL DEFAULT '{{}}',
+    {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in _FIGURES)}
+);
+CREATE INDEX jobs_by_state ON jobs (state, urgent DESC, not_before);
+CREATE INDEX jobs_by_digest ON jobs (digest);
+CREATE INDEX jobs_by_end ON jobs (finished);
+CREATE TABLE targets (
+    job TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, registry TEXT NOT NULL, repository TEXT NOT NULL,
+    tag TEXT NOT NULL, todo INTEGER NOT NULL, PRIMARY KEY (job, registry, repository)
+) WITHOUT ROWID;
+"""
 
 
 class Queue:
@@ -49,18 +87,59 @@ class Queue:
         """
         self.policy = policy or Policy()
         self._clock, self._chance = clock, chance
-        with on_disk(folder):
+        self._folder, self._guard = folder, threading.RLock()
+        with _on_disk(folder):
             self._holders = Holders(folder / "owners")
+            self._db = sqlite3.connect(
+                folder / "queue.sqlite", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
         try:
-            self._data = Database(folder)
+            self._prepare()
         except BaseException:
-            self._holders.close()
+            self.close()
             raise
+
+    def _prepare(self) -> None:
+        """Make the tables if they are not there."""
+        with _on_disk(self._folder):
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL, not NORMAL: a 202 is a promise that outlasts a loss of power.
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+        with self._write() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        if version > _SCHEMA_VERSION:
+            newer = f"a queue of version {version}, newer than this layerkit; use a newer one"
+            raise StoreError(f"{self._folder}: {newer}")
 
     def close(self) -> None:
         """Close the database, and end the leases of this process: another takes its jobs over at once."""
-        self._data.close()
+        with self._guard:
+            self._db.close()
         self._holders.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """Have the database to oneself; all of the block happens, on disk, or nothing."""
+        with self._read() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        """Keep the other threads of this process away while the block runs."""
+        with self._guard, _on_disk(self._folder):
+            yield self._db
 
     # -- what is wanted
 
@@ -70,7 +149,7 @@ class Queue:
         Returns:
             For each wish, in order, what became of it. All of it is on disk.
         """
-        with self._data.write() as db:
+        with self._write() as db:
             return [self._add(db, wish) for wish in wishes]
 
     def _add(self, db: sqlite3.Connection, wish: Wish) -> Added:
@@ -96,31 +175,22 @@ class Queue:
         if known is None or (state == "waiting" and before in ENDS):
             _put_target(db, job, target)
         if state != before:
-            db.execute(
-                "UPDATE jobs SET state = ?, anew = ?, attempts = 0, losses = 0, not_before = ?, created = ?,"
-                " finished = NULL, why = '' WHERE id = ?",
-                (state, wish.again, now, now, job),
-            )
+            _set(db, "id = ?", (job,), state=state, anew=wish.again, why="", **_from_now(now))
         if wish.urgent and not urgent and state == "waiting":
             db.execute("UPDATE jobs SET urgent = 1, not_before = min(not_before, ?) WHERE id = ?", (now, job))
         return Added(job, state, False)
 
     def retry(self, jobs: Iterable[str] | None = None) -> int:
         """Let dead jobs run again, all or those named; return how many."""
-        condition, values = "state = 'dead'", [] if jobs is None else list(jobs)
+        which, values = "state = 'dead'", [] if jobs is None else list(jobs)
         if jobs is not None:
-            condition += f" AND id IN ({','.join('?' * len(values))})"
-        now = self._clock()
-        with self._data.write() as db:
-            return db.execute(
-                "UPDATE jobs SET state = 'waiting', attempts = 0, losses = 0, not_before = ?, created = ?,"
-                f" finished = NULL WHERE {condition}",
-                (now, now, *values),
-            ).rowcount
+            which += f" AND id IN ({_marks(values)})"
+        with self._write() as db:
+            return _set(db, which, values, state="waiting", **_from_now(self._clock()))
 
     def prune(self, older_seconds: float) -> int:
         """Forget what came to its end longer ago than that, the dead excepted; return how many."""
-        with self._data.write() as db:
+        with self._write() as db:
             return db.execute(
                 "DELETE FROM jobs WHERE state IN ('done', 'skipped', 'gone') AND finished < ?",
                 (self._clock() - older_seconds,),
@@ -138,32 +208,22 @@ class Queue:
         if count < 1:
             return []
         now, claims = self._clock(), []
-        with self._data.write() as db:
+        with self._write() as db:
             owner = self._holders.me()
-            marks = ",".join("?" * len(busy))
             rows = db.execute(
                 "SELECT id, digest, mapping, options, version, attempts, anew FROM jobs WHERE state = 'waiting'"
                 " AND not_before <= ? AND NOT EXISTS (SELECT 1 FROM targets WHERE job = jobs.id AND todo"
-                f" AND registry IN ({marks})) ORDER BY urgent DESC, not_before LIMIT ?",
+                f" AND registry IN ({_marks(busy)})) ORDER BY urgent DESC, not_before LIMIT ?",
                 (now, *busy, count),
             ).fetchall()
             for job, digest, mapping, options, version, attempts, anew in rows:
                 token = secrets.token_hex(8)
-                db.execute(
-                    "UPDATE jobs SET state = 'running', owner = ?, token = ?, lease_until = ?, started = ?"
-                    " WHERE id = ?",
-                    (owner, token, now + self.policy.lease_seconds, now, job),
-                )
-                targets = tuple(
-                    Target(*each)
-                    for each in db.execute(
-                        "SELECT registry, repository, tag FROM targets WHERE job = ? AND todo"
-                        " ORDER BY registry, repository",
-                        (job,),
-                    )
+                until = now + self.policy.lease_seconds
+                _set(
+                    db, "id = ?", (job,), state="running", owner=owner, token=token, lease_until=until, started=now
                 )
                 key = Key(Digest.parse(digest), mapping, options, version)
-                claims.append(Claim(job, key, targets, token, attempts + 1, bool(anew)))
+                claims.append(Claim(job, key, _targets(db, job, "AND todo"), token, attempts + 1, bool(anew)))
         return claims
 
     def heartbeat(self, claims: Iterable[Claim]) -> set[str]:
@@ -171,29 +231,24 @@ class Queue:
         held = list(claims)
         if not held:
             return set()
-        lost = set()
-        with self._data.write() as db:
-            for claim in held:
-                renewed = db.execute(
-                    "UPDATE jobs SET lease_until = ? WHERE id = ? AND token = ? AND state = 'running'",
-                    (self._clock() + self.policy.lease_seconds, claim.job, claim.token),
-                )
-                if not renewed.rowcount:
-                    lost.add(claim.job)
-        return lost
+        until = self._clock() + self.policy.lease_seconds
+        with self._write() as db:
+            return {each.job for each in held if not _set(db, _HELD, (each.job, each.token), lease_until=until)}
 
     def finish(self, claim: Claim, outcome: Outcome) -> str:
         """Store what came of ``claim``; return the job's state then, empty where the lease was lost before."""
         now = self._clock()
-        with self._data.write() as db:
-            row = db.execute(
-                "SELECT attempts, report FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
-                (claim.job, claim.token),
-            ).fetchone()
+        with self._write() as db:
+            held = f"SELECT attempts, report FROM jobs WHERE {_HELD}"
+            row = db.execute(held, (claim.job, claim.token)).fetchone()
             if row is None:
                 return ""
             if outcome.state == "failed":
-                return self._failed(db, claim, outcome, row[0] + 1, now)
+                attempts = row[0] + 1
+                state = self.policy.after_failure(attempts, permanent=outcome.permanent)
+                then = now + self.policy.delay(attempts, self._chance())
+                _end(db, claim.job, state, now, attempts=attempts, not_before=then, why=outcome.why)
+                return state
             for target in claim.targets:
                 db.execute(
                     "UPDATE targets SET todo = 0 WHERE job = ? AND registry = ? AND repository = ?",
@@ -204,59 +259,34 @@ class Queue:
             state = "waiting" if more else outcome.state
             # A run that found the artifact in place has nothing to say of how it was made.
             report = {**(json.loads(row[1]) if outcome.report.get("existing") else {}), **outcome.report}
-            figures = [_number(outcome.report.get(name)) for name in FIGURES]
+            _end(
+                db, claim.job, state, now, urgent=0, anew=0, attempts=0, losses=0, not_before=now, finished=now,
+                why=outcome.why, report=json.dumps(report),
+            )  # fmt: skip
             db.execute(
-                "UPDATE jobs SET state = ?, urgent = 0, anew = 0, attempts = 0, losses = 0, owner = NULL,"
-                " token = NULL, lease_until = NULL, not_before = ?, finished = ?, why = ?, report = ?, "
-                + ", ".join(f"{name} = {name} + ?" for name in FIGURES)
-                + " WHERE id = ?",
-                (state, now, now, outcome.why, json.dumps(report), *figures, claim.job),
+                f"UPDATE jobs SET {', '.join(f'{name} = {name} + ?' for name in _FIGURES)} WHERE id = ?",
+                (*(figure(outcome.report, name) for name in _FIGURES), claim.job),
             )
             if outcome.state == "skipped":
                 # What is no image is none for any map.
-                db.execute(
-                    "UPDATE jobs SET state = 'skipped', finished = ?, why = ?"
-                    " WHERE digest = ? AND state = 'waiting'",
-                    (now, outcome.why, str(claim.key.digest)),
-                )
+                others = "digest = ? AND state = 'waiting'"
+                _set(db, others, (str(claim.key.digest),), state="skipped", finished=now, why=outcome.why)
             for child in outcome.children:
-                key = Key(child, claim.key.mapping, claim.key.options, claim.key.version)
                 for target in claim.targets:
-                    self._add(db, Wish(key, target))
+                    self._add(db, Wish(replace(claim.key, digest=child), target))
             return state
-
-    def _failed(self, db: sqlite3.Connection, claim: Claim, outcome: Outcome, attempts: int, now: float) -> str:
-        state = self.policy.after_failure(attempts, permanent=outcome.permanent)
-        db.execute(
-            "UPDATE jobs SET state = ?, attempts = ?, not_before = ?, finished = ?, why = ?, owner = NULL,"
-            " token = NULL, lease_until = NULL WHERE id = ?",
-            (
-                state, attempts, now + self.policy.delay(attempts, self._chance()),
-                now if state == "dead" else None, outcome.why, claim.job,
-            ),
-        )  # fmt: skip
-        return state
 
     def release(self, claims: Iterable[Claim]) -> None:
         """Give ``claims`` back untouched, as a service does that is asked to end: no attempt is counted."""
-        with self._data.write() as db:
+        with self._write() as db:
             for claim in claims:
-                db.execute(
-                    "UPDATE jobs SET state = 'waiting', owner = NULL, token = NULL, lease_until = NULL"
-                    " WHERE id = ? AND token = ? AND state = 'running'",
-                    (claim.job, claim.token),
-                )
+                _set(db, _HELD, (claim.job, claim.token), state="waiting", **_FREE)
 
     def lose(self, claims: Iterable[Claim]) -> None:
         """Give ``claims`` back whose worker died: as :meth:`recover` would do later."""
-        with self._data.write() as db:
+        with self._write() as db:
             for claim in claims:
-                row = db.execute(
-                    "SELECT losses FROM jobs WHERE id = ? AND token = ? AND state = 'running'",
-                    (claim.job, claim.token),
-                ).fetchone()
-                if row is not None:
-                    self._lost(db, claim.job, row[0] + 1)
+                self._lost(db, claim.job, claim.token)
 
     def recover(self) -> int:
         """Free the jobs whose holder is dead or silent for longer than a lease; return how many.
@@ -264,55 +294,50 @@ class Queue:
         A lost lease is no failed attempt: a service that is killed every minute still gets its work done. A job
         that kills its worker each time is dead after ``policy.losses``.
         """
-        now, freed = self._clock(), 0
-        with self._data.read():
+        now = self._clock()
+        with self._read() as db:
             self._holders.sweep()
-        rows = self._data.rows("SELECT id, owner, token, lease_until, losses FROM jobs WHERE state = 'running'")
-        with self._data.read():
-            alive = {owner: self._holders.alive(str(owner)) for owner in {row[1] for row in rows}}
-        lost = [row for row in rows if not alive[row[1]] or float(str(row[3])) < now]
+            rows = db.execute("SELECT id, owner, token, lease_until FROM jobs WHERE state = 'running'").fetchall()
+            alive = {owner: self._holders.alive(owner) for owner in {row[1] for row in rows}}
+        lost = [row for row in rows if not alive[row[1]] or row[3] < now]
         if not lost:
             return 0
-        with self._data.write() as db:
-            for job, owner, token, _, losses in lost:
-                # A holder that lives may have renewed its lease since.
-                still = "SELECT 1 FROM jobs WHERE id = ? AND token = ? AND state = 'running' AND lease_until < ?"
-                if db.execute(still, (job, token, now if alive[owner] else math.inf)).fetchone():
-                    self._lost(db, str(job), int(str(losses)) + 1)
-                    freed += 1
-        return freed
+        with self._write() as db:
+            # A holder that lives may have renewed its lease since.
+            return sum(
+                self._lost(db, job, token, now if alive[owner] else math.inf) for job, owner, token, _ in lost
+            )
 
-    def _lost(self, db: sqlite3.Connection, job: str, losses: int) -> None:
-        now, state = self._clock(), self.policy.after_loss(losses)
-        db.execute(
-            "UPDATE jobs SET state = ?, losses = ?, not_before = ?, owner = NULL, token = NULL, lease_until = NULL,"
-            " finished = ?, why = ? WHERE id = ?",
-            (
-                state, losses, now, now if state == "dead" else None,
-                f"the process that worked on it ended {losses} times", job,
-            ),
-        )  # fmt: skip
+    def _lost(self, db: sqlite3.Connection, job: str, token: str, until: float = math.inf) -> bool:
+        """End a lease that ``token`` still has and that is over before ``until``; return whether there was one."""
+        held = f"SELECT losses FROM jobs WHERE {_HELD} AND lease_until < ?"
+        row = db.execute(held, (job, token, until)).fetchone()
+        if row is None:
+            return False
+        losses, now = row[0] + 1, self._clock()
+        why = f"the process that worked on it ended {losses} times"
+        _end(db, job, self.policy.after_loss(losses), now, losses=losses, not_before=now, why=why)
+        return True
 
     # -- what there is
 
     def stats(self) -> Stats:
         """Return counts, ages and sums."""
-        sums = ", ".join(f"total({name})" for name in FIGURES)
-        with self._data.read() as db:
+        sums = ", ".join(f"total({name})" for name in _FIGURES)
+        with self._read() as db:
             states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
             oldest = db.execute("SELECT min(created) FROM jobs WHERE state = 'waiting'").fetchone()[0]
             totals = db.execute(f"SELECT {sums} FROM jobs").fetchone()
         age = max(0.0, self._clock() - oldest) if oldest is not None else 0.0
-        return Stats(states, age, dict(zip(FIGURES, map(int, totals), strict=True)))
+        return Stats(states, age, dict(zip(_FIGURES, map(int, totals), strict=True)))
 
     def states(self, jobs: Sequence[str]) -> dict[str, str]:
         """Return the state of each of ``jobs`` that is known."""
         found: dict[str, str] = {}
         for start in range(0, len(jobs), 500):
             part = jobs[start : start + 500]
-            marks = ",".join("?" * len(part))
-            rows = self._data.rows(f"SELECT id, state FROM jobs WHERE id IN ({marks})", part)
-            found |= {str(job): str(state) for job, state in rows}
+            with self._read() as db:
+                found |= dict(db.execute(f"SELECT id, state FROM jobs WHERE id IN ({_marks(part)})", part))
         return found
 
     def job(self, job: str) -> JobRow:
@@ -337,12 +362,41 @@ class Queue:
             " report"
         )
         found = []
-        with self._data.read() as db:
+        with self._read() as db:
             for row in db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall():
-                targets = db.execute("SELECT registry, repository, tag FROM targets WHERE job = ?", (row[0],))
                 *plain, report = row
-                found.append(JobRow(*plain, json.loads(report), tuple(Target(*each) for each in targets)))  # type: ignore[call-arg]
+                found.append(JobRow(*plain, json.loads(report), _targets(db, row[0])))  # type: ignore[call-arg]
         return found
+
+
+_FREE = {"owner": None, "token": None, "lease_until": None}
+_HELD = "id = ? AND token = ? AND state = 'running'"
+
+
+def _set(db: sqlite3.Connection, which: str, values: Iterable[object], **columns: object) -> int:
+    """Write columns of the jobs that ``which``, with ``values``, finds; return how many."""
+    names = ", ".join(f"{name} = ?" for name in columns)
+    return db.execute(f"UPDATE jobs SET {names} WHERE {which}", (*columns.values(), *values)).rowcount
+
+
+def _end(db: sqlite3.Connection, job: str, state: str, now: float, **columns: object) -> None:
+    """Write what came of a job and free it; ``finished`` is now where it is dead, and else as given."""
+    columns.setdefault("finished", now if state == "dead" else None)
+    _set(db, "id = ?", (job,), state=state, **columns, **_FREE)
+
+
+def _from_now(now: float) -> dict[str, object]:
+    """Return the columns of a job that is as if wished for now for the first time."""
+    return {"attempts": 0, "losses": 0, "not_before": now, "created": now, "finished": None}
+
+
+def _marks(values: Collection[object]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _targets(db: sqlite3.Connection, job: str, which: str = "") -> tuple[Target, ...]:
+    query = f"SELECT registry, repository, tag FROM targets WHERE job = ? {which} ORDER BY registry, repository"
+    return tuple(Target(*each) for each in db.execute(query, (job,)))
 
 
 def _put_target(db: sqlite3.Connection, job: str, target: Target) -> None:
@@ -353,8 +407,70 @@ def _put_target(db: sqlite3.Connection, job: str, target: Target) -> None:
     )
 
 
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
+@contextlib.contextmanager
+def _on_disk(folder: Path) -> Iterator[None]:
+    """Turn what a disk refuses while the block runs into an error that says which."""
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
+        raise StoreError(
+            f"{folder}: the queue: {error}; it needs a local disk with room, not a network share"
+        ) from error
 
 
-__all__ = ["Added", "JobRow", "Queue", "Stats"]
+class Holders:
+    """Who holds leases: a file for each process, locked for as long as it lives, whatever ends it.
+
+    The caller keeps threads apart.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Keep the files in ``folder``, made if it is not there."""
+        self._folder = folder
+        self._name, self._fd = "", -1
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def me(self) -> str:
+        """Return the name of this process as a holder; it is alive until :meth:`close` or its end."""
+        if self._fd < 0:
+            self._name = f"{os.getpid()}-{secrets.token_hex(8)}"
+            # Locked before it has its name: whoever sees it unlocked may take its owner for dead.
+            fresh = self._folder.parent / f"new-{self._name}"
+            fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            fresh.rename(self._folder / self._name)
+            self._fd = fd
+        return self._name
+
+    def alive(self, name: str) -> bool:
+        """Return whether the holder called ``name`` lives; what a dead one left is cleared away."""
+        if name == self._name and self._fd >= 0:
+            return True
+        path = self._folder / name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        path.unlink(missing_ok=True)
+        return False
+
+    def sweep(self) -> None:
+        """Clear away what all dead holders left."""
+        for path in self._folder.iterdir():
+            self.alive(path.name)
+
+    def close(self) -> None:
+        """Be dead: others take over at once what this process held."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            (self._folder / self._name).unlink(missing_ok=True)
+            self._fd = -1
+
+
+__all__ = ["Holders", "Queue"]

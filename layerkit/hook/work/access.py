@@ -1,87 +1,93 @@
-"""How processes of the hook reach registries: one client for each, with its connections and tokens."""
+"""How processes of the hook reach registries: one client for each way, with its connections and tokens."""
 
 from __future__ import annotations
 
-import re
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx2
 
+from layerkit.hook.config import Registry
+from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.hosts import base_url, endpoints
+from layerkit.images.registry.options import RegistryOptions
+from layerkit.images.registry.sink import ATTACHED
 from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import RegistryError
 from layerkit.model.limits import Limits
 
-if TYPE_CHECKING:
-    from layerkit.images.registry.client import RegistryClient
-
-_ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
-
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """How a registry is reached; plain values, as it travels to workers."""
+class Place:
+    """A repository, and how its registry is reached; plain values, as it travels to workers."""
 
     host: str
-    tls_verify: bool | None = None
-    authfile: Path | None = None
-    cert_dir: Path | None = None
+    repository: str
+    options: RegistryOptions
+
+    def open(self, limits: Limits | None = None) -> Repository:
+        """Return the repository, over this process's client; ``limits`` None takes those that are configured."""
+        client = _client(self.options, limits or configuration.limits())
+        return client.repository(f"{self.host}/{self.repository}")
 
 
-def resolve(access: Access, repository: str, tag: str) -> Digest:
+@cache
+def _client(options: RegistryOptions, limits: Limits) -> RegistryClient:
+    """Return this process's client: connections and tokens are used again."""
+    return RegistryClient(options, limits=limits)
+
+
+def place_in(registry: Registry, repository: str) -> Place:
+    """Return ``repository`` of a configured registry."""
+    return Place(registry.host, repository, registry.options)
+
+
+def resolve(registry: Registry, repository: str, tag: str) -> Digest:
     """Return the digest that a tag means now.
 
     Raises:
         NotFound: no such tag.
         RegistryError: the registry does not answer.
     """
-    return client_of(access, configuration.limits()).repository(f"{access.host}/{repository}").resolve(tag).digest
+    return place_in(registry, repository).open().resolve(tag).digest
 
 
-def all_tags(access: Access, repository: str) -> list[str]:
+def all_tags(registry: Registry, repository: str) -> list[str]:
     """Return the tags of a repository, without those that only attach something to an image.
 
     Raises:
         NotFound: no such repository.
         RegistryError: the registry does not answer.
     """
-    tags = client_of(access, configuration.limits()).repository(f"{access.host}/{repository}").tags()
-    return [tag for tag in tags if not _ATTACHED.fullmatch(tag)]
+    return [tag for tag in place_in(registry, repository).open().tags() if not ATTACHED.fullmatch(tag)]
 
 
-def upstream(access: Access) -> tuple[str, ssl.SSLContext]:
+def upstream(registry: Registry) -> tuple[str, ssl.SSLContext]:
     """Return the URL of a registry, up to before ``/v2``, and how TLS to it is checked.
 
     Raises:
         RegistryError: it does not answer, so that nobody knows whether it speaks TLS.
     """
-    from layerkit.images.registry.hosts import base_url, endpoints
-
-    client = client_of(access, configuration.limits())
-    endpoint = endpoints(access.host, "", client.options)[-1]
+    client = _client(registry.options, configuration.limits())
+    endpoint = endpoints(registry.host, "", client.options)[-1]
     try:
         scheme = client.transport.scheme(endpoint)
     except httpx2.TransportError as error:
-        raise RegistryError(access.host, 0, f"the registry does not answer: {error}", temporary=True) from None
+        raise RegistryError(registry.host, 0, f"the registry does not answer: {error}", temporary=True) from None
     return base_url(endpoint, scheme).removesuffix("/v2"), endpoint.ssl_context()
 
 
-@cache
-def client_of(access: Access, limits: Limits) -> RegistryClient:
-    """Return this process's client for a registry: connections and tokens are used again."""
-    from layerkit.images.registry.client import RegistryClient
-    from layerkit.images.registry.options import RegistryOptions, Retry
-
-    # Few attempts here: the queue tries again, later, and lets other jobs go first.
-    options = RegistryOptions(
-        authfile=access.authfile, tls_verify=access.tls_verify, cert_dir=access.cert_dir, mirrors=False,
-        retry=Retry(attempts=3, most_seconds=5.0),
-    )  # fmt: skip
-    return RegistryClient(options, limits=limits)
+def traffic(places: Iterable[Place], limits: Limits) -> dict[str, int]:
+    """Return what went over the wire to and from ``places`` so far, in this process."""
+    every = [client.traffic for client in {_client(place.options, limits) for place in places}]
+    return {
+        "bytes_read": sum(each.bytes_read for each in every),
+        "bytes_written": sum(each.bytes_written for each in every),
+        "bytes_mounted": sum(each.bytes_mounted for each in every),
+    }
 
 
-__all__ = ["Access", "all_tags", "client_of", "resolve", "upstream"]
+__all__ = ["Place", "all_tags", "place_in", "resolve", "traffic", "upstream"]

@@ -17,10 +17,12 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures import wait as wait_for
 from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from layerkit.model.errors import UnsupportedHost, UsageError
+
+if TYPE_CHECKING:
+    from layerkit.hook.config import ClusterTls
 
 _P = ParamSpec("_P")
 _A = TypeVar("_A")
@@ -33,13 +35,13 @@ _LOOK_SECONDS = 1
 ENGINES = "processes, threads or dask://HOST:PORT"
 
 
-def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | None = None) -> Executor:
-    """Return a new executor.
+def open_executor(engine: str, workers: int, *, tls: ClusterTls | None = None) -> Executor:
+    """Return a new executor; ``shutdown(wait=False)`` of it ends what runs at once, where it runs on this machine.
 
     Args:
         engine: ``processes``, ``threads``, or ``dask://HOST:PORT`` of a scheduler (``dask+tls://`` with ``tls``).
         workers: how many calls at the same time, however many workers a cluster has.
-        tls: files of CA, certificate and key for a cluster that speaks TLS.
+        tls: for a cluster that speaks TLS.
 
     Raises:
         UsageError: another engine.
@@ -48,20 +50,34 @@ def open_executor(engine: str, workers: int, *, tls: tuple[Path, Path, Path] | N
     if engine == "threads":
         return ThreadPoolExecutor(workers, thread_name_prefix="layerkit")
     if engine == "processes":
-        # Spawned, not forked: this process has threads, and a lock that one of them holds would stay held.
-        return ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
-        )
+        return _Processes(workers)
     scheme, _, address = engine.partition("://")
     if scheme not in ("dask", "dask+tls") or not address or (scheme == "dask+tls") != (tls is not None):
         raise UsageError(f"engine {engine!r}: want {ENGINES}; dask+tls:// with certificates, and only with them")
     return _Cluster(address, workers, tls)
 
 
+class _Processes(ProcessPoolExecutor):
+    """Processes that do not outlive their parent."""
+
+    def __init__(self, most: int) -> None:
+        # Spawned, not forked: this process has threads, and a lock that one of them holds would stay held.
+        super().__init__(most, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End; without ``wait``, what runs is ended too."""
+        if not wait:
+            # What they leave is whole or invisible: the store and the registry see to that. They go first: from
+            # Python 3.12 on shutdown() waits for the workers of a broken pool, and ours do not heed its SIGTERM.
+            for process in list((self._processes or {}).values()):
+                process.kill()
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)
+
+
 class _Cluster(ThreadPoolExecutor):
     """A dask cluster as an executor whose end is its connection's too; a thread waits for each call it gives."""
 
-    def __init__(self, address: str, most: int, tls: tuple[Path, Path, Path] | None) -> None:
+    def __init__(self, address: str, most: int, tls: ClusterTls | None) -> None:
         super().__init__(most, thread_name_prefix="layerkit-dask")
         try:
             from distributed import Client
@@ -70,15 +86,13 @@ class _Cluster(ThreadPoolExecutor):
             raise UnsupportedHost("dask", "pip install 'layerkit[fleet]'") from None
         security = None
         if tls is not None:
-            ca, cert, key = map(str, tls)
+            files = {"tls_ca_file": tls.ca, "tls_client_cert": tls.certificate, "tls_client_key": tls.key}
             make: Any = Security
-            security = make(tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
+            security = make(**{name: str(path) for name, path in files.items()}, require_encryption=True)
         try:
             connect: Any = Client
             self._client = connect(
-                f"{'tls' if tls else 'tcp'}://{address}",
-                security=security,
-                timeout=_CONNECT_SECONDS,
+                f"{'tls' if tls else 'tcp'}://{address}", security=security, timeout=_CONNECT_SECONDS,
                 set_as_default=False,
             )  # fmt: skip
         except OSError as error:

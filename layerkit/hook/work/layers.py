@@ -1,59 +1,203 @@
-"""The index of a layer: from the store, from others that work on the same registry, or read from the layer itself.
+"""The indexes of layers, among all who work on the same registry: each layer is read once by one of them.
 
-A layer is read once among all who can find each other: by the store's lock where they have one store, by one task
-of the cluster where they are workers of one, and by the repository of indexes (``shared``) across all of these.
+Who can find each other: by the store's lock where they have one store, by one task of the cluster where they are
+workers of one, and by a repository of indexes in the registry across all of these.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerkit.formats.index import file as index_file
-from layerkit.hook.work.access import Access, client_of
+from layerkit.formats.index.check import check_index, mark_unproven
+from layerkit.formats.oci import documents as oci
+from layerkit.formats.oci import index_artifact
+from layerkit.hook.work.access import Place
 from layerkit.hook.work.executors import run_once
-from layerkit.hook.work.shared import SharedIndexes
-from layerkit.linux import configuration
-from layerkit.model.descriptor import Descriptor
+from layerkit.images.registry.client import Repository
 from layerkit.model.digest import Digest
-from layerkit.model.errors import LayerkitError
-from layerkit.model.image import Image
+from layerkit.model.errors import LayerkitError, NotFound, RegistryError
+from layerkit.model.image import Layer
 from layerkit.model.limits import Limits
+from layerkit.model.work import Others
+from layerkit.store.unproven import UnprovenIndexes
+from layerkit.usecases.published_indexes import read_in_turn
+from layerkit.usecases.settings import Settings
 
 if TYPE_CHECKING:
     from layerkit.model.index import Index
     from layerkit.store.local import LocalStore
 
+_log = logging.getLogger("layerkit.hook.layers")
+_BLOB_BYTES = 1 << 30
+_refused: set[str] = set()
+
+
+class SharedIndexes:
+    """The indexes of layers in a repository of their own.
+
+    A tag for each layer, made of its ``diff_id`` and the format's version, leads to a manifest with one blob. What
+    is found is verified by digest, checked like a layer from a stranger, and marked as unproven: a claim of whoever
+    may write to that repository (docs/adr/0014, 0015). Nothing here may stop the work: without it a layer is read
+    again.
+    """
+
+    def __init__(self, repository: Repository, limits: Limits) -> None:
+        """Nothing is asked yet."""
+        self.repository, self._limits = repository, limits
+
+    def has(self, diff_id: Digest) -> bool:
+        """Return whether there is an index of this layer; no if the registry does not say."""
+        try:
+            return self.repository.has_manifest(index_artifact.shared_tag(diff_id))
+        except RegistryError as error:
+            _log.debug("%s: %s", self.repository, error)
+            return False
+
+    def load(self, diff_id: Digest) -> Index | None:
+        """Return the index of this layer, marked as unproven; None if there is none that can be used."""
+        tag = index_artifact.shared_tag(diff_id)
+        what = f"{self.repository}:{tag}"
+        try:
+            _, data = self.repository.manifest(tag)
+            blob = index_artifact.parse_shared(data, diff_id, what, limits=self._limits)
+            return index_artifact.decode(
+                self.repository.blob(blob, _BLOB_BYTES), diff_id, what, origin=str(self.repository),
+                limits=self._limits,
+            )  # fmt: skip
+        except NotFound:
+            return None
+        except LayerkitError as error:
+            # Damaged, or not ours: the layer itself says what is right.
+            _log.warning("a shared index is not used", extra={"error": str(error)})
+            return None
+
+    def save(self, index: Index) -> bool:
+        """Publish the index of a layer that was read; return whether others will find it."""
+        if str(self.repository) in _refused:
+            return False
+        blob, data = index_artifact.encode(index)
+        try:
+            for descriptor, content in ((oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON), (blob, data)):
+                if self.repository.blob_size(descriptor.digest) is None:
+                    self.repository.put_blob(descriptor, [content])
+            manifest, entry = index_artifact.build_shared(blob)
+            self.repository.put_manifest(manifest, entry.media_type, index_artifact.shared_tag(index.diff_id))
+        except RegistryError as error:
+            _log.warning("indexes are not shared", extra={"error": str(error)})
+            if not error.temporary:  # that will not change: it is not asked again
+                _refused.add(str(self.repository))
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Where a worker finds the indexes that others of its fleet have made, and leaves its own.
+
+    Attributes:
+        settings: the local store of whoever works, and bounds.
+        place: a repository that has the layers' blobs.
+        shared: repository of the same registry in which indexes are shared, None for none.
+    """
+
+    settings: Settings
+    place: Place
+    shared: Place | None = None
+
+    def shared_indexes(self) -> SharedIndexes | None:
+        """Return where indexes are shared, None for nowhere."""
+        limits = self.settings.bounds
+        return SharedIndexes(self.shared.open(limits), limits) if self.shared else None
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[FleetIndexes]:
+        """Open the local store, and hold it while the block runs."""
+        with self.settings.open_store() as store, store.hold():
+            yield FleetIndexes(self, store)
+
+
+class FleetIndexes(Others):
+    """The indexes that a store, a cluster and a registry have among them: see the module."""
+
+    def __init__(self, fleet: Fleet, store: LocalStore) -> None:
+        """Nothing is asked yet."""
+        self.store, self.shared, self.limits = store, fleet.shared_indexes(), fleet.settings.bounds
+        self._fleet, self._claims = fleet, UnprovenIndexes(fleet.settings.store_path, limits=self.limits)
+
+    def index(self, layer: Layer, below: Mapping[Digest, Index]) -> tuple[Index, str] | None:
+        """See the port; ``shared`` is what others have read."""
+        return self._known(layer) or self._from_cluster(layer)
+
+    @contextlib.contextmanager
+    def turn(self, layer: Layer) -> Iterator[tuple[Index, str] | None]:
+        """See the port."""
+        with self.store.layer_lock(layer.diff_id):
+            yield self._known(layer)
+
+    def take(self, index: Index) -> None:
+        """See the port."""
+        self.store.save_index(index)
+        if self.shared is not None:
+            self.shared.save(index)
+
+    def read(self, layer: Layer) -> tuple[Index, str]:
+        """Return the index of a layer and where it came from, without the cluster: see :func:`read_in_turn`."""
+        return read_in_turn(layer, self._fleet.place.open(self.limits).open_blob, self, self.limits)
+
+    def _known(self, layer: Layer) -> tuple[Index, str] | None:
+        """Return what is known of a layer without anybody reading it."""
+        if (kept := self.store.load_index(layer.diff_id)) is not None:
+            return kept, "store"
+        if (copied := self._claims.load(layer.diff_id)) is not None:
+            return copied, "shared"
+        if self.shared is None or (found := self.shared.load(layer.diff_id)) is None:
+            return None
+        self._claims.save(found)
+        return found, "shared"
+
+    def _from_cluster(self, layer: Layer) -> tuple[Index, str] | None:
+        """Return what one task of the cluster that this runs on has made of a layer, for all who ask."""
+        asked = LayerTask(self._fleet, layer, uuid.uuid4().hex)
+        key = f"layerkit-index-{index_file.VERSION}-{self._fleet.place.host}-{layer.diff_id}"
+        got = run_once(key, fetch, asked)
+        if got is None:
+            return None
+        if got.data:
+            known = self.store.load_index(layer.diff_id)
+            known = self._sent(layer, got.data) if known is None else known
+        else:
+            known, _ = self._known(layer) or (None, "")
+        # Of several who asked for the same, it was read for the one whose task was taken.
+        origin = "layer" if got.origin == "layer" and got.asker == asked.asker else "shared"
+        return None if known is None else (known, origin)
+
+    def _sent(self, layer: Layer, data: bytes) -> Index | None:
+        """Return an index as another worker sent it, held to what one from the registry is held to."""
+        try:
+            index = index_file.decode(data, f"index of layer {layer.diff_id} from another worker")
+            check_index(index, "an index from another worker", self.limits)
+        except LayerkitError:
+            return None
+        if index.diff_id != layer.diff_id:
+            return None
+        index = mark_unproven(index, "another worker")
+        self._claims.save(index)
+        return index
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTask:
-    """A layer whose index is wanted.
+    """A layer whose index is wanted; ``asker`` tells one who asks for it from others."""
 
-    Attributes:
-        access: of the registry that has it.
-        repository: one that has its blob.
-        blob: of the layer.
-        diff_id: of the layer.
-        store: folder of the local store of whoever reads it.
-        shared: repository of the same registry in which indexes are shared, "" for none.
-        asker: tells one who asks for it from others.
-    """
-
-    access: Access
-    repository: str
-    blob: Descriptor
-    diff_id: Digest
-    store: Path
-    shared: str = ""
+    fleet: Fleet
+    layer: Layer
     asker: str = ""
-
-    def shared_indexes(self, limits: Limits) -> SharedIndexes | None:
-        """Return where indexes are shared, None for nowhere."""
-        return shared_at(self.access, self.shared, limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +209,16 @@ class Got:
     asker: str
 
 
-def shared_at(access: Access, repository: str, limits: Limits) -> SharedIndexes | None:
-    """Return the shared indexes in ``repository`` of a registry, None if it is ""."""
-    if not repository:
-        return None
-    return SharedIndexes(client_of(access, limits).repository(f"{access.host}/{repository}"), limits)
-
-
-def layer_tasks(image: Image, access: Access, repository: str, store: Path, shared: str) -> list[LayerTask]:
-    """Return a task for each layer of ``image``, bottom first."""
-    return [LayerTask(access, repository, layer.descriptor, layer.diff_id, store, shared) for layer in image.layers]
-
-
 def fetch(task: LayerTask) -> Got | None:
     """Have a layer's index in the store and with the shared ones; None if that fails.
 
     Whoever gets None asks by itself, and then learns why: errors do not survive the way from another machine.
     """
-    limits = configuration.limits()
     try:
-        with _opened(task.store, limits) as store:
-            index, origin = _local(task, store, limits)
-            shared = task.shared_indexes(limits)
+        with task.fleet.open() as fleet:
+            index, origin = fleet.read(task.layer)
             # What is in the registry is smaller there than on the way through the cluster.
-            published = shared is not None and shared.has(task.diff_id)
+            published = fleet.shared is not None and fleet.shared.has(task.layer.diff_id)
             return Got(b"" if published else b"".join(index_file.encode(index)), origin, task.asker)
     except LayerkitError:
         return None
@@ -96,106 +226,15 @@ def fetch(task: LayerTask) -> Got | None:
 
 def publish(task: LayerTask) -> bool:
     """Have a layer's index where others find it, reading the layer if nobody has; return whether it is there."""
-    limits = configuration.limits()
-    shared = task.shared_indexes(limits)
-    if shared is None:
-        return False
     try:
-        with _opened(task.store, limits) as store:
+        with task.fleet.open() as fleet:
+            if fleet.shared is None:
+                return False
             # One that this store has kept from before has perhaps never been published.
-            index, origin = index_of(task, store, limits)
-            return origin == "shared" or shared.has(task.diff_id) or shared.save(index)
+            index, origin = fleet.index(task.layer, {}) or fleet.read(task.layer)
+            return origin == "shared" or fleet.shared.has(task.layer.diff_id) or fleet.shared.save(index)
     except LayerkitError:
         return False
 
 
-def index_of(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, str]:
-    """Return the index of a layer and where it came from: ``store``, ``shared`` or ``layer``.
-
-    Raises:
-        LayerkitError: the layer is malformed or unsafe, or cannot be read.
-    """
-    return _known(task, store, limits) or _from_cluster(task, store, limits) or _local(task, store, limits)
-
-
-def _known(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, str] | None:
-    """Return what is known of a layer without reading it."""
-    from layerkit.store.unproven import UnprovenIndexes
-
-    if (kept := store.load_index(task.diff_id)) is not None:
-        return kept, "store"
-    claims = UnprovenIndexes(task.store, limits=limits)
-    if (copied := claims.load(task.diff_id)) is not None:
-        return copied, "shared"
-    shared = task.shared_indexes(limits)
-    if shared is None or (found := shared.load(task.diff_id)) is None:
-        return None
-    claims.save(found)
-    return found, "shared"
-
-
-def _from_cluster(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, str] | None:
-    """Return what one task of the cluster that this runs on has made of a layer, for all who ask."""
-    asked = replace(task, asker=uuid.uuid4().hex)
-    key = f"layerkit-index-{index_file.VERSION}-{task.access.host}-{task.diff_id}"
-    got = run_once(key, fetch, asked)
-    if got is None:
-        return None
-    # Of several who asked for the same, it was read for the one whose task was taken.
-    origin = "layer" if got.origin == "layer" and got.asker == asked.asker else "shared"
-    if got.data:
-        index = store.load_index(task.diff_id)
-        if index is None:
-            index = _from_worker(got, task, limits)
-        return None if index is None else (index, origin)
-    found = _known(task, store, limits)
-    return None if found is None else (found[0], origin)
-
-
-def _local(task: LayerTask, store: LocalStore, limits: Limits) -> tuple[Index, str]:
-    """Return the index of a layer, read by one worker of this store only, and published where that is wanted."""
-    from layerkit.unpack import index_layer
-
-    with store.layer_lock(task.diff_id):
-        # Another worker may have it while this one waited.
-        if (found := _known(task, store, limits)) is not None:
-            return found
-        source = client_of(task.access, limits).repository(f"{task.access.host}/{task.repository}")
-        reader = source.open_blob(task.blob)
-        try:
-            index = index_layer(reader, task.blob, task.diff_id, limits=limits)
-        finally:
-            reader.close()
-        store.save_index(index)
-        shared = task.shared_indexes(limits)
-        if shared is not None:
-            shared.save(index)
-        return index, "layer"
-
-
-def _from_worker(got: Got, task: LayerTask, limits: Limits) -> Index | None:
-    """Return an index as another worker sent it, held to what one from the registry is held to."""
-    from layerkit.formats.index.check import check_index, mark_unproven
-    from layerkit.store.unproven import UnprovenIndexes
-
-    try:
-        index = index_file.decode(got.data, f"index of layer {task.diff_id} from another worker")
-        check_index(index, "an index from another worker", limits)
-    except LayerkitError:
-        return None
-    if index.diff_id != task.diff_id:
-        return None
-    index = mark_unproven(index, "another worker")
-    UnprovenIndexes(task.store, limits=limits).save(index)
-    return index
-
-
-@contextmanager
-def _opened(folder: Path, limits: Limits) -> Iterator[LocalStore]:
-    from layerkit.store.local import LocalStore
-
-    with LocalStore.open(folder, create=True, limits=limits) as store, store.hold():
-        yield store
-
-
-__all__ = ["Got", "LayerTask", "fetch", "index_of", "layer_tasks", "publish", "shared_at"]
+__all__ = ["Fleet", "FleetIndexes", "Got", "LayerTask", "SharedIndexes", "fetch", "publish"]

@@ -9,35 +9,32 @@ image and map give the same bytes.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from layerkit.formats.oci import documents as oci
-from layerkit.formats.oci import images as oci_images
-from layerkit.formats.oci import index_artifact
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.formats.oci.images import no_image, wanted
-from layerkit.hook.queue.jobs import Outcome
-from layerkit.hook.work.access import Access, client_of
-from layerkit.hook.work.layers import index_of, layer_tasks
+from layerkit.hook.config import Config
+from layerkit.hook.queue.jobs import Key, Outcome, Target
+from layerkit.hook.work.access import Place, place_in, traffic
+from layerkit.hook.work.layers import Fleet
 from layerkit.idmap import Mapping
+from layerkit.images.registry.client import Repository
 from layerkit.images.registry.names import RegistryRef
 from layerkit.images.registry.sink import RegistrySink
-from layerkit.linux import configuration
+from layerkit.images.registry.source import RegistrySource
+from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, LossyResult, NotFound, UnmappedId, UnsafeEntry, UsageError
-from layerkit.model.image import Image
 from layerkit.model.limits import Limits
-from layerkit.usecases.attach import AttachOptions, made, put, signer_of, statement
-from layerkit.usecases.published_indexes import put_indexes
-
-if TYPE_CHECKING:
-    from layerkit.formats.oci.intoto import Attestation
-    from layerkit.images.registry.client import Repository
-    from layerkit.usecases.attach import Made
+from layerkit.model.ports import BlobReader
+from layerkit.model.work import Destination, Work
+from layerkit.usecases.attach import AttachOptions, attach
+from layerkit.usecases.published_indexes import find_indexes
+from layerkit.usecases.settings import Settings
 
 # Trying again with the same image and map gives the same answer.
 _PERMANENT = (UnmappedId, UnsafeEntry, LossyResult, UsageError)
@@ -50,31 +47,71 @@ class Task:
 
     Attributes:
         digest: of a manifest or index.
-        mapping: canonical text of the id map.
-        rendering: ``erofs`` or ``tar``.
-        namespace: ``trusted`` or ``user``.
+        options: the artifact that is wanted.
         targets: the repositories that have the image and get the artifact.
-        store: folder of the local store of whoever does it; indexes are kept there.
+        settings: the local store of whoever does it, which keeps indexes, and bounds.
         platforms: of an index, those to remap; empty takes all of linux.
         again: make it anew even where the registry has it.
-        indexes: also publish the indexes of the layers, where there are none.
-        statement: also attach a statement to the artifact.
-        sign_key: signs that statement; None leaves it unsigned.
-        shared: repository of the first target's registry in which indexes of layers are shared, "" for none.
+        shared: repository of the first target's registry in which indexes of layers are shared, None for none.
     """
 
     digest: Digest
-    mapping: str
-    rendering: str
-    namespace: str
-    targets: tuple[tuple[Access, str], ...]
-    store: Path
+    options: AttachOptions
+    targets: tuple[Place, ...]
+    settings: Settings
     platforms: tuple[str, ...] = ()
     again: bool = False
-    indexes: bool = False
-    statement: bool = False
-    sign_key: Path | None = None
-    shared: str = ""
+    shared: Place | None = None
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return where the indexes of the image's layers are found."""
+        return Fleet(self.settings, self.targets[0], self.shared)
+
+    def source(self, limits: Limits) -> RegistrySource:
+        """Return the image, or what else has this digest."""
+        place = self.targets[0]
+        return _Source(place.open(limits), _ref(place, self.digest))
+
+
+class _Source(RegistrySource):
+    """An image that is gone where a blob of it is: a registry deletes both."""
+
+    def open_blob(self, descriptor: Descriptor) -> BlobReader:
+        return self.repository.open_blob(descriptor)
+
+
+def _ref(place: Place, digest: Digest) -> RegistryRef:
+    return RegistryRef(place.host, place.repository, digest=digest)
+
+
+def task_of(config: Config, key: Key, wanted_in: Sequence[Target], *, anew: bool) -> Task:
+    """Return what to do for a job.
+
+    Raises:
+        NotFound: settings have changed since it was stored, and none of its repositories is served.
+    """
+    served = [
+        (registry, target.repository)
+        for target in wanted_in
+        if (registry := config.registries.get(target.registry)) and registry.serves(target.repository)
+    ]
+    if not served:
+        raise NotFound("none of its repositories is served any more")
+    wish = json.loads(key.options)
+    shared = config.index_repository(served[0][0])
+    return Task(
+        key.digest,
+        AttachOptions(
+            Mapping.parse_canonical(key.mapping), wish["rendering"], wish["namespace"], statement=config.statements,
+            sign_key=config.sign_key, indexes=config.publish_indexes,
+        ),
+        tuple(place_in(*each) for each in served),
+        Settings(config.store),
+        config.platforms,
+        again=anew,
+        shared=place_in(served[0][0], shared) if shared else None,
+    )  # fmt: skip
 
 
 def execute(task: Task) -> Outcome:
@@ -82,96 +119,74 @@ def execute(task: Task) -> Outcome:
     start = time.monotonic()
     try:
         done = _execute(task)
-    except NotFound as error:
-        return Outcome("gone", str(error))
-    except LayerkitError as error:
-        return Outcome("failed", str(error), permanent=isinstance(error, _PERMANENT))
     except Exception as error:
-        # A job that finds a fault of ours must end as a dead letter with its words, not take the worker with it.
-        return Outcome("failed", f"{type(error).__name__}: {error}")
-    report = {**done.report, "seconds": round(time.monotonic() - start, 4)}
-    return Outcome(done.state, done.why, done.permanent, done.children, report)
+        return outcome_of(error)
+    return replace(done, report={**done.report, "seconds": round(time.monotonic() - start, 4)})
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """Return what an error makes of a job."""
+    match error:
+        case NotFound():
+            return Outcome("gone", str(error))
+        case LayerkitError():
+            return Outcome("failed", str(error), permanent=isinstance(error, _PERMANENT))
+        case _:
+            # A fault of ours must end as a dead letter with its words, not take the worker with it.
+            return Outcome("failed", f"{type(error).__name__}: {error}")
 
 
 def _execute(task: Task) -> Outcome:
-    limits = configuration.limits()
-    access, name = task.targets[0]
-    client = client_of(access, limits)
-    before = _traffic(task, limits)
-    repository = client.repository(f"{access.host}/{name}")
-    entry, data = repository.manifest(task.digest)
+    limits = task.settings.bounds
+    before = traffic(task.targets, limits)
+    source = task.source(limits)
+    (entry,) = source.chosen()
+    data = source.fetch(entry, limits.manifest_bytes)
     if entry.media_type in oci.INDEX_TYPES:
         children = wanted(data, entry, task.platforms, limits)
         return Outcome("done" if children else "skipped", "" if children else "no image for the wanted platforms",
                        children=children, report={"children": [str(each) for each in children]})  # fmt: skip
     if why := no_image(data, entry, limits):
         return Outcome("skipped", why)
-    missing = [
-        (each, repo)
-        for each in task.targets
-        for repo in (client_of(each[0], limits).repository(f"{each[0].host}/{each[1]}"),)
-        if task.again or not has_artifact(repo, task, limits)
-    ]
-    if not missing:
-        return Outcome("done", report={**_cost(task, limits, before), "existing": True})
-    image = oci_images.build_image(
-        f"{access.host}/{name}@{task.digest}", data, entry, repository.fetch, str(repository), limits=limits
-    )
-    report = _remap(task, image, [repo for _, repo in missing], limits)
-    return Outcome("done", report={**report, **_cost(task, limits, before)})
+    missing = [each for each in task.targets if task.again or not has_artifact(each.open(limits), task, limits)]
+    report = _remap(task, source, missing, limits) if missing else {"existing": True}
+    # With threads as workers, jobs side by side share the count.
+    after = traffic(task.targets, limits)
+    return Outcome("done", report={**report, **{name: value - before[name] for name, value in after.items()}})
 
 
-def _remap(task: Task, image: Image, sinks: Sequence[Repository], limits: Limits) -> dict[str, object]:
-    from layerkit.model.trees.merge import merge
-    from layerkit.store.local import LocalStore
+def _remap(task: Task, source: RegistrySource, missing: Sequence[Place], limits: Limits) -> dict[str, object]:
+    image = source.image()
 
-    limits.check("layers_per_image", len(image.layers), image.name)
-    access, name = task.targets[0]
-    with LocalStore.open(task.store, create=True, limits=limits) as store, store.hold():
-        wanted = layer_tasks(image, access, name, task.store, task.shared)
-        got = [index_of(each, store, limits) for each in wanted]
-        indexes, origins = [index for index, _ in got], [origin for _, origin in got]
-        tree = merge(indexes, limits=limits)
-        options = AttachOptions(
-            Mapping.parse_canonical(task.mapping), task.rendering, task.namespace,
-            statement=task.statement, sign_key=task.sign_key,
+    def beside(at: int) -> Destination:
+        """Return where the artifact goes in one of ``missing``; those before it have the blobs by then."""
+        place, ref = missing[at], _ref(missing[at], task.digest)
+        near = [*missing[:at], *([task.shared] if task.shared else [])]
+        names = [each.repository for each in near if each.host == place.host]
+        return Destination(
+            lambda: RegistrySink(place.open(limits), ref, mount_from=names, attach_only=True),
+            where=f"docker://{ref}", has_image=True,
         )  # fmt: skip
-        with made(image, tree, options) as result:
-            for at, repository in enumerate(sinks):
-                near = [each.repository for each in sinks[:at] if each.host == repository.host]
-                ours = [task.shared] if task.shared and repository.host == access.host else []
-                ref = RegistryRef(repository.host, repository.repository, digest=image.descriptor.digest)
-                with RegistrySink(repository, ref, mount_from=[*near, *ours], attach_only=True) as sink:
-                    put(result, sink, _statement(options, image, result, repository))
-                    if task.indexes and not repository.referrers(
-                        image.descriptor.digest, index_artifact.ARTIFACT_TYPE
-                    ):
-                        # Those that came from others of this fleet are vouched for by where it keeps them.
-                        put_indexes(image, indexes, sink, vouched=True)
-                    sink.commit()
-            return {
-                "artifact": str(result.descriptor.digest),
-                "meta_bytes": result.blob.size,
-                "data_bytes": tree.data_bytes,
-                "entries": len(tree),
-                "layers": [
-                    {"digest": str(each.blob.digest), "size": each.blob.size, "kept": origin != "layer"}
-                    for each, origin in zip(wanted, origins, strict=True)
-                ],
-                "layers_read": origins.count("layer"),
-                "layers_kept": len(origins) - origins.count("layer"),
-                "layers_shared": origins.count("shared"),
-                # What a copy under other owners would have taken, once for each map.
-                "bytes_avoided": max(0, tree.data_bytes - result.blob.size),
-            }
 
-
-def _statement(options: AttachOptions, image: Image, result: Made, repository: Repository) -> Attestation | None:
-    """Return what is to be said of an artifact, None where nothing is, or something of the kind is there."""
-    if not options.statement:
-        return None
-    said = statement(image, f"docker://{repository.name}@{image.descriptor.digest}", result, options.sign_key)
-    return None if repository.referrers(result.descriptor.digest, said.descriptor.artifact_type) else said
+    with task.fleet.open() as fleet:
+        work = Work(source, image, image.name, kept=fleet.store, limits=limits)
+        found = find_indexes(work, fleet)
+        report = attach(work, [beside(at) for at in range(len(missing))], task.options, found)
+    return {
+        "artifact": report.artifact,
+        "meta_bytes": report.meta_bytes,
+        "data_bytes": report.data_bytes,
+        "entries": report.entries,
+        "layers": [
+            {"digest": str(layer.descriptor.digest), "size": layer.descriptor.size, "kept": origin != "layer"}
+            for layer, origin in zip(image.layers, found.origins, strict=True)
+        ],
+        "layers_read": report.layers_read,
+        "layers_kept": report.layers - report.layers_read,
+        "layers_shared": found.origins.count("shared"),
+        # What a copy under other owners would have taken, once for each map.
+        "bytes_avoided": max(0, report.data_bytes - report.meta_bytes),
+    }
 
 
 def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
@@ -179,33 +194,20 @@ def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
 
     What a node mounts it verifies by itself, so a forged one costs that node a remap of its own and nothing else.
     """
+    options = task.options
+    mapping = options.mapping.canonical()
     for listed in repository.referrers(task.digest, artifact.ARTIFACT_TYPE)[:_MAX_EXISTING]:
         said = listed.annotations.get(artifact.MAP_KEY)
-        if said is not None and said != task.mapping:
+        if said is not None and said != mapping:
             continue
         with contextlib.suppress(LayerkitError):
             data = repository.fetch(listed, limits.manifest_bytes)
             found = artifact.parse(data, str(listed.digest), limits=limits)
             if (found.subject.digest, found.mapping, found.rendering, found.namespace) == (
-                task.digest, task.mapping, task.rendering, task.namespace,
+                task.digest, mapping, options.form, options.xattrs.value,
             ):  # fmt: skip
                 return True
     return False
 
 
-def _traffic(task: Task, limits: Limits) -> dict[str, int]:
-    clients = {client_of(access, limits) for access, _ in task.targets}
-    return {
-        name: sum(getattr(client.traffic, name) for client in clients)
-        for name in ("bytes_read", "bytes_written", "bytes_mounted")
-    }
-
-
-def _cost(task: Task, limits: Limits, before: dict[str, int]) -> dict[str, object]:
-    """Return what a job moved over the wire; with threads as workers, jobs side by side share the count."""
-    return {name: value - before[name] for name, value in _traffic(task, limits).items()}
-
-
-__all__ = [
-    "Access", "Task", "execute", "has_artifact", "no_image", "signer_of", "wanted",
-]  # fmt: skip
+__all__ = ["Task", "execute", "has_artifact", "outcome_of", "task_of"]

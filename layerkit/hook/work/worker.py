@@ -6,23 +6,23 @@ the jobs it had are given back with one loss counted, and a new pool is made.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import replace
+from functools import partial
 
-from layerkit.hook.config import Config, Registry
-from layerkit.hook.metrics import Metrics
-from layerkit.hook.queue.jobs import Claim, Key, Outcome, Target
+from layerkit.hook.config import Config
+from layerkit.hook.queue.jobs import Claim, Outcome
 from layerkit.hook.queue.queue import Queue
-from layerkit.hook.tracing import span
-from layerkit.hook.work.access import Access
-from layerkit.hook.work.tasks import Task
+from layerkit.hook.telemetry import Metrics, span
+from layerkit.hook.work.executors import open_executor
+from layerkit.hook.work.tasks import Task, execute, outcome_of, task_of
 from layerkit.model.errors import LayerkitError
+from layerkit.usecases.attach import signer_of
 
 _log = logging.getLogger("layerkit.hook.worker")
 _POLL_SECONDS = 1.0
@@ -31,39 +31,20 @@ _PRUNE_SECONDS = 3600.0
 Execute = Callable[[Task], Outcome]
 
 
-def access_to(registry: Registry) -> Access:
-    """Return how workers reach ``registry``."""
-    return Access(registry.host, registry.tls_verify, registry.authfile, registry.cert_dir)
+def make_worker(config: Config, queue: Queue, metrics: Metrics) -> QueueWorker:
+    """Return a worker that does the jobs of ``queue`` with the configured engine.
 
-
-def task_of(config: Config, key: Key, wanted_in: Sequence[Target], *, anew: bool) -> Task | Outcome:
-    """Return what to do for a job, or what comes of it at once: settings may have changed since it was stored."""
-    served = [
-        (registry, target.repository)
-        for target in wanted_in
-        if (registry := config.registries.get(target.registry)) and registry.serves(target.repository)
-    ]
-    if not served:
-        return Outcome("gone", "none of its repositories is served any more")
-    options: Mapping[str, str] = json.loads(key.options)
-    return Task(
-        key.digest,
-        key.mapping,
-        options["rendering"],
-        options["namespace"],
-        tuple((access_to(registry), repository) for registry, repository in served),
-        config.store,
-        config.platforms,
-        again=anew,
-        indexes=config.publish_indexes,
-        statement=config.statements or config.sign_key is not None,
-        sign_key=config.sign_key,
-        shared=config.index_repository(served[0][0]),
-    )
+    Raises:
+        UsageError: the key for statements cannot be used.
+    """
+    if config.sign_key is not None:
+        signer_of(config.sign_key)  # a wrong key is found out now, and not by every job
+    make = partial(open_executor, config.engine, config.workers, tls=config.engine_tls)
+    return QueueWorker(config, queue, make, execute, metrics)
 
 
 class QueueWorker:
-    """Works one queue off until it is stopped; see :class:`layerkit.hook.front.http.Worker`."""
+    """Works one queue off until it is stopped."""
 
     def __init__(
         self, config: Config, queue: Queue, executor: Callable[[], Executor], execute: Execute, metrics: Metrics
@@ -159,9 +140,10 @@ class QueueWorker:
         # One at a time where more could be too many for a registry.
         claims = self._queue.claim(room if min(left.values()) >= room else 1, full)
         for at, claim in enumerate(claims):
-            task = task_of(self._config, claim.key, claim.targets, anew=claim.anew)
-            if isinstance(task, Outcome):
-                self._finish(claim, task, time.monotonic())
+            try:
+                task = task_of(self._config, claim.key, claim.targets, anew=claim.anew)
+            except LayerkitError as error:
+                self._finish(claim, outcome_of(error), time.monotonic())
                 continue
             try:
                 if self._executor is None:
@@ -191,7 +173,7 @@ class QueueWorker:
                 self._queue.lose([claim])
                 self._metrics.job("lost", time.monotonic() - start, {})
             elif error is not None:
-                self._finish(claim, Outcome("failed", f"{type(error).__name__}: {error}"), start)
+                self._finish(claim, outcome_of(error), start)
             else:
                 self._finish(claim, future.result(), start)
 
@@ -216,7 +198,7 @@ class QueueWorker:
     def _broken(self, error: BaseException) -> None:
         if self._executor is not None:
             _log.error("the workers broke; making new ones", extra={"error": str(error)})
-            end(self._executor, at_once=True)
+            self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
 
     def _drain(self) -> None:
@@ -240,18 +222,8 @@ class QueueWorker:
         finally:
             executor, self._executor = self._executor, None
             if executor is not None:
-                end(executor, at_once=bool(self._running))
+                executor.shutdown(wait=not self._running, cancel_futures=True)
             self._running.clear()
 
 
-def end(executor: Executor, *, at_once: bool) -> None:
-    """End ``executor`` when what runs on it is done, or ``at_once``."""
-    if at_once:
-        # What they leave is whole or invisible: the store and the registry see to that. They go first: from Python
-        # 3.12 on shutdown() waits for the workers of a broken pool, and ours do not heed the SIGTERM it sends them.
-        for process in list((getattr(executor, "_processes", None) or {}).values()):
-            process.kill()
-    executor.shutdown(wait=not at_once, cancel_futures=True)
-
-
-__all__ = ["Execute", "QueueWorker", "access_to", "end", "task_of"]
+__all__ = ["Execute", "QueueWorker", "make_worker"]

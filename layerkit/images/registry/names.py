@@ -15,8 +15,8 @@ _DOCKER_HUB_ALIASES = frozenset((DOCKER_HUB, "index.docker.io", _DOCKER_HUB_API,
 
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-_REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _NAME_CHARS = 255
 
 
@@ -53,7 +53,7 @@ class RegistryRef:
         tag = ""
         if ":" in name.rpartition("/")[2]:
             name, _, tag = name.rpartition(":")
-            if not _TAG.fullmatch(tag):
+            if not TAG.fullmatch(tag):
                 raise UsageError(f"docker://{text}: tag {tag!r}: want up to 128 letters, digits, '_', '.' or '-'")
         return cls._of(name, tag, digest, text)
 
@@ -71,7 +71,7 @@ class RegistryRef:
             host, repository = DOCKER_HUB, name
         if host == DOCKER_HUB and "/" not in repository:
             repository = f"library/{repository}"
-        if not _REPOSITORY.fullmatch(repository) or len(host) + len(repository) >= _NAME_CHARS:
+        if not REPOSITORY.fullmatch(repository) or len(host) + len(repository) >= _NAME_CHARS:
             raise UsageError(
                 f"docker://{text}: repository {repository!r}: want lower-case letters, digits, and single "
                 "'.', '_', '-' or '/' between them"
@@ -124,4 +124,4 @@ def fallback_tag(subject: Digest) -> str:
     return f"{subject.algorithm[:32]}-{subject.hex[:64]}"
 
 
-__all__ = ["DOCKER_HUB", "RegistryRef", "api_host", "fallback_tag", "is_private", "parse_host"]
+__all__ = ["DOCKER_HUB", "REPOSITORY", "TAG", "RegistryRef", "api_host", "fallback_tag", "is_private", "parse_host"]

@@ -20,7 +20,7 @@ from layerkit.model.errors import DigestMismatch, UsageError
 from layerkit.model.limits import Limits
 
 _MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
-_ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
+ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
 
 
 class RegistrySink(Sink):
@@ -91,6 +91,10 @@ class RegistrySink(Sink):
         self._there.add(digest)
         return True
 
+    def has_attached(self, subject: Digest, artifact_type: str) -> bool:
+        """See the port."""
+        return bool(self.repository.referrers(subject, artifact_type))
+
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
         """See the port; a manifest is kept for the commit."""
         if descriptor.media_type in _MANIFESTS:
@@ -108,7 +112,7 @@ class RegistrySink(Sink):
         follows is attached to it. The fallback tag of referrers is not taken over: the registry, or the client,
         keeps that list.
         """
-        attached = _ATTACHED.fullmatch(name)
+        attached = ATTACHED.fullmatch(name)
         if attached is not None and not attached[1]:
             return
         self._stage(descriptor, data)

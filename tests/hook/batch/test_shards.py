@@ -20,7 +20,7 @@ from registry_fake import Fake, Handler, fake_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.hook.batch.shards import PLAN_TYPE, Meeting, Shard, Want, owner
-from layerkit.hook.work.shared import SharedIndexes
+from layerkit.hook.work.layers import SharedIndexes
 from layerkit.images.registry.client import RegistryClient
 from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.descriptor import Descriptor

@@ -15,10 +15,10 @@ from typing import Any
 from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook, settings
 from programs import wait_for
 
-from layerkit.hook import tracing
+from layerkit.hook import telemetry
 from layerkit.hook.front.guard import Buckets, Token
-from layerkit.hook.logs import JsonFormatter
 from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.telemetry import JsonFormatter
 from layerkit.hook.work.tasks import Task
 from layerkit.model.digest import Digest
 from layerkit.model.errors import RegistryError
@@ -92,12 +92,12 @@ def test_repositories_and_registries_that_are_not_served_are_left_out(tmp_path: 
 def test_with_several_registries_an_event_must_name_one(tmp_path: Path) -> None:
     registries = [{"name": n, "host": f"{n}.example:5000", "aliases": [f"{n}.alias"]} for n in ("one", "two")]
     config = settings(tmp_path)
-    from layerkit.hook.config import parse
+    from layerkit.formats.toml_settings import Table
+    from layerkit.hook.config import Config
 
-    config = parse(
-        {"registry": registries, "map": [{"uid_map": [MAP_A]}], "state": str(tmp_path / "s"),
-         "store": str(tmp_path / "t")}, "t", tmp_path,
-    )  # fmt: skip
+    values = {"registry": registries, "map": [{"uid_map": [MAP_A]}], "state": str(tmp_path / "s"),
+              "store": str(tmp_path / "t")}  # fmt: skip
+    config = Config.read(Table(values, "t", tmp_path))
     with hook(config) as (url, queue):
         for host, want in (("two.example:5000", 1), ("two.alias", 1), ("evil.example", 0), ("", 0)):
             body = json.loads(call(f"{url}/v1/events", {"events": [event("a", DIGEST, host=host)]})[2])
@@ -166,7 +166,7 @@ def test_no_url_of_an_event_is_ever_opened(tmp_path: Path) -> None:
         wait_for(lambda: queue.stats().depth == 0)
     trap.close()
     assert hits == []
-    assert {access.host for task in done for access, _ in task.targets} == {"configured.example"}
+    assert {place.host for task in done for place in task.targets} == {"configured.example"}
 
 
 def test_bodies_have_a_bound_and_a_type(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_spans_go_to_opentelemetry_where_it_is_installed(tmp_path: Path) -> None
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
     trace.set_tracer_provider(provider)
-    tracing._tracer.cache_clear()
+    telemetry._tracer.cache_clear()
     with hook(settings(tmp_path), execute=lambda task: Outcome("done")) as (url, queue):
         call(f"{url}/v1/events/main", {"events": [event("a", DIGEST)]})
         wait_for(lambda: queue.stats().states == {"done": 1})

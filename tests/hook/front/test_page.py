@@ -11,7 +11,6 @@ from pathlib import Path
 from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, hook, settings
 from needs import need_tool
 
-from layerkit.hook.front.intake import keys
 from layerkit.hook.queue.jobs import Outcome, Target, Wish
 from layerkit.model.digest import Digest
 
@@ -34,7 +33,7 @@ def test_the_page_shows_jobs_savings_and_images(tmp_path: Path) -> None:
     with hook(config) as (url, queue):
         digests = [Digest.of(b"%d" % n) for n in range(3)]
         for n, digest in enumerate(digests):
-            queue.add([Wish(key, Target("main", f"team/app{n}", "v1")) for key in keys(config, digest)])
+            queue.add([Wish(key, Target("main", f"team/app{n}", "v1")) for key in config.keys(digest)])
         layers = [
             {"digest": "sha256:" + "a" * 64, "size": 30_000_000, "kept": True},
             {"digest": HOSTILE, "size": 5_000_000, "kept": False},

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ from registry_server import PASSWORD, USER, docker_registry, write_auth
 
 from layerkit.hook.config import Config
 from layerkit.hook.front.guard import Token
+from layerkit.hook.front.intake import Intake, Service
 from layerkit.hook.front.proxy import Proxy, passed
-from layerkit.hook.metrics import Metrics
 from layerkit.hook.queue.jobs import Outcome
 from layerkit.hook.queue.queue import Queue
+from layerkit.hook.telemetry import Metrics
+from layerkit.hook.work.access import resolve
 from layerkit.hook.work.tasks import Task
 from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.errors import StoreError
@@ -118,8 +119,8 @@ def front(config: Config, execute: Any) -> Iterator[tuple[str, Queue]]:
         worker = None if execute is None else QueueWorker(
             config, queue, lambda: ThreadPoolExecutor(4), execute, metrics
         )  # fmt: skip
-        proxy = Proxy(config, config.registries["main"], queue, metrics, Token(TOKEN), worker)
-        with run_asgi(proxy) as url:
+        service = Service(config, queue, Intake(config, queue, resolve, metrics), metrics, Token(TOKEN), worker)
+        with run_asgi(Proxy(service, config.registries["main"])) as url:
             yield url, queue
 
 
@@ -344,5 +345,6 @@ def test_the_registry_must_be_known(tmp_path: Path) -> None:
     from layerkit.model.errors import RegistryError
 
     with closing(Queue(tmp_path / "q")) as queue, pytest.raises(RegistryError, match="does not answer"):
-        Proxy(replace(config, state=tmp_path / "q"), config.registries["main"], queue, Metrics(queue.stats),
-              Token(TOKEN), None)  # fmt: skip
+        metrics = Metrics(queue.stats)
+        intake = Intake(config, queue, resolve, metrics)
+        Proxy(Service(config, queue, intake, metrics, Token(TOKEN), None), config.registries["main"])

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from layerkit.hook.queue.holders import Holders
 from layerkit.hook.queue.jobs import Claim, Key, Outcome, Policy, Target, Wish, options_text
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue.queue import Holders, Queue
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
 

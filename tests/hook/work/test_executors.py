@@ -25,19 +25,23 @@ from pushed_images import Pushed, artifacts, push
 from registry_server import docker_registry
 
 from layerkit.hook.batch.one_pass import parse_shard
-from layerkit.hook.front.intake import keys
-from layerkit.hook.metrics import Metrics
+from layerkit.hook.config import ClusterTls
 from layerkit.hook.queue.jobs import Target, Wish
 from layerkit.hook.queue.queue import Queue
-from layerkit.hook.server import make_worker
+from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work import executors
-from layerkit.hook.work.access import Access
+from layerkit.hook.work.access import Place
 from layerkit.hook.work.executors import open_executor
 from layerkit.hook.work.tasks import Task, execute
-from layerkit.hook.work.worker import end
+from layerkit.hook.work.worker import make_worker
+from layerkit.idmap import Mapping
+from layerkit.images.registry.options import RegistryOptions
 from layerkit.model.digest import Digest
 from layerkit.model.errors import UnsupportedHost, UsageError
+from layerkit.usecases.attach import AttachOptions
+from layerkit.usecases.settings import Settings
 
+PLAIN = RegistryOptions(tls_verify=False)
 MAP = "uid=0:100000:65536;gid=0:100000:65536"
 INDEXES = "layerkit/indexes"
 
@@ -107,8 +111,11 @@ def opened(engine: str) -> Iterator[Executor]:
 
 
 def tasks(host: str, images: list[Pushed], store: Path) -> list[Task]:
-    access = Access(host, tls_verify=False)
-    return [Task(Digest.parse(i.digest), MAP, "erofs", "trusted", ((access, i.name),), store) for i in images]
+    options = AttachOptions(Mapping.parse_canonical(MAP))
+    return [
+        Task(Digest.parse(each.digest), options, (Place(host, each.name, PLAIN),), Settings(store))
+        for each in images
+    ]
 
 
 def test_every_engine_does_the_same(engine: str, tmp_path: Path) -> None:
@@ -163,11 +170,12 @@ def test_every_engine_tells_failures_as_values(engine: str, tmp_path: Path) -> N
     with docker_registry(tmp_path / "r") as registry, opened(engine) as executor:
         image = push(registry.host, 1)
         task = tasks(registry.host, [image], tmp_path / "store")[0]
-        unmapped = executor.submit(execute, replace(task, mapping="uid=5:5:1;gid=5:5:1")).result(60)
+        narrow = AttachOptions(Mapping.parse_canonical("uid=5:5:1;gid=5:5:1"))
+        unmapped = executor.submit(execute, replace(task, options=narrow)).result(60)
         assert unmapped.state == "failed" and unmapped.permanent and "outside the map" in unmapped.why
         gone = executor.submit(execute, replace(task, digest=Digest.of(b"absent"))).result(60)
         assert gone.state == "gone"
-        away = executor.submit(execute, replace(task, targets=((Access("127.0.0.1:1", False), "a"),))).result(60)
+        away = executor.submit(execute, replace(task, targets=(Place("127.0.0.1:1", "a", PLAIN),))).result(60)
         assert away.state == "failed" and not away.permanent
         assert executor.submit(execute, task).result(60).state == "done"
 
@@ -188,7 +196,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(kind: str, tmp_path: Pat
         wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=500, times=4))
         target = [Target("main", each.name) for each in images]
         queue.add([Wish(key, t) for each, t in zip(images, target, strict=True)
-                   for key in keys(config, Digest.parse(each.digest))])  # fmt: skip
+                   for key in config.keys(Digest.parse(each.digest))])  # fmt: skip
         worker.start()
         stack.callback(worker.stop)
         wait_for(lambda: any("/blobs/sha256" in path for _, path, _ in list(wire.seen)) or wire.hits)
@@ -209,7 +217,8 @@ def test_workers_without_a_common_store_read_each_layer_once(tmp_path: Path, kil
         own = stack.enter_context(closing(Cluster(tmp_path)))
         images = [push(registry.host, number) for number in range(6)]
         layers = {layer for each in images for layer in each.layers}
-        wanted = [replace(t, shared=shared) for t in tasks(wire.host, images, Path("store"))]
+        indexes = Place(wire.host, shared, PLAIN) if shared else None
+        wanted = [replace(t, shared=indexes) for t in tasks(wire.host, images, Path("store"))]
         # So slow that both workers want the common layer while one of them reads it.
         wire.add(Fault("GET", f"/blobs/{images[0].layers[0]}", bytes_per_second=60, times=1))
         with opened(f"dask://{own.address}") as executor:
@@ -237,7 +246,8 @@ def test_workers_without_a_common_store_read_each_layer_once(tmp_path: Path, kil
         # Whoever comes later reads nothing, whatever store it has.
         wire.seen.clear()
         with opened("threads") as executor:
-            later = [replace(t, store=tmp_path / "later", mapping=MAP.replace("100000", "300000")) for t in wanted]
+            options = AttachOptions(Mapping.parse_canonical(MAP.replace("100000", "300000")))
+            later = [replace(t, settings=Settings(tmp_path / "later"), options=options) for t in wanted]
             outcomes = [future.result(120) for future in [executor.submit(execute, task) for task in later]]
         assert [outcome.report["layers_read"] for outcome in outcomes] == [0] * 6
         assert not [path for method, path, _ in wire.seen if method == "GET" and path.rpartition("/")[2] in layers]
@@ -284,7 +294,7 @@ def test_engines_that_are_none() -> None:
         with pytest.raises(UsageError):
             open_executor(wrong, 1)
     with pytest.raises(UsageError):
-        open_executor("dask://127.0.0.1:1", 1, tls=(Path("a"), Path("b"), Path("c")))
+        open_executor("dask://127.0.0.1:1", 1, tls=ClusterTls(Path("a"), Path("b"), Path("c")))
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
@@ -320,7 +330,7 @@ def test_a_broken_pool_ends_with_all_its_workers() -> None:
     pids = list(executor._processes)  # type: ignore[attr-defined]
     os.kill(pids[0], signal.SIGKILL)
     assert isinstance(futures[0].exception(30), BrokenExecutor)
-    end(executor, at_once=True)
+    executor.shutdown(wait=False, cancel_futures=True)
     wait_for(lambda: not any(_runs(pid) for pid in pids), seconds=20)
 
 

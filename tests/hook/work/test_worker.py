@@ -17,10 +17,9 @@ from programs import wait_for
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.images import no_image, wanted
 from layerkit.hook.config import Config
-from layerkit.hook.front.intake import keys
-from layerkit.hook.metrics import Metrics
 from layerkit.hook.queue.jobs import Outcome, Target, Wish
 from layerkit.hook.queue.queue import Queue
+from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.tasks import Task
 from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.descriptor import Descriptor
@@ -32,7 +31,7 @@ def wishes(config: Config, count: int, registry: str = "main") -> list[Wish]:
     return [
         Wish(key, Target(registry, "app"))
         for n in range(count)
-        for key in keys(config, Digest.of(b"%s%d" % (registry.encode(), n)))
+        for key in config.keys(Digest.of(b"%s%d" % (registry.encode(), n)))
     ]
 
 
@@ -79,7 +78,7 @@ def test_a_registry_is_not_asked_by_more_than_its_share_and_others_go_on(tmp_pat
     lock = threading.Lock()
 
     def execute(task: Task) -> Outcome:
-        host = task.targets[0][0].host
+        host = task.targets[0].host
         with lock:
             now[host] = now.get(host, 0) + 1
             most[host] = max(most.get(host, 0), now[host])
@@ -121,7 +120,7 @@ def test_a_tag_that_moves_is_two_jobs(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with closing(Queue(config.state)) as queue:
         before, after = (
-            queue.add([Wish(keys(config, Digest.of(data))[0], Target("main", "app", "latest"))])[0]
+            queue.add([Wish(config.keys(Digest.of(data))[0], Target("main", "app", "latest"))])[0]
             for data in (b"yesterday", b"today")
         )
         assert before.job != after.job and before.new and after.new
