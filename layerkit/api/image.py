@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
     from layerkit.model.tree import Tree
     from layerkit.pack import Packing
+    from layerkit.usecases.analyze import AnalyzeReport
     from layerkit.usecases.from_folder import PackReport
     from layerkit.usecases.published_indexes import Found
     from layerkit.usecases.to_folder import UnpackReport
-    from layerkit.usecases.waste.analyze import AnalyzeReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class OpenImage:
 
     def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
         """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
-        from layerkit.usecases.waste.analyze import analyze, layer_history
+        from layerkit.usecases.analyze import analyze, layer_history
 
         indexes = self.indexes(progress=progress)
         history = layer_history(self.image.config, len(indexes))

@@ -124,26 +124,14 @@ def optimize(
 
 @overload
 def optimize_to(
-    src: str,
-    dst: str | None,
-    *,
-    keep_base: str | int | None = None,
-    metadata_only: bool = False,
-    stock_media_type: bool = False,
-    all_platforms: Literal[False] = False,
-    **how: Unpack[Rewriting],
-) -> OptimizeReport: ...
+    src: str, dst: str | None, *, keep_base: str | int | None = None, metadata_only: bool = False,
+    stock_media_type: bool = False, all_platforms: Literal[False] = False, **how: Unpack[Rewriting],
+) -> OptimizeReport: ...  # fmt: skip
 @overload
 def optimize_to(
-    src: str,
-    dst: str | None,
-    *,
-    keep_base: str | int | None = None,
-    metadata_only: bool = False,
-    stock_media_type: bool = False,
-    all_platforms: Literal[True],
-    **how: Unpack[Rewriting],
-) -> PlatformsReport: ...
+    src: str, dst: str | None, *, keep_base: str | int | None = None, metadata_only: bool = False,
+    stock_media_type: bool = False, all_platforms: Literal[True], **how: Unpack[Rewriting],
+) -> PlatformsReport: ...  # fmt: skip
 def optimize_to(
     src: str,
     dst: str | None,

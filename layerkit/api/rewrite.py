@@ -139,26 +139,14 @@ def base_of(keep_base: str | int | None, settings: Settings) -> KeptBase | None:
 
 @overload
 def flatten(
-    src: str,
-    dst: str,
-    *,
-    from_layer: str | None = None,
-    to_layer: str | None = None,
-    keep_base: str | int | None = None,
-    all_platforms: Literal[False] = False,
-    **how: Unpack[Rewriting],
-) -> FlattenReport: ...
+    src: str, dst: str, *, from_layer: str | None = None, to_layer: str | None = None,
+    keep_base: str | int | None = None, all_platforms: Literal[False] = False, **how: Unpack[Rewriting],
+) -> FlattenReport: ...  # fmt: skip
 @overload
 def flatten(
-    src: str,
-    dst: str,
-    *,
-    from_layer: str | None = None,
-    to_layer: str | None = None,
-    keep_base: str | int | None = None,
-    all_platforms: Literal[True],
-    **how: Unpack[Rewriting],
-) -> PlatformsReport: ...
+    src: str, dst: str, *, from_layer: str | None = None, to_layer: str | None = None,
+    keep_base: str | int | None = None, all_platforms: Literal[True], **how: Unpack[Rewriting],
+) -> PlatformsReport: ...  # fmt: skip
 def flatten(
     src: str,
     dst: str,
@@ -194,26 +182,14 @@ def flatten(
 
 @overload
 def remap(
-    src: str,
-    dst: str,
-    mapping: Mapping,
-    *,
-    form: str = "portable",
-    stock_media_type: bool = False,
-    all_platforms: Literal[False] = False,
-    **how: Unpack[Rewriting],
-) -> RemapReport: ...
+    src: str, dst: str, mapping: Mapping, *, form: str = "portable", stock_media_type: bool = False,
+    all_platforms: Literal[False] = False, **how: Unpack[Rewriting],
+) -> RemapReport: ...  # fmt: skip
 @overload
 def remap(
-    src: str,
-    dst: str,
-    mapping: Mapping,
-    *,
-    form: str = "portable",
-    stock_media_type: bool = False,
-    all_platforms: Literal[True],
-    **how: Unpack[Rewriting],
-) -> PlatformsReport: ...
+    src: str, dst: str, mapping: Mapping, *, form: str = "portable", stock_media_type: bool = False,
+    all_platforms: Literal[True], **how: Unpack[Rewriting],
+) -> PlatformsReport: ...  # fmt: skip
 def remap(
     src: str,
     dst: str,

@@ -12,7 +12,7 @@ from layerkit.cli.render import Output, fields, human, line, note, table
 from layerkit.model.errors import UsageError, show_path
 
 if TYPE_CHECKING:
-    from layerkit.usecases.waste.analyze import AnalyzeReport, SharingReport
+    from layerkit.usecases.analyze import AnalyzeReport, SharingReport
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -48,7 +48,7 @@ def analyze(
     `layerkit analyze oci:images:app --fail-over 5% --quiet`
     """
     from layerkit.api.open import open_image
-    from layerkit.usecases.waste.analyze import sharing
+    from layerkit.usecases.analyze import sharing
 
     out = Output(json, quiet)
     limit = parse_limit(fail_over) if fail_over is not None else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from layerkit.model.errors import show_path
 
 if TYPE_CHECKING:
-    from layerkit.usecases.waste.analyze import AnalyzeReport
+    from layerkit.usecases.analyze import AnalyzeReport
 
 PATHS_SHOWN = 50_000
 """The worst paths that a page holds: more of them only make it slow to open."""

@@ -22,8 +22,7 @@ from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
-from layerkit.usecases.waste import Action, Plan, PlannedLayer
-from layerkit.usecases.waste.parts import folders_above, stored_sum
+from layerkit.usecases.waste import Action, Plan, PlannedLayer, folders_above, stored_bytes
 
 STOCK_WARNINGS = (
     "containerd drops trusted.* xattrs when it unpacks: every file reads as ZEROS there, without an error",
@@ -113,7 +112,7 @@ def plan_stubs(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits =
         raise UsageError(f"--keep-base {keep_base}: the image has {len(indexes)} layers")
     layers = []
     for place, index in enumerate(indexes):
-        before = stored_sum(index)
+        before = int(stored_bytes(index).sum())
         rows = _doubled(index, merge(indexes[:place], limits=limits)) if place >= max(1, keep_base) else {}
         every = np.arange(len(index), dtype=np.int32)
         content = np.where((index.kind == Kind.REG) & (index.size > 0), every, -1).astype(np.int32)
@@ -123,7 +122,7 @@ def plan_stubs(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits =
         refuse_overlay(index, [Namespace.TRUSTED], _AMONG_STUBS)
         made = as_stubs(index, rows)
         content[np.fromiter(rows, np.int64, len(rows))] = -1
-        layers.append(PlannedLayer(place, Action.STUBS, made, content, before, stored_sum(made)))
+        layers.append(PlannedLayer(place, Action.STUBS, made, content, before, int(stored_bytes(made).sum())))
     return Plan(tuple(layers), merge(indexes, limits=limits).digest(), keep_base, keep_base)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind
@@ -27,6 +26,7 @@ from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.reports import Report
 from layerkit.model.trees.merge import merge
+from layerkit.usecases.waste import stored_bytes
 
 MOVED, IDENTICAL = "moved", "identical"
 """Causes of a duplicate besides ``owner``, ``mode``, ``times``, ``xattr`` and their sums (``owner+mode``)."""
@@ -113,14 +113,6 @@ class SharingReport(Report):
     same_file_bytes: int
     distinct_bytes: int
     pairs: tuple[tuple[int, int, int], ...] = field(default=())
-
-
-def stored_bytes(index: Index) -> NDArray[np.int64]:
-    """Return int64 (n,): the bytes that each row stores in the tar; 0 for all but regular files."""
-    stored = np.where(index.kind == Kind.REG, index.size, 0)
-    for row in np.flatnonzero(index.sparse >= 0).tolist():
-        stored[row] = index.sparse_maps.stored_bytes(int(index.sparse[row]))
-    return stored
 
 
 @dataclass(slots=True)
@@ -335,8 +327,3 @@ def sharing(images: Sequence[tuple[str, Sequence[Index]]]) -> SharingReport:
         distinct_bytes=distinct,
         pairs=tuple(pairs),
     )
-
-
-__all__ = [
-    "AnalyzeReport", "LayerUse", "PathUse", "SharingReport", "analyze", "layer_history", "sharing", "stored_bytes",
-]  # fmt: skip

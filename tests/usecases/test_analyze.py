@@ -22,7 +22,7 @@ from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import UsageError, show_path
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.usecases.waste.analyze import AnalyzeReport, PathUse, analyze, layer_history, sharing
+from layerkit.usecases.analyze import AnalyzeReport, PathUse, analyze, layer_history, sharing
 
 
 def stack(*layers: list[Entry]) -> list[Index]:
