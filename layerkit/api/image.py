@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from layerkit.linux.configuration import configured
 from layerkit.model.errors import UsageError
 from layerkit.model.work import Work
 from layerkit.usecases.settings import RewriteOptions, Settings, default_store, kept
@@ -171,7 +170,7 @@ class OpenImage:
         from layerkit.hosts.mounts.choose import MountOptions
         from layerkit.usecases.into_store import bring
 
-        options = MountOptions(rendering or configured("rendering"), self.settings.data, namespace, own_meta)
+        options = MountOptions(rendering, self.settings.data, namespace, own_meta)
         with self.settings.open_store() as store:
             return bring(self.work(progress), store, mapping, options).report
 
@@ -196,8 +195,7 @@ class OpenImage:
         from layerkit.hosts.mounts.choose import MountOptions
         from layerkit.usecases.into_store import mount
 
-        how = rendering or configured("rendering")
-        options = MountOptions(how, self.settings.data, own_meta=own_meta, upper=upper, work=work)
+        options = MountOptions(rendering, self.settings.data, own_meta=own_meta, upper=upper, work=work)
         with self.settings.open_store() as store:
             report = mount(self.work(progress), store, Path(target), mapping, options)
         return Mounted(Path(target), report, self.store_path)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerkit.api.image import Mounted, OpenImage, umount
-from layerkit.linux.configuration import configured
 from layerkit.usecases.settings import MapOptions, Settings, default_store, open_store
 
 if TYPE_CHECKING:
@@ -38,12 +37,7 @@ def mapping(
 ) -> Mapping | None:
     """Return the id map that the texts spell, None if there are none.
 
-    Args:
-        uid_map: ``C:H:N`` texts (container id, host id, count), each may hold several with commas.
-        gid_map: the same for groups; None takes the uid map.
-        subuid_name: take the map from /etc/subuid and /etc/subgid instead.
-        overflow_id: host id for owners outside the map; None makes them an error.
-        squash: allow several container ids on one host id.
+    The arguments are those of :class:`~layerkit.usecases.settings.MapOptions`, ``("0:100000:65536",)`` for example.
 
     Raises:
         UsageError: malformed, overlapping or contradictory.
@@ -117,19 +111,8 @@ def mount_unpacked(
 ) -> AdoptReport:
     """Mount layers as a runtime has unpacked them under ``mapping`` at ``target``; :func:`umount` ends it.
 
-    Args:
-        ref: ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
-            ``folders:UPPER:...:LOWEST``.
-        target: an existing folder.
-        mapping: the id map; None keeps the owners.
-        stacking: ``auto``, ``data-only`` or ``classic``.
-        rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; None is what is configured.
-        own_meta: write META for this map even where an idmapped mount of the shared one would do.
-        upper: makes the mount writable.
-        work: overlayfs's own folder beside ``upper``.
-        reread: accept folders that changed since they were read.
-        store: the local store; None is :func:`default_store`.
-        progress: told of entries.
+    ``ref`` is ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
+    ``folders:UPPER:...:LOWEST``. See :class:`~layerkit.hosts.mounts.choose.MountOptions` for the options.
 
     Raises:
         NotFound: no such image, or a layer of it is gone.
@@ -141,7 +124,7 @@ def mount_unpacked(
     from layerkit.hosts.mounts.choose import MountOptions
 
     options = MountOptions(
-        rendering or configured("rendering"), own_meta=own_meta, upper=upper, work=work, stacking=stacking,
+        rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking,
         reread=reread,
     )  # fmt: skip
     settings = Settings(store)

@@ -68,11 +68,10 @@ class Plan:
             dst: a reference, or a sink of your own, which is committed (aborted on an error).
             name: of the image there; "" is what ``dst`` says, else the image's own.
             stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
-            compression: of new layers: ``gzip``, ``zstd``, ``zstd:chunked`` or ``none``.
-            level: of the compression.
-            jobs: threads that compress; None is one for each core. The result does not depend on it.
-            created: time of a changed result, RFC 3339 or seconds since 1970; None takes
-                ``SOURCE_DATE_EPOCH``, and without that the time of the image stays.
+            compression: see :meth:`~layerkit.usecases.settings.RewriteOptions.of`.
+            level: see there.
+            jobs: see there.
+            created: see there.
             progress: told of bytes read and written; raises :class:`layerkit.Cancelled` to stop.
 
         Raises:

@@ -35,15 +35,8 @@ R = TypeVar("R")
 class Rewriting(TypedDict, total=False):
     """What every function takes, by keyword, that writes an image anew from one reference to another.
 
-    Attributes:
-        platform: ``os/arch[/variant]``; None takes this host's.
-        settings: store and limits.
-        compression: of new layers: ``gzip`` (the default), ``zstd``, ``zstd:chunked`` or ``none``.
-        level: of the compression.
-        jobs: threads that compress; None is one for each core. The result does not depend on it.
-        created: time of a changed result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``,
-            and without that the time of the image stays.
-        progress: told of bytes read and written; what it raises ends the work.
+    ``compression``, ``level``, ``jobs`` and ``created`` are those of :meth:`RewriteOptions.of`; for the others see
+    :class:`Route`.
     """
 
     platform: str | None

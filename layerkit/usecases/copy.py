@@ -27,7 +27,7 @@ from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
 from layerkit.model.work import Destination, Work
-from layerkit.usecases.each_platform import nameless
+from layerkit.usecases.each_platform import PassingSink, nameless
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,37 +101,25 @@ def _copied(
     )
 
 
-class _Copy(ImageSink):
+class _Copy(PassingSink):
     """One copy: a sink that counts what passes, and what was brought so far."""
 
     def __init__(self, source: ImageSource, sink: ImageSink, limits: Limits, progress: Progress | None) -> None:
-        self._source, self._sink, self._limits, self._progress = source, sink, limits, progress
+        super().__init__(sink)
+        self._source, self._limits, self._progress = source, limits, progress
         self.images: list[Digest] = []
         self.indexes: list[Digest] = []
         self.attached: list[Digest] = []
         self.blobs = self.bytes = 0
-        self.parallel, self.keeps_attached, self.mounted = sink.parallel, sink.keeps_attached, sink.mounted
         self._lock = threading.Lock()
 
-    def has_blob(self, digest: Digest) -> bool:
-        return self._sink.has_blob(digest)
-
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
-        self._sink.put_blob(descriptor, chunks)
+        super().put_blob(descriptor, chunks)
         if descriptor.digest in self.mounted:
             return  # no byte of it was read or sent
         with self._lock:
             self.blobs += 1
             self.bytes += descriptor.size
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        self._sink.put_manifest(descriptor, data, name)
-
-    def commit(self) -> None:
-        self._sink.commit()
-
-    def abort(self) -> None:
-        self._sink.abort()
 
     def all_platforms(self, dst_name: str) -> tuple[str, Descriptor]:
         """Copy what the reference names whole; return its name and descriptor."""

@@ -90,23 +90,43 @@ def _images(source: ImageSource, limits: Limits) -> tuple[str, list[Image], dict
     return name, oci_images.every(source.fetch, entries, name, source.where, limits=limits), annotations
 
 
-class _Parts(ImageSink):
-    """The sink of one platform's image: its manifest waits for the index; the whole is committed elsewhere."""
+class PassingSink(ImageSink):
+    """A sink that hands on what comes to another one, which is committed or aborted by somebody else."""
 
     def __init__(self, sink: ImageSink) -> None:
+        """Hand on to ``sink``."""
         self._sink = sink
-        self._manifests: list[Descriptor] = []
         self.parallel, self.keeps_attached, self.mounted = sink.parallel, sink.keeps_attached, sink.mounted
 
     def has_blob(self, digest: Digest) -> bool:
+        """See the port."""
         return self._sink.has_blob(digest)
 
     def put_blob(self, descriptor: Descriptor, chunks: Iterable[bytes | memoryview]) -> None:
+        """See the port."""
         self._sink.put_blob(descriptor, chunks)
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
-        if not self._sink.has_blob(descriptor.digest):
-            self._sink.put_blob(descriptor, [data])
+        """See the port."""
+        self._sink.put_manifest(descriptor, data, name)
+
+    def commit(self) -> None:
+        """Do nothing."""
+
+    def abort(self) -> None:
+        """Do nothing."""
+
+
+class _Parts(PassingSink):
+    """The sink of one platform's image: its manifest waits for the index, so that all become visible at once."""
+
+    def __init__(self, sink: ImageSink) -> None:
+        super().__init__(sink)
+        self._manifests: list[Descriptor] = []
+
+    def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:
+        if not self.has_blob(descriptor.digest):
+            self.put_blob(descriptor, [data])
         self._manifests.append(nameless(descriptor))
 
     def put_index(self, annotations: dict[str, str], name: str) -> Descriptor:
@@ -116,12 +136,6 @@ class _Parts(ImageSink):
         top = Descriptor(oci.INDEX, Digest.of(data), len(data))
         self._sink.put_manifest(top, data, name)
         return top
-
-    def commit(self) -> None:
-        """Do nothing: all platforms become visible at once."""
-
-    def abort(self) -> None:
-        """Do nothing: the whole is aborted with the error."""
 
 
 def nameless(entry: Descriptor) -> Descriptor:

@@ -14,17 +14,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.formats.tar.layer_writer import Content, stored_bytes
-from layerkit.idmap import IdMap, Mapping
+from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.images.transfer import copy_image
 from layerkit.metaonly import Namespace, metadata_layer
-from layerkit.model import acl_caps
-from layerkit.model.entry import Entry, Kind, XattrSet
-from layerkit.model.errors import InvalidImage, LossyResult, UnmappedId, UnsafeEntry, UsageError
+from layerkit.model.entry import Entry, Kind
+from layerkit.model.errors import LossyResult, UsageError
 from layerkit.model.image import Layer
 from layerkit.model.index import Index
 from layerkit.model.limits import Limits
@@ -48,54 +46,17 @@ def map_index(index: Index, mapping: Mapping) -> Index:
         UnmappedId: an id outside the map and no overflow id.
         UnsafeEntry: a malformed ACL or capability.
     """
-    rows = np.flatnonzero(index.kind < Kind.WHITEOUT)
-    uid = _owners(index, rows, index.uid, mapping.uid, mapping.overflow, "uid")
-    gid = _owners(index, rows, index.gid, mapping.gid, mapping.overflow, "gid")
-    return replace(index, uid=uid, gid=gid, xattr_sets=_mapped_sets(index, mapping))
-
-
-def _owners(
-    index: Index,
-    rows: NDArray[np.int64],
-    ids: NDArray[np.uint32],
-    id_map: IdMap,
-    overflow: int | None,
-    kind: str,
-) -> NDArray[np.uint32]:
-    mapped, inside = id_map.lookup(ids[rows])
-    if not inside.all():
-        if overflow is None:
-            row = int(rows[np.argmin(inside)])
-            raise UnmappedId(index.path[row], kind, int(ids[row]), id_map.canonical())
-        mapped[~inside] = overflow
-    out = ids.copy()
-    out[rows] = mapped
-    return out
-
-
-def _mapped_sets(index: Index, mapping: Mapping) -> tuple[XattrSet, ...]:
-    out: list[XattrSet] = []
-    for number, pairs in enumerate(index.xattr_sets):
-        if not any(name in acl_caps.ID_NAMES for name, _ in pairs):
-            out.append(pairs)
-            continue
-        users = np.flatnonzero(index.xattr == number)
-        path = index.path[int(users[0])] if len(users) else b""
-
-        def one(kind: str, value: int, path: bytes = path) -> int:
-            id_map = mapping.gid if kind.startswith("gid") else mapping.uid
-            mapped, inside = id_map.lookup(np.array([value], np.uint32))
-            if inside[0]:
-                return int(mapped[0])
-            if mapping.overflow is None:
-                raise UnmappedId(path, kind, value, id_map.canonical())
-            return mapping.overflow
-
-        try:
-            out.append(tuple((name, acl_caps.map_value(name, value, one)) for name, value in pairs))
-        except InvalidImage as error:
-            raise UnsafeEntry(str(index.diff_id), path, f"{error}; rebuild the image without it") from error
-    return tuple(out)
+    marks = index.kind >= Kind.WHITEOUT
+    # An owner that the map has lets the markers pass.
+    some = [id_map.extents[0][0] if id_map.extents else 0 for id_map in (mapping.uid, mapping.gid)]
+    mapped = apply_map(
+        index.with_owners(np.where(marks, some[0], index.uid).astype(np.uint32),
+                          np.where(marks, some[1], index.gid).astype(np.uint32), index.xattr_sets),
+        mapping,
+    )  # fmt: skip
+    return mapped.with_owners(
+        np.where(marks, index.uid, mapped.uid), np.where(marks, index.gid, mapped.gid), mapped.xattr_sets
+    )
 
 
 def map_layers(indexes: list[Index], mapping: Mapping, *, limits: Limits) -> tuple[list[Index], Tree]:

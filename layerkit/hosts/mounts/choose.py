@@ -7,6 +7,7 @@ from pathlib import Path
 
 from layerkit.idmap import Mapping
 from layerkit.linux import userns
+from layerkit.linux.configuration import configured
 from layerkit.linux.probe import Features
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import UnsupportedHost, UsageError
@@ -41,7 +42,7 @@ class MountOptions:
     """What a user can ask of a mount.
 
     Attributes:
-        rendering: of META: ``auto``, ``erofs``, ``directory`` or ``fuse``.
+        rendering: of META: ``auto``, ``erofs``, ``directory`` or ``fuse``; None is what is configured.
         data: ``auto``, ``tar`` or ``objects``: how file data is kept.
         namespace: of the stubs' xattrs: ``auto``, ``trusted`` or ``user``.
         own_meta: write META for this map even where an idmapped mount of the shared one would do.
@@ -51,7 +52,7 @@ class MountOptions:
         reread: accept such layers that changed since they were read.
     """
 
-    rendering: str = "auto"
+    rendering: str | None = None
     data: str = "auto"
     namespace: str = "auto"
     own_meta: bool = False
@@ -68,7 +69,7 @@ def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
         UsageError: a word that is none of the choices, or a contradiction.
         UnsupportedHost: what was asked for by name is not to be had here.
     """
-    wanted_rendering = _word(options.rendering, "--rendering", ("auto", *Rendering))
+    wanted_rendering = _word(options.rendering or configured("rendering"), "--rendering", ("auto", *Rendering))
     wanted_data = _word(options.data, "--data", ("auto", *DataBackend))
     wanted_namespace = _word(options.namespace, "--namespace", ("auto", *Namespace))
     privileged = userns.is_privileged()
