@@ -37,8 +37,8 @@ def measure(n: int, folder: Path) -> dict[str, Any]:
     """Build META of ``n`` names and patch it; return seconds and bytes."""
     from trees import big_columns, mapped
 
-    from layerkit.formats.meta import erofs
-    from layerkit.formats.meta.erofs_patch import patch_meta
+    from layerkit.formats.erofs.meta import build_meta
+    from layerkit.formats.erofs.patch import patch_meta
     from layerkit.idmap import IdMap, Mapping
     from layerkit.metaonly import metadata_layer
 
@@ -51,7 +51,7 @@ def measure(n: int, folder: Path) -> dict[str, Any]:
         image.unlink(missing_ok=True)
         start = time.perf_counter()
         with image.open("xb") as file:
-            fixups = erofs.build_meta(meta, file)
+            fixups = build_meta(meta, file)
         build.append(time.perf_counter() - start)
     peak = _resident("VmHWM")
     encoded = fixups.encode()
@@ -64,7 +64,7 @@ def measure(n: int, folder: Path) -> dict[str, Any]:
             patch_meta(old.fileno(), new.fileno(), fixups, Mapping(shift, shift))
         patch.append(time.perf_counter() - start)
     with (folder / "rebuilt").open("xb") as file:
-        erofs.build_meta(metadata_layer(other), file)
+        build_meta(metadata_layer(other), file)
     theirs = composefs(tree, folder)
     same = subprocess.run(["cmp", folder / "rebuilt", patched], check=False).returncode == 0
     return {
@@ -128,14 +128,14 @@ def data(files: int, folder: Path) -> float:
     import numpy as np
     from made_layers import written_layer
 
-    from layerkit.formats.meta import erofs
+    from layerkit.formats.erofs.data import build_data
 
     rng = np.random.default_rng(1)
     folder.mkdir()
     index, tar = written_layer(folder, {b"f%d" % i: rng.bytes(16) for i in range(files)})
     start = time.perf_counter()
     with tar.open("rb") as source, (folder / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     return time.perf_counter() - start
 
 

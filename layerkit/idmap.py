@@ -445,7 +445,7 @@ def check(tree: Tree, mapping: Mapping) -> None:
 def _mapped_set(owned: Tree | Index, row: int, mapper: acl_caps.IdMapper) -> XattrSet:
     """Return one set of xattrs with the ids in it mapped."""
     pairs = owned.xattr_sets[row]
-    if acl_caps.ID_NAMES.isdisjoint(name for name, _ in pairs):
+    if not any(name in acl_caps.ID_NAMES for name, _ in pairs):
         return pairs
     out = []
     for name, value in pairs:

@@ -189,6 +189,15 @@ def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return out
 
 
+def encode_devices(major: NDArray[np.uint32], minor: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return device numbers in the kernel's "new" 32-bit encoding (``new_encode_dev``), which has room for them."""
+    import numpy as np
+
+    low, high = minor & np.uint32(0xFF), minor & np.uint32(0xFFFFFF00)
+    number: NDArray[np.uint32] = low | major << np.uint32(8) | high << np.uint32(12)
+    return number
+
+
 def data_path(sha256: bytes) -> bytes:
     """Return :func:`redirects` of one digest without the leading slash: its path under a data root."""
     text = base64.urlsafe_b64encode(sha256)[:21]

@@ -68,6 +68,3 @@ def _stream(key: bytes, nonce: bytes, length: int) -> bytes:
         start = _start(key, nonce + struct.pack("<Q", counter))
         out += struct.pack("<16I", *((a + b) & _MASK for a, b in zip(start, _mixed(start), strict=True)))
     return out[:length]
-
-
-__all__ = ["open_box"]

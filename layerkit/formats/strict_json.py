@@ -86,6 +86,3 @@ def load_object(data: bytes, what: str, limits: Limits = DEFAULT) -> JsonObject:
 def dumps(value: object) -> bytes:
     """Return ``value`` as compact UTF-8 JSON, members in their order: equal values give equal bytes."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
-
-
-__all__ = ["JsonObject", "check_depth", "dumps", "load_object", "loads"]

@@ -14,8 +14,8 @@ from layerkit.model.errors import InvalidImage
 
 ACL_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
 CAPABILITY_NAME = b"security.capability"
-ID_NAMES = frozenset((*ACL_NAMES, CAPABILITY_NAME))
-"""Names of all xattrs that hold ids."""
+ID_NAMES = (*ACL_NAMES, CAPABILITY_NAME)
+"""Names of all xattrs that hold ids; fixups of an EROFS image give one by its place here."""
 
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 1, 2, 4, 8, 16, 32
 """Tags of ACL entries; only USER and GROUP carry an id, the kernel ignores that of the others."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.formats.erofs.data import write_data
+from layerkit.formats.erofs import data as erofs_data
 from layerkit.formats.index import file as index_file
 from layerkit.linux.direct import NewFile
 from layerkit.linux.durable import disk_errors, remove, sync_filesystem
-from layerkit.metaonly import redirects
 from layerkit.model.errors import DigestMismatch, StoreError
 from layerkit.model.index import Index
 from layerkit.store.catalog import Catalog, LayerRow, Publication
@@ -204,7 +203,7 @@ def write_index(index: Index, path: Path) -> None:
 def build_data(index: Index, tar: Path, data: Path) -> None:
     """Write the DATA image of the raw ``tar`` to the new file ``data``, on disk for sure."""
     with tar.open("rb") as source, data.open("x+b") as file:
-        write_data(index, source, file, names=redirects)
+        erofs_data.build_data(index, source, file)
         _finish(file)
 
 

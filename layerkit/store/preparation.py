@@ -152,8 +152,7 @@ class Preparation:
         return metadata_layer(tree, namespace, strict=self._strict)
 
     def _patch(self, key: str, base: MetaEntry, mapping: Mapping, info: dict[str, object]) -> MetaEntry:
-        from layerkit.formats.erofs.patch import Fixups
-        from layerkit.formats.meta.erofs_patch import patch_meta
+        from layerkit.formats.erofs.patch import Fixups, patch_meta
 
         with self._store.begin_meta(key) as writer:
             fixups = Fixups.decode(base.fixups_file.read_bytes())
@@ -181,7 +180,7 @@ class Preparation:
                 writer.root.mkdir()
                 write_directory(layer, writer.root, progress=progress)
             else:
-                from layerkit.formats.meta.erofs import build_meta
+                from layerkit.formats.erofs.meta import build_meta
 
                 with writer.image_file.open("xb") as file:
                     fixups = build_meta(layer, file)

@@ -212,7 +212,7 @@ def render(tree: Tree, options: AttachOptions, file: BinaryIO) -> None:
 
         write_tar(layer, file)
     else:
-        from layerkit.formats.meta.erofs import build_meta
+        from layerkit.formats.erofs.meta import build_meta
 
         build_meta(layer, file)
 

@@ -71,6 +71,3 @@ def compress(
         if out := encoder.compress(chunk):
             yield out
     yield encoder.flush()
-
-
-__all__ = ["LEVELS", "ZSTD_LEVEL", "all_cores", "compress", "compressor"]

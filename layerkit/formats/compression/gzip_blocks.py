@@ -112,6 +112,3 @@ def _stream(level: int, window: memoryview) -> Any:
     from zlib_ng import zlib_ng
 
     return zlib_ng.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, _MEMORY_LEVEL, **known)
-
-
-__all__ = ["BLOCK_BYTES", "DEFAULT_LEVEL", "LEVELS", "compressor", "gzip_blocks"]

@@ -258,6 +258,3 @@ def _time(entry: Entry) -> str:
             entry.path, f"its time {entry.mtime} is in no year from 1 to 9999, as zstd:chunked wants it; use zstd"
         ) from None
     return whole.zfill(19) + (f".{entry.mtime_ns:09d}".rstrip("0") if entry.mtime_ns else "") + "Z"
-
-
-__all__ = ["CHECKSUM_KEY", "CHUNK_BYTES", "FOOTER_BYTES", "FOOTER_MAGIC", "POSITION_KEY", "ZstdChunked"]

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from layerkit.formats.erofs import dirs
 from layerkit.formats.erofs import format as f
+from layerkit.metaonly import redirects
 from layerkit.model.entry import Extent, Kind
 from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.index import Index
@@ -91,25 +92,23 @@ class _Odd:
         return out
 
 
-ShortNames = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""Returns uint8 (k, 24), ``/:x/`` and 20 more characters, for digests uint8 (k, 32): ``metaonly.redirects``."""
+def build_data(index: Index, tar: BinaryIO | int, file: BinaryIO) -> None:
+    """Write to ``file``, without seeking, the EROFS image that maps the contents of a layer onto its tar.
 
-
-def write_data(index: Index, tar: BinaryIO | int, file: BinaryIO, *, names: ShortNames) -> None:
-    """Write the image that maps the contents of the layer ``index`` to ``file``, without seeking.
+    Each content stands under its short name (``metaonly.redirects``). Mount it with the uncompressed tar as its one
+    extra device (``device=LAYER.tar``).
 
     Args:
         index: of the layer.
         tar: the uncompressed tar, or its descriptor; read only for files that blocks cannot map.
         file: takes the image, some 100 bytes per file.
-        names: where each content stands.
 
     Raises:
         InvalidImage: two contents of one name, or content beyond the end of the tar.
         LossyResult: more blocks than EROFS can number.
     """
     fd = tar if isinstance(tar, int) else tar.fileno()
-    rows, text = _contents(index, names)
+    rows, text = _contents(index)
     tar_bytes = os.fstat(fd).st_size
     plain, odd = _sort_out(index, rows, tar_bytes)
     plan = _names(text)
@@ -138,21 +137,12 @@ def write_data(index: Index, tar: BinaryIO | int, file: BinaryIO, *, names: Shor
         raise LossyResult(b"", f"a layer of {tar_bytes} bytes; EROFS maps some 2 TiB of 512-byte blocks")
 
     nid = (position // f.SLOT_BYTES).astype(np.uint32)
-    file.write(
-        f.head(
-            block_bits=_BITS,
-            compat=f.Compat.MTIME,
-            incompat=f.Incompat.CHUNKED_FILE,
-            root_nid=int(nid[0]),
-            inodes=len(plan.names),
-            blocks=block,
-            meta_block=0,
-            xattr_block=0,
-            uuid=_uuid(index),
-            size=_INODES_AT,
-            device_blocks=device_blocks,
-        )
-    )
+    uuid = f.uuid8(hashlib.sha256(f"layerkit.erofs.data.v1 {index.diff_id}".encode()).digest())
+    head = f.Superblock(
+        block_bits=_BITS, compat=f.Compat.MTIME, root_nid=int(nid[0]), inodes=len(plan.names), blocks=block,
+        meta_block=0, xattr_block=0, uuid=uuid, device_blocks=device_blocks,
+    )  # fmt: skip
+    file.write(head.encode(_INODES_AT))
     file.write(_folders(plan, dirs_at))
     for start in range(0, len(plain), _FILES_AT_ONCE):
         some = rows[plain[start : start + _FILES_AT_ONCE]]
@@ -167,7 +157,7 @@ def write_data(index: Index, tar: BinaryIO | int, file: BinaryIO, *, names: Shor
             file.write(piece)
 
 
-def _contents(index: Index, names: ShortNames) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def _contents(index: Index) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Return (rows of the index, uint8 (k, 21) names): each content once, in the order of the names."""
     rows = np.flatnonzero((index.kind == Kind.REG) & (index.size > 0))
     # Where a content is there with and without holes, the form without them is the simpler to map.
@@ -175,7 +165,7 @@ def _contents(index: Index, names: ShortNames) -> tuple[NDArray[np.int64], NDArr
     digests = index.sha256[rows]
     text = np.zeros((len(rows), 24), np.uint8)
     for at in range(0, len(rows), _FILES_AT_ONCE):
-        part = names(digests[at : at + _FILES_AT_ONCE])
+        part = redirects(digests[at : at + _FILES_AT_ONCE])
         text[at : at + len(part), 0] = part[:, 2]
         text[at : at + len(part), 1:21] = part[:, 4:]
     keys = text.view(">u8").reshape(-1, 3)
@@ -347,10 +337,3 @@ def _read(tar: int, length: int, offset: int) -> bytes:
             raise InvalidImage(f"the layer's tar ends at {offset + len(data)}; unpack the layer again")
         data += more
     return data
-
-
-def _uuid(index: Index) -> bytes:
-    raw = bytearray(hashlib.sha256(f"layerkit.erofs.data.v1 {index.diff_id}".encode()).digest()[:16])
-    raw[6] = raw[6] & 0x0F | 0x80
-    raw[8] = raw[8] & 0x3F | 0x80
-    return bytes(raw)

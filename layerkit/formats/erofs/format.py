@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 import numpy as np
@@ -160,15 +161,8 @@ def align(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def encode_device(major: int, minor: int) -> int | None:
-    """Return a device number in the kernel's "new" 32-bit encoding; None if it has no room."""
-    if major >= 1 << 12 or minor >= 1 << 20:
-        return None
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-
-
 def decode_device(value: int) -> tuple[int, int]:
-    """Return (major, minor) of :func:`encode_device`'s result."""
+    """Return (major, minor) of a device number in the kernel's "new" 32-bit encoding."""
     return value >> 8 & 0xFFF, value & 0xFF | value >> 12 & 0xFFF00
 
 
@@ -254,35 +248,52 @@ def superblock_span(block_bits: int) -> int:
     return block - SUPER_OFFSET if block > SUPER_OFFSET else block
 
 
-def head(
-    *, block_bits: int, compat: Compat, incompat: Incompat, root_nid: int, inodes: int, blocks: int,
-    meta_block: int, xattr_block: int, uuid: bytes, size: int, device_blocks: int | None = None,
-) -> bytes:  # fmt: skip
-    """Return the first ``size`` bytes of an image: zeros, the superblock with its checksum, a device slot.
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What the head of an image says.
 
-    Args:
+    Attributes:
         block_bits: log2 of the block size in bytes.
-        compat: features; ``SB_CHKSUM`` is added.
-        incompat: features; ``DEVICE_TABLE`` is added where ``device_blocks`` is given.
+        compat: features; ``SB_CHKSUM`` is added, and to the incompatible ones chunked files and the device table.
         root_nid: below 65536.
         inodes: their number.
         blocks: of the image itself.
-        meta_block: block address that nids count from.
-        xattr_block: block address that shared xattr ids count from.
+        meta_block: block address that nids count from. xattr_block: the one that shared xattr ids count from.
         uuid: 16 bytes.
-        size: of the result, at least what the checksum covers.
         device_blocks: size of the one extra device in blocks; None where there is none.
     """
-    out = bytearray(size)
-    slot = 0
-    if device_blocks is not None:
-        incompat |= Incompat.DEVICE_TABLE
-        slot = (SUPER_OFFSET + SUPER_BYTES) // DEVICE_SLOT_BYTES
-        DEVICE_SLOT.pack_into(out, slot * DEVICE_SLOT_BYTES, b"", device_blocks, 0, b"")
-    SUPER.pack_into(
-        out, SUPER_OFFSET, MAGIC, 0, compat | Compat.SB_CHKSUM, block_bits, 0, root_nid, inodes, 0, 0, blocks,
-        meta_block, xattr_block, uuid, b"", incompat, 0, int(device_blocks is not None), slot, 0, 0, 0, 0, 0, b"",
-    )  # fmt: skip
-    crc = crc32c(out[SUPER_OFFSET : SUPER_OFFSET + superblock_span(block_bits)])
-    struct.pack_into("<I", out, SUPER_OFFSET + 4, crc)
-    return bytes(out)
+
+    block_bits: int
+    compat: Compat
+    root_nid: int
+    inodes: int
+    blocks: int
+    meta_block: int
+    xattr_block: int
+    uuid: bytes
+    device_blocks: int | None = None
+
+    def encode(self, size: int) -> bytes:
+        """Return the first ``size`` bytes of the image: zeros, the superblock with its checksum, a device slot."""
+        out = bytearray(size)
+        slot, incompat = 0, Incompat.CHUNKED_FILE
+        if self.device_blocks is not None:
+            incompat |= Incompat.DEVICE_TABLE
+            slot = (SUPER_OFFSET + SUPER_BYTES) // DEVICE_SLOT_BYTES
+            DEVICE_SLOT.pack_into(out, slot * DEVICE_SLOT_BYTES, b"", self.device_blocks, 0, b"")
+        SUPER.pack_into(
+            out, SUPER_OFFSET, MAGIC, 0, self.compat | Compat.SB_CHKSUM, self.block_bits, 0, self.root_nid,
+            self.inodes, 0, 0, self.blocks, self.meta_block, self.xattr_block, self.uuid, b"", incompat, 0,
+            int(self.device_blocks is not None), slot, 0, 0, 0, 0, 0, b"",
+        )  # fmt: skip
+        crc = crc32c(out[SUPER_OFFSET : SUPER_OFFSET + superblock_span(self.block_bits)])
+        struct.pack_into("<I", out, SUPER_OFFSET + 4, crc)
+        return bytes(out)
+
+
+def uuid8(digest: bytes) -> bytes:
+    """Return a UUID of version 8 (RFC 9562) made of a digest."""
+    raw = bytearray(digest[:16])
+    raw[6] = raw[6] & 0x0F | 0x80
+    raw[8] = raw[8] & 0x3F | 0x80
+    return bytes(raw)

@@ -8,8 +8,8 @@ is made when an image is written, and serves every id map of the same tree.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.formats.erofs import format as f
-from layerkit.formats.erofs.xattrs import ID_NAMES
+from layerkit.idmap import Mapping
 from layerkit.model import acl_caps
 from layerkit.model.errors import InvalidImage
 
-IdLookup = Callable[[str, NDArray[np.uint32]], tuple[NDArray[np.uint32], NDArray[np.bool_]]]
-"""Called as (kind, container ids), kind beginning with ``uid`` or ``gid``; returns (host ids, which there are)."""
-
+_WINDOW_BYTES = 1 << 20
 _MAGIC = b"LKEROFIX"
 _VERSION = 1
 _HEAD = struct.Struct("<8sIIQQII32s")
@@ -37,7 +35,7 @@ class XattrFixup(NamedTuple):
         offset: place of the value in the image, in bytes.
         length: of the value; no map changes it.
         set: row of ``Tree.xattr_sets`` that the value belongs to; a value is its set's alone.
-        which: its name, as a place in ``ID_NAMES``.
+        which: its name, as a place in ``acl_caps.ID_NAMES``.
     """
 
     offset: int
@@ -65,12 +63,6 @@ class Fixups:
     nids: NDArray[np.uint32]
     xattrs: tuple[XattrFixup, ...]
     sets: int
-
-    def inode_numbers(self) -> NDArray[np.uint32]:
-        """Return uint32 (m,): the ``st_ino`` that the image gives to each inode of the tree."""
-        out = np.empty(len(self.rows), np.uint32)
-        out[self.rows] = self.nids
-        return out
 
     def encode(self) -> bytes:
         """Return the fixups as bytes: versioned, with a sha256 over all of it."""
@@ -105,15 +97,53 @@ class Fixups:
         )  # fmt: skip
 
 
-class Patch:
+def patch_meta(source: int, target: int, fixups: Fixups, mapping: Mapping) -> None:
+    """Write the image at ``source`` to ``target`` with every owner mapped: of inodes, in ACLs and capabilities.
+
+    The result is byte for byte what :func:`~layerkit.formats.erofs.meta.build_meta` makes of the mapped tree.
+
+    Args:
+        source: descriptor of an image that ``build_meta`` wrote of a tree with container ids.
+        target: descriptor of an empty file, open for reading and writing.
+        fixups: returned when ``source`` was built.
+        mapping: covers every owner of the tree; the caller has checked that.
+
+    Raises:
+        InvalidImage: ``source`` is not the image that ``fixups`` belongs to, or has an owner without a host id.
+    """
+    patch = _Patch(fixups, mapping)
+    found = os.fstat(source).st_size
+    if found != fixups.image_bytes:
+        raise InvalidImage(
+            f"metadata image of {found} bytes, its fixups are for {fixups.image_bytes}; build it again"
+        )
+    # One pass through a small window beats copying the file (or cloning it) and writing through a map of it:
+    # nearly every block holds an inode, so nearly every block is written anyway.
+    window = np.empty(_WINDOW_BYTES // 8, "<u8")
+    raw = window.view(np.uint8).data
+    at = 0
+    while at < found:
+        got = os.preadv(source, [raw[: min(_WINDOW_BYTES, found - at)]], at)
+        if got <= 0 or got % 8:
+            raise InvalidImage(f"metadata image: read of {got} bytes at {at} of {found}; build it again")
+        patch.apply(window[: got // 8], at // 8)
+        done = 0
+        while done < got:
+            done += os.pwrite(target, raw[done:got], at + done)
+        at += got
+    for fix in fixups.xattrs:
+        os.pwrite(target, patch.value(fix, os.pread(source, fix.length, fix.offset)), fix.offset)
+
+
+class _Patch:
     """An id map, ready to be put into the bytes of an image with container ids, window by window."""
 
-    def __init__(self, fixups: Fixups, lookup: IdLookup) -> None:
+    def __init__(self, fixups: Fixups, mapping: Mapping) -> None:
         """Take where the ids are, and what becomes of them."""
         self._words = fixups.nids.astype(np.int64)
         self._words *= f.SLOT_BYTES // 8
         self._words += (fixups.meta_bytes + f.OWNER_OFFSET) // 8
-        self._lookup = lookup
+        self._mapping = mapping
 
     def apply(self, window: NDArray[np.uint64], start: int) -> None:
         """Map the owners of the inodes that lie in ``window``.
@@ -138,12 +168,12 @@ class Patch:
         Raises:
             InvalidImage: an id without a host id, or no such value.
         """
-        name = ID_NAMES[fix.which]
+        name = acl_caps.ID_NAMES[fix.which]
         mapped = acl_caps.map_value(name, value, lambda kind, one: int(self._ids(kind, np.array([one], "<u4"))[0]))
         return acl_caps.capability_with_rootid(mapped) if name == acl_caps.CAPABILITY_NAME else mapped
 
     def _ids(self, kind: str, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        mapped, inside = self._lookup(kind, ids)
+        mapped, inside = self._mapping.lookup(kind, ids)
         if not inside.all():
             # Whoever patches has checked the map against the tree, where the paths are.
             raise InvalidImage(

@@ -149,6 +149,3 @@ def _verify(data: bytes, digest: Digest, what: str) -> None:
     hasher.update(data)
     if hasher.hexdigest() != digest.hex:
         raise DigestMismatch(what, f"{digest.algorithm}:{hasher.hexdigest()}", str(digest))
-
-
-__all__ = ["ESTARGZ_DIGEST", "Place", "locate", "read"]

@@ -136,6 +136,3 @@ def _sha256(value: object, size: int, what: str) -> bytes:
     if digest is None or digest.algorithm != "sha256":
         raise InvalidImage(f"{what}: digest: want sha256 of the file's content")
     return bytes.fromhex(digest.hex)
-
-
-__all__ = ["entries"]

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.formats.meta import fuse_tree as f
-from layerkit.metaonly import MetadataLayer
+from layerkit.metaonly import MetadataLayer, encode_devices
 from layerkit.model.entry import Kind
 from layerkit.model.errors import LimitExceeded
-from layerkit.model.tree import Tree
 
 _INODE = np.dtype(
     [
@@ -55,7 +54,7 @@ def write_tree(meta: MetadataLayer, out: BinaryIO, more: Mapping[str, Any] | Non
     inodes = np.zeros(m, _INODE)
     for column in ("mode", "uid", "gid", "nlink", "size", "mtime", "mtime_ns", "xattr"):
         inodes[column] = getattr(tree, column)
-    inodes["rdev"] = _device_numbers(tree)
+    inodes["rdev"] = encode_devices(tree.major, tree.minor)
     inodes["first"] = place_of[tree.first_name()]
     parents = tree.parent[order][1:]
     begins = np.flatnonzero(np.r_[True, parents[1:] != parents[:-1]]) + 1 if n > 1 else np.zeros(0, np.int64)
@@ -87,14 +86,6 @@ def write_tree(meta: MetadataLayer, out: BinaryIO, more: Mapping[str, Any] | Non
     return at
 
 
-def _device_numbers(tree: Tree) -> NDArray[np.uint32]:
-    """Return device numbers as ``new_encode_dev`` of the kernel does."""
-    major, minor = tree.major.astype(np.uint32), tree.minor.astype(np.uint32)
-    low, high = minor & np.uint32(0xFF), minor & ~np.uint32(0xFF)
-    number: NDArray[np.uint32] = low | (major << np.uint32(8)) | (high << np.uint32(12))
-    return number
-
-
 def _links(meta: MetadataLayer) -> tuple[NDArray[np.int64], list[bytes]]:
     """Return for each inode the row of its target or redirect, and the strings."""
     tree = meta.tree
@@ -112,6 +103,3 @@ def _links(meta: MetadataLayer) -> tuple[NDArray[np.int64], list[bytes]]:
         stubs = stubs[~own] if len(own) else stubs
     rows[stubs] = len(strings) + np.arange(len(stubs))
     return rows, strings + redirects
-
-
-__all__ = ["write_tree"]

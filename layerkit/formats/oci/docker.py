@@ -200,17 +200,3 @@ def to_image(
         layers=tuple(Layer(*pair) for pair in zip(layers, parsed.diff_ids, strict=True)),
         platform=parsed.platform,
     )
-
-
-__all__ = [
-    "LegacyLayer",
-    "SavedImage",
-    "is_layer",
-    "is_name",
-    "legacy_config",
-    "normal_name",
-    "parse_legacy_layer",
-    "parse_manifest",
-    "parse_repositories",
-    "to_image",
-]

@@ -180,9 +180,3 @@ def _inside(value: JsonObject, *names: str) -> JsonObject:
         found = value.get(name)
         value = found if isinstance(found, dict) else {}
     return value
-
-
-__all__ = [
-    "BUNDLE", "STATEMENT", "Attestation", "Signer", "Verifier", "attestation", "bundle", "check_statement",
-    "open_bundle", "pre_authentication", "statement",
-]  # fmt: skip

@@ -69,6 +69,3 @@ def choose(platforms: Iterable[Platform | None], want: Platform) -> int | None:
         if have is not None and (rank := _rank(have, want)) is not None
     ]
     return min(ranked)[1] if ranked else None
-
-
-__all__ = ["choose", "host"]

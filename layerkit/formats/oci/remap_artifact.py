@@ -167,6 +167,3 @@ def is_attached(manifest: oci.Manifest, subject: Digest, artifact_type: str = ""
     if manifest.subject is None or manifest.subject.digest != subject:
         return False
     return not artifact_type or artifact_type == (manifest.artifact_type or manifest.config.media_type)
-
-
-__all__ = ["ARTIFACT_TYPE", "META_EROFS", "META_TAR", "RemapArtifact", "build", "is_attached", "parse"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from layerkit.formats.tar import writer as tar_writer
-from layerkit.formats.tar.writer import BLOCK, blank_header, padding, record, seal, xattr_records
+from layerkit.formats.tar.writer import blank_header, padding, record, seal, xattr_records
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Kind
 from layerkit.model.errors import InvalidImage, LossyResult, show_path
 from layerkit.model.index import Index
@@ -204,6 +204,3 @@ def _gathered(pieces: Iterable[bytes | bytearray | memoryview]) -> Iterator[byte
         yield piece
     if held:
         yield held
-
-
-__all__ = ["BLOCK", "Content", "Part", "layer_parts", "layer_tar", "marker", "order", "stored_bytes"]

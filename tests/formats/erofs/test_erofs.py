@@ -34,10 +34,11 @@ from trees import (
 
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs import reader
-from layerkit.formats.meta import erofs
-from layerkit.formats.meta.erofs_patch import patch_meta
+from layerkit.formats.erofs.data import build_data
+from layerkit.formats.erofs.meta import build_meta
+from layerkit.formats.erofs.patch import Fixups, patch_meta
 from layerkit.idmap import MAX_ID, IdMap, Mapping
-from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
+from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, encode_devices, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Extent
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult
@@ -47,9 +48,9 @@ from layerkit.model.tree import Tree
 FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
 
 
-def build(tree: Tree, namespace: Namespace = Namespace.TRUSTED) -> tuple[bytes, erofs.Fixups]:
+def build(tree: Tree, namespace: Namespace = Namespace.TRUSTED) -> tuple[bytes, Fixups]:
     file = io.BytesIO()
-    fixups = erofs.build_meta(metadata_layer(tree, namespace), file)
+    fixups = build_meta(metadata_layer(tree, namespace), file)
     return file.getvalue(), fixups
 
 
@@ -59,7 +60,7 @@ SQUASH = Mapping(IdMap.of([(MAX_ID, 7, 1)]), IdMap.of([(MAX_ID, 7, 1)]), overflo
 """What ``squashed`` does."""
 
 
-def patch(image: bytes, fixups: erofs.Fixups, mapping: Mapping, folder: Path) -> bytes:
+def patch(image: bytes, fixups: Fixups, mapping: Mapping, folder: Path) -> bytes:
     (folder / "old").write_bytes(image)
     with (folder / "old").open("rb") as old, (folder / "new").open("wb+") as new:
         patch_meta(old.fileno(), new.fileno(), fixups, mapping)
@@ -186,7 +187,7 @@ def test_a_patched_image_is_the_image_of_the_mapped_tree(
     folder = tmp_path_factory.mktemp("patch")
     tree = tree.with_owners(tree.uid // 4, tree.gid // 4, tree.xattr_sets)
     image, fixups = build(tree)
-    fixups = erofs.Fixups.decode(fixups.encode())
+    fixups = Fixups.decode(fixups.encode())
     for change, mapping in ((mapped, SHIFT), (squashed, SQUASH)):
         built, other_fixups = build(change(tree))
         assert patch(image, fixups, mapping, folder) == built
@@ -263,8 +264,7 @@ def test_xxh32_and_crc32c_of_known_values() -> None:
 
 @given(st.integers(0, 4095), st.integers(0, 2**20 - 1))
 def test_device_numbers_round_trip(major: int, minor: int) -> None:
-    number = f.encode_device(major, minor)
-    assert number is not None
+    (number,) = encode_devices(np.array([major], np.uint32), np.array([minor], np.uint32)).tolist()
     assert f.decode_device(number) == (major, minor)
 
 
@@ -283,14 +283,14 @@ def test_patching_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_damaged_fixups_are_refused() -> None:
     tree = make_tree({b"a": regular(b"a", xattrs=((ACL_ACCESS, user_acl(1)),))})
     raw = build(tree)[1].encode()
-    assert erofs.Fixups.decode(raw).encode() == raw
+    assert Fixups.decode(raw).encode() == raw
     for at in range(len(raw)):
         bad = bytearray(raw)
         bad[at] ^= 0x10
         with pytest.raises(InvalidImage, match="build the metadata image again"):
-            erofs.Fixups.decode(bytes(bad))
+            Fixups.decode(bytes(bad))
         with pytest.raises(InvalidImage, match="build the metadata image again"):
-            erofs.Fixups.decode(raw[:at])
+            Fixups.decode(raw[:at])
 
 
 # --- DATA
@@ -299,7 +299,7 @@ def test_damaged_fixups_are_refused() -> None:
 def read_data(folder: Path, index: object, tar: Path) -> dict[bytes, bytes]:
     file = io.BytesIO()
     with tar.open("rb") as source:
-        erofs.build_data(index, source, file)  # type: ignore[arg-type]
+        build_data(index, source, file)  # type: ignore[arg-type]
     found = reader.read(file.getvalue())
     assert found.block_bytes == 512
     assert found.blocks * 512 == len(file.getvalue())
@@ -354,17 +354,17 @@ def test_two_contents_of_one_name_are_an_error(tmp_path: Path) -> None:
     sha256[1, :15] = sha256[0, :15]
     sha256[1, 15] = sha256[0, 15] ^ 3
     with tar.open("rb") as source, pytest.raises(InvalidImage, match="b'x' and b'y' differ"):
-        erofs.build_data(replace(index, sha256=sha256), source, io.BytesIO())
+        build_data(replace(index, sha256=sha256), source, io.BytesIO())
     sha256[1, 15] = sha256[0, 15] ^ 4
     with tar.open("rb") as source:
-        erofs.build_data(replace(index, sha256=sha256), source, io.BytesIO())
+        build_data(replace(index, sha256=sha256), source, io.BytesIO())
 
 
 def test_a_tar_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
     index, tar = written_layer(tmp_path, {b"x": b"1", b"y": bytes(5000)})
     tar.write_bytes(tar.read_bytes()[:5000])
     with tar.open("rb") as source, pytest.raises(InvalidImage, match="b'y' lies beyond the end"):
-        erofs.build_data(index, source, io.BytesIO())
+        build_data(index, source, io.BytesIO())
 
 
 # --- a reader that meets hostile images
@@ -436,7 +436,7 @@ def test_a_directory_that_leads_back_is_refused(target: bytes) -> None:
 
 def test_a_directory_with_two_names_is_refused() -> None:
     image, fixups = build(make_tree({b"a": directory(), b"b": directory()}))
-    a, b = (int(nid).to_bytes(8, "little") for nid in fixups.inode_numbers()[1:])
+    a, b = (int(nid).to_bytes(8, "little") for nid in fixups.nids[np.argsort(fixups.rows)][1:])
     bad = without_checksum(image)
     at = image.index(b)
     bad[at : at + 8] = a

@@ -31,8 +31,9 @@ from trees import (
     user_acl,
 )
 
-from layerkit.formats.meta import erofs
-from layerkit.formats.meta.erofs_patch import patch_meta
+from layerkit.formats.erofs.data import build_data
+from layerkit.formats.erofs.meta import build_meta
+from layerkit.formats.erofs.patch import Fixups, patch_meta
 from layerkit.idmap import IdMap, Mapping
 from layerkit.linux import mounts
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
@@ -146,9 +147,9 @@ def compare(
     return inos
 
 
-def build(tree: Tree, path: Path, namespace: Namespace = Namespace.TRUSTED) -> erofs.Fixups:
+def build(tree: Tree, path: Path, namespace: Namespace = Namespace.TRUSTED) -> Fixups:
     with path.open("xb") as file:
-        return erofs.build_meta(metadata_layer(tree, namespace), file)
+        return build_meta(metadata_layer(tree, namespace), file)
 
 
 @pytest.mark.parametrize("namespace", list(Namespace))
@@ -157,7 +158,7 @@ def test_a_mounted_meta_shows_the_tree(tmp_path: Path, namespace: Namespace) -> 
     fixups = build(tree, tmp_path / "meta", namespace)
     with mounted(mounts.erofs(tmp_path / "meta")) as root:
         inos = compare(root, tree, namespace)
-    numbers = fixups.inode_numbers()
+    numbers = fixups.nids[np.argsort(fixups.rows)]
     assert inos == {node.path: int(numbers[node.inode]) for node in tree.nodes()}
     assert inos[b"hard"] == inos[b"dir/hard2"] == inos[b"z/hard3"]
 
@@ -226,7 +227,7 @@ def test_overlay_of_meta_over_the_tars_reads_every_byte(tmp_path: Path) -> None:
     for number, files in enumerate(LAYER_FILES):
         index, tar = written_layer(tmp_path, files, name=f"{number}.tar")
         with tar.open("rb") as source, (tmp_path / f"{number}.data").open("xb") as file:
-            erofs.build_data(index, source, file)
+            build_data(index, source, file)
         data.append(mounts.erofs(tmp_path / f"{number}.data", tar, directio=True))
         contents |= files
     tree = make_tree({path: regular(content, uid=1000 + len(path)) for path, content in contents.items()})
@@ -288,7 +289,7 @@ def test_sparse_files_read_as_they_are(tmp_path: Path, name: str | bytes) -> Non
     contents = {b"x": b"before", key: SPARSE[key][1], b"y": b"after"}
     index, tar = written_layer(tmp_path, {b"x": b"before", b"y": b"after"}, {key: SPARSE[key]})
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     data_mount_shows(tmp_path, contents, tar)
     copied = key in (b"odd-start", b"odd-length", b"large-odd")
     stored = sum(length for _, length in SPARSE[key][0])
@@ -298,14 +299,14 @@ def test_sparse_files_read_as_they_are(tmp_path: Path, name: str | bytes) -> Non
 def test_all_sparse_files_in_one_layer(tmp_path: Path) -> None:
     index, tar = written_layer(tmp_path, {b"x": b"x"}, SPARSE)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     data_mount_shows(tmp_path, {b"x": b"x"} | {path: content for path, (_, content) in SPARSE.items()}, tar)
 
 
 def test_a_layer_without_files_mounts(tmp_path: Path) -> None:
     index, tar = written_layer(tmp_path, {b"empty": b""})
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     data_mount_shows(tmp_path, {}, tar)
 
 
@@ -315,7 +316,7 @@ def test_a_tar_that_ends_with_its_last_file(tmp_path: Path, bytes_left: int) -> 
     raw = tar.read_bytes()[: int(index.offset[1]) + bytes_left]
     tar.write_bytes(raw)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     data_mount_shows(tmp_path, {b"w": bytes(9000), b"x": b"12345"}, tar)
 
 
@@ -325,7 +326,7 @@ def test_contents_that_do_not_keep_to_blocks_are_copied(tmp_path: Path) -> None:
     tar.write_bytes(bytes(7) + tar.read_bytes())
     index = replace(index, offset=np.where(index.offset < 0, -1, index.offset + 7), tar_size=index.tar_size + 7)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     assert (tmp_path / "data").stat().st_size > 100_000
     data_mount_shows(tmp_path, files, tar)
 
@@ -335,5 +336,5 @@ def test_20_000_files_of_a_layer(tmp_path: Path) -> None:
     files = {b"f%d" % i: rng.bytes(int(n)) for i, n in enumerate(rng.integers(1, 1500, 20_000))}
     index, tar = written_layer(tmp_path, files)
     with tar.open("rb") as source, (tmp_path / "data").open("xb") as file:
-        erofs.build_data(index, source, file)
+        build_data(index, source, file)
     data_mount_shows(tmp_path, files, tar)

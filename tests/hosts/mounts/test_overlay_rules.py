@@ -28,7 +28,7 @@ from needs import need_root, need_tool
 from trees import file, folder, tree_of
 
 from layerkit import idmap
-from layerkit.formats.meta.erofs import build_meta
+from layerkit.formats.erofs.meta import build_meta
 from layerkit.formats.meta.tar import write_tar
 from layerkit.linux import mounts
 from layerkit.linux.folders.stubs import write_directory

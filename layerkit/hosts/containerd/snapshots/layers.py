@@ -149,7 +149,7 @@ class Layers:
         }
 
     def _of_folders(self, what: str, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
-        from layerkit.formats.meta import erofs
+        from layerkit.formats.erofs.meta import build_meta
         from layerkit.linux.folders import stubs as directory
         from layerkit.metaonly import metadata_layer
 
@@ -170,7 +170,7 @@ class Layers:
         remove(target)
         if self._features.erofs:
             with new.open("xb") as file:
-                erofs.build_meta(layer, file)
+                build_meta(layer, file)
             sync_path(new)
         else:
             new.mkdir()

@@ -1,9 +1,13 @@
-"""Renders a tree of stubs as an uncompressed EROFS image with 4 KiB blocks.
+"""Renders a metadata layer as an uncompressed EROFS image with 4 KiB blocks.
 
 The image is, in this order: the superblock; the shared xattrs; the inodes of directories, symlinks and odd
 cases one after the other (*loose*), the root first; all other inodes as arrays of equal records, one array
 per shape; blocks of directories and of symlinks that found no room beside their inode. Nothing in the
 layout depends on owners, so that :mod:`~layerkit.formats.erofs.patch` can write other ones in their place.
+
+Every distinct pair of xattr name and value is stored once in the shared area and named by its id from the
+inodes. Pairs that hold owner ids are the exception: they are distinct per xattr set, whatever their value,
+because an id map may make two values equal and the layout must not depend on the map.
 
 Only stubs have content, and theirs is one null chunk: a hole over the whole file, never read because the
 overlay takes the bytes from elsewhere (``fs/erofs/data.c``, chunk-based files).
@@ -12,17 +16,19 @@ overlay takes the bytes from elsewhere (``fs/erofs/data.c``, chunk-based files).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.formats.erofs import dirs, xattrs
+from layerkit.formats.erofs import dirs
 from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs.patch import Fixups, XattrFixup
-from layerkit.model.entry import Kind
+from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, MetadataLayer, encode_devices
+from layerkit.model.acl_caps import ID_NAMES
+from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
 
@@ -34,39 +40,25 @@ _CLASS_ALIGN = 128
 _INODES_AT_ONCE = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
-class StubForm:
-    """What makes a regular file a stub.
+_LIST_MAX = 65536
+"""What listxattr(2) can return at most (``XATTR_LIST_MAX``)."""
 
-    Attributes:
-        shared: (name, value) of the xattr that is equal for all stubs.
-        own_name: name of the xattr that stubs have with a value of their own.
-        own_bytes: int64 (m,), length of that value by inode; 0 where the stub does not have it.
-        values: returns uint8 (k, bytes): the values of k inodes that have values of one length.
-    """
-
-    shared: tuple[bytes, bytes]
-    own_name: bytes
-    own_bytes: NDArray[np.int64]
-    values: Callable[[NDArray[np.integer]], NDArray[np.uint8]]
+_OURS = 2
+"""A stub brings two xattrs of its own: a shared one (metacopy) and an inline one (redirect)."""
 
 
-def write(tree: Tree, is_stub: NDArray[np.bool_], form: StubForm, file: BinaryIO) -> Fixups:
-    """Write the image of ``tree`` to ``file`` from its current position on, without seeking.
+def build_meta(meta: MetadataLayer, file: BinaryIO) -> Fixups:
+    """Write ``meta`` as an EROFS image to ``file`` (some 160 to 200 bytes per name), in one pass without seeking.
 
-    Args:
-        tree: what the mount shows; holds its invariants (``Tree.check``).
-        is_stub: bool (m,): the regular files that are stubs; all others must be empty.
-        form: their xattrs.
-        file: takes some 160 to 200 bytes per name.
+    The same metadata layer gives the same bytes. Inode numbers depend on the tree, never on owners.
 
     Returns:
-        Where the owners are, for :mod:`~layerkit.formats.erofs.patch`.
+        What :func:`~layerkit.formats.erofs.patch.patch_meta` needs to make the image of an id map from this one.
 
     Raises:
         LossyResult: an entry that EROFS cannot express, by path.
     """
-    image = _Image(tree, is_stub, form)
+    image = _Image(meta)
     for piece in image.pieces():
         file.write(piece)
     return image.fixups()
@@ -75,17 +67,18 @@ def write(tree: Tree, is_stub: NDArray[np.bool_], form: StubForm, file: BinaryIO
 class _Image:
     """The layout of one image, fixed when constructed, and its bytes in order."""
 
-    def __init__(self, tree: Tree, is_stub: NDArray[np.bool_], form: StubForm) -> None:
-        self.tree, self.is_stub, self.form = tree, is_stub, form
+    def __init__(self, meta: MetadataLayer) -> None:
+        self.meta, self.tree, self.is_stub = meta, meta.tree, meta.is_stub
+        tree = self.tree
         self.kind = tree.kind
-        _check(tree, self.kind, is_stub)
+        _check(tree, self.kind, self.is_stub)
         self.devices = _devices(tree, self.kind)
-        own, common = f.split_xattr_name(form.own_name), f.split_xattr_name(form.shared[0])
+        self.redirect, shared = meta.namespace.xattr(REDIRECT), meta.namespace.xattr(METACOPY)
+        own, common = f.split_xattr_name(self.redirect), f.split_xattr_name(shared)
         assert own is not None and common is not None
-        self.own, self.own_bytes = own, form.own_bytes
+        self.own, self.own_bytes = own, meta.redirect_bytes
         self.own_value_at = f.XATTR_ENTRY_BYTES + len(own[1])
-        extra_bytes = len(form.own_name) + len(form.shared[0]) + 2
-        self.xattrs = xattrs.plan(tree, form.shared, extra_bytes)
+        self.xattrs = _plan_xattrs(tree, (shared, METACOPY_VALUE), len(self.redirect) + len(shared) + 2)
         self.filters = self.xattrs.filters()
         self.stub_filters = self.xattrs.filters((own, common))
         self.shared = self.xattrs.shared
@@ -185,18 +178,12 @@ class _Image:
 
     def pieces(self) -> Iterator[bytes | bytearray | memoryview]:
         """Yield the image's bytes in order."""
-        yield f.head(
-            block_bits=f.META_BLOCK_BITS,
-            compat=f.Compat.MTIME | f.Compat.XATTR_FILTER,
-            incompat=f.Incompat.CHUNKED_FILE,
-            root_nid=int(self.nid[0]),
-            inodes=self.tree.inodes,
-            blocks=self.blocks,
-            meta_block=self.meta_block,
-            xattr_block=1,
-            uuid=_uuid(self.tree, self.form),
-            size=_BLOCK,
-        )
+        head = f.Superblock(
+            block_bits=f.META_BLOCK_BITS, compat=f.Compat.MTIME | f.Compat.XATTR_FILTER, root_nid=int(self.nid[0]),
+            inodes=self.tree.inodes, blocks=self.blocks, meta_block=self.meta_block, xattr_block=1,
+            uuid=_uuid(self.tree, self.redirect),
+        )  # fmt: skip
+        yield head.encode(_BLOCK)
         yield self.xattrs.area + bytes(-len(self.xattrs.area) % _BLOCK)
         file_type = np.zeros(16, np.uint8)
         file_type[list(f.FILE_TYPE)] = list(f.FILE_TYPE.values())
@@ -269,8 +256,8 @@ class _Image:
             if own:
                 entry = out["own"]
                 entry[:] = np.frombuffer(own, np.uint8)
-                entry[:, self.own_value_at : self.own_value_at + int(self.own_bytes[rows[0]])] = self.form.values(
-                    rows
+                entry[:, self.own_value_at : self.own_value_at + int(self.own_bytes[rows[0]])] = (
+                    self.meta.redirects_of(rows)
                 )
             out["chunks"] = f.NULL_BLOCK
         return out.view(np.uint8).data
@@ -317,7 +304,7 @@ class _Image:
             ids.insert(0, plan.extra_id)
             filters = self.stub_filters
             if self.own_bytes[row]:
-                own = f.xattr_entry(*self.own, self.form.values(np.array([row])).tobytes())
+                own = f.xattr_entry(*self.own, self.meta.redirects_of(np.array([row])).tobytes())
             chunks = (int(self.tree.size[row]) + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS
             own += b"\xff" * (4 * chunks)
         head = int(filters[xattr_set]).to_bytes(4, "little") + bytes((len(ids),)) + bytes(7)
@@ -362,25 +349,24 @@ def _check(tree: Tree, kind: NDArray[np.uint8], is_stub: NDArray[np.bool_]) -> N
         raise LossyResult(tree.path(row), f"a name of {tree.name.lengths[row]} bytes; EROFS holds {f.NAME_MAX}")
 
 
-def _devices(tree: Tree, kind: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return int64 (m,): device numbers as they are stored, 0 for all that is no device."""
-    out = np.zeros(tree.inodes, np.int64)
-    for row in np.flatnonzero((kind == Kind.CHAR) | (kind == Kind.BLOCK)).tolist():
-        major, minor = int(tree.major[row]), int(tree.minor[row])
-        number = f.encode_device(major, minor)
-        if number is None:
-            raise LossyResult(tree.inode_path(row), f"device {major}:{minor}; EROFS holds 4095:1048575 at most")
-        out[row] = number
-    return out
+def _devices(tree: Tree, kind: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """Return uint32 (m,): device numbers as they are stored, 0 for all that is no device."""
+    device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
+    beyond = device & ((tree.major >= 1 << 12) | (tree.minor >= 1 << 20))
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        what = f"device {tree.major[row]}:{tree.minor[row]}; EROFS holds 4095:1048575 at most"
+        raise LossyResult(tree.inode_path(row), what)
+    return np.where(device, encode_devices(tree.major, tree.minor), np.uint32(0))
 
 
-def _uuid(tree: Tree, form: StubForm) -> bytes:
+def _uuid(tree: Tree, redirect: bytes) -> bytes:
     """Return a UUID (version 8, RFC 9562) of all that the image holds but owners.
 
     Overlayfs tells layers apart by UUID, so it must not be zero; and an upper directory made over one map
     must fit the META of another, so it must not depend on the map.
     """
-    h = hashlib.sha256(b"layerkit.erofs.v1\0" + form.own_name + b"\0")
+    h = hashlib.sha256(b"layerkit.erofs.v1\0" + redirect + b"\0")
     for strings in (tree.name, tree.targets):
         h.update(np.ascontiguousarray(strings.offsets, "<i8").data)
         h.update(strings.blob)
@@ -391,8 +377,115 @@ def _uuid(tree: Tree, form: StubForm) -> bytes:
     ):  # fmt: skip
         h.update(np.ascontiguousarray(column, dtype).data)
     for pairs in tree.xattr_sets:
-        h.update(repr([(name, b"" if name in xattrs.ID_NAMES else value) for name, value in pairs]).encode())
-    raw = bytearray(h.digest()[:16])
-    raw[6] = raw[6] & 0x0F | 0x80
-    raw[8] = raw[8] & 0x3F | 0x80
-    return bytes(raw)
+        h.update(repr([(name, b"" if name in ID_NAMES else value) for name, value in pairs]).encode())
+    return f.uuid8(h.digest())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Xattrs:
+    """The xattrs of an image.
+
+    Attributes:
+        area: the shared area.
+        extra_id: id of the pair that all stubs have.
+        starts: int64 (sets + 1,): row of ``ids`` where those of a set begin.
+        ids: uint32: shared xattr ids, set by set.
+        inline: by set, the entries that found no room among the shared ids; b"" nearly always.
+        names: by set, its (index, name) pairs, for the name filter.
+        fixups: (offset of the value in ``area``, its length, set, place in ``ID_NAMES``).
+    """
+
+    area: bytes
+    extra_id: int
+    starts: NDArray[np.int64]
+    ids: NDArray[np.uint32]
+    inline: tuple[bytes, ...]
+    names: tuple[tuple[tuple[int, bytes], ...], ...]
+    fixups: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def shared(self) -> NDArray[np.int64]:
+        """Return int64 (sets,): the number of shared ids of each set."""
+        return np.diff(self.starts)
+
+    def filters(self, more: Sequence[tuple[int, bytes]] = ()) -> NDArray[np.uint32]:
+        """Return uint32 (sets,): the name filter of each set, with the names ``more`` added."""
+        return np.array([f.name_filter((*names, *more)) for names in self.names], np.uint32)
+
+
+def _plan_xattrs(tree: Tree, extra: tuple[bytes, bytes], extra_bytes: int) -> _Xattrs:
+    """Return where the xattrs of ``tree`` go; sets that no inode has are left out.
+
+    Args:
+        tree: whose ``xattr_sets`` are to be stored.
+        extra: the pair (name, value) that all stubs share besides.
+        extra_bytes: the longest list of names that stubs add, for the limits.
+
+    Raises:
+        LossyResult: a name or a value that EROFS or the kernel cannot hold.
+    """
+    area = bytearray()
+    common = f.split_xattr_name(extra[0])
+    assert common is not None
+    extra_id = _add(area, common, extra[1])[0]
+    seen: dict[object, int] = {extra: extra_id}
+    used = np.zeros(len(tree.xattr_sets), bool)
+    used[tree.xattr] = True
+    starts, ids, inlines, fixups = [0], list[int](), list[bytes](), list[tuple[int, int, int, int]]()
+    all_names = []
+    for row, pairs in enumerate(tree.xattr_sets):
+        names, inline = [], bytearray()
+        if used[row]:
+            _check_list(tree, row, pairs, extra_bytes)
+            # Ids first: so they are always shared, and patching never looks into inodes.
+            ordered = sorted(pairs, key=lambda pair: pair[0] not in ID_NAMES)
+            for place, (name, value) in enumerate(ordered):
+                parts = f.split_xattr_name(name)
+                if parts is None or len(value) > f.XATTR_VALUE_MAX:
+                    raise LossyResult(_path(tree, row), _why(name, value))
+                names.append(parts)
+                if place >= f.XATTR_SHARED_MAX - _OURS:
+                    inline += f.xattr_entry(*parts, value)
+                    continue
+                key: object = (row, name) if name in ID_NAMES else (name, value)
+                if key not in seen:
+                    seen[key], offset = _add(area, parts, value)
+                    if name in ID_NAMES:
+                        fixups.append((offset, len(value), row, ID_NAMES.index(name)))
+                ids.append(seen[key])
+            if len(inline) > f.XATTR_BODY_MAX - 4096:
+                raise LossyResult(_path(tree, row), "more xattrs than an EROFS inode holds (some 256 KiB)")
+        starts.append(len(ids))
+        inlines.append(bytes(inline))
+        all_names.append(tuple(names))
+    return _Xattrs(
+        bytes(area), extra_id, np.array(starts, np.int64), np.array(ids, np.uint32), tuple(inlines),
+        tuple(all_names), tuple(fixups),
+    )  # fmt: skip
+
+
+def _add(area: bytearray, parts: tuple[int, bytes], value: bytes) -> tuple[int, int]:
+    """Append an entry; return its shared id and the offset of its value in the area."""
+    at = len(area)
+    area += f.xattr_entry(*parts, value)
+    return at // 4, at + f.XATTR_ENTRY_BYTES + len(parts[1])
+
+
+def _path(tree: Tree, row: int) -> bytes:
+    return tree.inode_path(int(np.argmax(tree.xattr == row)))
+
+
+def _check_list(tree: Tree, row: int, pairs: XattrSet, extra_bytes: int) -> None:
+    total = sum(len(name) + 1 for name, _ in pairs) + extra_bytes
+    if total > _LIST_MAX:
+        what = f"names of xattrs that take {total} bytes; listxattr(2) returns no more than {_LIST_MAX}"
+        raise LossyResult(_path(tree, row), what)
+
+
+def _why(name: bytes, value: bytes) -> str:
+    shown = name.decode("utf-8", "backslashreplace")
+    if len(value) > f.XATTR_VALUE_MAX:
+        return f"xattr {shown!r} of {len(value)} bytes; EROFS holds {f.XATTR_VALUE_MAX}"
+    return (
+        f"xattr {shown!r}: EROFS holds user., trusted., security. and POSIX ACL names of up to {f.NAME_MAX} bytes"
+    )
