@@ -118,11 +118,11 @@ def _show(report: AnalyzeReport, top: int) -> None:
         ["LAYER", "BLOB", "FILES", "NEW", "DUPLICATED", "CAUSE", "HIDDEN", "WHITEOUTS", "IDLE", "MADE BY"],
         [
             (
-                i, human(x.blob_bytes), human(x.file_bytes), human(x.new_bytes), human(x.duplicated_bytes),
+                x.number, human(x.blob_bytes), human(x.file_bytes), human(x.new_bytes), human(x.duplicated_bytes),
                 _causes(x.causes), human(x.hidden_bytes), f"{x.whiteouts:,}", f"{x.idle_whiteouts:,}",
                 show_path(x.history)[:60],
             )
-            for i, x in enumerate(report.layers)
+            for x in report.layers
         ],
         right=(0, 1, 2, 3, 4, 6, 7, 8),
     )  # fmt: skip

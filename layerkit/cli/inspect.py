@@ -53,8 +53,15 @@ def _show(report: InspectReport) -> None:
         "",
         ["LAYER", "BLOB", "DIFF ID", "ENTRIES", "WHITEOUTS", "TAR"],
         [
-            (i, human(row.blob_bytes), row.diff_id, f"{row.entries:,}", f"{row.whiteouts:,}", human(row.tar_bytes))
-            for i, row in enumerate(report.layers)
+            (
+                row.number,
+                human(row.blob_bytes),
+                row.diff_id,
+                f"{row.entries:,}",
+                f"{row.whiteouts:,}",
+                human(row.tar_bytes),
+            )
+            for row in report.layers
         ],
         right=(0, 1, 3, 4, 5),
     )

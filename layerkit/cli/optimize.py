@@ -76,21 +76,26 @@ def optimize(
     if out.told("optimize", report.to_dict()):
         return
     if out.holds_archive:
-        out.note(f"{report.manifest}: {human(report.bytes_after)}, before {human(report.bytes_before)}")
+        out.note(f"{report.manifest}: {_saved(report)}")
     else:
         _show(report, dst or "")
 
 
+def _saved(report: OptimizeReport) -> str:
+    """Return what was saved, and of what: never bytes of tars beside bytes of compressed blobs."""
+    less = f"{abs(report.saved_percent)} % {'less' if report.saved_percent >= 0 else 'more'}"
+    return f"{less}, {'layers as they are compressed' if report.compared == 'blobs' else 'files, uncompressed'}"
+
+
 def _show(report: OptimizeReport, dst: str) -> None:
-    written = bool(report.manifest)
     rows = [
         ("image", f"{report.name or dst}  {report.manifest or 'not written (--dry-run)'}"),
         ("layers", f"{report.layers_after}, before {report.layers_before}"),
         ("files", f"{human(report.file_bytes_after)}, before {human(report.file_bytes_before)}"),
     ]
-    if written:
-        saved = f"{abs(report.saved_percent)} % {'less' if report.saved_percent >= 0 else 'more'}"
-        rows.append(("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}: {saved}"))
+    if report.bytes_after is not None:
+        rows.append(("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}"))
+    rows.append(("saved", _saved(report)))
     if report.kept_base:
         base = f"{report.kept_base} layers kept; touching them would save {human(report.base_cost_bytes)} of files"
         rows.append(("base", base))
@@ -100,11 +105,11 @@ def _show(report: OptimizeReport, dst: str) -> None:
         ["LAYER", "ACTION", "FILES", "AFTER", "ENTRIES", "AFTER", "BLOB", "AFTER", "DIGEST"],
         [
             (
-                i, x.action, human(x.file_bytes_before), human(x.file_bytes_after), f"{x.entries_before:,}",
+                x.number, x.action, human(x.file_bytes_before), human(x.file_bytes_after), f"{x.entries_before:,}",
                 f"{x.entries_after:,}", human(x.blob_bytes_before),
-                human(x.blob_bytes_after) if written or x.action == "keep" else "", x.digest_after[:19],
+                "" if x.blob_bytes_after is None else human(x.blob_bytes_after), x.digest_after[:19],
             )
-            for i, x in enumerate(report.layers)
+            for x in report.layers
         ],
         right=(0, 2, 3, 4, 5, 6, 7),
     )  # fmt: skip

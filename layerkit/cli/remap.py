@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, next_mount
+from layerkit.cli.render import Output, fields, human, line, next_mount
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
-    from layerkit.model.reports import RemapReport
+    from layerkit.model.reports import InspectReport, RemapReport
     from layerkit.usecases.each_platform import PlatformsReport
 
 
@@ -135,10 +135,7 @@ def remap(
 
     with open_image(src, platform=platform, settings=settings) as image:
         if dry_run:
-            plan = image.inspect(mapping).to_dict()
-            if not out.told("remap-plan", plan):
-                plain = [(name, value) for name, value in plan.items() if not isinstance(value, (list, dict))]
-                fields([(name.replace("_", " "), value) for name, value in plain])
+            _show_plan(image.inspect(mapping), out)
             return
         with out.progress() as step:
             if dst is None:
@@ -177,3 +174,18 @@ def _show(result: RemapReport, out: Output) -> None:
     ])  # fmt: skip
     if out.dst is None:
         next_mount(result, out)
+
+
+def _show_plan(plan: InspectReport, out: Output) -> None:
+    if out.told("remap-plan", plan.to_dict()):
+        return
+    outside = sum(row.becomes == "unmapped" for row in (*plan.uids, *plan.gids))
+    fields([
+        ("image", f"{plan.name}  {plan.manifest}"),
+        ("map", plan.map_text or "none"),
+        ("entries", f"{plan.entries:,} in {len(plan.layers)} layers, {human(plan.data_bytes)} of data"),
+        ("owners", f"{len(plan.uids)} users, {len(plan.gids)} groups, {outside} of them outside the map"),
+        ("made", "nothing (--dry-run)"),
+    ])  # fmt: skip
+    for problem in plan.problems:
+        line(f"! {problem}")

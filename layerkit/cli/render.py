@@ -71,9 +71,14 @@ def human(size: float) -> str:
     raise AssertionError(size)
 
 
+_VERSIONS = {"analyze": 2, "inspect": 2, "optimize": 2, "optimize-platforms": 2, "remap-plan": 2}
+"""Of schemas that changed. 2: layers are numbered from 1, and what a plan cannot know is null."""
+
+
 def emit_json(schema: str, body: Mapping[str, object], file: TextIO | None = None) -> None:
     """Print ``body`` as one JSON document that names its ``schema`` and version."""
-    print(json.dumps({"schema": f"layerkit.{schema}.v1", **body}, indent=2, default=_plain), file=file)
+    name = f"layerkit.{schema}.v{_VERSIONS.get(schema, 1)}"
+    print(json.dumps({"schema": name, **body}, indent=2, default=_plain), file=file)
 
 
 def _plain(value: object) -> object:

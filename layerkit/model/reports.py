@@ -60,8 +60,9 @@ class RemapReport(Report):
 
 @dataclass(frozen=True, slots=True)
 class LayerRow(Report):
-    """One layer in an inspection."""
+    """One layer in an inspection; ``number`` counts from 1, the lowest."""
 
+    number: int
     digest: str
     diff_id: str
     media_type: str

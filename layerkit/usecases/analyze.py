@@ -37,7 +37,8 @@ class LayerUse(Report):
     """What one layer holds, in stored bytes of regular files unless said otherwise.
 
     Attributes:
-        digest: of the blob. diff_id: of the tar. history: the step that made it, "" where unknown.
+        number: of the layer, from 1, the lowest. digest: of the blob. diff_id: of the tar.
+        history: the step that made it, "" where unknown.
         blob_bytes: of the blob. tar_bytes: of the tar. entries: its rows.
         file_bytes: ``new_bytes + duplicated_bytes + hidden_bytes``.
         new_bytes: what the image needs of this layer.
@@ -46,6 +47,7 @@ class LayerUse(Report):
         whiteouts: whiteouts and opaque markers. idle_whiteouts: those that hide nothing.
     """
 
+    number: int
     digest: str
     diff_id: str
     history: str
@@ -63,7 +65,7 @@ class LayerUse(Report):
 
 @dataclass(frozen=True, slots=True)
 class PathUse(Report):
-    """Wasted bytes at one path: ``path`` is printable text; ``causes`` may hold ``hidden``; ``layers`` waste."""
+    """Wasted bytes at one path, as printable text, in ``layers`` (from 1); ``causes`` may hold ``hidden``."""
 
     path: str
     bytes: int
@@ -155,6 +157,7 @@ def analyze(
         hidden = sum(f.size for f in own if not f.cause and not f.shown)
         total = sum(f.size for f in own)
         layers.append(LayerUse(
+            number=place + 1,
             digest=str(image.layers[place].descriptor.digest),
             diff_id=str(index.diff_id),
             history=history[place] if place < len(history) else "",
@@ -267,7 +270,7 @@ def _worst(files: Iterable[_File]) -> Iterator[PathUse]:
     for file in files:
         if file.cause or not file.shown:
             causes[file.path][file.cause or "hidden"] += file.size
-            layers[file.path].add(file.layer)
+            layers[file.path].add(file.layer + 1)
     for path in sorted(causes, key=lambda p: (-causes[p].total(), p)):
         yield PathUse(show_path(path), causes[path].total(), dict(causes[path]), tuple(sorted(layers[path])))
 

@@ -58,6 +58,7 @@ def inspect(work: Work, found: Found, mapping: Mapping | None) -> InspectReport:
 def _layer_row(image: Image, place: int, index: Index) -> LayerRow:
     descriptor = image.layers[place].descriptor
     return LayerRow(
+        number=place + 1,
         digest=str(descriptor.digest),
         diff_id=str(index.diff_id),
         media_type=descriptor.media_type,

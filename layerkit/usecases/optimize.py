@@ -28,18 +28,20 @@ class OptimizedLayer(Report):
     """What became, or would become, of one layer.
 
     Attributes:
+        number: of the layer, from 1, the lowest.
         action: ``keep``, ``rewrite``, ``drop``, or ``stubs``: rewritten with stubs for doubled files.
         digest_before: of the blob. digest_after: "" for a dropped layer, and before anything is written.
-        blob_bytes_before, blob_bytes_after: 0 where it is not known or gone.
+        blob_bytes_before, blob_bytes_after: 0 where it is gone, None where it is not known yet.
         file_bytes_before, file_bytes_after: stored bytes of regular files, uncompressed.
         entries_before, entries_after: rows.
     """
 
+    number: int
     action: str
     digest_before: str
     digest_after: str
     blob_bytes_before: int
-    blob_bytes_after: int
+    blob_bytes_after: int | None
     file_bytes_before: int
     file_bytes_after: int
     entries_before: int
@@ -56,8 +58,10 @@ class OptimizeReport(Report):
         source: digest of the manifest it was made from.
         layers: one for each layer of the source, bottom first.
         layers_before, layers_after: of the image.
-        bytes_before, bytes_after: of all layer blobs; ``bytes_after`` is 0 for a dry run.
-        saved_percent: of ``bytes_before``; 0 for a dry run.
+        bytes_before, bytes_after: of all layer blobs; ``bytes_after`` is None for a dry run.
+        compared: what ``saved_percent`` compares: ``blobs``, where all of them are compressed alike before and
+            after; else, and for a dry run, ``files``, uncompressed.
+        saved_percent: what is gone of that.
         file_bytes_before, file_bytes_after: stored bytes of all regular files, uncompressed.
         kept_base: layers from the bottom that were not to be touched.
         base_cost_bytes: file bytes that could go besides if the base were touched.
@@ -74,7 +78,8 @@ class OptimizeReport(Report):
     layers_before: int
     layers_after: int
     bytes_before: int
-    bytes_after: int
+    bytes_after: int | None
+    compared: str
     saved_percent: float
     file_bytes_before: int
     file_bytes_after: int
@@ -84,6 +89,12 @@ class OptimizeReport(Report):
     compressor: str
     seconds: float
     warnings: tuple[str, ...] = ()
+
+
+def _compressed_alike(before: Image, after: Image | None) -> bool:
+    """Return whether all layers of both are compressed in one way, by what their media types say."""
+    types = [layer.descriptor.media_type for image in (before, after) if image for layer in image.layers]
+    return len({next((kind for kind in ("gzip", "zstd") if kind in each), "") for each in types}) <= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,18 +237,21 @@ class _Told:
         ):
             new = old if layer.action is Action.KEEP else written.get(place)
             rows.append(OptimizedLayer(
+                number=place + 1,
                 action=layer.action.value,
                 digest_before=str(old.descriptor.digest),
                 digest_after=str(new.descriptor.digest) if new else "",
                 blob_bytes_before=old.descriptor.size,
-                blob_bytes_after=new.descriptor.size if new else 0,
+                blob_bytes_after=new.descriptor.size if new else 0 if result else None,
                 file_bytes_before=layer.bytes_before,
                 file_bytes_after=layer.bytes_after,
                 entries_before=len(index),
                 entries_after=len(layer.index),
             ))  # fmt: skip
         before = sum(layer.descriptor.size for layer in image.layers)
-        after = sum(layer.descriptor.size for layer in result.layers) if result else 0
+        after = sum(layer.descriptor.size for layer in result.layers) if result else None
+        alike = after is not None and _compressed_alike(image, result)
+        old_bytes, new_bytes = (before, after or 0) if alike else (made.bytes_before, made.bytes_after)
         return OptimizeReport(
             name=name,
             manifest=str(result.descriptor.digest) if result else "",
@@ -247,7 +261,8 @@ class _Told:
             layers_after=len(_steps(made)),
             bytes_before=before,
             bytes_after=after,
-            saved_percent=round(100 * (before - after) / before, 2) if result and before else 0.0,
+            compared="blobs" if alike else "files",
+            saved_percent=round(100 * (old_bytes - new_bytes) / old_bytes, 2) if old_bytes else 0.0,
             file_bytes_before=made.bytes_before,
             file_bytes_after=made.bytes_after,
             kept_base=made.keep_base,

@@ -65,7 +65,7 @@ def test_a_repeated_file_has_its_cause(change: dict[str, object], cause: str) ->
     assert report.layers[1].causes == {cause: 100}
     assert [layer.new_bytes for layer in report.layers] == [102, 0]
     assert report.hidden_bytes == 0
-    assert report.paths == (PathUse("a", 100, {cause: 100}, (1,)),)
+    assert report.paths == (PathUse("a", 100, {cause: 100}, (2,)),)
 
 
 def test_a_file_changed_twice_is_new_once() -> None:
@@ -144,7 +144,7 @@ HOSTILE = [
 
 def hostile_report() -> AnalyzeReport:
     report = look([file(b"a", b"x" * 100)], [gone(b"a")])
-    paths = tuple(PathUse(show_path(name), 10, {"hidden": 10}, (0,)) for name in HOSTILE)
+    paths = tuple(PathUse(show_path(name), 10, {"hidden": 10}, (1,)) for name in HOSTILE)
     layer = replace(report.layers[0], history="</script><b>")
     return replace(report, name="</title><script>document.title='owned'</script>", paths=paths, layers=(layer,))
 
@@ -191,7 +191,7 @@ def test_the_command(tiny_image: Path, tmp_path: Path) -> None:
     assert "No such file" in run(tiny_image, "--html", page, code=1).stderr
     page.parent.mkdir()
     found = json.loads(run(tiny_image, "--json", "--html", page, "--store", tmp_path / "s", code=0).stdout)
-    assert found["schema"] == "layerkit.analyze.v1"
+    assert found["schema"] == "layerkit.analyze.v2"
     image = found["images"][0]
     assert image["wasted_bytes"] == image["duplicated_bytes"] + image["hidden_bytes"]
     assert [p.name for p in page.parent.iterdir()] == ["page.html"]

@@ -107,6 +107,7 @@ def make(command: str, lab: Lab, dst: str, store: Path) -> None:
         rewrites.copy(lab.image, dst, settings=settings)
     elif command == "optimize":
         report = optimizing.optimize_to(lab.image, dst, settings=settings)
+        assert report.bytes_after is not None
         assert report.bytes_after < report.bytes_before
     elif command == "flatten":
         rewrites.flatten(lab.image, dst, settings=settings)

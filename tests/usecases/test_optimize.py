@@ -59,7 +59,7 @@ def test_the_real_image_shrinks_and_stays_what_it_is(app_image: Path, tmp_path: 
     small, plain = tmp_path / "small.tar", tmp_path / "plain.tar"
     # With the default compression, as the input has it.
     report = json.loads(run(app_image, f"oci-archive:{small}:s", "--json").stdout)
-    assert report["schema"] == "layerkit.optimize.v1"
+    assert report["schema"] == "layerkit.optimize.v2"
     assert report["saved_percent"] >= 40
     assert report["file_bytes_after"] < 0.6 * report["file_bytes_before"]
     assert [layer["action"] for layer in report["layers"]][4:6] == ["drop", "drop"]
