@@ -172,25 +172,11 @@ def bind_mount(text: str) -> JsonObject:
     }  # fmt: skip
 
 
-def runtime_config(
-    process: ImageProcess,
-    wishes: Wishes,
-    user: User,
-    *,
-    root: str,
-    uid_map: Extents = (),
-    gid_map: Extents = (),
-    first_mounts: Sequence[JsonObject] = (),
-    volume_mounts: Sequence[JsonObject] = (),
-    rootless: bool = False,
-    seccomp: JsonObject | None = None,
-) -> tuple[JsonObject, list[str]]:
-    """Return config.json, and warnings about what the image asked for and does not get.
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """What of config.json the host decides.
 
-    Args:
-        process: what the image wants.
-        wishes: what the caller wants otherwise.
-        user: who it runs as.
+    Attributes:
         root: of the root filesystem, as the bundle's folder has it.
         uid_map: of the container's user namespace, seen from the runtime's; none for no namespace.
         gid_map: the same for groups.
@@ -198,6 +184,21 @@ def runtime_config(
         volume_mounts: of the image's volumes.
         rootless: without what an ordinary user's runtime cannot set: devices and limits of cgroups.
         seccomp: the filter of system calls, as a runtime takes it; None for none.
+    """
+
+    root: str
+    uid_map: Extents = ()
+    gid_map: Extents = ()
+    first_mounts: Sequence[JsonObject] = ()
+    volume_mounts: Sequence[JsonObject] = ()
+    rootless: bool = False
+    seccomp: JsonObject | None = None
+
+
+def runtime_config(
+    process: ImageProcess, wishes: Wishes, user: User, host: HostSide
+) -> tuple[JsonObject, list[str]]:
+    """Return config.json, and warnings about what the image asked for and does not get.
 
     Raises:
         UsageError: nothing to run, or a wish that means nothing.
@@ -211,14 +212,14 @@ def runtime_config(
     if wishes.network == "none":
         namespaces.append({"type": "network"})
     linux: JsonObject = {"maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY)}
-    if uid_map or gid_map:
+    if host.uid_map or host.gid_map:
         namespaces.append({"type": "user"})
-        linux["uidMappings"] = _mappings(uid_map)
-        linux["gidMappings"] = _mappings(gid_map)
+        linux["uidMappings"] = _mappings(host.uid_map)
+        linux["gidMappings"] = _mappings(host.gid_map)
     linux["namespaces"] = namespaces
-    if seccomp is not None:
-        linux["seccomp"] = seccomp
-    if not rootless:
+    if host.seccomp is not None:
+        linux["seccomp"] = host.seccomp
+    if not host.rootless:
         linux["resources"] = {"devices": [{"allow": False, "access": "rwm"}]}
     shown: JsonObject = {"uid": user.uid, "gid": user.gid}
     if user.groups:
@@ -239,9 +240,10 @@ def runtime_config(
             # What the runtime inherits. Raising a limit takes CAP_SYS_RESOURCE, which a runtime may lack.
             "rlimits": [],
         },
-        "root": {"path": root, "readonly": wishes.read_only},
+        "root": {"path": host.root, "readonly": wishes.read_only},
         "mounts": [
-            *first_mounts, *_default_mounts(wishes, gid_map), *volume_mounts, *map(bind_mount, wishes.binds),
+            *host.first_mounts, *_default_mounts(wishes, host.gid_map), *host.volume_mounts,
+            *map(bind_mount, wishes.binds),
         ],
         "linux": linux,
     }  # fmt: skip

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from layerkit.hosts.mounts import mount as mounter
@@ -75,6 +75,24 @@ class Bundle:
         """Return the folder of the volumes."""
         return self.folder / "volumes"
 
+    def open_to(self, gid: int) -> None:
+        """Let the container's root, whose group is ``gid`` on the host, reach the root filesystem and the volumes.
+
+        A runtime enters the bundle as that root. The group is enough for it, and keeps all others out.
+        """
+        for place in (self.folder, self.volumes):
+            os.chown(place, -1, gid)
+            place.chmod(0o710)
+
+    def closed_to(self, uid: int, gid: int) -> Path | None:
+        """Return the first folder above the bundle that keeps ``uid`` and ``gid`` out, by its mode."""
+        for place in reversed(self.folder.parents):
+            shown = place.stat()
+            bit = 0o100 if shown.st_uid == uid else 0o010 if shown.st_gid == gid else 0o001
+            if not shown.st_mode & bit:
+                return place
+        return None
+
     def write(self, folder: int) -> None:
         """Write ``layerkit.json`` into the folder that ``folder`` is a descriptor of."""
         facts = {"version": _VERSION, **asdict(self)}
@@ -100,22 +118,20 @@ def read(folder: Path) -> Bundle | None:
         return None
 
 
-def begin(
-    folder: Path, *, store: Path, image: str, manifest: str, map_text: str, rootless: bool
-) -> tuple[Bundle, bool]:
-    """Return the bundle to fill, and whether it is new; one that is there and not mounted keeps its upper.
+def begin(wanted: Bundle) -> tuple[Bundle, bool]:
+    """Return the bundle to fill, and whether it is new; one that is there and not mounted keeps its upper and id.
 
     Raises:
         UsageError: the folder is something else, another image's bundle, or in use.
     """
+    folder = wanted.folder
     path = Path(os.path.realpath(folder))
     old = read(path)
     if old is not None:
         owner = path.stat().st_uid
         if owner != os.geteuid():
             raise UsageError(f"{folder} belongs to uid {owner}, who could change all in it; take another folder")
-        same = (old.manifest, old.map, old.rootless) == (manifest, map_text, rootless)
-        if not same:
+        if (old.manifest, old.map, old.rootless) != (wanted.manifest, wanted.map, wanted.rootless):
             raise UsageError(
                 f"{folder} is a bundle of {old.image} under the map {old.map or 'none'}; "
                 f"take another folder, or first: layerkit bundle --remove {folder}"
@@ -130,7 +146,7 @@ def begin(
         raise UsageError(f"{folder}: the folder is not empty, and no bundle of layerkit's; name a new one")
     if not path.parent.is_dir():
         raise UsageError(f"{folder}: there is no folder {path.parent} to make it in")
-    made = Bundle(path, pins.new_id(), str(store), image, manifest, map_text, rootless)
+    made = replace(wanted, folder=path)
     with _new_folder(path) as fd:
         made.write(fd)
         for name, mode in (("state", 0o700), ("volumes", 0o700), ("rootfs", 0o755)):
@@ -155,32 +171,6 @@ def _new_folder(path: Path) -> Iterator[int]:
             os.close(fd)
     with whole_folder(path) as made:
         yield made
-
-
-def open_to(bundle: Bundle, gid: int) -> None:
-    """Let the container's root, whose group is ``gid`` on the host, reach the root filesystem and the volumes.
-
-    A runtime enters the bundle as that root. The group is enough for it, and keeps all others out.
-    """
-    for place in (bundle.folder, bundle.volumes):
-        os.chown(place, -1, gid)
-        place.chmod(0o710)
-
-
-def closed_to(bundle: Bundle, uid: int, gid: int) -> Path | None:
-    """Return the first folder above the bundle that keeps ``uid`` and ``gid`` out, by its mode."""
-    for place in reversed(bundle.folder.parents):
-        shown = place.stat()
-        bit = 0o100 if shown.st_uid == uid else 0o010 if shown.st_gid == gid else 0o001
-        if not shown.st_mode & bit:
-            return place
-    return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with whole_file(path) as file:
-        file.write(text.encode())
 
 
 def remove(folder: Path) -> Bundle:
@@ -238,9 +228,6 @@ def running(bundle: Bundle) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
-            for line in (process / "mountinfo").read_text("utf-8", "surrogateescape").splitlines():
-                left, _, right = line.partition(" - ")
-                if left.split(" ")[4] == "/" and right.split(" ")[1] in wanted:
-                    found.append(int(process.name))
-                    break
+            if any(m.point == "/" and m.source in wanted for m in mounts.mount_table(process.name)):
+                found.append(int(process.name))
     return sorted(found)

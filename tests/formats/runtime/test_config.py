@@ -67,7 +67,8 @@ def process(config: dict[str, Any] | None = None, **top: Any) -> ImageProcess:
 
 def made(config: dict[str, Any] | None = None, wishes: rc.Wishes | None = None, **more: Any) -> dict[str, Any]:
     user = more.pop("user", User(0, 0))
-    return rc.runtime_config(process(config), wishes or rc.Wishes(command=("sh",)), user, root="rootfs", **more)[0]
+    chosen = wishes or rc.Wishes(command=("sh",))
+    return rc.runtime_config(process(config), chosen, user, rc.HostSide("rootfs", **more))[0]
 
 
 def test_verbatim_fields() -> None:
@@ -99,7 +100,7 @@ def test_annotations_and_their_precedence() -> None:
         author="config", created="2025-01-01T00:00:00Z", variant="v8",
         **{"os.version": "6", "os.features": ["a", "b"]},
     )  # fmt: skip
-    shown, warnings = rc.runtime_config(image, rc.Wishes(command=("x",)), User(0, 0), root="rootfs")
+    shown, warnings = rc.runtime_config(image, rc.Wishes(command=("x",)), User(0, 0), rc.HostSide("rootfs"))
     prefix = "org.opencontainers.image."
     assert shown["annotations"] == {
         f"{prefix}os": "linux", f"{prefix}architecture": "amd64", f"{prefix}variant": "v8",

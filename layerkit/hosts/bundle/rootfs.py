@@ -1,4 +1,4 @@
-"""What a bundle takes from the mounted root filesystem, and what it needs there: users, folders, volumes."""
+"""What a bundle takes from its mounted root filesystem, and what it needs there: users, folders, volumes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from layerkit.formats.runtime import passwd
+from layerkit.linux import mounts
+from layerkit.linux.folders.walk import walk
 from layerkit.linux.inside import make_folders, open_inside, read_inside
 from layerkit.linux.syscalls import copy_range
 from layerkit.model.errors import InvalidImage
@@ -49,52 +50,39 @@ def seed_volume(root: int, path: str, target: Path, owner: tuple[int, int]) -> N
         os.chown(target, *owner)
         target.chmod(0o755)
         return
-    try:
-        _Copy().folder(f"/proc/self/fd/{source}", str(target))
-    finally:
-        os.close(source)
+    with mounts.closing(source):
+        _copy(source, os.fsencode(target))
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A copy of one tree; links between its files stay links."""
-
-    links: dict[tuple[int, int], str] = field(default_factory=dict)
-
-    def folder(self, source: str, target: str) -> None:
-        with os.scandir(source) as entries:
-            for entry in entries:
-                self.entry(os.path.join(source, entry.name), os.path.join(target, entry.name))
-        _attributes(source, target, os.stat(source))
-
-    def entry(self, source: str, target: str) -> None:
-        shown = os.lstat(source)
-        kind = stat.S_IFMT(shown.st_mode)
-        if kind == stat.S_IFDIR:
-            os.mkdir(target, 0o700)
-            self.folder(source, target)
-            return
-        first = self.links.get((shown.st_dev, shown.st_ino))
-        if first is not None:
-            os.link(first, target, follow_symlinks=False)
-            return
-        if kind == stat.S_IFREG:
-            _content(source, target, shown.st_size)
-        elif kind == stat.S_IFLNK:
-            os.symlink(os.readlink(source), target)
-        else:
-            os.mknod(target, kind | 0o600, shown.st_rdev)
-        if shown.st_nlink > 1:
-            self.links[shown.st_dev, shown.st_ino] = target
-        _attributes(source, target, shown)
+def _copy(source: int, target: bytes) -> None:
+    """Copy what is in a folder into the folder ``target``; links between its files stay links."""
+    at = b"/proc/self/fd/%d/" % source
+    links: dict[tuple[int, int], bytes] = {}
+    made = [(b"", os.fstat(source))]
+    for folder in walk(source):
+        for name, shown in folder.names:
+            path = folder.below(name)
+            copy = os.path.join(target, path)
+            first = links.setdefault((shown.st_dev, shown.st_ino), copy)
+            if stat.S_ISDIR(shown.st_mode):
+                os.mkdir(copy, 0o700)
+            elif first != copy:
+                os.link(first, copy, follow_symlinks=False)
+                continue
+            elif stat.S_ISREG(shown.st_mode):
+                with Path(os.fsdecode(at + path)).open("rb") as old, Path(os.fsdecode(copy)).open("xb") as new:
+                    copy_range(old.fileno(), new.fileno(), shown.st_size)
+            elif stat.S_ISLNK(shown.st_mode):
+                os.symlink(os.readlink(at + path), copy)
+            else:
+                os.mknod(copy, stat.S_IFMT(shown.st_mode) | 0o600, shown.st_rdev)
+            made.append((path, shown))
+    # Folders after what is in them, which changes their times.
+    for path, shown in reversed(made):
+        _attributes(at + path, os.path.join(target, path), shown)
 
 
-def _content(source: str, target: str, size: int) -> None:
-    with Path(source).open("rb") as old, Path(target).open("xb") as new:
-        copy_range(old.fileno(), new.fileno(), size)
-
-
-def _attributes(source: str, target: str, shown: os.stat_result) -> None:
+def _attributes(source: bytes, target: bytes, shown: os.stat_result) -> None:
     # chown clears setuid and capabilities, so it goes first (overlayfs and chown(2)).
     follow = stat.S_ISDIR(shown.st_mode)
     os.chown(target, shown.st_uid, shown.st_gid, follow_symlinks=follow)

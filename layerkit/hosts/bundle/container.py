@@ -1,0 +1,157 @@
+"""The container that a bundle is for: who is its root on the host, and what its config.json says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from layerkit.formats.overlay_options import OverlayOptions
+from layerkit.formats.runtime import config as rc
+from layerkit.formats.runtime.process import ImageProcess
+from layerkit.hosts.bundle import rootfs, seccomp
+from layerkit.hosts.bundle.folder import Bundle
+from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
+from layerkit.idmap import Mapping
+from layerkit.linux import mounts, userns
+from layerkit.linux.rootless import outer_maps
+from layerkit.model.errors import UnmappedId, UnsupportedHost, UsageError
+from layerkit.store.layout import Layout
+
+
+class Config(NamedTuple):
+    """A config.json, uid:gid of its process, and what a person should know."""
+
+    json: rc.JsonObject
+    user: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What is to run in a bundle.
+
+    Attributes:
+        process: what the image wants. wishes: what the caller wants otherwise.
+        mapping: of the container's user namespace, None for no namespace.
+        rootless: the runtime mounts the root filesystem itself.
+        owner: host ids of the container's root.
+    """
+
+    process: ImageProcess
+    wishes: rc.Wishes
+    mapping: Mapping | None
+    rootless: bool
+    owner: tuple[int, int]
+
+    @classmethod
+    def of(cls, process: ImageProcess, wishes: rc.Wishes, mapping: Mapping | None, rootless: bool) -> Container:
+        """Return it, if any container can run so.
+
+        Raises:
+            UsageError: no command, or a map that no namespace can have.
+            UnsupportedHost: a rootless container whose root is somebody else.
+        """
+        rc.arguments(process, wishes)
+        return cls(process, wishes, mapping, rootless, _root_of(mapping, rootless))
+
+    def config(self, bundle: Bundle, record: Record, new: bool) -> Config:
+        """Return the config.json of ``bundle``, whose root filesystem is mounted; ``new``: volumes are made.
+
+        Raises:
+            UnmappedId: the process's user is outside the map.
+            InvalidImage: a user that the image does not have, or a volume that is no folder there.
+        """
+        with mounts.closing(mounts.open_folder(bundle.rootfs)) as root:
+            own = self.wishes.user is not None
+            spec = self.process.user if self.wishes.user is None else self.wishes.user
+            user = rootfs.user_of(root, spec, "--user" if own else "Config.User")
+            self._check_mapped("uid", user.uid)
+            for gid in (user.gid, *user.groups):
+                self._check_mapped("gid", gid)
+            rootfs.need_folder(root, rc.working_dir(self.process, self.wishes), self.owner)
+            volumes, warnings = self._volumes(bundle, root, new)
+        if self.mapping is not None:
+            bundle.open_to(self.owner[1])
+            closed = bundle.closed_to(*self.owner)
+            if closed is not None:
+                warnings.append(
+                    f"{closed} (mode {closed.stat().st_mode & 0o7777:04o}) keeps the container's root, "
+                    f"{self.owner[0]} on the host, out of the bundle; chmod o+x it, or make the bundle elsewhere"
+                )
+        filter_of_calls, said = seccomp.profile(self.wishes.seccomp, rc.bounding(self.wishes))
+        uid_map, gid_map = self._namespace_maps()
+        host = rc.HostSide(
+            "rootfs", uid_map, gid_map, [_root_mount(bundle, record)] if self.rootless else [], volumes,
+            rootless=not userns.in_initial_userns(), seccomp=filter_of_calls,
+        )  # fmt: skip
+        config, more = rc.runtime_config(self.process, self.wishes, user, host)
+        return Config(config, f"{user.uid}:{user.gid}", [*warnings, *more, *([said] if said else [])])
+
+    def _check_mapped(self, kind: str, wanted: int) -> None:
+        if self.mapping is not None and self.mapping.of(kind).host_of(wanted) is None:
+            raise UnmappedId(b"the container's process", kind, wanted, str(self.mapping.of(kind)))
+
+    def _volumes(self, bundle: Bundle, root: int, new: bool) -> tuple[list[rc.JsonObject], list[str]]:
+        """Return the mounts of the image's volumes, each filled with what the image has there, and warnings."""
+        found: list[rc.JsonObject] = []
+        paths, warnings = rc.volumes(self.process, self.wishes)
+        for number, path in enumerate(paths):
+            if self.wishes.image_volumes == "bind":
+                place = bundle.volumes / str(number)
+                if new or not place.exists():
+                    rootfs.seed_volume(root, path, place, self.owner)
+                kind, source, options = "bind", str(place), ["rbind", "rprivate", "nodev"]
+            else:
+                # tmpcopyup is the runtimes' own word for: with what the image has there.
+                kind, source, options = "tmpfs", "tmpfs", ["nosuid", "nodev", "noexec", "tmpcopyup"]
+            found.append({"destination": path, "type": kind, "source": source, "options": options})
+        return found, warnings
+
+    def _namespace_maps(self) -> tuple[rc.Extents, rc.Extents]:
+        """Return the maps of the container's namespace as the runtime will see them."""
+        if not self.rootless:
+            return (self.mapping.uid.extents, self.mapping.gid.extents) if self.mapping else ((), ())
+        uid, gid = outer_maps()
+        if self.mapping is not None:
+            uid, gid = self.mapping.uid.compose(uid), self.mapping.gid.compose(gid)
+        return uid.extents, gid.extents
+
+
+def _root_of(mapping: Mapping | None, rootless: bool) -> tuple[int, int]:
+    """Return the host ids of the container's root; refuse maps that no container can run under."""
+    if rootless and userns.in_initial_userns():
+        raise UsageError("--rootless is for an ordinary user; root of the host leaves it out")
+    if mapping is None:
+        return 0, 0
+    if not mapping.fits_kernel:
+        raise UsageError("a user namespace takes neither --squash nor --overflow-id, and at most 340 ranges")
+    uid, gid = mapping.uid.host_of(0), mapping.gid.host_of(0)
+    if uid is None or gid is None:
+        kind, one = ("uid", mapping.uid) if uid is None else ("gid", mapping.gid)
+        raise UsageError(f"the {kind} map {one} leaves out 0, so the container would have no root")
+    if rootless and (uid, gid) != (0, 0):
+        # runc gives the container's root its pipes and its fifo, and the store is closed to every other id.
+        raise UnsupportedHost(
+            f"a rootless container whose root is not yourself ({mapping.uid})",
+            "give 0 to 0, as in --uid-map 0:0:1,1:1000:60000; or, for any map, run both layerkit and the runtime "
+            "in `podman unshare` or `unshare --map-root-user --map-auto --mount`, without --rootless",
+        )
+    return uid, gid
+
+
+def _root_mount(bundle: Bundle, record: Record) -> rc.JsonObject:
+    """Return the mount that makes the root filesystem in the container's own namespaces."""
+    layout = Layout(Path(bundle.store))
+    meta = layout.meta(record.label["meta"]) / "root"
+    if not meta.is_dir() or record.backend != "objects":
+        raise UnsupportedHost(
+            "a rootless bundle over EROFS or FUSE", "leave out --data and --rendering: it takes folders and objects"
+        )
+    upper, work = os.fspath(bundle.upper), os.fspath(bundle.work)
+    options = OverlayOptions((str(meta),), (str(layout.objects),), upper, work, (("userxattr", None),))
+    if not options.fits:
+        raise UsageError(f"{options.size} bytes of mount options; give the store and the bundle shorter paths")
+    source = SOURCE_PREFIX + bundle.id
+    return {"destination": "/", "type": "overlay", "source": source, "options": list(options.texts)}
