@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
     from layerkit.model.descriptor import Descriptor, Platform
@@ -101,6 +102,8 @@ class ImageSource(Protocol):
 class ImageSink(Protocol):
     """A place that takes blobs and manifests. Nothing is visible there before :meth:`commit`.
 
+    What is not committed at the end of a ``with`` block is dropped.
+
     Attributes:
         parallel: how many blobs may be put at once, from several threads.
         keeps_attached: whether it has room for artifacts beside an image.
@@ -112,7 +115,7 @@ class ImageSink(Protocol):
     mounted: Collection[Digest] = ()
 
     def has_blob(self, digest: Digest) -> bool:
-        """Return whether the blob is there already."""
+        """Return whether the blob was put, or is there already."""
         ...
 
     def has_attached(self, subject: Digest, artifact_type: str) -> bool:
@@ -136,8 +139,16 @@ class ImageSink(Protocol):
         ...
 
     def abort(self) -> None:
-        """Drop all that was put and leave the place as it was."""
+        """Drop all that was put and not committed, and leave the place as it was; aborting twice is harmless."""
         ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
 
 
 class DataSink(Protocol):

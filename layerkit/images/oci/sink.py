@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from layerkit.formats.oci import documents as oci
 from layerkit.linux.durable import naming
@@ -16,7 +14,7 @@ from layerkit.model.ports import ImageSink
 
 
 class Sink(ImageSink):
-    """A sink that can be written once; aborts at the end of a ``with`` block."""
+    """A sink that can be written once."""
 
     _open = False  # until there is something to drop
 
@@ -47,18 +45,10 @@ class Sink(ImageSink):
             self.abort()
 
     def abort(self) -> None:
-        """See the port; aborting twice is harmless."""
+        """See the port."""
         if self._open:
             self._open = False
             self._drop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
 
 
 class ListingSink(Sink):
