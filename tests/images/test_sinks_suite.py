@@ -8,8 +8,8 @@ from pathlib import Path
 
 import image_places
 import pytest
-from made_images import MANIFEST, below
 from image_places import INDEXED, NAME, SINKS, Made, Places
+from made_images import MANIFEST, below
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import image_places
 import pytest
-from made_images import MANIFEST, attach, digest, dump
 from image_places import INDEXED, NAME, SOURCES, Made, Places
 from in_memory import MemorySink
+from made_images import MANIFEST, attach, digest, dump
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.oci.blobs import chunks, verified
