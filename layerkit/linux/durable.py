@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.model.errors import StoreError
+from layerkit.linux.folders.walk import FOLDER
+from layerkit.model.errors import StoreError, UsageError
 
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 _AT_FDCWD = -100
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STAGING = ".layerkit-tmp"
 _ATTEMPTS = 100
 NEW = "new"
@@ -50,9 +50,9 @@ def sync_filesystem(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def sync_path(path: Path) -> None:
-    """Write a file, or a folder's entries, to disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def sync_path(path: str | Path, at: int | None = None) -> None:
+    """Write a file, or a folder's entries, to disk; ``at`` is what a relative path starts at."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
     try:
         os.fsync(fd)
     finally:
@@ -113,6 +113,11 @@ class Staging:
         self._outer = self.fd = -1
         self.others = False
 
+    @property
+    def new(self) -> Path:
+        """The place of what :meth:`publish` publishes, as a path through the descriptor."""
+        return Path(f"/proc/self/fd/{self.fd}/{NEW}")
+
     def make(self) -> int:
         """Make it, and return :attr:`fd`; what killed runs left beside the same target goes first."""
         self._sweep()
@@ -132,13 +137,13 @@ class Staging:
     def _enter(self) -> bool:
         """Return False where a sweep, or somebody who may rename in the parent, took the new folder away."""
         try:
-            self._outer = os.open(self._name, _FOLDER, dir_fd=self._parent)
+            self._outer = os.open(self._name, FOLDER, dir_fd=self._parent)
             fcntl.flock(self._outer, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.mkdir(self._token, 0o700, dir_fd=self._outer)
             # What was made tells whose we are: a file server may show another owner than the process.
             owner = os.stat(self._token, dir_fd=self._outer, follow_symlinks=False).st_uid
             if os.fstat(self._outer).st_uid == owner:
-                self.fd = os.open(self._token, _FOLDER, dir_fd=self._outer)
+                self.fd = os.open(self._token, FOLDER, dir_fd=self._outer)
         except (FileExistsError, FileNotFoundError, NotADirectoryError, BlockingIOError):
             pass
         return self.fd >= 0
@@ -153,7 +158,7 @@ class Staging:
                 raise
             # Moving a folder rewrites its "..", which needs write permission on it.
             os.chmod(NEW, 0o700, dir_fd=self.fd)
-            moved = os.open(NEW, _FOLDER, dir_fd=self.fd)
+            moved = os.open(NEW, FOLDER, dir_fd=self.fd)
             try:
                 os.rename(NEW, name, src_dir_fd=self.fd, dst_dir_fd=self._parent)
                 os.fchmod(moved, stat.S_IMODE(mode))
@@ -192,7 +197,7 @@ class Staging:
                     self._sweep_one(match[0], match[1])
 
     def _sweep_one(self, name: str, token: str) -> None:
-        fd = os.open(name, _FOLDER, dir_fd=self._parent)
+        fd = os.open(name, FOLDER, dir_fd=self._parent)
         try:
             if os.fstat(fd).st_uid != os.geteuid():
                 return
@@ -227,13 +232,78 @@ def staging_beside(target: Path, at: int | None = None) -> Iterator[Staging]:
 
 
 @contextlib.contextmanager
-def whole_file(target: Path, at: int | None = None) -> Iterator[BinaryIO]:
-    """Give a new file that replaces ``target`` if the block ends well; see :func:`staging_beside` for ``at``."""
+def whole_file(target: Path, at: int | None = None, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Give a new file that replaces ``target`` if the block ends well.
+
+    Args:
+        target: its place.
+        at: see :func:`staging_beside`.
+        sync: have it on disk, name and all, before this ends.
+    """
     with staging_beside(target, at) as staging:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with os.fdopen(os.open(NEW, flags, 0o666, dir_fd=staging.fd), "w+b") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         staging.publish(target.name)
+        if sync:
+            sync_path(target.parent, at)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[int]:
+    """Give a descriptor of a new folder that becomes ``target`` if the block ends well, and is removed if not.
+
+    Until then nobody else can enter it, see :class:`Staging`. An empty folder at
+    ``target`` is replaced.
+
+    Raises:
+        UsageError: ``target`` cannot be made, or is not an empty folder.
+        StoreError: another process writes to it just now.
+    """
+    # Not resolve(): that would follow a link at the end.
+    target = Path(os.path.abspath(target))
+    check_target(target)
+    with staging_beside(target) as staging:
+        if staging.others:
+            raise StoreError(f"{target}: another process writes to this place just now; wait for it")
+        os.mkdir(NEW, 0o700, dir_fd=staging.fd)
+        fd = os.open(NEW, FOLDER, dir_fd=staging.fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+        try:
+            staging.publish(target.name)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise UsageError(
+                    f"{target}: something was put there meanwhile; nothing of it was touched"
+                ) from error
+            raise
+
+
+def check_target(target: Path) -> None:
+    """Raise unless a folder can be made at ``target`` in one step.
+
+    Raises:
+        UsageError: it exists and is no empty folder, it is a mount point, or there is nothing to make it in.
+    """
+    if target.is_symlink():
+        raise UsageError(f"{target}: a symbolic link; name the folder itself")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target}: there is no folder {target.parent} to make it in")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target}: exists and is no folder; name a new one")
+    if target.is_mount():
+        raise UsageError(f"{target}: a mount point; name a new folder in it, as {target / 'rootfs'}")
+    with os.scandir(target) as entries:
+        if any(entries):
+            raise UsageError(f"{target}: the folder is not empty; name a new one, or empty it first")
 
 
 def remove(path: str | Path, at: int | None = None) -> None:
@@ -275,7 +345,7 @@ def _open_folder(name: str, at: int | None) -> int:
     if os.geteuid() != 0:
         # Folders of an image may deny their owner to list or change them.
         os.chmod(name, 0o700, dir_fd=at)
-    return os.open(name, _FOLDER, dir_fd=at)
+    return os.open(name, FOLDER, dir_fd=at)
 
 
 def _clear_files(folder: int) -> list[str]:

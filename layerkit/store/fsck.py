@@ -23,7 +23,7 @@ from layerkit.model.reports import Report
 from layerkit.store import layers
 from layerkit.store.catalog import Catalog, LayerRow, short_name
 from layerkit.store.gc import strays
-from layerkit.store.layout import FILE_MODE, KNOWN_NAMES, DataBackend
+from layerkit.store.layout import FILE_MODE, DataBackend, unknown_names
 from layerkit.store.metas import INFO_FILE, ROOT_FOLDER, parse_info
 from layerkit.store.objects import needed, object_path
 from layerkit.store.spool import Spool, dead
@@ -344,8 +344,7 @@ class Fsck:
     # Leftovers
 
     def _leftovers(self) -> None:
-        names = {path.name for path in self._layout.root.iterdir()} - KNOWN_NAMES - {"lost+found"}
-        for name in sorted(names):
+        for name in sorted(unknown_names(self._layout.root)):
             self._add(Severity.NOTE, name, "nothing of layerkit's", "move it elsewhere")
         left = [*dead(self._layout), *strays(self._catalog)]
         for path in left:

@@ -29,7 +29,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.linux.durable import sync_path
+from layerkit.linux.durable import is_staging, whole_file
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, StoreError
 
@@ -52,6 +52,11 @@ _FILES = (
 )
 KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES, "pins", "unproven-indexes"))
 """Every name that may stand in the root of a store (``lost+found`` aside, where it is a filesystem's root)."""
+
+
+def unknown_names(root: Path) -> set[str]:
+    """Return the names in a store's root that are nothing of layerkit's."""
+    return {name for name in os.listdir(root) if not is_staging(name)} - KNOWN_NAMES - {"lost+found"}
 
 
 class DataBackend(StrEnum):
@@ -188,7 +193,7 @@ class Layout:
             StoreError: the folder holds something else than a store.
         """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        strange = sorted(set(os.listdir(self.root)) - KNOWN_NAMES - {"lost+found"})
+        strange = sorted(unknown_names(self.root))
         if strange:
             raise StoreError(
                 f"{self.root}: not a layerkit store, and not empty ({strange[0]!r} lies in it); "
@@ -203,11 +208,8 @@ class Layout:
     def write_version(self) -> str:
         """Declare the folder a store; return its new id."""
         identity = str(uuid.uuid4())
-        new = self.root / "version.json.new"
-        new.write_text(json.dumps({"layout": LAYOUT_VERSION, "id": identity}) + "\n")
-        sync_path(new)
-        new.rename(self.version_file)
-        sync_path(self.root)
+        with whole_file(self.version_file, sync=True) as file:
+            file.write(json.dumps({"layout": LAYOUT_VERSION, "id": identity}).encode() + b"\n")
         return identity
 
     def check_owner(self) -> None:

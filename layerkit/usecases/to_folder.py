@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
+from layerkit.linux.durable import check_target, whole_folder
 from layerkit.linux.folders.walk import FOLDER
-from layerkit.linux.folders.whole import check_target, whole_folder
 from layerkit.linux.folders.writer import FolderWriter, StepFailed, Written
 from layerkit.linux.folders.writer_errors import Advice
 from layerkit.linux.syscalls import clone_file

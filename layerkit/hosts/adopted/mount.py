@@ -213,8 +213,8 @@ def write_upper(
         UsageError: ``folder`` exists.
         NotFound, FolderChanged, UnmappedId: as :func:`mount_unpacked`.
     """
+    from layerkit.linux.durable import whole_folder
     from layerkit.linux.folders.stubs import write_directory
-    from layerkit.linux.folders.whole import whole_folder
 
     if not userns.is_privileged():
         raise UnsupportedHost(

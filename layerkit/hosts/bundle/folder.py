@@ -23,9 +23,8 @@ from pathlib import Path
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import SOURCE_PREFIX
 from layerkit.linux import mounts
-from layerkit.linux.durable import whole_file
+from layerkit.linux.durable import whole_file, whole_folder
 from layerkit.linux.folders.walk import FOLDER
-from layerkit.linux.folders.whole import whole_folder
 from layerkit.model.errors import LayerkitError, NotFound, UsageError
 from layerkit.store import pins
 

@@ -19,8 +19,8 @@ from layerkit.hosts.finalize import plan as fp
 from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.hosts.finalize.plan import Plan, Step, raw
 from layerkit.linux import mounts
-from layerkit.linux.durable import NEW, staging_beside, whole_file
-from layerkit.linux.syscalls import syncfs
+from layerkit.linux.durable import staging_beside, sync_filesystem, sync_path, whole_file
+from layerkit.linux.folders.walk import TOP_FOLDER
 from layerkit.metaonly import METACOPY, Namespace, own_mark
 from layerkit.model.errors import Cancelled, LayerkitError, NotFound, StoreError, UsageError, show_path
 from layerkit.model.reports import Report
@@ -114,7 +114,7 @@ def finalize(
             running.unlink()
             raise
         running.replace(journal)
-        _sync(place.parent)
+        sync_path(place.parent)
     counts = plan.counts()
     return FinalizeReport(
         upper=str(place), final=not plan.steps, made=counts["made"], redirects=counts["redirects"],
@@ -141,7 +141,7 @@ def undo(upper: Path, file: Path) -> int:
     _refuse_changed(plan, place, finished=source == file and not file.name.endswith(".running"))
     _revert(plan, place)
     source.unlink()
-    _sync(place.parent)
+    sync_path(place.parent)
     return len(plan.steps)
 
 
@@ -198,12 +198,9 @@ def _root_whiteouts(upper: bytes, lowers: Lowers) -> int:
 
 def _save(plan: Plan, path: Path) -> None:
     head = {"format": _FORMAT, "upper": fp.text(plan.upper), "steps": len(plan.steps)}
-    with whole_file(path) as file:
+    with whole_file(path, sync=True) as file:
         for line in (head, *plan.steps):
             file.write(json.dumps(line).encode("ascii") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
 
 
 def _load(path: Path, upper: Path) -> Plan:
@@ -223,18 +220,10 @@ def _load(path: Path, upper: Path) -> Plan:
     return Plan(owner, steps)
 
 
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _sync_all(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, TOP_FOLDER)
     try:
-        syncfs(fd)
+        sync_filesystem(fd)
     finally:
         os.close(fd)
 
@@ -244,7 +233,7 @@ def _sync_all(folder: Path) -> None:
 
 def _apply(plan: Plan, place: Path) -> None:
     with staging_beside(place) as staging:
-        aside = b"/proc/self/fd/%d/" % staging.fd + os.fsencode(NEW)
+        aside = bytes(staging.new)
         for step in plan.steps:
             path = _path(plan, step)
             if step["do"] == fp.MAKE:

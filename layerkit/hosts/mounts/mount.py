@@ -27,7 +27,7 @@ from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_e
 from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
 from layerkit.linux import mounts, old_overlay, userns
 from layerkit.linux import syscalls as sc
-from layerkit.linux.durable import NEW, staging_beside
+from layerkit.linux.durable import staging_beside
 from layerkit.metaonly import Namespace, own_mark
 from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
 
@@ -313,7 +313,7 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
     try:
         if not spec.upper.exists():
             with staging_beside(spec.upper) as staging:
-                like_root(Path(f"/proc/self/fd/{staging.fd}/{NEW}"), meta, spec.namespace)
+                like_root(staging.new, meta, spec.namespace)
                 staging.publish(spec.upper.name)
             made.append(spec.upper)
         if not spec.work.exists():

@@ -22,6 +22,7 @@ from typing import Any
 
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
+from layerkit.linux.durable import whole_file
 from layerkit.model.errors import StoreError
 
 SOURCE_PREFIX = "layerkit:"
@@ -139,10 +140,8 @@ class RunFolder:
 
     def write(self, record: Record) -> None:
         """Write a record, whole or not at all."""
-        path = self.records / f"{record.id}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record.to_json(), sort_keys=True))
-        temporary.replace(path)
+        with whole_file(self.records / f"{record.id}.json") as file:
+            file.write(json.dumps(record.to_json(), sort_keys=True).encode())
 
     def server(self, record: Record) -> Path:
         """Return the file that the server of the mount's META locks."""

@@ -25,7 +25,7 @@ from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.idmap import check as check_map
 from layerkit.linux import mounts
-from layerkit.linux.durable import remove, sync_path
+from layerkit.linux.durable import is_staging, remove, staging_beside, sync_path, whole_file
 from layerkit.linux.folders.reader import index_layer_folder
 from layerkit.linux.probe import Features
 from layerkit.model.digest import Digest
@@ -165,17 +165,15 @@ class Layers:
         layer = metadata_layer(tree if mapping is None else apply_map(tree, mapping), places=places)
         number = self._catalog.place(what)
         target = self._root / "meta" / str(number)
-        new = target.with_name(f"{number}.new")
-        remove(new)
         remove(target)
-        if self._features.erofs:
-            with new.open("xb") as file:
-                build_meta(layer, file)
-            sync_path(new)
-        else:
-            new.mkdir()
-            directory.write_directory(layer, new)
-        new.rename(target)
+        with staging_beside(target) as staging:
+            if self._features.erofs:
+                with staging.new.open("xb") as file:
+                    build_meta(layer, file)
+                sync_path(staging.new)
+            else:
+                directory.write_directory(layer, staging.new)
+            staging.publish(target.name)
         sync_path(target.parent)
         top = {tree.name[row] for row in np.flatnonzero(tree.parent == 0).tolist()}
         return {
@@ -220,11 +218,8 @@ class Layers:
                     "(it was committed from a mount with metacopy=on), so its owners cannot be mapped again",
                 )
             index = replace(found.index, diff_id=Digest.of(f"{self._root}/{identity}".encode()))
-            new = path.with_name(f"{path.name}.new")
-            with new.open("wb") as file:
-                for piece in index_file.encode(index):
-                    file.write(piece)
-            new.replace(path)
+            with whole_file(path) as file:
+                file.writelines(index_file.encode(index))
             return index
 
     def _check(self, note: dict[str, Any], stack: Stack, mapping: Mapping) -> None:
@@ -252,7 +247,7 @@ class Layers:
         gone = []
         for folder, known in (("meta", numbers), ("index", {str(identity) for identity in alive})):
             for path in sorted((self._root / folder).iterdir()):
-                busy = path.name.endswith(".new") and path.name.removesuffix(".new") in known
+                busy = is_staging(path.name) and path.name.split(".")[1] in known
                 if path.name not in known and not busy:
                     remove(path)
                     gone.append(f"{folder}/{path.name}")
