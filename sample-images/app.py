@@ -18,7 +18,7 @@ What is the same on every build: versions of the Python and node packages, all m
 security update changes layer 1; the gzip bytes follow buildah's version. The same day on the same machine gives
 the same diff_ids.
 
-The result is kept in ``$LAYERKIT_SAMPLE_CACHE`` or ``sample-images/out/`` under a name made from this file, so an
+The result is kept in ``$LAYERKIT_TEST_SAMPLE_CACHE`` or ``sample-images/out/`` under a name made from this file, so an
 edited recipe is built anew and an unchanged one never twice.
 """
 
@@ -333,7 +333,7 @@ def build(dest: Path) -> None:
 def cached_path(kind: str = "oci-archive") -> Path:
     """Return where the built image is kept; the name follows the recipe's text."""
     recipe = hashlib.sha256((HERE / "app.py").read_bytes() + (HERE / "tiny.py").read_bytes()).hexdigest()[:12]
-    folder = Path(os.environ.get("LAYERKIT_SAMPLE_CACHE") or HERE / "out")
+    folder = Path(os.environ.get("LAYERKIT_TEST_SAMPLE_CACHE") or HERE / "out")
     suffix = {"oci-archive": "", "docker-archive": "-docker"}[kind]
     return folder / f"app-{recipe}{suffix}.tar"
 

@@ -21,7 +21,7 @@ from layerkit.model.errors import UnmappedId, UnsafeEntry, UsageError
 from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 
-EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 200 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 MAP = IdMap.parse(["0:100000:65536"])
 TO_ROOT = Mapping(MAP, MAP)
 

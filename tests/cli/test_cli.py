@@ -232,7 +232,7 @@ def test_kill_at_any_moment_leaves_a_whole_store(cli: Callable[..., Any], app_im
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
-    for _ in range(4 * int(os.environ.get("LAYERKIT_FUZZ", "1"))):
+    for _ in range(4 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))):
         process = subprocess.Popen(
             [sys.executable, "-m", "layerkit.cli.main", "remap", str(app_image), "--uid-map", MAP, "--own-meta"],
             env={**os.environ, "LAYERKIT_STORE": str(store_dir)},

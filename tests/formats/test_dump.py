@@ -102,7 +102,7 @@ def trees(draw: st.DrawFn) -> Tree:
     return merge([Index.of(entries, Digest.of(b""))])
 
 
-@settings(max_examples=200 * int(os.environ.get("LAYERKIT_FUZZ", "1")), deadline=None)
+@settings(max_examples=200 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")), deadline=None)
 @given(trees())
 def test_load_is_the_inverse_of_dump(tree: Tree) -> None:
     lines = list(dump.dump(tree))
@@ -113,7 +113,7 @@ def test_load_is_the_inverse_of_dump(tree: Tree) -> None:
     assert not list(dump.diff(tree, again))
 
 
-@settings(max_examples=100 * int(os.environ.get("LAYERKIT_FUZZ", "1")), deadline=None)
+@settings(max_examples=100 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")), deadline=None)
 @given(trees(), trees())
 def test_diff_is_empty_exactly_for_equal_digests(a: Tree, b: Tree) -> None:
     assert bool(list(dump.diff(a, b))) == (a.digest() != b.digest())

@@ -161,7 +161,7 @@ FAULTS = [
 
 def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site, tmp_path: Path) -> None:
     """kill -9 again and again, 5xx, resets, slow, cut and changed bodies: in the end one whole artifact each."""
-    count = 12 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+    count = 12 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
     config = site.config(MAP_A, more="workers = 3", indexes_in="layerkit/indexes")
     log = tmp_path / "log"
     images: list[Pushed] = []

@@ -21,7 +21,7 @@ from layerkit.model.errors import StoreError
 from layerkit.store.fsck import Severity
 from layerkit.store.local import LocalStore
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 WORKER = """
 import contextlib, random, sys

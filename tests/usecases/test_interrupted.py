@@ -19,7 +19,7 @@ from engines import dockerd, short_folder
 from made_images import Layout, special, tar
 from needs import need_root, need_tool
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 TRANSPORTS = {
     "oci": "oci:{}/out:v1",
     "oci-archive": "oci-archive:{}/out:v1",
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Callable[[Path, str], list[str]]] = {
     "artifact": lambda lab, dst: ["remap", f"oci:{lab}/image:v1", dst, "--uid-map", "0:1000:10"],
     "pack": lambda lab, dst: ["pack", f"{lab}/folder", dst, "--base", f"oci:{lab}/image:v1"],
 }  # fmt: skip
-# All commands into a layout, some of them into each archive; with LAYERKIT_FUZZ all into all.
+# All commands into a layout, some of them into each archive; with LAYERKIT_TEST_FUZZ all into all.
 CHOSEN = {
     "oci": list(COMMANDS),
     "oci-archive": list(COMMANDS) if FUZZ > 1 else ["copy", "optimize", "artifact"],

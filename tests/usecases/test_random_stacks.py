@@ -18,7 +18,7 @@ from random_tars import Stack
 
 import layerkit
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def umoci(folder: Path, target: Path) -> dict[bytes, Shown]:

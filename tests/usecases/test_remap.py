@@ -18,7 +18,7 @@ from layerkit.model.limits import DEFAULT
 from layerkit.model.trees.merge import merge
 from layerkit.usecases.remap import map_index, map_layers, stub_layer
 
-EXAMPLES = 30 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 30 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def shift(*texts: str) -> Mapping:

@@ -18,7 +18,7 @@ from layerkit.model.trees.merge import merge
 from layerkit.usecases import stub_layers as stubs
 from layerkit.usecases.waste import Action
 
-EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 80 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 BIG, OTHER = b"x" * 3000, b"y" * 3000
 METACOPY, REDIRECT = b"trusted.overlay.metacopy", b"trusted.overlay.redirect"
 

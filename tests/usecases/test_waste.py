@@ -18,7 +18,7 @@ from layerkit.model.index import Index
 from layerkit.model.trees.merge import merge
 from layerkit.usecases.waste import Action, Plan, plan
 
-EXAMPLES = 80 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 80 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def planned(*layers: list[Entry], keep_base: int = 0) -> tuple[Plan, list[list[Entry] | None]]:

@@ -525,8 +525,8 @@ def test_the_image_runs_as_nobody_with_a_read_only_root(image: Path) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(
-    not (os.environ.get("LAYERKIT_BUILD_TWICE") or os.environ.get("CI")),
-    reason="long: LAYERKIT_BUILD_TWICE=1 runs it",
+    not (os.environ.get("LAYERKIT_TEST_BUILD_TWICE") or os.environ.get("CI")),
+    reason="long: LAYERKIT_TEST_BUILD_TWICE=1 runs it",
 )
 def test_the_same_checkout_gives_the_same_image(image: Path, tmp_path: Path) -> None:
     time.sleep(2)  # so that no clock says the same

@@ -19,7 +19,7 @@ from layerkit.formats.compression import gzip_blocks
 from layerkit.formats.compression.compress import LEVELS, compress, compressor
 from layerkit.formats.compression.decompress import Compression
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 BLOCK = gzip_blocks.BLOCK_BYTES
 TASK = 4 * BLOCK  # what one thread gets at once
 # Text that repeats itself at a distance, so that a dictionary that is not carried over shows in the size.

@@ -20,7 +20,7 @@ from layerkit.formats.compression.decompress import Compression, Decompressor, d
 from layerkit.model.errors import InvalidImage, LimitExceeded
 from layerkit.model.limits import DEFAULT, Limits
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 DATA = bytes(range(256)) * 2000 + os.urandom(300_000) + bytes(200_000)
 INCOMPRESSIBLE = os.urandom(400_000)
 HALVES = DATA[:333_333], DATA[333_333:]

@@ -45,7 +45,7 @@ from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult
 from layerkit.model.limits import Limits
 from layerkit.model.tree import Tree
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def build(tree: Tree, namespace: Namespace = Namespace.TRUSTED) -> tuple[bytes, Fixups]:

@@ -186,7 +186,7 @@ name = st.binary(min_size=1, max_size=8).filter(
 )
 
 
-@settings(max_examples=40 * int(os.environ.get("LAYERKIT_FUZZ", "1")), deadline=None)
+@settings(max_examples=40 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")), deadline=None)
 @given(st.data())
 def test_any_index_comes_back(draw: st.DataObject) -> None:
     entries: dict[bytes, tuple[Entry, bytes]] = {}

@@ -41,7 +41,7 @@ from layerkit.model.errors import InvalidImage, LayerkitError, LimitExceeded, Lo
 from layerkit.model.index import Index
 from layerkit.model.limits import Limits
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def entries(*parts: bytes, end: bytes = END) -> list[Entry]:

@@ -331,7 +331,7 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=25 * int(os.environ.get("LAYERKIT_FUZZ", "1")), stateful_step_count=40,
+TestModel.settings = settings(max_examples=25 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")), stateful_step_count=40,
                               deadline=None)  # fmt: skip
 
 CHILD = textwrap.dedent("""
@@ -359,7 +359,7 @@ def test_kill_at_any_moment_loses_nothing_and_repeats_nothing(tmp_path: Path) ->
     log = tmp_path / "log"
     log.touch()
     rng = random.Random(5)
-    rounds = 6 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+    rounds = 6 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
     for turn in range(rounds):
         children = [
             subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "q", log, Path(__file__).parent,

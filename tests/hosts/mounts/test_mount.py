@@ -275,7 +275,7 @@ for _ in range(4):
 
 
 def test_a_kill_at_any_time(lab: Lab) -> None:
-    rounds = 3 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+    rounds = 3 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
     for number in range(rounds):
         child = run_child(
             lab,

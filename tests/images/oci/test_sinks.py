@@ -33,7 +33,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, NotFound, UsageError
 from layerkit.model.ports import ImageSink
 
-FUZZ = int(os.environ.get("LAYERKIT_FUZZ", "1"))
+FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 FORMS = ["oci", "oci-archive", "docker-archive"]
 
 

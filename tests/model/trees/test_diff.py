@@ -17,7 +17,7 @@ from layerkit.model.index import Index
 from layerkit.model.trees.diff import LayerDiff, diff
 from layerkit.model.trees.merge import merge
 
-EXAMPLES = 200 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 200 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 ZERO = Digest.of(b"")
 
 

@@ -13,7 +13,7 @@ from layerkit.model.entry import Entry, Kind
 from layerkit.model.trees.diff import diff
 from layerkit.model.trees.merge import merge
 
-EXAMPLES = 150 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 150 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def shown(files: Files) -> dict[bytes, tuple[object, ...]]:

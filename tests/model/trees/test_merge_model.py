@@ -17,7 +17,7 @@ from layerkit.model.index import Index
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 
-EXAMPLES = 300 * int(os.environ.get("LAYERKIT_FUZZ", "1"))
+EXAMPLES = 300 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 
 
 def entries_of(tree: Tree) -> list[Entry]:
