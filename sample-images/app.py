@@ -18,8 +18,8 @@ What is the same on every build: versions of the Python and node packages, all m
 security update changes layer 1; the gzip bytes follow buildah's version. The same day on the same machine gives
 the same diff_ids.
 
-The result is kept in ``$LAYERKIT_TEST_SAMPLE_CACHE`` or ``sample-images/out/`` under a name made from this file, so an
-edited recipe is built anew and an unchanged one never twice.
+The result is kept in ``$LAYERKIT_TEST_SAMPLE_CACHE`` or ``sample-images/out/`` under a name made from this file, so
+an edited recipe is built anew and an unchanged one never twice.
 """
 
 from __future__ import annotations

@@ -331,8 +331,8 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=25 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")), stateful_step_count=40,
-                              deadline=None)  # fmt: skip
+TestModel.settings = settings(max_examples=25 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1")),
+                              stateful_step_count=40, deadline=None)  # fmt: skip
 
 CHILD = textwrap.dedent("""
     import random, sys
