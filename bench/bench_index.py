@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerkit.formats.tar.cursor import Chunk
-from layerkit.formats.tar.reader import TarReader
+from layerkit.formats.tar.reader import Chunk, TarReader
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.unpack import index_layer

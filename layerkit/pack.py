@@ -20,7 +20,7 @@ from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.compression.zstd_chunked import CHUNK_BYTES, ZstdChunked
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.strict_json import JsonObject, dumps
-from layerkit.formats.tar.layer_writer import Content, Part, layer_parts, layer_tar
+from layerkit.formats.tar.writer import Content, Part, layer_parts, layer_tar
 from layerkit.images.transfer import Chunks
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest

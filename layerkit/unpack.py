@@ -21,9 +21,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.formats.compression.decompress import Compression, Decompressor
-from layerkit.formats.tar.cursor import Chunk
-from layerkit.formats.tar.layer_writer import Content, stored_bytes
-from layerkit.formats.tar.reader import TarReader
+from layerkit.formats.tar.reader import Chunk, TarReader
+from layerkit.formats.tar.writer import Content, stored_bytes
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry

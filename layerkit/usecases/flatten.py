@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from layerkit.formats.tar.layer_writer import stored_bytes
+from layerkit.formats.tar.writer import stored_bytes
 from layerkit.images.transfer import copy_image
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError

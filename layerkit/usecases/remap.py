@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.formats.tar.layer_writer import Content, stored_bytes
+from layerkit.formats.tar.writer import Content, stored_bytes
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.images.transfer import copy_image

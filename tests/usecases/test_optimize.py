@@ -139,13 +139,13 @@ def test_a_dry_run_writes_nothing(tiny_image: Path, tmp_path: Path) -> None:
 
 def breaking(how: str) -> Callable[..., Iterator[bytes]]:
     """Return a writer of layer tars that fails, or writes one row otherwise than planned."""
-    from layerkit.formats.tar import layer_writer
+    from layerkit.formats.tar import writer
 
     def tar(index: Any, content: Any) -> Iterator[bytes]:
         if how == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         index.uid[:] += 1
-        yield from layer_writer.layer_tar(index, content)  # type: ignore[misc]
+        yield from writer.layer_tar(index, content)  # type: ignore[misc]
 
     return tar
 

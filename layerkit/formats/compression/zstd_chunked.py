@@ -26,7 +26,7 @@ from typing import Any
 
 import zstandard
 
-from layerkit.formats.tar.layer_writer import Part, marker
+from layerkit.formats.tar.writer import Part, marker
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.index import Index

@@ -2,7 +2,7 @@
 
 A stub is a PAX 1.0 sparse entry that is one hole, so 1,024 bytes of header and 512 of map stand for a file of
 any size. Entries come in canonical order, a hard link after the first name of its inode; the same layer is
-always the same bytes. ``formats.tar_writer`` says how values are written.
+always the same bytes. ``formats.tar.writer`` says how values are written.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from layerkit.formats.tar import writer as tar_writer
-from layerkit.formats.tar.writer import BLOCK, blank_header, record, seal, xattr_records
+from layerkit.formats.tar.writer import BLOCK, END, SPARSE_1_0, blank_header, record, seal, xattr_records
 from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, REDIRECT_BYTES, MetadataLayer, redirects
-from layerkit.model.entry import Kind
+from layerkit.model.acl_caps import CAPABILITY_NAME
+from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import LossyResult
 from layerkit.model.tree import Tree
 
 _ROWS_AT_ONCE = 4096
-_CAPABILITY = b"security.capability"
 
 
 def write_tar(meta: MetadataLayer, file: BinaryIO) -> None:
@@ -32,12 +31,11 @@ def write_tar(meta: MetadataLayer, file: BinaryIO) -> None:
     tree = meta.tree
     own_xattrs = _xattr_records(tree)
     # Unpackers that chown a hard link take the inode's capability away, and then set what its entry has.
-    link_xattrs = [xattr_records(tuple(p for p in pairs if p[0] == _CAPABILITY)) for pairs in tree.xattr_sets]
-    sparse = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
+    link_xattrs = [xattr_records(tuple(p for p in pairs if p[0] == CAPABILITY_NAME)) for pairs in tree.xattr_sets]
     metacopy = record(b"SCHILY.xattr." + meta.namespace.xattr(METACOPY), METACOPY_VALUE)
     example = record(b"SCHILY.xattr." + meta.namespace.xattr(REDIRECT), bytes(REDIRECT_BYTES))
     # Every redirect has the same length, so all but its own bytes is the same in every record.
-    stub_tail = sparse + metacopy + example[: -REDIRECT_BYTES - 1]
+    stub_tail = SPARSE_1_0 + metacopy + example[: -REDIRECT_BYTES - 1]
     first_name = tree.first_name()
     # Paths are kept of what later entries need them for: folders, and inodes with further names.
     folders: dict[int, bytes] = {-1: b""}
@@ -81,14 +79,11 @@ def write_tar(meta: MetadataLayer, file: BinaryIO) -> None:
                 link = tree.targets[int(tree.target[inode])]
             elif kind in (Kind.CHAR, Kind.BLOCK):
                 major, minor = int(tree.major[inode]), int(tree.minor[inode])
-            header = blank_header(
-                path, kind, perm=mode & 0o7777, uid=uid, gid=gid, size=len(body), mtime=sec, mtime_ns=ns, link=link,
-                major=major, minor=minor, records=records,
-            )  # fmt: skip
-            headers.append(header)
+            entry = Entry(path, kind, mode & 0o7777, uid, gid, sec, ns, 0, major, minor, link)
+            headers.append(blank_header(entry, len(body), records))
             maps.append(body)
         file.write(seal(headers, maps))
-    file.write(tar_writer.END)
+    file.write(END)
 
 
 def _xattr_records(tree: Tree) -> list[bytes]:

@@ -1,26 +1,26 @@
-"""POSIX ACLs as text (star's SCHILY.acl.access and .default PAX records) to the kernel's xattr form.
-
-The binary form is that of ``linux/posix_acl_xattr.h``: a version of 2, then (tag, permissions, id) entries
-in the order of the tags.
-"""
+"""POSIX ACLs as text (star's SCHILY.acl.access and .default PAX records) to the kernel's xattr form."""
 
 from __future__ import annotations
 
-import struct
+from layerkit.model.acl_caps import (
+    ACL_NAMES,
+    GROUP,
+    GROUP_OBJ,
+    MASK,
+    NO_ID,
+    OTHER,
+    USER,
+    USER_OBJ,
+    AclEntry,
+    encode_acl,
+)  # fmt: skip
 
-ACL_XATTRS = {
-    b"SCHILY.acl.access": b"system.posix_acl_access",
-    b"SCHILY.acl.default": b"system.posix_acl_default",
-}
+ACL_XATTRS = dict(zip((b"SCHILY.acl.access", b"SCHILY.acl.default"), ACL_NAMES, strict=True))
 
-_USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _TAGS = {
-    b"user": (_USER_OBJ, _USER), b"u": (_USER_OBJ, _USER), b"group": (_GROUP_OBJ, _GROUP),
-    b"g": (_GROUP_OBJ, _GROUP), b"mask": (_MASK, _MASK), b"m": (_MASK, _MASK),
-    b"other": (_OTHER, _OTHER), b"o": (_OTHER, _OTHER),
+    b"user": (USER_OBJ, USER), b"u": (USER_OBJ, USER), b"group": (GROUP_OBJ, GROUP), b"g": (GROUP_OBJ, GROUP),
+    b"mask": (MASK, MASK), b"m": (MASK, MASK), b"other": (OTHER, OTHER), b"o": (OTHER, OTHER),
 }  # fmt: skip
-_NO_ID = 0xFFFFFFFF
-_VERSION = 2
 
 
 class NamedIds(ValueError):
@@ -47,7 +47,7 @@ def from_text(text: bytes) -> bytes:
             raise ValueError(f"not an ACL entry: {entry!r}")
         own, named = _TAGS[fields[0]]
         qualifier = fields[1]
-        ident = _NO_ID
+        ident = NO_ID
         tag = own
         if qualifier:
             if own == named:
@@ -58,22 +58,20 @@ def from_text(text: bytes) -> bytes:
             raise ValueError(f"two entries for {entry!r}")
         entries[tag, ident] = _permissions(fields[2])
     tags = [tag for tag, _ in entries]
-    if any(tags.count(tag) != 1 for tag in (_USER_OBJ, _GROUP_OBJ, _OTHER)):
+    if any(tags.count(tag) != 1 for tag in (USER_OBJ, GROUP_OBJ, OTHER)):
         raise ValueError("an ACL needs one entry each for the owner, the group and all others")
-    if (_USER in tags or _GROUP in tags) and _MASK not in tags:
+    if (USER in tags or GROUP in tags) and MASK not in tags:
         raise ValueError("an ACL with named entries needs a mask")
     if len(entries) == 3:
         return b""
-    return struct.pack("<I", _VERSION) + b"".join(
-        struct.pack("<HHI", tag, entries[tag, ident], ident) for tag, ident in sorted(entries)
-    )
+    return encode_acl(AclEntry(tag, entries[tag, ident], ident) for tag, ident in sorted(entries))
 
 
 def _id(text: bytes) -> int:
     if not text.isdigit():
         raise NamedIds(f"the ACL names {text!r} without its number")
     value = int(text[:12])
-    if value >= _NO_ID:
+    if value >= NO_ID:
         raise ValueError(f"the ACL has id {value}")
     return value
 

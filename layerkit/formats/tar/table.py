@@ -14,6 +14,7 @@ from layerkit.formats.tar import order as tar_order
 from layerkit.formats.tar import pax as tar_pax
 from layerkit.formats.tar.acl import ACL_XATTRS
 from layerkit.formats.tar.pax import Records
+from layerkit.idmap import MAX_ID
 from layerkit.model import sparse as sparse_maps
 from layerkit.model.digest import Digest
 from layerkit.model.entry import WHITEOUT_PREFIX, Extent, Kind, XattrSet
@@ -26,7 +27,6 @@ from layerkit.model.strings import Strings
 _BATCH_ROWS = 2048
 _PART_ROWS = 1 << 18
 _OVERRIDE_BYTES = 32 << 20  # of PAX data held until the next batch is decoded
-_MAX_ID = 0xFFFFFFFE  # 4294967295 means "no change" to chown(2) and is never an owner
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
 _XATTR_KEYS = (tar_pax.XATTR, tar_pax.LIBARCHIVE_XATTR, *ACL_XATTRS)
 _MAX_SECONDS = 1 << 62
@@ -218,11 +218,11 @@ class Table:
                         header.link[i] = value
                 elif key in (b"uid", b"gid"):
                     if value:
-                        columns[key.decode()][i] = min(tar_pax.number(value, key.decode(), layer), _MAX_ID + 1)
+                        columns[key.decode()][i] = min(tar_pax.number(value, key.decode(), layer), MAX_ID + 1)
                 elif key in (b"SCHILY.devmajor", b"SCHILY.devminor"):
                     if value and columns["kind"][i] in (Kind.CHAR, Kind.BLOCK):
                         name = key[len(b"SCHILY.dev") :].decode()
-                        columns[name][i] = min(tar_pax.number(value, name, layer), _MAX_ID)
+                        columns[name][i] = min(tar_pax.number(value, name, layer), MAX_ID)
                 elif key.startswith(_XATTR_KEYS):
                     extended = True
                 elif key == b"RHT.security.selinux":
@@ -263,7 +263,7 @@ class Table:
 
     def _check_numbers(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
         bounds = {
-            "uid": _MAX_ID, "gid": _MAX_ID, "size": (1 << 63) - 1, "major": _MAX_MAJOR, "minor": _MAX_MINOR,
+            "uid": MAX_ID, "gid": MAX_ID, "size": (1 << 63) - 1, "major": _MAX_MAJOR, "minor": _MAX_MINOR,
         }  # fmt: skip
         for name, high in bounds.items():
             column = columns[name]

@@ -15,7 +15,7 @@ from in_memory import MemorySink
 from layerkit.formats.compression.decompress import Compression
 from layerkit.formats.compression.zstd_chunked import CHECKSUM_KEY, CHUNK_BYTES, POSITION_KEY
 from layerkit.formats.index import toc
-from layerkit.formats.tar.layer_writer import layer_tar
+from layerkit.formats.tar.writer import layer_tar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind

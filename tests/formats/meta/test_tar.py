@@ -18,7 +18,7 @@ from needs import need_root, need_tool
 from trees import file, folder, tree_of
 
 from layerkit.formats.meta.tar import write_tar
-from layerkit.formats.tar.writer import END, decimal_time, header, padding, record
+from layerkit.formats.tar.writer import END, blank_header, decimal_time, padding, record, seal, xattr_records
 from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_layer
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -267,9 +267,8 @@ def test_a_header_says_what_it_was_given(
     size = size if kind is Kind.REG else 0
     given_xattrs = tuple(sorted((b"user." + key, value) for key, value in pairs.items()))
     link = link if linked else b""
-    made = header(
-        name, kind, perm=perm, uid=uid, gid=uid // 2, size=size, mtime=mtime, link=link, xattrs=given_xattrs
-    )
+    entry = Entry(name, kind, perm, uid, uid // 2, mtime, link=link)
+    made = bytes(seal([blank_header(entry, size, xattr_records(given_xattrs, name))], [b""]))
     assert len(made) % 512 == 0
     # tarfile looks past the data for the next header, which need not be there for the first to be read.
     with tarfile.open(fileobj=io.BytesIO(made + END), encoding="utf-8", errors="surrogateescape") as archive:

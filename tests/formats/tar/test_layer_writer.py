@@ -19,8 +19,8 @@ from in_memory import MemorySink
 from needs import need_tool
 
 from layerkit.formats.compression.decompress import Compression
-from layerkit.formats.tar.layer_writer import layer_tar
 from layerkit.formats.tar.reader import TarReader
+from layerkit.formats.tar.writer import layer_tar
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Extent, Kind
