@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layerkit.model.errors import InvalidImage
+from layerkit.model.errors import DigestMismatch, InvalidImage
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -39,6 +39,17 @@ class Digest:
     def of(cls, data: bytes) -> Digest:
         """Return the sha256 digest of ``data``."""
         return cls("sha256", hashlib.sha256(data).hexdigest())
+
+    def verify(self, data: bytes, what: str) -> None:
+        """Raise unless ``data``, which ``what`` names, has this digest.
+
+        Raises:
+            DigestMismatch: it has another.
+        """
+        hasher = self.hasher()
+        hasher.update(data)
+        if hasher.hexdigest() != self.hex:
+            raise DigestMismatch(what, f"{self.algorithm}:{hasher.hexdigest()}", str(self))
 
     def hasher(self) -> _Hash:
         """Return a new hash object of this digest's algorithm."""

@@ -170,7 +170,7 @@ class Preparation:
     ) -> MetaEntry:
         with self._store.begin_meta(key) as writer:
             if rendering is Rendering.FUSE:
-                from layerkit.formats.meta.fuse import write_tree
+                from layerkit.formats.meta.fuse_tree import write_tree
 
                 with (writer.path / TREE_FILE).open("xb") as file:
                     write_tree(layer, file)

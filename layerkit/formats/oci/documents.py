@@ -321,10 +321,7 @@ def verify(data: bytes, entry: Descriptor, what: str) -> bytes:
     """
     if len(data) != entry.size:
         raise DigestMismatch(what, f"{len(data)} bytes", f"{entry.size} bytes")
-    hasher = entry.digest.hasher()
-    hasher.update(data)
-    if hasher.hexdigest() != entry.digest.hex:
-        raise DigestMismatch(what, f"{entry.digest.algorithm}:{hasher.hexdigest()}", str(entry.digest))
+    entry.digest.verify(data, what)
     return data
 
 

@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import need_tool
 
-from layerkit.formats.compression import gzip_blocks
-from layerkit.formats.compression.compress import LEVELS, compress, compressor
+from layerkit.formats.compression.compress import GZIP_BLOCK_BYTES, LEVELS, compress, compressor
 from layerkit.formats.compression.decompress import Compression
 
 FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
-BLOCK = gzip_blocks.BLOCK_BYTES
+BLOCK = GZIP_BLOCK_BYTES
 TASK = 4 * BLOCK  # what one thread gets at once
 # Text that repeats itself at a distance, so that a dictionary that is not carried over shows in the size.
 WORDS = b"".join(hashlib.sha256(bytes([i % 7, i % 11])).hexdigest().encode() for i in range(1 << 15))

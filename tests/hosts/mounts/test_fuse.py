@@ -22,8 +22,7 @@ from kernel_mounts import mounts_below
 from needs import missing, need_root
 
 from layerkit.api import open as api
-from layerkit.formats.meta.fuse import write_tree
-from layerkit.formats.meta.fuse_tree import FuseTree
+from layerkit.formats.meta.fuse_tree import FuseTree, write_tree
 from layerkit.hosts.mounts.served import Keeper
 from layerkit.hosts.podman import mount_program
 from layerkit.linux import fuse, mounts
