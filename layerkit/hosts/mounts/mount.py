@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts import served as serving
-from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount, new_id
+from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount
 from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
 from layerkit.linux import mounts, old_overlay, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import staging_beside
 from layerkit.metaonly import Namespace, own_mark
 from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
+from layerkit.store import pins
 
 
 def default_run(store: Path) -> Path:
@@ -146,7 +147,7 @@ def clear_stale(run: Path) -> list[str]:
 
 def _record(spec: MountSpec) -> Record:
     return Record(
-        id=new_id(),
+        id=pins.new_id(),
         target=str(spec.target),
         layers=tuple(layer.name for layer in spec.shared),
         namespace=spec.namespace.value,

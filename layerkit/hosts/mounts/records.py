@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import whole_file
 from layerkit.model.errors import StoreError
+from layerkit.store.locks import open_lock, try_lock
 
 SOURCE_PREFIX = "layerkit:"
 UNPACKED = "unpacked"
@@ -95,18 +97,13 @@ class Record:
         return {"version": _VERSION, **asdict(self)}
 
 
-def new_id() -> str:
-    """Return a random id for a record."""
-    return secrets.token_hex(8)
-
-
 class RunFolder:
     """The run folder of the calling process's mount namespace."""
 
     def __init__(self, run: Path) -> None:
         """Name the folder; nothing is made before :meth:`locked`."""
         self.run = Path(os.path.realpath(run))
-        self.base = self.run / f"mnt-{_own_namespace()}"
+        self.base = self.run / f"mnt-{Path('/proc/self/ns/mnt').stat().st_ino}"
         self.layers = self.base / "layers"
         self.records = self.base / "records"
         self.empty = self.base / "empty"
@@ -128,7 +125,7 @@ class RunFolder:
             # An image's program running as root in its mount must not be able to write into a data layer.
             with suppress(FileExistsError):
                 self.empty.mkdir(mode=0o555)
-            lock = os.open(self.base / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = open_lock(self.base / "lock")
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _same_file(lock, self.base / "lock"):
                 break
@@ -215,23 +212,11 @@ class RunFolder:
         for folder in others:
             if folder.name.removeprefix("mnt-") in alive:
                 continue
-            try:
-                lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-            except OSError:
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                cleared.append(f"folder {folder.name}")
-            except OSError:
-                continue
-            finally:
-                os.close(lock)
+            with suppress(OSError), mounts.closing(os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)) as lock:
+                if try_lock(lock):
+                    shutil.rmtree(folder)
+                    cleared.append(f"folder {folder.name}")
         return cleared
-
-
-def _own_namespace() -> int:
-    return Path("/proc/self/ns/mnt").stat().st_ino
 
 
 def _living_namespaces() -> set[str] | None:
@@ -263,11 +248,8 @@ def _parse(data: bytes, path: Path) -> Record | None:
     if version != _VERSION:
         raise StoreError(f"{path}: a record of version {version}; unmount with the layerkit that made it")
     try:
-        fields["layers"] = tuple(fields["layers"])
-        if fields["idmap"] is not None:
-            fields["idmap"] = tuple(tuple(tuple(extent) for extent in side) for side in fields["idmap"])
-        return Record(**fields)
-    except (TypeError, KeyError):
+        return msgspec.convert(fields, Record)
+    except msgspec.ValidationError:
         return None
 
 

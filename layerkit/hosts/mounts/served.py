@@ -36,6 +36,7 @@ from layerkit.idmap import Mapping
 from layerkit.linux import empty_namespace, fuse, mounts
 from layerkit.model import acl_caps
 from layerkit.model.errors import InvalidImage, LayerkitError, StoreError, UnmappedId
+from layerkit.store.locks import try_lock
 
 if TYPE_CHECKING:
     import subprocess
@@ -94,7 +95,7 @@ def _with_path(error: UnmappedId, tree: FuseTree) -> UnmappedId:
     return error
 
 
-class Keeper:
+class Keeper(contextlib.ExitStack):
     """Our side of the server, while the mount is made.
 
     Use it in ``with``; unless :meth:`mount` was called the processes end with the block.
@@ -110,37 +111,24 @@ class Keeper:
         Raises:
             OSError: no FUSE for this user.
         """
-        self._mount = -1
-        self._device = fuse.open_device()
-        ready, self._go = os.pipe()
+        super().__init__()
+        self._ours = self.enter_context(contextlib.ExitStack())
+        self._device = self._ours.enter_context(mounts.closing(fuse.open_device()))
+        ready, go = os.pipe()
+        self._go = self._ours.enter_context(mounts.closing(go))
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._go)
             keep(self._device, answers, {data}, ready)
         os.close(ready)
 
-    def __enter__(self) -> Keeper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._let_go()
-        if self._mount >= 0:
-            os.close(self._mount)
-            self._mount = -1
-
-    def _let_go(self) -> None:
-        for fd in (self._device, self._go):
-            if fd >= 0:
-                os.close(fd)
-        self._device = self._go = -1
-
     def mount(self) -> int:
         """Return the tree's root, served from now on, in a mount that ends with this block unless it is used."""
-        self._mount = fuse.mount(self._device)
+        mount = self.enter_context(mounts.closing(fuse.mount(self._device)))
         os.write(self._go, b"m")
         # The kernel sees a server that died by the last descriptor of the device: none may stay here.
-        self._let_go()
-        return fuse.open_tree_root(self._mount)
+        self._ours.close()
+        return fuse.open_tree_root(mount)
 
 
 def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) -> NoReturn:
@@ -234,7 +222,7 @@ def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
     """Give the root of a mount of ``tree`` that is served; it ends with the block unless an overlay has it.
 
     Args:
-        tree: file that ``emit.fuse`` wrote.
+        tree: file that ``formats.meta.fuse`` wrote.
         mapping: of its owners.
         lock: a file to make; its lock is held for as long as a process of the server is there (:func:`is_served`).
 
@@ -242,39 +230,27 @@ def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
         StoreError: the server did not start; the message says why.
         UnsupportedHost, OSError: no FUSE for this user.
     """
-    device, held = fuse.open_device(), -1
-    try:
-        held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(contextlib.ExitStack())
+        device = ours.enter_context(mounts.closing(fuse.open_device()))
+        held = stack.enter_context(mounts.closing(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)))
         fcntl.flock(held, fcntl.LOCK_EX)
-        with _start(device, held) as server:
-            # While the other starts. It answers from the moment on that it knows what.
-            mount = fuse.mount(device)
-            with mounts.closing(mount):
-                _tell(server, tree, mapping)
-                # The kernel sees a server that died by the last descriptor of the device: none may stay here.
-                os.close(device)
-                device = -1
-                with mounts.closing(fuse.open_tree_root(mount)) as root:
-                    yield root
-    finally:
-        for fd in (device, held):
-            if fd >= 0:
-                os.close(fd)
+        server = stack.enter_context(_start(device, held))
+        # While the other starts. It answers from the moment on that it knows what.
+        mount = stack.enter_context(mounts.closing(fuse.mount(device)))
+        _tell(server, tree, mapping)
+        # The kernel sees a server that died by the last descriptor of the device: none may stay here.
+        ours.close()
+        yield stack.enter_context(mounts.closing(fuse.open_tree_root(mount)))
 
 
 def is_served(lock: Path) -> bool:
     """Return whether a process of the server that holds ``lock`` is still there."""
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        with mounts.closing(os.open(lock, os.O_RDWR | os.O_CLOEXEC)) as fd:
+            return not try_lock(fd, shared=True)
     except FileNotFoundError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _start(device: int, lock: int) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
@@ -213,7 +214,7 @@ def _check_layers(spec: MountSpec) -> None:
     for folder in folders:
         if folders.count(folder) > 1:
             raise UsageError(f"the folder {folder} is given twice as a layer")
-        if folder == spec.target or spec.target in folder.parents:
+        if folder.is_relative_to(spec.target):
             raise UsageError(f"the target {spec.target} would hide the layer {folder}; choose another target")
 
 
@@ -250,16 +251,14 @@ def _check_rights(spec: MountSpec) -> None:
 def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
     upper = _may_be_absent(upper, "the upper folder")
     work = _may_be_absent(spec.work or upper.with_name(upper.name + ".work"), "the work folder")
-    if upper == work or upper in work.parents or work in upper.parents:
+    if _overlap(upper, work):
         raise UsageError(f"the work folder {work} must be beside the upper folder {upper}, neither in the other")
     for name, path in (("upper", upper), ("work", work)):
-        for other in spec.folders:
-            if path == other or path in other.parents or other in path.parents:
-                raise UsageError(f"the {name} folder {path} overlaps the layer {other}; take a folder of its own")
-        if path == spec.target or path in spec.target.parents or spec.target in path.parents:
-            raise UsageError(
-                f"the {name} folder {path} overlaps the target {spec.target}; take a folder of its own"
-            )
+        for other, called in (*((folder, "layer") for folder in spec.folders), (spec.target, "target")):
+            if _overlap(path, other):
+                raise UsageError(
+                    f"the {name} folder {path} overlaps the {called} {other}; take a folder of its own"
+                )
         real_folder(path.parent, f"the parent of the {name} folder,")
     places = [path if path.exists() else path.parent for path in (upper, work)]
     for place in places:
@@ -287,6 +286,10 @@ def _check_work(work: Path) -> None:
         )
 
 
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def _may_be_absent(path: Path, what: str) -> Path:
     if os.path.lexists(path):
         return real_folder(path, what)
@@ -304,28 +307,20 @@ def check_stubs(meta: str, namespace: Namespace, where: str) -> None:
     Raises:
         UsageError: the first file with data found in META is not a stub of ``namespace``.
     """
-    seen = 0
-    for folder in walk(meta):
-        for name, st in folder.names:
-            seen += 1
-            if stat.S_ISREG(st.st_mode) and st.st_size:
-                _check_stub(xattr_path(folder.fd, name), namespace, where)
-                return
-        if seen >= _STUB_SEARCH_NAMES:
-            return
-
-
-def _check_stub(path: bytes, namespace: Namespace, where: str) -> None:
-    attributes = set(xattr_names(path))
-    name = path.rpartition(b"/")[2].decode("utf-8", "replace")
-    if os.fsdecode(namespace.xattr(METACOPY)) in attributes:
-        return
-    for other in Namespace:
-        if os.fsdecode(other.xattr(METACOPY)) in attributes:
+    names = ((folder, name, st) for folder in walk(meta) for name, st in folder.names)
+    for folder, name, st in islice(names, _STUB_SEARCH_NAMES):
+        if not (stat.S_ISREG(st.st_mode) and st.st_size):
+            continue
+        attributes = set(xattr_names(xattr_path(folder.fd, name)))
+        stub_of = [space for space in Namespace if os.fsdecode(space.xattr(METACOPY)) in attributes]
+        shown = name.decode("utf-8", "replace")
+        if namespace not in stub_of and stub_of:
             raise UsageError(
-                f"{where}: {name!r} is a stub for {other.value}.overlay, not {namespace.value}.overlay; mounted "
-                f"this way it would read as zeros. Have META made for the namespace {namespace.value}"
+                f"{where}: {shown!r} is a stub for {stub_of[0].value}.overlay, not {namespace.value}.overlay; "
+                f"mounted this way it would read as zeros. Have META made for the namespace {namespace.value}"
             )
-    raise UsageError(
-        f"{where}: {name!r} has a size and is no stub of {namespace.value}.overlay; this is not a META"
-    )
+        if not stub_of:
+            raise UsageError(
+                f"{where}: {shown!r} has a size and is no stub of {namespace.value}.overlay; this is not a META"
+            )
+        return

@@ -7,17 +7,17 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from layerkit.hosts.mounts.choose import MountOptions, choose
+from layerkit.hosts.mounts.spec import Data, ErofsLayer, FolderLayer, ServedMeta, data_layers, meta_layer
+from layerkit.idmap import Mapping
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, SnapshotError, StoreError
 from layerkit.model.image import chain_ids
 from layerkit.model.limits import Limits
-
-if TYPE_CHECKING:
-    from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer
-    from layerkit.idmap import Mapping
-    from layerkit.store.local import LocalStore
+from layerkit.store.layout import DataBackend
+from layerkit.store.local import LocalStore
+from layerkit.store.preparation import Preparation
 
 _log = logging.getLogger("layerkit.snapshotter")
 
@@ -67,8 +67,6 @@ class StoreChains:
         Raises:
             NotFound: there is none.
         """
-        from layerkit.store.local import LocalStore
-
         with self._lock:
             if self._store is None:
                 self._store = LocalStore.open(self._root, create=False, limits=self._limits)
@@ -107,11 +105,11 @@ class StoreChains:
                 below = chain_id
         self._seen = seen
 
-    def _backend(self, diff_ids: Sequence[Digest]) -> str | None:
-        for backend in ("tar", "objects"):
-            if all(self.store.has_layer(diff_id, backend) for diff_id in diff_ids):
-                return backend
-        return None
+    def _backend(self, diff_ids: Sequence[Digest]) -> DataBackend | None:
+        """Return in which form all these layers lie in the store."""
+        backends = (DataBackend.TAR, DataBackend.OBJECTS)
+        whole = (each for each in backends if all(self.store.has_layer(diff_id, each) for diff_id in diff_ids))
+        return next(whole, None)
 
     def _pin_name(self, image: str) -> str:
         return f"snapshotter-{self._owner}/{image.rpartition(':')[2][:16]}"
@@ -139,21 +137,22 @@ class StoreChains:
                     gone.append(name)
         return gone
 
+    def _preparation(self, image: str, diff_ids: Sequence[Digest]) -> Preparation:
+        stored = self.store.stored_image(image).image
+        part = replace(stored, layers=stored.layers[: len(diff_ids)])
+        return Preparation(self.store, part, limits=self._limits)
+
     def check(self, image: str, diff_ids: Sequence[Digest], mapping: Mapping) -> None:
         """Refuse a map that leaves an owner of a chain out.
 
         Raises:
             UnmappedId: the first such owner.
         """
-        from layerkit.store.preparation import Preparation
-
-        stored = self.store.stored_image(image).image
-        part = replace(stored, layers=stored.layers[: len(diff_ids)])
-        Preparation(self.store, part, limits=self._limits).check(mapping)
+        self._preparation(image, diff_ids).check(mapping)
 
     def layers(
         self, image: str, diff_ids: Sequence[Digest], mapping: Mapping | None
-    ) -> tuple[ErofsLayer | FolderLayer, tuple[ErofsLayer | FolderLayer, ...]]:
+    ) -> tuple[ErofsLayer | FolderLayer, tuple[Data, ...]]:
         """Return META and the data of a chain, META made if it is not kept.
 
         Args:
@@ -165,11 +164,6 @@ class StoreChains:
             UnmappedId: the map leaves an owner out.
             SnapshotError: failed_precondition, the store lost a layer.
         """
-        from layerkit.hosts.mounts.choose import MountOptions, choose
-        from layerkit.hosts.mounts.spec import ServedMeta, data_layers, meta_layer
-        from layerkit.store.layout import DataBackend
-        from layerkit.store.preparation import Preparation
-
         store = self.store
         with store.hold():
             backend = self._backend(diff_ids)
@@ -179,14 +173,13 @@ class StoreChains:
                     f"layers of {image} are no longer in the store {self._root}: bring the image back "
                     f"(`layerkit remap REF`), or remove its snapshots",
                 )
-            stored = store.stored_image(image).image
-            work = Preparation(store, replace(stored, layers=stored.layers[: len(diff_ids)]), limits=self._limits)
+            work = self._preparation(image, diff_ids)
             ways = choose(self._root, mapping, MountOptions(data=backend, own_meta=True))
             entry = work.meta(mapping, ways.rendering, ways.namespace)
-            store.add_image(stored, [self._pin_name(image)], metas=[entry.key])
+            store.add_image(store.stored_image(image).image, [self._pin_name(image)], metas=[entry.key])
             meta = meta_layer(entry)
             assert not isinstance(meta, ServedMeta), "containerd mounts files, and nothing that has to be served"
-            return meta, data_layers(store, DataBackend(backend), work.facts())
+            return meta, data_layers(store, backend, work.facts())
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from layerkit.formats.index import file as index_file
 from layerkit.hosts.containerd.snapshots.catalog import Catalog, Row
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.places import Places
@@ -27,12 +28,16 @@ from layerkit.idmap import check as check_map
 from layerkit.linux import mounts
 from layerkit.linux.durable import is_staging, remove, staging_beside, sync_path, whole_file
 from layerkit.linux.folders.reader import index_layer_folder
+from layerkit.linux.folders.stubs import write_directory
 from layerkit.linux.probe import Features
+from layerkit.metaonly import metadata_layer, redirects
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError, show_path
 from layerkit.model.index import Index
 from layerkit.model.limits import Limits
+from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
+from layerkit.model.trees.merge import merge
 
 
 class Layers:
@@ -150,8 +155,6 @@ class Layers:
 
     def _of_folders(self, what: str, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
         from layerkit.formats.erofs.meta import build_meta
-        from layerkit.linux.folders import stubs as directory
-        from layerkit.metaonly import metadata_layer
 
         tree = self._tree(stack)
         data: list[list[str]] = []
@@ -172,7 +175,7 @@ class Layers:
                     build_meta(layer, file)
                 sync_path(staging.new)
             else:
-                directory.write_directory(layer, staging.new)
+                write_directory(layer, staging.new)
             staging.publish(target.name)
         sync_path(target.parent)
         top = {tree.name[row] for row in np.flatnonzero(tree.parent == 0).tolist()}
@@ -185,8 +188,6 @@ class Layers:
         }
 
     def _tree(self, stack: Stack) -> Tree:
-        from layerkit.model.trees.merge import merge
-
         indexes = []
         for text in stack.chain:
             index = self._chains.store.load_index(Digest.parse(text))
@@ -202,8 +203,6 @@ class Layers:
         Raises:
             LayerkitError: the folder holds what no layer can.
         """
-        from layerkit.formats.index import file as index_file
-
         path = self._root / "index" / str(identity)
         with self._alone(f"index:{identity}"):
             try:
@@ -261,11 +260,8 @@ def _base(stack: Stack) -> str:
     return f"meta:{stack.chain_id}" if stack.chain else ""
 
 
-def _places(tree: Tree, stored: int) -> Any:
+def _places(tree: Tree, stored: int) -> Strings:
     """Return for each inode where its data lies: by content in the lowest ``stored`` layers, by path above."""
-    from layerkit.metaonly import redirects
-    from layerkit.model.strings import Strings
-
     prefix = os.fsencode(f"/{FILES}/")
     paths, first = tree.paths(), tree.first_name().tolist()
     by_content = ((tree.layer >= 0) & (tree.layer < stored) & (tree.size > 0)).tolist()

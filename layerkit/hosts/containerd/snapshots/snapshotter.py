@@ -9,7 +9,6 @@ containerd's own: they go on without this process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import queue
@@ -36,10 +35,12 @@ from layerkit.hosts.containerd.snapshots.stacks import (
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
-from layerkit.linux.folders.walk import disk_usage
+from layerkit.linux.folders.walk import TOP_FOLDER, disk_usage
+from layerkit.linux.mounts import closing
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, SnapshotError, StoreError, UsageError
 from layerkit.model.limits import Limits
+from layerkit.store.locks import open_lock, try_lock
 
 
 def default_run(root: Path) -> Path:
@@ -78,15 +79,13 @@ class Snapshotter:
         if self.root.stat().st_uid != os.geteuid():
             raise StoreError(f"{self.root}: belongs to uid {self.root.stat().st_uid}; name a folder of your own")
         self.root.chmod(0o700)
-        self._lock_file = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock_file = open_lock(self.root / "lock")
+        if not try_lock(self._lock_file):
             os.close(self._lock_file)
             raise UsageError(
                 f"{self.root}: another snapshotter runs on it; give each name in containerd's proxy_plugins "
                 "a --root of its own"
-            ) from None
+            )
         (self.root / "snapshots").mkdir(mode=0o700, exist_ok=True)
         self._catalog = Catalog(self.root / "snapshots.db")
         self._places = Places(self.run, self.root, self._catalog)
@@ -345,7 +344,7 @@ class Snapshotter:
             files = new / FILES
             if lowers.normal:
                 # An overlay shows the root of its upper: owner, mode and xattrs are those of the layer below.
-                with _folder(lowers.normal[0]) as top:
+                with closing(os.open(lowers.normal[0], TOP_FOLDER)) as top:
                     like_root(files, top, Namespace.TRUSTED)
             else:
                 files.mkdir()
@@ -383,15 +382,6 @@ class Snapshotter:
                 row = self._catalog.lineage(identity)[:1]
                 if row and not self._closed and not row[0].map:
                     self._layers.index(identity)
-
-
-@contextlib.contextmanager
-def _folder(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _mapped_root(map_text: str) -> tuple[int, int]:
