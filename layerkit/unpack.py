@@ -14,22 +14,24 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.formats.compression.decompress import Compression, Decompressor
+from layerkit.formats.index.check import UNPROVEN, is_unproven
 from layerkit.formats.tar.reader import Chunk, TarReader
 from layerkit.formats.tar.writer import Content, stored_bytes
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, UnsafeEntry
+from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound, UnsafeEntry
+from layerkit.model.image import Layer
 from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import BlobReader, DataSink, Progress
-from layerkit.model.work import Kept, Work
+from layerkit.model.work import NOBODY, Kept, Others, Work
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -315,14 +317,105 @@ def _write_all(sink: DataSink, view: memoryview) -> None:
         view = view[n:]
 
 
-def read_indexes(work: Work) -> tuple[list[Index], int]:
-    """Return the index of every layer, bottom first, and how many blobs were read because none was kept.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The indexes of an image and where they came from.
+
+    Attributes:
+        indexes: bottom first; those that nothing has proven carry a warning that says so.
+        origins: for each, ``store``, ``layer`` (it was read), or what others say: ``cache``, ``artifact``, ``toc``,
+            ``shared``.
+        notes: why a better way was not gone, as text.
+    """
+
+    indexes: tuple[Index, ...]
+    origins: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def warnings(self, others: Sequence[str]) -> tuple[str, ...]:
+        """Return the warnings for a report: ``others`` with one in place of many about unproven layers."""
+        doubtful = sum(is_unproven(index) for index in self.indexes)
+        kept = tuple(text for text in others if not text.startswith(UNPROVEN))
+        if not doubtful:
+            return kept
+        said = (
+            f"{UNPROVEN}{doubtful} of {len(self.indexes)} layers are known only from what is "
+            "published of them; `layerkit verify` reads the layers and proves it"
+        )
+        return (said, *self.notes, *kept)
+
+    @property
+    def layers_read(self) -> int:
+        """Return how many layer blobs were read whole."""
+        pairs = zip(self.indexes, self.origins, strict=True)
+        return len({index.diff_id for index, origin in pairs if origin == "layer"})
+
+
+def find_indexes(work: Work, others: Others = NOBODY, *, layers: bool = True) -> Found:
+    """Return the index of every layer of the image with as few bytes read as can be.
+
+    Args:
+        work: the image, and what is kept of it.
+        others: asked for what is not kept; only layers that they have not either are read.
+        layers: read layers where there is nothing else; if not, that is an error.
 
     Raises:
+        NotFound: not ``layers``, and a layer that nothing is published of.
         InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
     """
-    with Contents(work, need=()) as contents:
-        return contents.indexes, contents.read
+
+    def find(layer: Layer, known: Mapping[Digest, Index], step: Progress | None) -> tuple[Index, str]:
+        if (kept := work.kept.load_index(layer.diff_id)) is not None:
+            return kept, "store"
+        if (got := others.index(layer, known)) is not None:
+            return got
+        if not layers:
+            raise NotFound(f"{work.image.name}: no index is published of layer {layer.descriptor.digest}")
+        return read_in_turn(layer, work.source.open_blob, others, work.limits, step)
+
+    indexes, origins = _each_layer(work, find)
+    return Found(indexes, origins, tuple(others.notes))
+
+
+def _each_layer(
+    work: Work, find: Callable[[Layer, Mapping[Digest, Index], Progress | None], tuple[Index, str]]
+) -> tuple[tuple[Index, ...], tuple[str, ...]]:
+    """Return index and origin of each layer, bottom first, as ``find`` gives them; it is told of those below."""
+    image, indexes, origins = work.image, dict[Digest, Index](), dict[Digest, str]()
+    work.limits.check("layers_per_image", len(image.layers), image.name or "image")
+    for place, layer in enumerate(image.layers):
+        if layer.diff_id not in indexes:
+            step = labelled(work.progress, place, len(image.layers))
+            indexes[layer.diff_id], origins[layer.diff_id] = find(layer, indexes, step)
+    return tuple(indexes[d] for d in image.diff_ids), tuple(origins[d] for d in image.diff_ids)
+
+
+def read_in_turn(
+    layer: Layer,
+    open_blob: Callable[[Descriptor], BlobReader],
+    others: Others,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> tuple[Index, str]:
+    """Return the index of a layer and where it came from: the layer is read, unless others do so just now.
+
+    Args:
+        layer: which.
+        open_blob: opens its blob.
+        others: whose turn is waited for, and who get the index.
+        limits: bounds on the layer.
+        progress: told of the bytes read.
+
+    Raises:
+        InvalidImage: the layer is malformed, unsafe, or not what its digests promise.
+    """
+    with others.turn(layer) as got:
+        if got is not None:
+            return got
+        with contextlib.closing(open_blob(layer.descriptor)) as reader:
+            index = index_layer(reader, layer.descriptor, layer.diff_id, limits=limits, progress=progress)
+        others.take(index)
+        return index, "layer"
 
 
 def labelled(progress: Progress | None, place: int, count: int) -> Progress | None:
@@ -353,36 +446,29 @@ class Contents:
         Raises:
             InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
         """
-        image, limits = work.image, work.limits
-        limits.check("layers_per_image", len(image.layers), image.name or "image")
-        self._work = work
-        self.indexes: list[Index] = []
-        self.read = 0
-        self._tars: dict[Digest, BinaryIO] = {}
-        wanted = {image.layers[at].diff_id for at in (range(len(image.layers)) if need is None else need)}
-        known: dict[Digest, Index] = {}
+        self._work, self._tars = work, dict[Digest, BinaryIO]()
+        wanted = {layer.diff_id for at, layer in enumerate(work.image.layers) if need is None or at in need}
         with contextlib.ExitStack() as stack:
-            for place, layer in enumerate(image.layers):
-                diff_id = layer.diff_id
-                if diff_id in known:
-                    self.indexes.append(known[diff_id])
-                    continue
+
+            def find(layer: Layer, _: object, step: Progress | None) -> tuple[Index, str]:
+                diff_id, tar, read = layer.diff_id, None, "store"
                 index = work.kept.load_index(diff_id)
-                tar = work.kept.open_tar(diff_id) if index is not None and diff_id in wanted else None
-                if tar is not None:
+                if index is not None and diff_id in wanted and (tar := work.kept.open_tar(diff_id)) is not None:
                     stack.callback(tar.close)
                 if index is None or (tar is None and diff_id in wanted):
                     if diff_id in wanted:
                         tar = stack.enter_context(tempfile.TemporaryFile(prefix="layerkit-", buffering=0))
                     with contextlib.closing(work.source.open_blob(layer.descriptor)) as reader:
-                        reading = LayerReading(reader, layer.descriptor, diff_id, limits=limits, data=tar)
-                        index = reading.finish(labelled(work.progress, place, len(image.layers)))
-                    self.read += 1
+                        reading = LayerReading(reader, layer.descriptor, diff_id, limits=work.limits, data=tar)
+                        index, read = reading.finish(step), "layer"
                 if tar is not None:
                     self._tars[diff_id] = tar
-                known[diff_id] = index
-                self.indexes.append(index)
+                return index, read
+
+            self.indexes, origins = _each_layer(work, find)
             self._stack = stack.pop_all()
+        pairs = zip(self.indexes, origins, strict=True)
+        self.read = len({index.diff_id for index, origin in pairs if origin == "layer"})
 
     def more(self, need: Collection[int]) -> Contents:
         """Return the content of the layers at ``need``, each read again where it is not kept; to be closed too."""

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from layerkit.model.reports import InspectReport, RemapReport, VerifyReport
     from layerkit.model.tree import Tree
     from layerkit.pack import Packing
+    from layerkit.unpack import Found
     from layerkit.usecases.analyze import AnalyzeReport
     from layerkit.usecases.from_folder import PackReport
-    from layerkit.usecases.published_indexes import Found
     from layerkit.usecases.to_folder import UnpackReport
 
 
@@ -108,10 +108,10 @@ class OpenImage:
 
     def indexes(self, *, progress: Progress | None = None) -> list[Index]:
         """Return the index of every layer, bottom first: kept ones, and blobs read for the others."""
-        from layerkit.unpack import read_indexes
+        from layerkit.unpack import find_indexes
 
         with self.kept(progress) as work:
-            return read_indexes(work)[0]
+            return list(find_indexes(work).indexes)
 
     def tree(self, *, progress: Progress | None = None) -> Tree:
         """Return the merged root filesystem, with container ids. Nothing is stored."""
@@ -304,7 +304,8 @@ class OpenImage:
     def _find_indexes(self, progress: Progress | None) -> Found:
         """Return the indexes for something that is looked at or published, and not mounted by it."""
         from layerkit.model.work import NOBODY
-        from layerkit.usecases.published_indexes import PublishedIndexes, find_indexes
+        from layerkit.unpack import find_indexes
+        from layerkit.usecases.published_indexes import PublishedIndexes
 
         with self.kept(progress) as work:
             return find_indexes(work, PublishedIndexes(work) if self.settings.published else NOBODY)

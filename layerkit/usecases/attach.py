@@ -30,7 +30,8 @@ from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
-from layerkit.usecases.published_indexes import Found, put_indexes
+from layerkit.unpack import Found
+from layerkit.usecases.published_indexes import put_indexes
 
 UNCOMPRESSED_KEY = "io.layerkit.remap.uncompressed-digest"
 """Annotation of the META's descriptor: the digest of its bytes before compression."""

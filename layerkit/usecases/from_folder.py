@@ -24,7 +24,7 @@ from layerkit.model.trees.diff import diff
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, rewrite_image, write_layer
-from layerkit.unpack import read_indexes
+from layerkit.unpack import find_indexes
 from layerkit.usecases.copy import left_behind
 from layerkit.usecases.flatten import has_root
 from layerkit.usecases.settings import RewriteOptions
@@ -105,7 +105,7 @@ def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> Pa
     with contextlib.ExitStack() as stack:
         root = _open(folder)
         stack.callback(os.close, root)
-        indexes, _ = read_indexes(work)
+        indexes = find_indexes(work).indexes
         sink = stack.enter_context(dst.sink())
         old = as_on_disk(merge(indexes, limits=limits), mapping)
         read = read_rootfs(root, old, checksum=options.checksum, limits=limits, progress=work.progress)

@@ -17,7 +17,7 @@ from layerkit.model.reports import IdRow, InspectReport, LayerRow
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Work
-from layerkit.usecases.published_indexes import Found
+from layerkit.unpack import Found
 
 _KIND_NAMES = {
     Kind.REG: "files", Kind.DIR: "directories", Kind.SYMLINK: "symlinks", Kind.FIFO: "fifos",

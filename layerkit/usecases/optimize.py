@@ -15,7 +15,7 @@ from layerkit.model.reports import Report
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
-from layerkit.unpack import Contents, Indexed, read_indexes
+from layerkit.unpack import Contents, Indexed, find_indexes
 from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
 from layerkit.usecases.settings import RewriteOptions
@@ -143,7 +143,7 @@ def plan_optimize(work: Work, options: OptimizeOptions) -> Planned:
         InvalidImage: a layer is malformed.
     """
     base = 0 if options.keep_base is None else options.keep_base(work.image)
-    indexes, _ = read_indexes(work)
+    indexes = find_indexes(work).indexes
     planner = plan_stubs if options.metadata_only else plan
     made = planner(indexes, base, limits=work.limits)
     cost = made.bytes_after - planner(indexes, limits=work.limits).bytes_after if base else 0

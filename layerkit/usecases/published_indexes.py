@@ -7,127 +7,27 @@ layer itself. What comes from the two in the middle is marked as unproven, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from layerkit.formats.index import toc
-from layerkit.formats.index.check import UNPROVEN, is_unproven
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact
 from layerkit.images.transfer import copy_image
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, RegistryError
+from layerkit.model.errors import InvalidImage, LayerkitError, RegistryError
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
-from layerkit.model.limits import Limits
-from layerkit.model.ports import BlobReader, ImageSink, Progress
+from layerkit.model.ports import ImageSink
 from layerkit.model.reports import Report
-from layerkit.model.work import NOBODY, Destination, Others, Work
+from layerkit.model.work import Destination, Others, Work
 from layerkit.store.unproven import UnprovenIndexes
-from layerkit.unpack import VerifiedBlob, index_layer, labelled
+from layerkit.unpack import VerifiedBlob, find_indexes
 
 _BLOB_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The indexes of an image and where they came from.
-
-    Attributes:
-        indexes: bottom first; those that nothing has proven carry a warning that says so.
-        origins: for each, ``store``, ``layer`` (it was read), or what others say: ``cache``, ``artifact``, ``toc``,
-            ``shared``.
-        notes: why a better way was not gone, as text.
-    """
-
-    indexes: tuple[Index, ...]
-    origins: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def warnings(self, others: Sequence[str]) -> tuple[str, ...]:
-        """Return the warnings for a report: ``others`` with one in place of many about unproven layers."""
-        doubtful = sum(is_unproven(index) for index in self.indexes)
-        kept = tuple(text for text in others if not text.startswith(UNPROVEN))
-        if not doubtful:
-            return kept
-        said = (
-            f"{UNPROVEN}{doubtful} of {len(self.indexes)} layers are known only from what is "
-            "published of them; `layerkit verify` reads the layers and proves it"
-        )
-        return (said, *self.notes, *kept)
-
-    @property
-    def layers_read(self) -> int:
-        """Return how many layer blobs were read whole."""
-        pairs = zip(self.indexes, self.origins, strict=True)
-        return len({index.diff_id for index, origin in pairs if origin == "layer"})
-
-
-def find_indexes(work: Work, others: Others = NOBODY, *, layers: bool = True) -> Found:
-    """Return the index of every layer of the image with as few bytes read as can be.
-
-    Args:
-        work: the image, and what is kept of it.
-        others: asked for what is not kept; only layers that they have not either are read.
-        layers: read layers where there is nothing else; if not, that is an error.
-
-    Raises:
-        NotFound: not ``layers``, and a layer that nothing is published of.
-        InvalidImage: a layer is malformed, unsafe, or not what its digests promise.
-    """
-    image = work.image
-    work.limits.check("layers_per_image", len(image.layers), image.name or "image")
-    known: dict[Digest, tuple[Index, str]] = {}
-    for place, layer in enumerate(image.layers):
-        if layer.diff_id in known:
-            continue
-        got: tuple[Index, str] | None
-        if (kept := work.kept.load_index(layer.diff_id)) is not None:
-            got = kept, "store"
-        else:
-            got = others.index(layer, {diff_id: index for diff_id, (index, _) in known.items()})
-        if got is None:
-            if not layers:
-                raise NotFound(f"{image.name}: no index is published of layer {layer.descriptor.digest}")
-            step = labelled(work.progress, place, len(image.layers))
-            got = read_in_turn(layer, work.source.open_blob, others, work.limits, step)
-        known[layer.diff_id] = got
-    indexes, origins = zip(*(known[diff_id] for diff_id in image.diff_ids), strict=True) if known else ((), ())
-    return Found(indexes, origins, tuple(others.notes))
-
-
-def read_in_turn(
-    layer: Layer,
-    open_blob: Callable[[Descriptor], BlobReader],
-    others: Others,
-    limits: Limits,
-    progress: Progress | None = None,
-) -> tuple[Index, str]:
-    """Return the index of a layer and where it came from: the layer is read, unless others do so just now.
-
-    Args:
-        layer: which.
-        open_blob: opens its blob.
-        others: whose turn is waited for, and who get the index.
-        limits: bounds on the layer.
-        progress: told of the bytes read.
-
-    Raises:
-        InvalidImage: the layer is malformed, unsafe, or not what its digests promise.
-    """
-    with others.turn(layer) as got:
-        if got is not None:
-            return got
-        reader = open_blob(layer.descriptor)
-        try:
-            index = index_layer(reader, layer.descriptor, layer.diff_id, limits=limits, progress=progress)
-        finally:
-            reader.close()
-        others.take(index)
-        return index, "layer"
 
 
 class PublishedIndexes(Others):

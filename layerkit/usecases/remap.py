@@ -59,7 +59,7 @@ def map_index(index: Index, mapping: Mapping) -> Index:
     )
 
 
-def map_layers(indexes: list[Index], mapping: Mapping, *, limits: Limits) -> tuple[list[Index], Tree]:
+def map_layers(indexes: Sequence[Index], mapping: Mapping, *, limits: Limits) -> tuple[list[Index], Tree]:
     """Return the indexes with mapped owners, and the root filesystem that they make: the mapped one.
 
     Folders that no layer has an entry of, which a runtime makes as 0:0, get entries: in a mapped image they
@@ -91,7 +91,7 @@ def map_layers(indexes: list[Index], mapping: Mapping, *, limits: Limits) -> tup
     return mapped, want
 
 
-def _where_made(indexes: list[Index], path: bytes) -> int:
+def _where_made(indexes: Sequence[Index], path: bytes) -> int:
     """Return the place of a layer that can hold an entry of the folder ``path``, which a runtime would make.
 
     That is the topmost one with something in the folder, or the next one where hard links of that layer mean

@@ -18,7 +18,7 @@ from layerkit.model.reports import VerifyReport
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
 from layerkit.model.work import NOTHING_KEPT, Work
-from layerkit.unpack import VerifiedBlob, read_indexes
+from layerkit.unpack import VerifiedBlob, find_indexes
 from layerkit.usecases.attach import UNCOMPRESSED_KEY, plain_digest
 
 _META_BYTES, _META_BYTES_PER_NAME = 64 << 20, 16 << 10
@@ -32,7 +32,7 @@ def verify(work: Work) -> VerifyReport:
         InvalidImage: something is not what it promises to be; an artifact not what layerkit makes of this image.
     """
     image = work.image
-    indexes, _ = read_indexes(replace(work, kept=NOTHING_KEPT))
+    indexes = find_indexes(replace(work, kept=NOTHING_KEPT)).indexes
     tree = merge(indexes, limits=work.limits)
     agreed = []
     for descriptor, data in work.source.referrers(image.descriptor.digest, artifact.ARTIFACT_TYPE):
@@ -86,7 +86,7 @@ def find_published(work: Work, mapping: Mapping, key: Path | None) -> Published:
             found = artifact.parse(data, f"artifact {entry.digest}", limits=work.limits)
             if found.mapping != mapping.canonical():
                 continue
-            tree = tree if tree is not None else merge(read_indexes(work)[0], limits=work.limits)
+            tree = tree if tree is not None else merge(find_indexes(work).indexes, limits=work.limits)
             check_artifact(work, tree, entry, data)
             if verifier is not None:
                 _check_signed(work, entry, found, verifier)

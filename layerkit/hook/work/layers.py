@@ -26,7 +26,7 @@ from layerkit.model.image import Layer
 from layerkit.model.limits import Limits
 from layerkit.model.work import Others
 from layerkit.store.unproven import UnprovenIndexes
-from layerkit.usecases.published_indexes import read_in_turn
+from layerkit.unpack import read_in_turn
 from layerkit.usecases.settings import Settings
 
 if TYPE_CHECKING:

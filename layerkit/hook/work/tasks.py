@@ -32,8 +32,8 @@ from layerkit.model.errors import LayerkitError, LossyResult, NotFound, Unmapped
 from layerkit.model.limits import Limits
 from layerkit.model.ports import BlobReader
 from layerkit.model.work import Destination, Work
+from layerkit.unpack import find_indexes
 from layerkit.usecases.attach import AttachOptions, attach
-from layerkit.usecases.published_indexes import find_indexes
 from layerkit.usecases.settings import Settings
 
 # Trying again with the same image and map gives the same answer.
