@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
+from programs import Cli, skopeo
 
 # podman_engine, containerd_engine, docker_engine
 pytest_plugins = ("engines",)
@@ -74,6 +76,35 @@ def app_image() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         app.ensure("oci-archive")
     return path
+
+
+@pytest.fixture(scope="session")
+def app_layout(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the real image as an OCI layout folder with the tag ``latest``. Do not write to it."""
+    need_tool("skopeo")
+    layout = tmp_path_factory.mktemp("layout") / "app"
+    skopeo("copy", "--quiet", f"oci-archive:{app_image}", f"oci:{layout}:latest")
+    return layout
+
+
+@pytest.fixture
+def cli(store_dir: Path) -> Cli:
+    """Return a runner of ``layerkit`` with a store of the test's own: ``cli("remap", …, code=0)``."""
+    return Cli(store_dir)
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Skip what needs root where we are not."""
+    need_root()
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Fail a test after which more threads run than before."""
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
 
 
 @pytest.fixture

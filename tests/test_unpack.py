@@ -6,9 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +21,9 @@ from layerkit.model.errors import Cancelled, DigestMismatch, InvalidImage, Limit
 from layerkit.model.limits import Limits
 from layerkit.unpack import SLOT_BYTES, SLOTS, LayerReading, index_layer
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 FORMS = ["none", "gzip", "zstd"]
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
 
 
 @pytest.fixture(scope="module")

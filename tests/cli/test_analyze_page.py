@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import Page
+from programs import run_layerkit
 
 
 @pytest.fixture(scope="module")
 def report(tiny_image: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The page of the tiny image, and the same facts as JSON."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    words = ["analyze", tiny_image, "--html", path, "--json", "--top", "100000"]
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, text=True, check=True
-    )
+    done = run_layerkit("analyze", tiny_image, "--html", path, "--json", "--top", "100000")
     return path, json.loads(done.stdout)["images"][0]
 
 

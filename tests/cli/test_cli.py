@@ -8,15 +8,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import zstandard
 from needs import need_root, need_tool
+from programs import Cli
+from programs import command as command_line
 
 MAP = "0:100000:65536"
 ALL_COMMANDS = (
@@ -25,23 +25,7 @@ ALL_COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def cli(store_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a runner of ``layerkit`` with a store of the test's own: ``cli("remap", …, code=0)``."""
-
-    def run(*words: object, code: int = 0, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words)],
-            env={**os.environ, "LAYERKIT_STORE": str(store_dir), "COLUMNS": "200"},
-            stdin=stdin, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
-
-
-def test_every_command_has_help_with_an_example(cli: Callable[..., Any]) -> None:
+def test_every_command_has_help_with_an_example(cli: Cli) -> None:
     top = cli("--help").stdout
     for command in ALL_COMMANDS:
         assert command in top
@@ -52,11 +36,11 @@ def test_every_command_has_help_with_an_example(cli: Callable[..., Any]) -> None
         assert "Example" in cli("store", command, "--help").stdout
 
 
-def test_remap_mount_umount(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
+def test_remap_mount_umount(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     need_root()
     target = tmp_path / "m"
     target.mkdir()
-    first = json.loads(cli("remap", tiny_image, "--uid-map", MAP, "--json").stdout)
+    first = cli.json("remap", tiny_image, "--uid-map", MAP)
     assert first["schema"] == "layerkit.remap.v1"
     assert first["layers_read"] == first["layers"] > 3
     second = cli("remap", tiny_image, "--uid-map", "0:200000:65536")
@@ -65,21 +49,19 @@ def test_remap_mount_umount(cli: Callable[..., Any], tiny_image: Path, tmp_path:
     cli("mount", first["next_ref"], target, "--uid-map", MAP)
     try:
         assert target.lstat().st_uid == 100000
-        rows = json.loads(cli("mounts", "--json").stdout)["mounts"]
+        rows = cli.json("mounts")["mounts"]
         assert [row["target"] for row in rows] == [str(target)]
         with pytest.raises(OSError, match="Read-only"):
             (target / "new").touch()
-        removed = json.loads(cli("store", "gc", "--json").stdout)["removed"]
+        removed = cli.json("store", "gc")["removed"]
         assert removed == []
     finally:
-        ended = json.loads(cli("umount", target, "--json").stdout)
+        ended = cli.json("umount", target)
     assert ended == {"schema": "layerkit.umount.v1", "target": str(target)}
-    assert json.loads(cli("mounts", "--json").stdout)["mounts"] == []
+    assert cli.json("mounts")["mounts"] == []
 
 
-def test_a_writable_mount_keeps_changes_in_its_upper(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path
-) -> None:
+def test_a_writable_mount_keeps_changes_in_its_upper(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     need_root()
     target, upper = tmp_path / "m", tmp_path / "upper"
     target.mkdir()
@@ -102,12 +84,12 @@ def test_a_writable_mount_keeps_changes_in_its_upper(
 @pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
 def test_every_kind_of_archive_is_read(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], kind: str, compression: str
+    cli: Cli, tiny_archive: Callable[..., Path], kind: str, compression: str
 ) -> None:
     if kind == "docker-archive" and compression == "zstd":
         compression = "gzip"
     path = tiny_archive(kind, compression)
-    seen = json.loads(cli("inspect", path, "--json").stdout)
+    seen = cli.json("inspect", path)
     with path.open("rb") as f:
         piped = json.loads(cli("inspect", "-", "--json", stdin=f).stdout)
     assert seen["tree_digest"] == piped["tree_digest"]
@@ -115,7 +97,7 @@ def test_every_kind_of_archive_is_read(
 
 
 def test_the_name_in_the_store_is_that_of_the_file_whatever_the_reference(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_archive: Callable[..., Path], tmp_path: Path
 ) -> None:
     plain = tiny_archive("oci-archive", "gzip").read_bytes()
     for name, data in (("i.tar", plain), ("i.tar.gz", gzip.compress(plain)), ("i.tgz", gzip.compress(plain)),
@@ -123,11 +105,11 @@ def test_the_name_in_the_store_is_that_of_the_file_whatever_the_reference(
         path = tmp_path / name
         path.write_bytes(data)
         for text in (f"{path}", f"{path}:latest", f"oci-archive:{path}:latest"):
-            assert json.loads(cli("inspect", text, "--json").stdout)["name"] == "i:latest", text
+            assert cli.json("inspect", text)["name"] == "i:latest", text
 
 
-def test_inspect_says_what_a_map_would_do(cli: Callable[..., Any], tiny_image: Path) -> None:
-    report = json.loads(cli("inspect", tiny_image, "--uid-map", "0:100000:1000", "--json").stdout)
+def test_inspect_says_what_a_map_would_do(cli: Cli, tiny_image: Path) -> None:
+    report = cli.json("inspect", tiny_image, "--uid-map", "0:100000:1000")
     becomes = {row["id"]: row["becomes"] for row in report["uids"]}
     assert becomes[0] == "100000"
     assert becomes[1000] == "unmapped"
@@ -135,15 +117,11 @@ def test_inspect_says_what_a_map_would_do(cli: Callable[..., Any], tiny_image: P
     assert "users" in cli("inspect", tiny_image).stdout
 
 
-def test_an_artifact_is_attached_and_the_image_untouched(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path
-) -> None:
+def test_an_artifact_is_attached_and_the_image_untouched(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     need_tool("skopeo", "umoci")
     layout = tmp_path / "out"
-    report = json.loads(cli("remap", tiny_image, f"oci:{layout}:tiny", "--uid-map", MAP, "--json").stdout)
-    other = json.loads(
-        cli("remap", tiny_image, f"oci:{tmp_path / 'twice'}:tiny", "--uid-map", MAP, "--json").stdout
-    )
+    report = cli.json("remap", tiny_image, f"oci:{layout}:tiny", "--uid-map", MAP)
+    other = cli.json("remap", tiny_image, f"oci:{tmp_path / 'twice'}:tiny", "--uid-map", MAP)
     assert report["artifact"] == other["artifact"]
     index = json.loads((layout / "index.json").read_text())
     assert [m["digest"] for m in index["manifests"]] == [report["manifest"], report["artifact"]]
@@ -159,11 +137,11 @@ def test_an_artifact_is_attached_and_the_image_untouched(
 @pytest.mark.parametrize("rendering", ["erofs", "tar"])
 @pytest.mark.parametrize("namespace", ["trusted", "user"])
 def test_verify_notices_a_false_artifact(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path, rendering: str, namespace: str
+    cli: Cli, tiny_image: Path, tmp_path: Path, rendering: str, namespace: str
 ) -> None:
     layout = tmp_path / "out"
     words = ("--rendering", rendering, "--namespace", namespace)
-    report = json.loads(cli("remap", tiny_image, f"oci:{layout}:t", "--uid-map", MAP, "--json", *words).stdout)
+    report = cli.json("remap", tiny_image, f"oci:{layout}:t", "--uid-map", MAP, *words)
     cli("verify", f"oci:{layout}:t")
     # The same artifact, but it claims another map.
     blobs = layout / "blobs/sha256"
@@ -180,7 +158,7 @@ def test_verify_notices_a_false_artifact(
 
 
 def test_errors_say_what_to_do_and_have_their_exit_code(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path, store_dir: Path
+    cli: Cli, tiny_image: Path, tmp_path: Path, store_dir: Path
 ) -> None:
     need_root()
     unmapped = cli("remap", tiny_image, "--uid-map", "0:100000:1000", code=3).stderr
@@ -201,7 +179,7 @@ def test_errors_say_what_to_do_and_have_their_exit_code(
 
 
 def test_a_damaged_layer_leaves_nothing_behind(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path, store_dir: Path
+    cli: Cli, tiny_archive: Callable[..., Path], tmp_path: Path, store_dir: Path
 ) -> None:
     data = bytearray(tiny_archive("oci-archive", "none").read_bytes())
     place = data.index(b"#!/bin/sh")
@@ -212,10 +190,10 @@ def test_a_damaged_layer_leaves_nothing_behind(
     cli("store", "verify")
 
 
-def test_store_commands(cli: Callable[..., Any], tiny_image: Path, store_dir: Path) -> None:
+def test_store_commands(cli: Cli, tiny_image: Path, store_dir: Path) -> None:
     need_root()
-    report = json.loads(cli("remap", tiny_image, "--uid-map", MAP, "--own-meta", "--json").stdout)
-    df = json.loads(cli("store", "df", "--json").stdout)
+    report = cli.json("remap", tiny_image, "--uid-map", MAP, "--own-meta")
+    df = cli.json("store", "df")
     assert df["schema"] == "layerkit.store-df.v1"
     assert "metadata layers" in cli("store", "df").stdout
     assert report["manifest"] in cli("store", "ls").stdout
@@ -227,14 +205,14 @@ def test_store_commands(cli: Callable[..., Any], tiny_image: Path, store_dir: Pa
     assert left == []
 
 
-def test_kill_at_any_moment_leaves_a_whole_store(cli: Callable[..., Any], app_image: Path, store_dir: Path) -> None:
+def test_kill_at_any_moment_leaves_a_whole_store(cli: Cli, app_image: Path, store_dir: Path) -> None:
     need_root()
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
     for _ in range(4 * int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))):
         process = subprocess.Popen(
-            [sys.executable, "-m", "layerkit.cli.main", "remap", str(app_image), "--uid-map", MAP, "--own-meta"],
+            command_line("remap", str(app_image), "--uid-map", MAP, "--own-meta"),
             env={**os.environ, "LAYERKIT_STORE": str(store_dir)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -252,7 +230,7 @@ def test_kill_at_any_moment_leaves_a_whole_store(cli: Callable[..., Any], app_im
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(app_image: Path, store_dir: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "layerkit.cli.main", "remap", str(app_image), "--uid-map", MAP],
+        command_line("remap", str(app_image), "--uid-map", MAP),
         env={**os.environ, "LAYERKIT_STORE": str(store_dir)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import Cli
 from tar_blocks import END, folder, hardlink, header, member, packed, pax, symlink
 
 F = member(b"f", b"hello")
@@ -61,13 +61,7 @@ def layout(folder: Path, layers: list[bytes], *, form: str = "gzip") -> Path:
 
 def run(tmp_path: Path, *words: object) -> subprocess.CompletedProcess[str]:
     (tmp_path / "tmp").mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)],
-        env={**os.environ, "LAYERKIT_STORE": str(tmp_path / "store"), "TMPDIR": str(tmp_path / "tmp")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return Cli(tmp_path / "store", TMPDIR=str(tmp_path / "tmp"))(*words, code=None)
 
 
 def assert_nothing_left(tmp_path: Path) -> None:
@@ -112,12 +106,7 @@ def test_a_bomb_ends_at_the_limit(form: str, tmp_path: Path) -> None:
     bomb = header(b"zeros", b"0", 3 << 30)
     image = layout(tmp_path / "image", [bomb + bytes(64 << 20)], form=form)
     bounds = {"LAYERKIT_LIMIT_BOMB_FLOOR_BYTES": str(1 << 20), "LAYERKIT_LIMIT_COMPRESSION_RATIO": "100"}
-    env = {**os.environ, **bounds}
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "inspect", str(image), "--store", str(tmp_path / "none")],
-        env=env, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 3
+    done = Cli(tmp_path / "none")("inspect", image, code=3, env=bounds)
     assert "LAYERKIT_LIMIT_COMPRESSION_RATIO" in done.stderr
 
 

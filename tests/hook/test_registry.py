@@ -19,7 +19,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process
 from made_images import INDEX, MANIFEST, digest, dump
-from programs import free_port, layerkit, wait_for
+from programs import answer, free_port, run_layerkit, wait_for
 from pushed_images import REMAP, Pushed, artifacts, ask, image, map_of, push, settled, states
 from registry_server import Registry, docker_registry
 
@@ -138,7 +138,7 @@ def test_what_is_published_is_what_a_remap_gives(site: Site, tmp_path: Path) -> 
     assert isinstance(layers, list)
     subprocess.run(["skopeo", "copy", "-q", "--src-tls-verify=false", site.registry.ref(f"{pushed.name}:v1"),
                     f"oci:{tmp_path / 'pulled'}:v1"], check=True, timeout=60)  # fmt: skip
-    layerkit("remap", f"oci:{tmp_path / 'pulled'}:v1", f"oci:{tmp_path / 'mapped'}:v1", "--uid-map", MAP_A,
+    run_layerkit("remap", f"oci:{tmp_path / 'pulled'}:v1", f"oci:{tmp_path / 'mapped'}:v1", "--uid-map", MAP_A,
         "--store", str(tmp_path / "other"))  # fmt: skip
     blob = layers[0]["digest"].partition(":")[2]
     assert (tmp_path / "mapped/blobs/sha256" / blob).exists()
@@ -220,33 +220,29 @@ def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
     host = site.wire.host
     common = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"), "--engine", "threads"]
     refs = [f"docker://{host}/{each.name}:v1" for each in images]
-    done = json.loads(layerkit("hook", "run", *refs[:2], *common, "--json").stdout)
+    done = answer("hook", "run", *refs[:2], *common)
     assert [job["state"] for job in done["jobs"]] == ["done", "done"] and done["failed"] == []
     # Part of it fails: what can be done is done, the exit code is 5, and the message says which.
-    failed = layerkit("hook", "run", refs[2], f"docker://{host}/team0/app0:absent", *common, code=5)
+    failed = run_layerkit("hook", "run", refs[2], f"docker://{host}/team0/app0:absent", *common, code=5)
     assert "1 of 2 failed" in failed.stderr and "team0/app0:absent: not in the registry" in failed.stderr
     assert [len(artifacts(site.registry.host, each)) for each in images] == [1, 1, 1]
     # Once more, without a state: two requests each, no layer, nothing written.
     site.wire.seen.clear()
-    again = json.loads(layerkit("hook", "run", *refs, *common, "--state", str(tmp_path / "fresh"), "--json").stdout)
+    again = answer("hook", "run", *refs, *common, "--state", str(tmp_path / "fresh"))
     assert all(job["report"]["existing"] for job in again["jobs"])
     assert not [seen for seen in site.wire.seen if seen[0] not in ("GET", "HEAD") or "/blobs/" in seen[1]]
-    unmapped = layerkit(
+    unmapped = run_layerkit(
         "hook", "run", refs[0], "--tls-verify=false", "--uid-map", "5:5:1", "--store", str(tmp_path / "s"), code=5
     )
     assert "outside the map" in unmapped.stderr
-    tags = json.loads(
-        layerkit("hook", "run", f"docker://{host}/{images[0].name}", "--all-tags", *common, "--json").stdout
-    )
+    tags = answer("hook", "run", f"docker://{host}/{images[0].name}", "--all-tags", *common)
     assert [job["targets"][0]["tag"] for job in tags["jobs"]] == ["v1"]
-    shown = json.loads(
-        layerkit("hook", "jobs", "--state", str(tmp_path / "s-hook"), "--only", "dead", "--json").stdout
-    )
+    shown = answer("hook", "jobs", "--state", str(tmp_path / "s-hook"), "--only", "dead")
     assert len(shown["jobs"]) == 1
-    assert "1 jobs" in layerkit("hook", "retry", "--all", "--state", str(tmp_path / "s-hook")).stderr
-    layerkit("hook", "run", "oci:x", *common, code=2)
-    layerkit("hook", "run", refs[0], code=2)
-    layerkit("hook", "retry", "--state", str(tmp_path / "s-hook"), code=2)
+    assert "1 jobs" in run_layerkit("hook", "retry", "--all", "--state", str(tmp_path / "s-hook")).stderr
+    run_layerkit("hook", "run", "oci:x", *common, code=2)
+    run_layerkit("hook", "run", refs[0], code=2)
+    run_layerkit("hook", "retry", "--state", str(tmp_path / "s-hook"), code=2)
 
 
 def test_indexes_are_published_where_that_is_wanted(site: Site, tmp_path: Path) -> None:
@@ -276,12 +272,12 @@ def test_statements_are_signed_and_a_node_can_ask_for_them(site: Site, tmp_path:
         jobs = json.loads(call(f"{url}/v1/jobs?state=done", headers=BEARER)[2])["jobs"]
     ref = site.registry.ref(f"{pushed.name}:v1")
     words = [ref, "--uid-map", MAP_A, "--tls-verify=false", "--store", str(tmp_path / "node"), "--json"]
-    pulled = json.loads(layerkit("pull", *words, "--key", str(public)).stdout)
+    pulled = json.loads(run_layerkit("pull", *words, "--key", str(public)).stdout)
     assert pulled["published"] == jobs[0]["report"]["artifact"]
     assert pulled["signed"] is True and pulled["refused"] == []
-    assert "agrees with the image" in layerkit("verify", ref, "--tls-verify=false").stdout
+    assert "agrees with the image" in run_layerkit("verify", ref, "--tls-verify=false").stdout
     broken = site.config(MAP_A, more=f'sign_key = "{tmp_path / "absent"}"')
-    assert "absent" in layerkit("hook", "serve", "--config", str(broken), code=2).stderr
+    assert "absent" in run_layerkit("hook", "serve", "--config", str(broken), code=2).stderr
 
 
 @pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])
@@ -318,5 +314,5 @@ def test_an_index_is_done_for_each_platform(site: Site, tmp_path: Path) -> None:
         (parent,) = [job for job in jobs if job["digest"] == digest(index)]
         assert parent["state"] == "done" and parent["report"]["children"] == [one.digest]
     ref = f"docker://{site.wire.host}/{name}:multi"
-    layerkit("hook", "run", ref, "--tls-verify=false", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
+    run_layerkit("hook", "run", ref, "--tls-verify=false", "--uid-map", MAP_B, "--store", str(tmp_path / "s"), "-q")
     assert len(artifacts(site.registry.host, one)) == 2

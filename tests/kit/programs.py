@@ -47,7 +47,7 @@ def run(
     return done
 
 
-def layerkit(
+def run_layerkit(
     *words: object,
     code: int | None = 0,
     env: Mapping[str, str] | None = None,
@@ -55,6 +55,11 @@ def layerkit(
 ) -> subprocess.CompletedProcess[str]:
     """Run our command to its end, as :func:`run` does."""
     return run(*LAYERKIT, *words, code=code, env=env, stdin=stdin)
+
+
+def answer(*words: object, env: Mapping[str, str] | None = None) -> Any:
+    """Return what our command answers to ``--json``."""
+    return json.loads(run_layerkit(*words, "--json", env=env).stdout)
 
 
 class Cli:
@@ -71,11 +76,11 @@ class Cli:
         stdin: int | IO[bytes] = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         """Run it to its end, as :func:`run` does."""
-        return layerkit(*words, code=code, env={**self.env, **(env or {})}, stdin=stdin)
+        return run_layerkit(*words, code=code, env={**self.env, **(env or {})}, stdin=stdin)
 
     def json(self, *words: object, **env: str) -> Any:
         """Return what it answers to ``--json``."""
-        return json.loads(self(*words, "--json", env=env).stdout)
+        return answer(*words, env={**self.env, **env})
 
     def refusal(self, *words: object, code: int, **env: str) -> str:
         """Return what it says where it ends with ``code``."""

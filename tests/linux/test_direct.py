@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from needs import need_root, need_tool
+from disks import disk
 
 from layerkit.linux.direct import NewFile
 from layerkit.linux.pagecache import cached_bytes
@@ -37,24 +36,14 @@ def _written(path: Path, pieces: list[memoryview], *, direct: bool = True) -> by
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def small(tmp_path: Path) -> Iterator[Path]:
     """A small ext4 of its own."""
-    need_root()
-    need_tool("mkfs.ext4", "mount")
-    image, target = tmp_path / "disk", tmp_path / "m"
-    image.touch()
-    os.truncate(image, 24 << 20)
-    target.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, target], check=True)
-    try:
+    with disk(tmp_path, "ext4", "-F", size=24 << 20) as target:
         yield target
-    finally:
-        subprocess.run(["umount", target], check=True)
 
 
-def test_whole_pieces_leave_nothing_in_the_page_cache(disk: Path) -> None:
-    path = disk / "file"
+def test_whole_pieces_leave_nothing_in_the_page_cache(small: Path) -> None:
+    path = small / "file"
     want = _written(path, [_aligned(b"ab"), _aligned(b"cd"), _aligned(b"ef")])
     assert cached_bytes(path) == 0
     assert path.read_bytes() == want
@@ -62,34 +51,34 @@ def test_whole_pieces_leave_nothing_in_the_page_cache(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [1, 511, 512, 4095, 4096, 4097, PIECE - 1])
-def test_a_tail_of_any_length(disk: Path, tail: int) -> None:
-    want = _written(disk / "file", [_aligned(b"ab"), _aligned(b"cd")[:tail]])
-    assert (disk / "file").read_bytes() == want
+def test_a_tail_of_any_length(small: Path, tail: int) -> None:
+    want = _written(small / "file", [_aligned(b"ab"), _aligned(b"cd")[:tail]])
+    assert (small / "file").read_bytes() == want
 
 
-def test_pieces_of_odd_lengths_in_between(disk: Path) -> None:
+def test_pieces_of_odd_lengths_in_between(small: Path) -> None:
     pieces = [_aligned(b"a"), _aligned(b"b")[:700], _aligned(b"c"), _aligned(b"d")[:5000], _aligned(b"e")]
-    assert (_written(disk / "file", pieces)) == (disk / "file").read_bytes()
+    assert (_written(small / "file", pieces)) == (small / "file").read_bytes()
 
 
-def test_memory_that_is_not_aligned_goes_the_usual_way(disk: Path) -> None:
+def test_memory_that_is_not_aligned_goes_the_usual_way(small: Path) -> None:
     """The kernel refuses it (EINVAL), and nothing is lost or written twice."""
     area = _aligned(b"xyz0", 2 * PIECE)
-    want = _written(disk / "file", [_aligned(b"a"), area[1 : PIECE + 1], _aligned(b"b")])
-    assert (disk / "file").read_bytes() == want
+    want = _written(small / "file", [_aligned(b"a"), area[1 : PIECE + 1], _aligned(b"b")])
+    assert (small / "file").read_bytes() == want
 
 
-def test_tmpfs_and_without_direct(tmp_path: Path, disk: Path) -> None:
+def test_tmpfs_and_without_direct(tmp_path: Path, small: Path) -> None:
     memory = Path("/dev/shm") / f"lk-direct-{os.getpid()}"
-    for path, direct in ((memory, True), (disk / "file", False)):
+    for path, direct in ((memory, True), (small / "file", False)):
         try:
             assert _written(path, [_aligned(b"ab"), _aligned(b"cd")[:999]], direct=direct) == path.read_bytes()
         finally:
             path.unlink()
 
 
-def test_a_full_disk_is_an_error(disk: Path) -> None:
-    file = NewFile(disk / "file", direct=True)
+def test_a_full_disk_is_an_error(small: Path) -> None:
+    file = NewFile(small / "file", direct=True)
     with pytest.raises(OSError) as caught:
         for _ in range(64):
             file.write(_aligned(b"ab"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -13,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import disk
 from made_layers import make_image, put, put_meta, random_layer, state
-from needs import need_root, need_tool
 from programs import KIT
 
 from layerkit.model.errors import StoreError
@@ -141,20 +140,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_store(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    need_root()
-    need_tool("mkfs.ext4", "mount")
-    image, target = tmp_path / "disk", tmp_path / "mnt"
-    with image.open("wb") as file:
-        # Whole, so that it is this disk that gets full and never the one below it.
-        os.posix_fallocate(file.fileno(), 0, 12 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-N", "600", "-m", "0", "-E", "nodiscard", image], check=True)
-    target.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, target], check=True)
-    try:
-        yield target
-    finally:
-        gc.collect()  # an index in the traceback of an expected error is a mapped file of the disk
-        subprocess.run(["umount", target], check=True)
+    with disk(tmp_path, "ext4", "-N", "600", "-m", "0", "-E", "nodiscard", size=12 << 20, whole=True) as small:
+        yield small
 
 
 @pytest.mark.parametrize("backend", ["tar", "objects"])

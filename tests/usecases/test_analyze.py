@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from needs import need_tool
+from programs import run_layerkit
 from trees import file, folder
 
 from layerkit.cli.analyze import parse_limit
@@ -23,6 +24,8 @@ from layerkit.model.errors import UsageError, show_path
 from layerkit.model.image import Image, Layer
 from layerkit.model.index import Index
 from layerkit.usecases.analyze import AnalyzeReport, PathUse, analyze, layer_history, sharing
+
+analyze_command = functools.partial(run_layerkit, "analyze")
 
 
 def stack(*layers: list[Entry]) -> list[Index]:
@@ -177,30 +180,23 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert "&lt;img src=x onerror" in dom
 
 
-def run(*words: object, code: int) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "analyze", *map(str, words)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def test_the_command(tiny_image: Path, tmp_path: Path) -> None:
     page = tmp_path / "out/page.html"
-    assert "No such file" in run(tiny_image, "--html", page, code=1).stderr
+    assert "No such file" in analyze_command(tiny_image, "--html", page, code=1).stderr
     page.parent.mkdir()
-    found = json.loads(run(tiny_image, "--json", "--html", page, "--store", tmp_path / "s", code=0).stdout)
+    found = json.loads(
+        analyze_command(tiny_image, "--json", "--html", page, "--store", tmp_path / "s", code=0).stdout
+    )
     assert found["schema"] == "layerkit.analyze.v2"
     image = found["images"][0]
     assert image["wasted_bytes"] == image["duplicated_bytes"] + image["hidden_bytes"]
     assert [p.name for p in page.parent.iterdir()] == ["page.html"]
     assert not (tmp_path / "s").exists()
-    both = json.loads(run(tiny_image, tiny_image, "--json", code=0).stdout)
+    both = json.loads(analyze_command(tiny_image, tiny_image, "--json", code=0).stdout)
     assert both["sharing"]["same_layer_bytes"] >= both["sharing"]["distinct_bytes"] > 0
-    assert "per" not in run(tiny_image, code=0).stderr
-    over = run(tiny_image, "--fail-over", "0.000001%", code=1 if image["wasted_bytes"] else 0)
+    assert "per" not in analyze_command(tiny_image, code=0).stderr
+    over = analyze_command(tiny_image, "--fail-over", "0.000001%", code=1 if image["wasted_bytes"] else 0)
     assert "wasted" in over.stderr or not image["wasted_bytes"]
-    run(tiny_image, "--fail-over", "100%", code=0)
-    run(tiny_image, "--fail-over", "lots", code=2)
-    run(tiny_image, tiny_image, "--html", page, code=2)
+    analyze_command(tiny_image, "--fail-over", "100%", code=0)
+    analyze_command(tiny_image, "--fail-over", "lots", code=2)
+    analyze_command(tiny_image, tiny_image, "--html", page, code=2)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +11,8 @@ import oci_schemas
 import pytest
 from made_images import CONFIG, INDEX, MANIFEST, Layout, attach, below, digest, dump, special, tar
 from needs import need_tool
+from programs import Cli
 from registry_server import docker_registry
-
-
-@pytest.fixture
-def cli(store_dir: Path) -> Callable[..., Any]:
-    """Return a runner of ``layerkit`` that gives the parsed JSON of a success, the message of a failure."""
-
-    def run(*words: object, code: int = 0) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words), "--json"],
-            env={**os.environ, "LAYERKIT_STORE": str(store_dir)}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return json.loads(done.stdout) if code == 0 else done.stderr
-
-    return run
 
 
 def multi(path: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
@@ -58,10 +40,10 @@ def listed(layout: Path) -> list[str]:
     return [m["digest"] for m in json.loads((layout / "index.json").read_text())["manifests"]]
 
 
-def test_one_platform_with_what_is_attached_to_it(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_platform_with_what_is_attached_to_it(cli: Cli, tmp_path: Path) -> None:
     source, _, made = multi(tmp_path / "in")
     out = tmp_path / "out"
-    report = cli("copy", f"oci:{source}:multi", f"oci:{out}:one", "--platform", "linux/amd64")
+    report = cli.json("copy", f"oci:{source}:multi", f"oci:{out}:one", "--platform", "linux/amd64")
     assert report["schema"] == "layerkit.copy.v1"
     assert report["manifest"] == made["amd image"]["digest"]
     want = [made[name]["digest"] for name in ("amd image", "amd", "cosign", "deep")]
@@ -71,51 +53,55 @@ def test_one_platform_with_what_is_attached_to_it(cli: Callable[..., Any], tmp_p
         assert digest((out / "blobs/sha256" / name).read_bytes()) == f"sha256:{name}"
 
 
-def test_all_platforms_with_what_is_attached_to_any(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_all_platforms_with_what_is_attached_to_any(cli: Cli, tmp_path: Path) -> None:
     need_tool("skopeo")
     source, index, made = multi(tmp_path / "in")
     out = tmp_path / "out"
-    report = cli("copy", f"oci:{source}:multi", f"oci:{out}:all", "--all-platforms")
+    report = cli.json("copy", f"oci:{source}:multi", f"oci:{out}:all", "--all-platforms")
     assert report["manifest"] == index["digest"]
     assert report["images"] == [made["amd image"]["digest"], made["arm image"]["digest"]]
     assert made["stranger"]["digest"] not in listed(out)
     assert {made[n]["digest"] for n in ("amd", "index", "deep", "cosign")} == set(report["attached"])
     subprocess.run(["skopeo", "copy", "--all", "--quiet", f"oci:{out}:all", f"dir:{tmp_path / 'd'}"], check=True)
-    again = cli("copy", f"oci:{source}:multi", f"oci:{out}:all", "--all-platforms")
+    again = cli.json("copy", f"oci:{source}:multi", f"oci:{out}:all", "--all-platforms")
     assert again["blobs"] == 0
-    cli("copy", f"oci:{source}:multi", f"oci-archive:{tmp_path / 'x.tar'}:all", "--all-platforms")
-    back = cli("copy", f"oci-archive:{tmp_path / 'x.tar'}:all", f"oci:{tmp_path / 'back'}:all", "--all-platforms")
+    cli.json("copy", f"oci:{source}:multi", f"oci-archive:{tmp_path / 'x.tar'}:all", "--all-platforms")
+    back = cli.json(
+        "copy", f"oci-archive:{tmp_path / 'x.tar'}:all", f"oci:{tmp_path / 'back'}:all", "--all-platforms"
+    )
     assert back["manifest"] == index["digest"]
-    assert "single images" in cli(
+    assert "single images" in cli.refusal(
         "copy", f"oci:{source}:multi", f"docker-archive:{tmp_path / 'no.tar'}:n:t", "--all-platforms", code=2
     )
     assert not (tmp_path / "no.tar").exists()
 
 
 @pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
-def test_archives_go_there_and_back(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path, kind: str) -> None:
+def test_archives_go_there_and_back(cli: Cli, tiny_image: Path, tmp_path: Path, kind: str) -> None:
     need_tool("skopeo")
     archive = f"{kind}:{tmp_path / 'x.tar'}:example.com/a:t"
-    first = cli("copy", tiny_image, archive)
-    back = cli("copy", archive, f"oci:{tmp_path / 'back'}:t", "--all-platforms")
+    first = cli.json("copy", tiny_image, archive)
+    back = cli.json("copy", archive, f"oci:{tmp_path / 'back'}:t", "--all-platforms")
     assert (back["manifest"] == first["manifest"]) or kind == "docker-archive"
-    before, after = cli("inspect", tiny_image), cli("inspect", tmp_path / "back")
+    before, after = cli.json("inspect", tiny_image), cli.json("inspect", tmp_path / "back")
     assert before["tree_digest"] == after["tree_digest"]
     assert [r["digest"] for r in before["layers"]] == [r["digest"] for r in after["layers"]]
     source = f"docker-archive:{tmp_path / 'x.tar'}" if kind == "docker-archive" else archive
     subprocess.run(["skopeo", "copy", "--quiet", source, f"dir:{tmp_path / 'd'}"], check=True)
 
 
-def test_a_damaged_or_absent_blob_leaves_nothing(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_or_absent_blob_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
     source, _, made = multi(tmp_path / "in")
     manifest = json.loads((source / "blobs" / made["arm image"]["digest"].replace(":", "/")).read_text())
     blob = source / "blobs" / manifest["layers"][0]["digest"].replace(":", "/")
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
-    cli("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--all-platforms", code=3)
+    cli.refusal("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--all-platforms", code=3)
     blob.unlink()
-    cli("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--all-platforms", code=3)
+    cli.refusal("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--all-platforms", code=3)
     assert not (tmp_path / "out").exists()
-    assert cli("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--platform", "linux/amd64")["blobs"]
+    assert cli.json("copy", f"oci:{source}:multi", f"oci:{tmp_path / 'out'}:t", "--platform", "linux/amd64")[
+        "blobs"
+    ]
 
 
 def signed(path: Path) -> tuple[Path, dict[str, str]]:
@@ -157,40 +143,42 @@ def signed(path: Path) -> tuple[Path, dict[str, str]]:
     return path, made
 
 
-def test_what_speaks_for_a_digest_goes_only_with_that_digest(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_speaks_for_a_digest_goes_only_with_that_digest(cli: Cli, tmp_path: Path) -> None:
     source, made = signed(tmp_path / "in")
     src, of_image = f"oci:{source}:app", {made[name] for name in ("signature", "attestation", "sbom")}
     # One platform: what covers the image comes, what covers the index does not and is named.
     for dst in (f"oci:{tmp_path}/one:x", f"oci-archive:{tmp_path}/one.tar:x", f"docker-archive:{tmp_path}/d.tar:x"):
-        report = cli("copy", src, dst, "--platform", "linux/amd64")
+        report = cli.json("copy", src, dst, "--platform", "linux/amd64")
         assert set(report["attached"]) == of_image
         assert report["left"] == [made["signature of the index"]]
         # By its path alone a docker archive is the OCI archive that it is too, with the manifest as it was. From
         # the copy on they go with the image again; only the index that listed the attestation is gone.
-        again = cli("copy", dst.removeprefix("docker-archive:"), f"oci:{tmp_path}/again-{dst.partition(':')[0]}:y")
+        again = cli.json(
+            "copy", dst.removeprefix("docker-archive:"), f"oci:{tmp_path}/again-{dst.partition(':')[0]}:y"
+        )
         assert again["manifest"] == made["image"]
         assert {made["signature"], made["sbom"]} <= set(again["attached"])
     # All platforms: everything.
-    report = cli("copy", src, f"oci:{tmp_path}/all:x", "--all-platforms")
+    report = cli.json("copy", src, f"oci:{tmp_path}/all:x", "--all-platforms")
     assert report["manifest"] == made["index"]
     assert report["left"] == []
     assert {*report["attached"], made["attestation"]} >= {*of_image, made["signature of the index"]}
     oci_schemas.check(tmp_path / "all")
 
 
-def test_what_is_attached_goes_through_a_registry(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_attached_goes_through_a_registry(cli: Cli, tmp_path: Path) -> None:
     """A real registry without the referrers API: cosign's names, the fallback tag, the index, and back."""
     source, made = signed(tmp_path / "in")
     with docker_registry(tmp_path / "registry") as registry:
         ref = registry.ref("team/app:v1")
-        there = cli("copy", f"oci:{source}:app", ref, "--all-platforms", "--tls-verify=false")
-        back = cli("copy", ref, f"oci:{tmp_path}/back:v1", "--all-platforms", "--tls-verify=false")
+        there = cli.json("copy", f"oci:{source}:app", ref, "--all-platforms", "--tls-verify=false")
+        back = cli.json("copy", ref, f"oci:{tmp_path}/back:v1", "--all-platforms", "--tls-verify=false")
         for report in (there, back):
             assert report["manifest"] == made["index"]
             assert {made[name] for name in ("signature", "signature of the index", "sbom")} <= set(
                 report["attached"]
             )
-        one = cli("copy", ref, f"oci:{tmp_path}/one:v1", "--platform", "linux/amd64", "--tls-verify=false")
+        one = cli.json("copy", ref, f"oci:{tmp_path}/one:v1", "--platform", "linux/amd64", "--tls-verify=false")
         assert set(one["attached"]) == {made[name] for name in ("signature", "attestation", "sbom")}
         assert one["left"] == [made["signature of the index"]]
     oci_schemas.check(tmp_path / "back")
@@ -203,10 +191,12 @@ def test_what_is_attached_goes_through_a_registry(cli: Callable[..., Any], tmp_p
     "words", [("flatten",), ("optimize",), ("remap", "--form", "portable", "--uid-map", "0:1000:10")], ids=" ".join
 )
 def test_what_is_written_anew_carries_nothing_that_covers_the_original(
-    cli: Callable[..., Any], tmp_path: Path, words: tuple[str, ...]
+    cli: Cli, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     source, made = signed(tmp_path / "in")
-    report = cli(words[0], f"oci:{source}:app", f"oci:{tmp_path}/out:x", *words[1:], "--platform", "linux/amd64")
+    report = cli.json(
+        words[0], f"oci:{source}:app", f"oci:{tmp_path}/out:x", *words[1:], "--platform", "linux/amd64"
+    )
     assert report["manifest"] != made["image"]
     assert listed(tmp_path / "out") == [report["manifest"]]
     (warning,) = (text for text in report["warnings"] if "attached" in text)
@@ -214,6 +204,6 @@ def test_what_is_written_anew_carries_nothing_that_covers_the_original(
     blobs = {path.name for path in (tmp_path / "out/blobs/sha256").iterdir()}
     assert not blobs & {digest.removeprefix("sha256:") for digest in made.values()}
     # Into the layout where the signature lies: its name still says the old digest, and nobody took it over.
-    again = cli(words[0], f"oci:{source}:app", f"oci:{source}:new", *words[1:], "--platform", "linux/amd64")
+    again = cli.json(words[0], f"oci:{source}:app", f"oci:{source}:new", *words[1:], "--platform", "linux/amd64")
     assert again["manifest"] == report["manifest"]
-    assert cli("copy", f"oci:{source}:new", f"oci:{tmp_path}/3:z")["attached"] == []
+    assert cli.json("copy", f"oci:{source}:new", f"oci:{tmp_path}/3:z")["attached"] == []

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from made_images import INDEX, Layout, dump, special, tar
 from needs import need_tool
+from programs import answer, run_layerkit
 
 from layerkit.api.open import open_image
 
 BIG = b"data " * 4000
-
-
-def run(command: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", command, *map(str, words)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
@@ -52,7 +43,7 @@ def multi(tmp_path: Path) -> Path:
 def test_all_platforms_become_one_index(command: str, multi: Path, tmp_path: Path) -> None:
     need_tool("skopeo")
     out = tmp_path / "out"
-    report = json.loads(run(command, multi, f"oci:{out}:small", "--all-platforms", "--json").stdout)
+    report = answer(command, multi, f"oci:{out}:small", "--all-platforms")
     assert report["schema"] == f"layerkit.{command}-platforms.v1"
     assert report["platforms"] == ["linux/amd64", "linux/arm64", "linux/arm/v7"]
     listed = json.loads((out / "index.json").read_text())["manifests"]
@@ -70,9 +61,7 @@ def test_all_platforms_become_one_index(command: str, multi: Path, tmp_path: Pat
                 x.descriptor.size for x in old.image.layers
             )
     subprocess.run(["skopeo", "copy", "-q", "--all", f"oci:{out}:small", f"oci:{tmp_path / 'copy'}:x"], check=True)
-    again = json.loads(
-        run(command, multi, f"oci:{tmp_path / 'b'}:small", "--all-platforms", "-j1", "--json").stdout
-    )
+    again = answer(command, multi, f"oci:{tmp_path / 'b'}:small", "--all-platforms", "-j1")
     assert again["manifest"] == report["manifest"]
 
 
@@ -80,7 +69,7 @@ def test_all_platforms_under_one_map(multi: Path, tmp_path: Path) -> None:
     need_tool("skopeo")
     out = tmp_path / "out"
     words = (multi, f"oci:{out}:mapped", "--all-platforms", "--form", "portable", "--uid-map", "0:100000:65536")
-    report = json.loads(run("remap", *words, "--json").stdout)
+    report = answer("remap", *words)
     assert report["schema"] == "layerkit.remap-platforms.v1"
     assert report["platforms"] == ["linux/amd64", "linux/arm64", "linux/arm/v7"]
     for name in report["platforms"]:
@@ -90,22 +79,24 @@ def test_all_platforms_under_one_map(multi: Path, tmp_path: Path) -> None:
         ["skopeo", "inspect", "--raw", f"oci:{out}:mapped"], capture_output=True, text=True, check=True
     )
     assert len(json.loads(raw.stdout)["manifests"]) == 3
-    assert "all-platforms" in run("remap", multi, f"oci:{out}:x", *words[2:3], *words[5:], code=2).stderr
+    assert "all-platforms" in run_layerkit("remap", multi, f"oci:{out}:x", *words[2:3], *words[5:], code=2).stderr
 
 
 def test_what_has_one_platform_or_room_for_one_is_refused(multi: Path, tiny_image: Path, tmp_path: Path) -> None:
-    done = run("optimize", multi, f"docker-archive:{tmp_path / 'o.tar'}:x", "--all-platforms", code=2)
+    done = run_layerkit("optimize", multi, f"docker-archive:{tmp_path / 'o.tar'}:x", "--all-platforms", code=2)
     assert "room for one platform" in done.stderr
     for more in (["--platform", "linux/arm64"],):
-        assert "exclude" in run("flatten", multi, tmp_path / "o.tar", "--all-platforms", *more, code=2).stderr
+        assert (
+            "exclude" in run_layerkit("flatten", multi, tmp_path / "o.tar", "--all-platforms", *more, code=2).stderr
+        )
     assert not (tmp_path / "o.tar").exists()
     # A layout of one image is an index of one platform.
     out = tmp_path / "one.tar"
-    assert len(json.loads(run("optimize", tiny_image, out, "--all-platforms", "--json").stdout)["images"]) == 1
-    plan = json.loads(run("optimize", multi, "--all-platforms", "--dry-run", "--json").stdout)
+    assert len(answer("optimize", tiny_image, out, "--all-platforms")["images"]) == 1
+    plan = answer("optimize", multi, "--all-platforms", "--dry-run")
     assert plan["manifest"] == ""
     assert [x["layers_after"] for x in plan["images"]] == [1, 1, 1]
-    assert "not written" in run("optimize", multi, "--all-platforms", "--dry-run").stdout
+    assert "not written" in run_layerkit("optimize", multi, "--all-platforms", "--dry-run").stdout
 
 
 def test_a_broken_platform_leaves_nothing(multi: Path, tmp_path: Path) -> None:
@@ -117,7 +108,7 @@ def test_a_broken_platform_leaves_nothing(multi: Path, tmp_path: Path) -> None:
     multi.write_bytes(damaged)
     out = tmp_path / "d" / "out.tar"
     out.parent.mkdir()
-    run("optimize", multi, out, "--all-platforms", code=3)
+    run_layerkit("optimize", multi, out, "--all-platforms", code=3)
     assert list(out.parent.iterdir()) == []
 
 
@@ -128,21 +119,21 @@ def test_strict_refuses_overlay_xattrs_in_every_form(form: str, tmp_path: Path) 
     layout.list(layout.image(tar(own, ("a", BIG))))
     source, out = layout.archive(tmp_path / "image.tar"), tmp_path / "out"
     words = ("--form", form, "--uid-map", "0:100000:65536")
-    done = run("remap", source, f"oci:{out}:x", *words, "--strict", code=3)
+    done = run_layerkit("remap", source, f"oci:{out}:x", *words, "--strict", code=3)
     assert "refused under --strict" in done.stderr
     assert not out.exists()
-    run("remap", source, f"oci:{out}:x", *words)
+    run_layerkit("remap", source, f"oci:{out}:x", *words)
 
 
 @pytest.mark.parametrize("words", [("--compression-level", 0), ("--compression-level", 10), ("--jobs", 0)])
 def test_levels_and_threads_that_do_not_exist(words: tuple[object, ...], tiny_image: Path, tmp_path: Path) -> None:
-    run("flatten", tiny_image, tmp_path / "o.tar", *words, code=2)
+    run_layerkit("flatten", tiny_image, tmp_path / "o.tar", *words, code=2)
     assert not (tmp_path / "o.tar").exists()
 
 
 def test_what_packed_a_layer_is_on_record(tiny_image: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = json.loads(run("flatten", tiny_image, f"oci:{out}:x", "--compression-level", 9, "--json").stdout)
+    report = answer("flatten", tiny_image, f"oci:{out}:x", "--compression-level", 9)
     assert report["compressor"].startswith("zlib-ng ")
     assert report["compressor"].endswith("level 9 blocks 262144")
     with open_image(f"oci:{out}:x") as image:

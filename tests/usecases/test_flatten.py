@@ -6,37 +6,21 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge import Shown, differences, snapshot
+from judge import differences, snapshot, umoci
 from made_images import Layout
 from needs import need_root, need_tool
+from programs import Cli
 from tar_blocks import END, folder, hardlink, member
 
 import layerkit
 
 ROOT_FOLDER = frozenset([b"."])
-
-
-@pytest.fixture
-def cli(store_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a runner of ``layerkit`` with a store of the test's own."""
-
-    def run(*words: object, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "LAYERKIT_STORE": str(store_dir), "COLUMNS": "200", **more.pop("env", {})}
-        done = subprocess.run(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words)],
-            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **more,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
 
 
 def config_of(layout: Path) -> dict[str, Any]:
@@ -47,22 +31,12 @@ def config_of(layout: Path) -> dict[str, Any]:
     return blob(blob(json.loads((layout / "index.json").read_text())["manifests"][0]["digest"])["config"]["digest"])
 
 
-def unpacked(image: str, work: Path) -> dict[bytes, Shown]:
-    """Return umoci's tree of ``LAYOUT:TAG``."""
-    subprocess.run(["umoci", "unpack", "--image", image, str(work)], check=True, capture_output=True)
-    return snapshot(work / "rootfs")
-
-
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
-def test_umoci_sees_the_same_tree(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path, compression: str
-) -> None:
+def test_umoci_sees_the_same_tree(cli: Cli, tiny_image: Path, tmp_path: Path, compression: str) -> None:
     need_root()
     need_tool("umoci", "skopeo", "zstd")
     out = tmp_path / "out"
-    report = json.loads(
-        cli("flatten", tiny_image, f"oci:{out}:flat", "--compression", compression, "--json").stdout
-    )
+    report = cli.json("flatten", tiny_image, f"oci:{out}:flat", "--compression", compression)
     assert report["schema"] == "layerkit.flatten.v1"
     assert report["layers_after"] == 1 < report["layers_before"]
     assert report["whiteouts"] == 0
@@ -70,13 +44,11 @@ def test_umoci_sees_the_same_tree(
     if compression == "zstd":  # umoci does not read it: the tar must be the one of the others
         blobs = Path("blobs/sha256")
         packed = out / blobs / report["layer"].partition(":")[2]
-        plain = json.loads(
-            cli("flatten", tiny_image, f"oci:{tmp_path / 'p'}:flat", "--compression", "none", "--json").stdout
-        )
+        plain = cli.json("flatten", tiny_image, f"oci:{tmp_path / 'p'}:flat", "--compression", "none")
         want_tar = (tmp_path / "p" / blobs / plain["layer"].partition(":")[2]).read_bytes()
         assert subprocess.run(["zstd", "-dc", packed], check=True, capture_output=True).stdout == want_tar
         image = f"{tmp_path / 'p'}:flat"
-    want, got = unpacked(f"{tiny_image}:latest", tmp_path / "a"), unpacked(image, tmp_path / "b")
+    want, got = snapshot(umoci(f"{tiny_image}:latest", tmp_path / "a")), snapshot(umoci(image, tmp_path / "b"))
     assert len(want) > 20
     assert differences(got, want) == []
     before, after = config_of(tiny_image), config_of(out)
@@ -87,29 +59,29 @@ def test_umoci_sees_the_same_tree(
     ).stdout)  # fmt: skip
     assert seen["Layers"] == [report["layer"]]
     subprocess.run(["skopeo", "copy", "--quiet", f"oci:{out}:flat", f"dir:{tmp_path / 'd'}"], check=True)
-    assert json.loads(cli("inspect", out, "--json").stdout)["tree_digest"] == report["tree_digest"]
+    assert cli.json("inspect", out)["tree_digest"] == report["tree_digest"]
 
 
 def test_layers_of_the_base_stay_and_whiteouts_hold_against_them(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path
+    cli: Cli, tiny_image: Path, tmp_path: Path
 ) -> None:
     need_root()
     need_tool("umoci")
-    want = unpacked(f"{tiny_image}:latest", tmp_path / "in")
-    before = json.loads(cli("inspect", tiny_image, "--json").stdout)
+    want = snapshot(umoci(f"{tiny_image}:latest", tmp_path / "in"))
+    before = cli.json("inspect", tiny_image)
     count = len(before["layers"])
     whiteouts = 0
     for keep in range(1, count):
         out = tmp_path / f"out{keep}"
-        report = json.loads(cli("flatten", tiny_image, f"oci:{out}:t", "--keep-base", keep, "--json").stdout)
-        after = json.loads(cli("inspect", out, "--json").stdout)
+        report = cli.json("flatten", tiny_image, f"oci:{out}:t", "--keep-base", keep)
+        after = cli.json("inspect", out)
         assert [r["digest"] for r in after["layers"]][:keep] == [r["digest"] for r in before["layers"]][:keep]
         assert len(after["layers"]) == keep + 1
         assert after["tree_digest"] == before["tree_digest"]
-        assert differences(unpacked(f"{out}:t", tmp_path / f"tree{keep}"), want) == []
+        assert differences(snapshot(umoci(f"{out}:t", tmp_path / f"tree{keep}")), want) == []
         whiteouts += report["whiteouts"]
     assert whiteouts > 0
-    middle = json.loads(cli("flatten", tiny_image, tmp_path / "m.tar", "--from", 2, "--to", 3, "--json").stdout)
+    middle = cli.json("flatten", tiny_image, tmp_path / "m.tar", "--from", 2, "--to", 3)
     assert middle["merged"] == [2, 3]
     assert middle["layers_after"] == count - 1
     base = tmp_path / "base"
@@ -136,12 +108,12 @@ def test_a_file_of_the_base_that_gets_another_name_brings_its_data(stored: bool,
         with layerkit.open_image(source, settings=settings) as image:
             image.remap(None)
     layerkit.flatten(source, f"oci:{tmp_path / 'out'}:x", keep_base=1, settings=settings)
-    want = unpacked(f"{tmp_path / 'in'}:x", tmp_path / "tree")
+    want = snapshot(umoci(f"{tmp_path / 'in'}:x", tmp_path / "tree"))
     assert want[b"./again"].links == (b"./a", b"./again")
-    assert differences(unpacked(f"{tmp_path / 'out'}:x", tmp_path / "flat"), want) == []
+    assert differences(snapshot(umoci(f"{tmp_path / 'out'}:x", tmp_path / "flat")), want) == []
 
 
-def test_the_same_input_gives_the_same_bytes(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         cli("flatten", tiny_image, f"oci-archive:{tmp_path / name}:t")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -154,7 +126,7 @@ def test_the_same_input_gives_the_same_bytes(cli: Callable[..., Any], tiny_image
 
 
 def test_podman_loads_a_flattened_docker_archive(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_archive: Callable[..., Path], tmp_path: Path
 ) -> None:
     need_root()
     need_tool("podman")
@@ -173,7 +145,7 @@ def test_podman_loads_a_flattened_docker_archive(
 
 
 def test_a_full_disk_or_a_damaged_layer_leaves_nothing(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_archive: Callable[..., Path], tmp_path: Path
 ) -> None:
     need_root()
     need_tool("mkfs.ext4")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import made_images
 import pytest
-from judge import data_extents, differences, snapshot
+from judge import data_extents, differences, snapshot, umoci
 from needs import need_root, need_tool
 
 import layerkit
@@ -33,12 +33,6 @@ def layers(layout: Path, name: str) -> list[dict[str, object]]:
     manifest = json.loads((layout / "blobs" / names[name].replace(":", "/")).read_text())
     found: list[dict[str, object]] = manifest["layers"]
     return found
-
-
-def umoci(layout: Path, name: str, target: Path) -> Path:
-    need_tool("umoci")
-    subprocess.run(["umoci", "unpack", "--image", f"{layout}:{name}", str(target)], check=True, capture_output=True)
-    return target / "rootfs"
 
 
 @pytest.fixture
@@ -133,7 +127,7 @@ def test_umoci_unpacks_it_to_what_the_folder_holds(
     subprocess.run(
         ["skopeo", "copy", "--quiet", f"oci:{tmp_path / 'out'}:new", f"dir:{tmp_path / 'copied'}"], check=True
     )
-    shown = umoci(tmp_path / "out", "new", tmp_path / "bundle")
+    shown = umoci(f"{tmp_path / 'out'}:new", tmp_path / "bundle")
     got, want = snapshot(shown), snapshot(tmp_path / "root")
     if maps:
         want = {p: s._replace(uid=s.uid - 100000, gid=s.gid - 100000) for p, s in want.items()}
@@ -155,7 +149,7 @@ def test_what_is_removed_gets_whiteouts(tiny_image: Path, unpacked: Path, tmp_pa
     with opened(tiny_image, tmp_path / "store") as image:
         report = image.pack(unpacked, f"oci:{tmp_path / 'out'}:new")
     assert (report.added, report.removed) == (0, 2)
-    shown = umoci(tmp_path / "out", "new", tmp_path / "bundle")
+    shown = umoci(f"{tmp_path / 'out'}:new", tmp_path / "bundle")
     assert differences(snapshot(shown), snapshot(unpacked)) == []
 
 
@@ -227,7 +221,7 @@ def test_names_lead_nowhere_else(tiny_image: Path, unpacked: Path, tmp_path: Pat
     (unpacked / "way-out").symlink_to(tmp_path / "outside")
     with opened(tiny_image, tmp_path / "store") as image:
         image.pack(unpacked, f"oci:{tmp_path / 'out'}:new", packing=Packing(Compression.NONE))
-    shown = umoci(tmp_path / "out", "new", tmp_path / "bundle")
+    shown = umoci(f"{tmp_path / 'out'}:new", tmp_path / "bundle")
     assert os.readlink(shown / "way-out") == str(tmp_path / "outside")
     assert "secret" not in " ".join(made_images.below(shown))
 

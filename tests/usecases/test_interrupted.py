@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import oci_schemas
 import pytest
+from disks import disk
 from engines import dockerd, short_folder
 from made_images import Layout, special, tar
 from needs import need_root, need_tool
+from programs import command
 
 FUZZ = int(os.environ.get("LAYERKIT_TEST_FUZZ", "1"))
 TRANSPORTS = {
@@ -55,39 +56,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout.list(made, "v1")
     layout.folder(path / "image")
     subprocess.run(
-        command(COMMANDS["copy"](path, f"oci-archive:{path}/in.tar:v1")), check=True, capture_output=True
+        command(*COMMANDS["copy"](path, f"oci-archive:{path}/in.tar:v1")), check=True, capture_output=True
     )
     unpack = ["unpack", f"oci:{path}/image:v1", f"{path}/folder", "--store", f"{path}/store"]
-    subprocess.run(command(unpack), check=True, capture_output=True)
+    subprocess.run(command(*unpack), check=True, capture_output=True)
     (path / "folder/packed").write_bytes(os.urandom(4 << 20))
     return path
-
-
-def command(words: list[str]) -> list[str]:
-    return [sys.executable, "-m", "layerkit.cli.main", *words]
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Return an environment with a TMPDIR and a store below ``folder``, which is made."""
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     return {**os.environ, "TMPDIR": f"{folder}/tmp", "LAYERKIT_STORE": f"{folder}/store"}
-
-
-@contextmanager
-def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
-    """Give a filesystem of this size, on a loop device."""
-    need_tool("mkfs.ext4")
-    file, target = folder / "disk.img", folder / "disk"
-    with file.open("wb") as f:
-        f.truncate(kibibytes << 10)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", file], check=True)
-    target.mkdir()
-    subprocess.run(["mount", "-o", "loop", file, target], check=True)
-    try:
-        (target / "lost+found").rmdir()
-        yield target
-    finally:
-        subprocess.run(["umount", "--lazy", target], check=True)
 
 
 def below(folder: Path) -> list[str]:
@@ -106,27 +86,27 @@ def whole(place: Path) -> bool:
 def test_a_full_disk(kind: str, lab: Path, tmp_path: Path) -> None:
     """The disk of the output is full at the start, in the middle, and near the end; then that of the spools."""
     env = environment(tmp_path / "home")
-    with small_disk(tmp_path, 2800) as disk:
+    with disk(tmp_path, "ext4", "-m", "0", "-O", "^has_journal", size=2800 << 10) as small:
         for name in CHOSEN[kind]:
             done = subprocess.run(
-                command(COMMANDS[name](lab, TRANSPORTS[kind].format(disk))),
+                command(*COMMANDS[name](lab, TRANSPORTS[kind].format(small))),
                 env=env,
                 capture_output=True,
                 text=True,
                 check=False,
             )
             assert (done.returncode, done.stdout) == (1, ""), done.stderr
-            assert "No space left" in done.stderr and str(disk) in done.stderr
+            assert "No space left" in done.stderr and str(small) in done.stderr
             assert len(done.stderr.splitlines()) == 1
-            assert below(disk) == []
+            assert below(small) == []
         assert below(tmp_path / "home") == ["tmp"]
         for name in ("optimize", "pack") if kind == "oci" else ("flatten",):
             done = subprocess.run(
-                command(COMMANDS[name](lab, TRANSPORTS[kind].format(tmp_path))), env={**env, "TMPDIR": str(disk)},
+                command(*COMMANDS[name](lab, TRANSPORTS[kind].format(tmp_path))), env={**env, "TMPDIR": str(small)},
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 1 and "No space left" in done.stderr, done.stderr
-            assert below(disk) == []
+            assert below(small) == []
             assert not (tmp_path / "out").exists()
 
 
@@ -134,27 +114,29 @@ def test_a_full_disk_while_unpacking(lab: Path, tmp_path: Path) -> None:
     """First that of the folder, then that of the store, which keeps what it got whole and nothing else."""
     env = environment(tmp_path / "home")
     words = ["unpack", f"oci:{lab}/image:v1"]
-    with small_disk(tmp_path, 3000) as disk:
-        done = subprocess.run(
-            command([*words, f"{disk}/out"]), env=env, capture_output=True, text=True, check=False
-        )
+    with disk(tmp_path, "ext4", "-m", "0", "-O", "^has_journal", size=3000 << 10) as small:
+        done = subprocess.run(command(*words, f"{small}/out"), env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "No space left" in done.stderr, done.stderr
-        assert below(disk) == []
-        env["LAYERKIT_STORE"] = f"{disk}/store"
+        assert below(small) == []
+        env["LAYERKIT_STORE"] = f"{small}/store"
         done = subprocess.run(
-            command([*words, f"{tmp_path}/out"]), env=env, capture_output=True, text=True, check=False
+            command(*words, f"{tmp_path}/out"), env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 1 and "the disk is full" in done.stderr, done.stderr
         assert not (tmp_path / "out").exists()
-        assert below(disk / "store/tmp") == []
-        subprocess.run(command(["store", "verify", "--store", f"{disk}/store"]), check=True, capture_output=True)
+        assert below(small / "store/tmp") == []
+        subprocess.run(command("store", "verify", "--store", f"{small}/store"), check=True, capture_output=True)
 
 
 def test_a_full_disk_of_the_docker_daemon(lab: Path, tmp_path: Path) -> None:
     need_tool("dockerd", "docker", "containerd", "runc")
-    with short_folder() as short, small_disk(short, 12 << 10) as disk, dockerd(disk) as engine:
+    with (
+        short_folder() as short,
+        disk(short, "ext4", "-m", "0", "-O", "^has_journal", size=12 << 20) as small,
+        dockerd(small) as engine,
+    ):
         done = subprocess.run(
-            command(["copy", f"oci:{lab}/image:v1", "docker-daemon:full:1"]),
+            command("copy", f"oci:{lab}/image:v1", "docker-daemon:full:1"),
             env={**environment(tmp_path), "DOCKER_HOST": engine.address},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -171,7 +153,7 @@ def durations(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         folder = tmp_path_factory.mktemp("time")
         start = time.monotonic()
         done = subprocess.run(
-            command(words(lab, f"oci:{folder}/out:v1")), env=environment(folder), capture_output=True, check=False
+            command(*words(lab, f"oci:{folder}/out:v1")), env=environment(folder), capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr
         found[name] = time.monotonic() - start
@@ -196,7 +178,7 @@ def test_stopped_at_any_moment(kind: str, lab: Path, durations: dict[str, float]
             out.mkdir()
             dst = TRANSPORTS[kind].format(out)
             process = subprocess.Popen(
-                command(words(lab, dst)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command(*words(lab, dst)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             time.sleep(durations[name] * rng.uniform(0.2, latest))
             process.send_signal(number)
@@ -210,7 +192,7 @@ def test_stopped_at_any_moment(kind: str, lab: Path, durations: dict[str, float]
             if number == signal.SIGKILL and kind == "oci":
                 # A folder has a name from the start. What lies in it is no layout, and the next run clears it.
                 assert all(path.startswith("out/.layout.") for path in left), left
-                done = subprocess.run(command(words(lab, dst)), env=env, capture_output=True, check=False)
+                done = subprocess.run(command(*words(lab, dst)), env=env, capture_output=True, check=False)
                 assert done.returncode == 0, done.stderr
                 assert whole(out / "out")
                 assert sorted(os.listdir(out / "out")) == ["blobs", "index.json", "oci-layout"]
@@ -233,7 +215,7 @@ def test_a_stopped_run_never_spoils_what_was_there(lab: Path, durations: dict[st
             env = environment(tmp_path / "home")
             dst = TRANSPORTS[kind].format(old.parent)
             process = subprocess.Popen(
-                command(COMMANDS[name](lab, dst)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command(*COMMANDS[name](lab, dst)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             time.sleep(durations[name] * rng.uniform(0.4, 1.0))
             process.kill()
@@ -250,7 +232,7 @@ def test_an_interrupt_while_pull_compares_is_no_wrong_remap(more: list[str], lab
     """The artifact is right; Ctrl-C while it is compared ends the command, and says nothing about the artifact."""
     env = environment(tmp_path)
     attached = f"oci:{tmp_path}/attached:v1"
-    subprocess.run(command(COMMANDS["artifact"](lab, attached)), env=env, check=True, capture_output=True)
+    subprocess.run(command(*COMMANDS["artifact"](lab, attached)), env=env, check=True, capture_output=True)
     script = (
         "import os, signal, sys\n"
         "from layerkit.usecases import verify\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ import runnable
 from engines import Engine, podman_run
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
+from programs import run, skopeo
 
 import layerkit
 from layerkit.api import optimize as optimizing
@@ -48,24 +48,14 @@ class Lab:
     wants: dict[str, Want]
 
 
-def tool(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, f"{words}: {done.stderr.decode(errors='replace')}"
-    return done.stdout.decode(errors="surrogateescape")
-
-
-def skopeo(*words: object) -> str:
-    return tool("skopeo", "--insecure-policy", *words)
-
-
 def _report(tree: Path, shift: int = 0) -> list[str]:
-    return runnable.seen(tool("chroot", tree, "/bin/report"), shift)
+    return runnable.seen(run("chroot", tree, "/bin/report").stdout, shift)
 
 
 def _lab(tiny: ModuleType, work: Path, *, sparse: bool) -> Lab:
     image = f"oci:{runnable.build(tiny, work / 'image', sparse=sparse)}:{runnable.NAME}"
     bundle = work / "umoci"
-    tool("umoci", "unpack", "--image", image[4:], bundle)
+    run("umoci", "unpack", "--image", image[4:], bundle)
     plain = Want(snapshot(bundle / "rootfs"), _report(bundle / "rootfs"))
     (work / "mapped").mkdir()
     with judge.unpacked(image[4:], work / "mapped", ((0, SHIFT, 65536),)) as mapped:
@@ -79,7 +69,7 @@ def _lab(tiny: ModuleType, work: Path, *, sparse: bool) -> Lab:
     (changed / "opt/app/run").unlink()
     os.chown(changed / "home/user", 7, 8)
     os.setxattr(changed / "etc/passwd", "user.seen", b"yes")
-    tool("rm", "-r", changed / "usr/lib")
+    run("rm", "-r", changed / "usr/lib")
     packed = Want(snapshot(changed), _report(changed))
     wants = dict.fromkeys(COMMANDS, plain) | {"portable": shifted, "pack": packed}
     return Lab(image, changed, wants)
@@ -123,7 +113,7 @@ def make(command: str, lab: Lab, dst: str, store: Path) -> None:
 
 
 def same_tree(layout: str, want: Want, work: Path) -> None:
-    tool("umoci", "unpack", "--image", layout, work / "bundle")
+    run("umoci", "unpack", "--image", layout, work / "bundle")
     # umoci gives the root the time of its unpacking where no layer lists it.
     assert differences(snapshot(work / "bundle/rootfs"), want.tree, skip=frozenset({b"."})) == []
 
@@ -154,7 +144,7 @@ def test_layout(command: str, lab: Lab, podman_engine: Engine, tmp_path: Path) -
     dst, name = f"oci:{tmp_path}/out:v1", "v1"
     make(command, lab, dst, tmp_path / "store")
     oci_schemas.check(tmp_path / "out")
-    seen = json.loads(skopeo("inspect", dst))
+    seen = json.loads(skopeo("inspect", dst).stdout)
     assert seen["Labels"] == {"made-by": "a test"}
     skopeo("copy", dst, f"oci:{tmp_path}/again:{name}")
     same_tree(f"{tmp_path}/again:{name}", lab.wants[command], tmp_path)
@@ -168,7 +158,7 @@ def test_oci_archive(
     archive, name, want = tmp_path / "out.tar", "judge.example/out:v1", lab.wants[command]
     make(command, lab, f"oci-archive:{archive}:{name}", tmp_path / "store")
     oci_schemas.check(archive)
-    assert json.loads(skopeo("inspect", f"oci-archive:{archive}:{name}"))["Architecture"] == "amd64"
+    assert json.loads(skopeo("inspect", f"oci-archive:{archive}:{name}").stdout)["Architecture"] == "amd64"
     skopeo("copy", f"oci-archive:{archive}:{name}", f"oci:{tmp_path}/again:v1")
     same_tree(f"{tmp_path}/again:v1", want, tmp_path)
     assert name in podman_engine("load", "-q", "-i", archive)
@@ -183,7 +173,7 @@ def test_docker_archive(
     archive, name, want = tmp_path / "out.tar", "judge.example/out:v1", lab.wants[command]
     make(command, lab, f"docker-archive:{archive}:{name}", tmp_path / "store")
     oci_schemas.check(archive)
-    assert json.loads(skopeo("inspect", f"docker-archive:{archive}:{name}"))["Architecture"] == "amd64"
+    assert json.loads(skopeo("inspect", f"docker-archive:{archive}:{name}").stdout)["Architecture"] == "amd64"
     skopeo("copy", f"docker-archive:{archive}:{name}", f"oci:{tmp_path}/again:v1")
     same_tree(f"{tmp_path}/again:v1", want, tmp_path)
     assert name in podman_engine("load", "-q", "-i", archive)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import oci_schemas
@@ -11,6 +10,7 @@ import pytest
 from engines import Engine, podman_run
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
+from programs import run
 
 from layerkit.api import optimize as optimizing
 from layerkit.api import rewrite as rewrites
@@ -19,21 +19,15 @@ from layerkit.api import rewrite as rewrites
 LOOK = ("/bin/sh", "-c", "find /opt /home /usr/bin -printf '%p %y %m %U %G %s %Ts\\n' 2>&-; id -u")
 
 
-def tool(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, timeout=300, check=False)
-    assert done.returncode == 0, f"{words}: {done.stderr.decode(errors='replace')}"
-    return done.stdout.decode(errors="surrogateescape")
-
-
 def _sorted(text: str) -> list[str]:
     return sorted(text.splitlines())
 
 
 def umoci(layout: str, work: Path) -> dict[bytes, Shown]:
     """Return the tree that umoci unpacks, which is removed again."""
-    tool("umoci", "unpack", "--image", layout, work)
+    run("umoci", "unpack", "--image", layout, work)
     found = snapshot(work / "rootfs")
-    tool("rm", "-rf", work)
+    run("rm", "-rf", work)
     return found
 
 
@@ -44,10 +38,10 @@ def source(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
     need_tool("skopeo", "umoci", "chroot")
     work = tmp_path_factory.mktemp("app")
     rewrites.copy(str(app_image), f"oci:{work}/image:app")
-    tool("umoci", "unpack", "--image", f"{work}/image:app", work / "bundle")
+    run("umoci", "unpack", "--image", f"{work}/image:app", work / "bundle")
     tree = snapshot(work / "bundle/rootfs")
-    seen = _sorted(tool("chroot", "--userspec=1000:1000", work / "bundle/rootfs", *LOOK))
-    tool("rm", "-rf", work / "bundle")
+    seen = _sorted(run("chroot", "--userspec=1000:1000", work / "bundle/rootfs", *LOOK).stdout)
+    run("rm", "-rf", work / "bundle")
     return f"oci:{work}/image:app", tree, seen
 
 
@@ -64,12 +58,12 @@ def test_the_real_image(
     report = optimizing.optimize_to(image, f"docker-archive:{archive}:{name}")
     assert report.saved_percent >= 40
     oci_schemas.check(archive)
-    before = json.loads(tool("skopeo", "inspect", "--config", image))
+    before = json.loads(run("skopeo", "inspect", "--config", image).stdout)
     for transport in ("docker-archive", "oci-archive"):
-        after = json.loads(tool("skopeo", "inspect", "--config", f"{transport}:{archive}:{name}"))
+        after = json.loads(run("skopeo", "inspect", "--config", f"{transport}:{archive}:{name}").stdout)
         assert after["config"] == before["config"]
     # The same bytes are an OCI archive, which skopeo copies without compressing anything again.
-    tool("skopeo", "copy", "--insecure-policy", "-q", f"oci-archive:{archive}:{name}", f"oci:{tmp_path}/again:v1")
+    run("skopeo", "copy", "--insecure-policy", "-q", f"oci-archive:{archive}:{name}", f"oci:{tmp_path}/again:v1")
     assert differences(umoci(f"{tmp_path}/again:v1", tmp_path / "bundle"), tree, skip=frozenset({b"."})) == []
     podman_engine("load", "-q", "-i", archive)
     assert _sorted(podman_engine(*podman_run("--entrypoint", "", name, *LOOK))) == seen

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
-from judge import differences, mapped, snapshot
+from judge import differences, mapped, snapshot, umoci
 from made_images import INDEX, LAYER, Layout, digest, dump, special, tar
 from needs import need_root, need_tool
 
@@ -69,11 +68,6 @@ def nested() -> tuple[Layout, list[bytes]]:
     listed = layout.put(dump(inner), media_type)
     layout.list(layout.put(dump({"schemaVersion": 2, "mediaType": INDEX, "manifests": [listed]}), INDEX), "x")
     return layout, layers
-
-
-def umoci(image: str, target: Path) -> Path:
-    subprocess.run(["umoci", "unpack", "--image", image, target], check=True, capture_output=True)
-    return target / "rootfs"
 
 
 def inflated(path: Path) -> bytes:

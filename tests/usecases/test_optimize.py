@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge import Shown, differences, snapshot
+from judge import differences, snapshot, umoci
 from needs import need_root, need_tool
+from programs import run_layerkit
 
 from layerkit.api import optimize as optimizing
 from layerkit.api.open import Settings, open_image
 from layerkit.model.errors import Cancelled, InvalidImage, UsageError
 
-
-def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "optimize", *map(str, words)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def unpacked(image: str, bundle: Path) -> dict[bytes, Shown]:
-    subprocess.run(["umoci", "unpack", "--image", image, str(bundle)], check=True, capture_output=True)
-    return snapshot(bundle / "rootfs")
+optimize_command = functools.partial(run_layerkit, "optimize")
 
 
 def layout(reference: str, folder: Path) -> str:
@@ -47,8 +36,8 @@ def settings(tmp_path: Path) -> Settings:
 
 def judge(source: str, result: str, tmp: Path) -> None:
     """Let umoci unpack both and compare every attribute."""
-    got = unpacked(layout(result, tmp / "got"), tmp / "a")
-    want = unpacked(layout(source, tmp / "want"), tmp / "b")
+    got = snapshot(umoci(layout(result, tmp / "got"), tmp / "a"))
+    want = snapshot(umoci(layout(source, tmp / "want"), tmp / "b"))
     assert differences(got, want) == []
     assert len(want) > 10
 
@@ -58,12 +47,14 @@ def test_the_real_image_shrinks_and_stays_what_it_is(app_image: Path, tmp_path: 
     need_tool("umoci", "skopeo")
     small, plain = tmp_path / "small.tar", tmp_path / "plain.tar"
     # With the default compression, as the input has it.
-    report = json.loads(run(app_image, f"oci-archive:{small}:s", "--json").stdout)
+    report = json.loads(optimize_command(app_image, f"oci-archive:{small}:s", "--json").stdout)
     assert report["schema"] == "layerkit.optimize.v2"
     assert report["saved_percent"] >= 40
     assert report["file_bytes_after"] < 0.6 * report["file_bytes_before"]
     assert [layer["action"] for layer in report["layers"]][4:6] == ["drop", "drop"]
-    same = json.loads(run(app_image, f"oci-archive:{plain}:s", "--compression", "none", "--json").stdout)
+    same = json.loads(
+        optimize_command(app_image, f"oci-archive:{plain}:s", "--compression", "none", "--json").stdout
+    )
     assert same["tree_digest"] == report["tree_digest"]
     with open_image(str(small)) as one, open_image(str(plain)) as two:
         assert one.image.diff_ids == two.image.diff_ids
@@ -128,13 +119,13 @@ def test_a_kept_base(tiny_image: Path, tmp_path: Path, settings: Settings) -> No
 
 
 def test_a_dry_run_writes_nothing(tiny_image: Path, tmp_path: Path) -> None:
-    report = json.loads(run(tiny_image, tmp_path / "x.tar", "--dry-run", "--json").stdout)
+    report = json.loads(optimize_command(tiny_image, tmp_path / "x.tar", "--dry-run", "--json").stdout)
     assert report["manifest"] == ""
     assert report["file_bytes_after"] <= report["file_bytes_before"]
-    assert "not written" in run(tiny_image, "--dry-run").stdout
+    assert "not written" in optimize_command(tiny_image, "--dry-run").stdout
     assert list(tmp_path.iterdir()) == []
-    assert "give DST" in run(tiny_image, code=2).stderr
-    assert "Example" in run("--help").stdout
+    assert "give DST" in optimize_command(tiny_image, code=2).stderr
+    assert "Example" in optimize_command("--help").stdout
 
 
 def breaking(how: str) -> Callable[..., Iterator[bytes]]:

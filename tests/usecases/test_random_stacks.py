@@ -7,9 +7,9 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
+import judge
 import pytest
 from judge import Shown, differences, snapshot
 from made_images import Layout
@@ -30,9 +30,7 @@ def umoci(folder: Path, target: Path) -> dict[bytes, Shown]:
     tars = [gzip.decompress((blobs / b["digest"].replace(":", "/")).read_bytes()) for b in manifest["layers"]]
     again.list(again.image(*tars), "x")
     again.folder(target / "plain")
-    command = ["umoci", "unpack", "--image", f"{target / 'plain'}:x", str(target / "bundle")]
-    subprocess.run(command, check=True, capture_output=True)
-    return snapshot(target / "bundle/rootfs")
+    return snapshot(judge.umoci(f"{target / 'plain'}:x", target / "bundle"))
 
 
 def change(root: Path, chance: random.Random) -> None:

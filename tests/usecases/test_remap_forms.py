@@ -3,75 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge import differences, snapshot
+from judge import differences, snapshot, umoci
 from judge import unpacked as mapped_by_kernel
 from needs import need_root, need_tool
+from programs import Cli
 
 MAP = "0:100000:65536"
 
 
-@pytest.fixture
-def cli(store_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a runner of ``layerkit`` with a store of the test's own."""
-
-    def run(*words: object, code: int = 0, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words)],
-            env={**os.environ, "LAYERKIT_STORE": str(store_dir)}, stdin=stdin,
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
-
-
-def test_umoci_sees_what_an_idmapped_mount_shows(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
+def test_umoci_sees_what_an_idmapped_mount_shows(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     need_root()
     need_tool("umoci", "skopeo")
     out = tmp_path / "out"
     words = ("--form", "portable", "--uid-map", MAP)
-    report = json.loads(cli("remap", tiny_image, f"oci:{out}:p", *words, "--json").stdout)
+    report = cli.json("remap", tiny_image, f"oci:{out}:p", *words)
     assert report["schema"] == "layerkit.remap.v1"
-    before = json.loads(cli("inspect", tiny_image, "--json").stdout)
-    after = json.loads(cli("inspect", out, "--json").stdout)
+    before = cli.json("inspect", tiny_image)
+    after = cli.json("inspect", out)
     assert len(after["layers"]) == len(before["layers"]) == report["layers"]
     assert min(row["id"] for row in after["uids"]) == 100_000
-    subprocess.run(
-        ["umoci", "unpack", "--image", f"{out}:p", str(tmp_path / "bundle")], check=True, capture_output=True
-    )
+    umoci(f"{out}:p", tmp_path / "bundle")
     (tmp_path / "work").mkdir()
     with mapped_by_kernel(f"{tiny_image}:latest", tmp_path / "work", ((0, 100_000, 65536),)) as shown:
         want = snapshot(shown)
         assert len(want) > 20
         assert differences(snapshot(tmp_path / "bundle/rootfs"), want) == []
-    again = json.loads(cli("remap", tiny_image, f"oci:{tmp_path / 'again'}:p", *words, "--json").stdout)
+    again = cli.json("remap", tiny_image, f"oci:{tmp_path / 'again'}:p", *words)
     assert again["manifest"] == report["manifest"]
     subprocess.run(["skopeo", "copy", "--quiet", f"oci:{out}:p", f"dir:{tmp_path / 'd'}"], check=True)
-    same = json.loads(
-        cli("remap", tiny_image, f"oci:{tmp_path / 'id'}:p", "--form", "portable", "--uid-map", "0:0:4294967295",
-            "--json").stdout
-    )  # fmt: skip
+    same = cli.json(
+        "remap", tiny_image, f"oci:{tmp_path / 'id'}:p", "--form", "portable", "--uid-map", "0:0:4294967295"
+    )
     assert same["how"] == "portable: 0 layers written anew"
 
 
-def test_a_portable_image_goes_through_pipes(cli: Callable[..., Any], tiny_archive: Any, tmp_path: Path) -> None:
+def test_a_portable_image_goes_through_pipes(cli: Cli, tiny_archive: Any, tmp_path: Path) -> None:
     with tiny_archive("oci-archive", "gzip").open("rb") as f:
         cli("remap", "-", tmp_path / "o.tar", "--form", "portable", "--uid-map", MAP, stdin=f)
     cli("verify", tmp_path / "o.tar")
 
 
-def test_the_form_layer_has_stubs_and_says_what_happens(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path
-) -> None:
+def test_the_form_layer_has_stubs_and_says_what_happens(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     need_root()
     out = tmp_path / "out"
     words = ("--form", "layer", "--uid-map", MAP, "--compression", "none", "--json")
@@ -86,7 +64,7 @@ def test_the_form_layer_has_stubs_and_says_what_happens(
 
 
 def test_the_kernel_shows_the_mapped_tree_through_the_form_layer(
-    cli: Callable[..., Any], tiny_archive: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_archive: Callable[..., Path], tmp_path: Path
 ) -> None:
     need_root()
     need_tool("umoci", "tar")
@@ -126,14 +104,12 @@ def test_the_kernel_shows_the_mapped_tree_through_the_form_layer(
         ("--form", "portable", "--uid-map", MAP, "--stock-media-type"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    cli: Callable[..., Any], tiny_image: Path, tmp_path: Path, words: tuple[str, ...]
-) -> None:
+def test_what_makes_no_sense_is_refused(cli: Cli, tiny_image: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     cli("remap", tiny_image, tmp_path / "o.tar", *words, code=2)
     assert not (tmp_path / "o.tar").exists()
 
 
-def test_an_unmapped_owner_leaves_nothing(cli: Callable[..., Any], tiny_image: Path, tmp_path: Path) -> None:
+def test_an_unmapped_owner_leaves_nothing(cli: Cli, tiny_image: Path, tmp_path: Path) -> None:
     words = ("--form", "portable", "--uid-map", "0:100000:1000")
     assert "outside the map" in cli("remap", tiny_image, f"oci:{tmp_path / 'o'}:t", *words, code=3).stderr
     assert not (tmp_path / "o").exists()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,11 @@ import pytest
 from engines import Engine, podman
 from made_images import Layout
 from needs import need_root, need_tool
+from programs import run_layerkit
 
 from layerkit.model.errors import UnsafeEntry
+
+optimize = functools.partial(run_layerkit, "optimize")
 
 # Data of several blocks, too long for an inode or a stub that does not pay.
 DATA = {name: (name.encode() * 9000)[:9000] for name in ("a", "b", "h", "x", "moved", "keep", "new")}
@@ -78,15 +80,6 @@ def metacopy_podman() -> Iterator[Engine]:
     need_tool("podman", "runc")
     with podman(storage='[storage.options.overlay]\nmountopt = "nodev,metacopy=on"') as engine:
         yield engine
-
-
-def optimize(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "optimize", *map(str, words)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def shown(engine: Engine, archive: Path) -> dict[bytes, judge.Shown]:

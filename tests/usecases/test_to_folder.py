@@ -12,7 +12,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,10 @@ from pathlib import Path
 import made_images
 import ordinary_users
 import pytest
+from disks import disk
 from judge import Shown, data_extents, differences, snapshot, unpacked
 from needs import need_root, need_tool
+from programs import command
 
 import layerkit
 from layerkit.model.errors import Cancelled, StoreError, UnsupportedHost, UsageError
@@ -35,33 +36,8 @@ _FIEMAP, _EXTENT_SHARED = 0xC020660B, 0x2000
 
 
 @pytest.fixture(scope="module")
-def app_layout(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    need_tool("skopeo")
-    layout = tmp_path_factory.mktemp("layout") / "app"
-    subprocess.run(["skopeo", "copy", "--quiet", f"oci-archive:{app_image}", f"oci:{layout}:latest"], check=True)
-    return layout
-
-
-@contextlib.contextmanager
-def filesystem(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
-    """Give the mount of a new filesystem in a loop file in ``folder``."""
-    need_root()
-    need_tool(f"mkfs.{kind}")
-    file, target = folder / f"{kind}.img", folder / kind
-    with file.open("wb") as f:
-        f.truncate(megabytes << 20)
-    subprocess.run([f"mkfs.{kind}", "-q", str(file)], check=True)
-    target.mkdir()
-    subprocess.run(["mount", "-o", "loop", str(file), str(target)], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", "--lazy", str(target)], check=True)
-
-
-@pytest.fixture(scope="module")
 def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with filesystem(tmp_path_factory.mktemp("disk"), "xfs", 2048) as target:
+    with disk(tmp_path_factory.mktemp("disk"), "xfs", size=2 << 30) as target:
         yield target
 
 
@@ -113,13 +89,13 @@ def seen(root: Path) -> dict[bytes, Shown]:
 
 
 WAYS = [
-    *(("tiny", disk, data, mapped) for disk in ("ext4", "xfs") for data in ("tar", "objects") for mapped in (0, 1)),
+    *(("tiny", kind, data, mapped) for kind in ("ext4", "xfs") for data in ("tar", "objects") for mapped in (0, 1)),
     ("app", "ext4", "tar", 1),
     ("app", "xfs", "objects", 1),
 ]
 
 
-@pytest.mark.parametrize(("name", "disk", "data", "mapped"), WAYS)
+@pytest.mark.parametrize(("name", "kind", "data", "mapped"), WAYS)
 def test_as_umoci_and_the_kernel_show_it(
     tiny_image: Path,
     app_layout: Path,
@@ -129,20 +105,20 @@ def test_as_umoci_and_the_kernel_show_it(
     name: str,
     mapped: int,
     data: str,
-    disk: str,
+    kind: str,
 ) -> None:
-    place = xfs if disk == "xfs" else tmp_path
+    place = xfs if kind == "xfs" else tmp_path
     layout = tiny_image if name == "tiny" else app_layout
     target = place / f"{name}-{data}-{mapped}"
     report = unpack(layout, target, place / "store", MAP if mapped else None, data=data)
     assert differences(seen(target), judged[name, bool(mapped)], skip=UNTOLD) == []
     assert report.shared_bytes + report.copied_bytes <= report.data_bytes
     assert not list(place.glob(".*tmp"))
-    if disk == "xfs" and data == "objects":
+    if kind == "xfs" and data == "objects":
         assert report.copied_bytes == 0
         # A file that is all hole has no blocks to share.
         assert all(shared_bytes(path) for path in files(target) if path.stat().st_blocks)
-    if disk == "ext4":
+    if kind == "ext4":
         assert report.shared_bytes == 0
 
 
@@ -247,11 +223,11 @@ def test_what_appears_meanwhile_is_not_touched(tiny_image: Path, tmp_path: Path)
 
 
 def test_a_full_disk_leaves_nothing(app_layout: Path, tmp_path: Path) -> None:
-    with filesystem(tmp_path, "ext4", 24) as disk:
-        before = sorted(os.listdir(disk))
+    with disk(tmp_path, "ext4", size=24 << 20) as small:
+        before = sorted(os.listdir(small))
         with pytest.raises(StoreError, match="No space left"):
-            unpack(app_layout, disk / "root", tmp_path / "store")
-        assert sorted(os.listdir(disk)) == before
+            unpack(app_layout, small / "root", tmp_path / "store")
+        assert sorted(os.listdir(small)) == before
 
 
 def test_a_cancelled_run_leaves_nothing(tiny_image: Path, tmp_path: Path) -> None:
@@ -265,10 +241,6 @@ def test_a_cancelled_run_leaves_nothing(tiny_image: Path, tmp_path: Path) -> Non
     with layerkit.open_image(str(tiny_image), settings=settings) as opened, pytest.raises(Cancelled):
         opened.unpack(tmp_path / "root", progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "layerkit.cli.main", *map(str, arguments)]
 
 
 def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:

@@ -40,14 +40,6 @@ def judged_tiny(tiny_image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.fixture(scope="module")
-def app_layout(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    need_tool("skopeo")
-    layout = tmp_path_factory.mktemp("layout") / "app"
-    subprocess.run(["skopeo", "copy", "--quiet", f"oci-archive:{app_image}", f"oci:{layout}:latest"], check=True)
-    return layout
-
-
-@pytest.fixture(scope="module")
 def judged_app(app_layout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, Shown]:
     need_root()
     need_tool("umoci")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import judge
 from engines import Engine, podman
 from made_images import Layout, special, tar
 from needs import need_root, need_tool
+from programs import run_layerkit
 from registry_server import docker_registry
 
 PARTIAL = '[storage.options]\npull_options = {enable_partial_images = "true", use_hard_links = "false"}'
@@ -62,9 +62,7 @@ def test_podman_pulls_it_whole_and_file_by_file(tmp_path: Path) -> None:
     need_tool("podman", "runc", "docker-registry", "skopeo")
     image, out = source(tmp_path), tmp_path / "out"
     words = ["flatten", image, f"oci:{out}:x", "--compression", "zstd:chunked", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, check=True
-    )
+    done = run_layerkit(*words)
     assert "chunked" in json.loads(done.stdout)["compressor"]
     with docker_registry(tmp_path / "registry") as registry, podman(storage=PARTIAL) as engine:
         name = engine("load", "-i", image).strip().splitlines()[-1].split(": ", 1)[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_layers import written_layer
-from needs import need_root, need_tool
+from needs import need_tool
 from trees import (
     ACL_ACCESS,
     ACL_DEFAULT,
@@ -40,10 +40,7 @@ from layerkit.metaonly import METACOPY_VALUE, Namespace, data_path, metadata_lay
 from layerkit.model.entry import Extent
 from layerkit.model.tree import Node, Tree
 
-
-@pytest.fixture(autouse=True)
-def _root() -> None:
-    need_root()
+pytestmark = pytest.mark.usefixtures("as_root")
 
 
 @contextmanager

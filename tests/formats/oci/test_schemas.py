@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import oci_schemas
 import pytest
 from made_images import INDEX, Layout, dump, tar
+from programs import run_layerkit
+
+written = functools.partial(run_layerkit, "--quiet", env={"SOURCE_DATE_EPOCH": ""})
 
 MAP = ("--uid-map", "0:100000:65536")
 WRITERS: dict[str, tuple[str, ...]] = {
@@ -29,14 +30,6 @@ WRITERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def layerkit(*words: object, code: int = 0) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words), "--quiet"],
-        env={**os.environ, "SOURCE_DATE_EPOCH": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-
-
 @pytest.mark.parametrize(
     ("writer", "kind"),
     [*((writer, "oci") for writer in WRITERS), ("copy", "docker-archive"), ("flatten", "docker-archive")],
@@ -46,14 +39,14 @@ def test_what_is_made_of_one_image(
 ) -> None:
     command, *more = WRITERS[writer]
     source = tiny_archive(kind)
-    layerkit(command, source, f"oci:{tmp_path}/out:v1", *more, "--store", tmp_path / "store")
+    written(command, source, f"oci:{tmp_path}/out:v1", *more, "--store", tmp_path / "store")
     counts = oci_schemas.check(tmp_path / "out")
     assert counts["config-schema"] == 1
     assert counts["image-manifest-schema"] == 1 + ("artifact" in writer)
     if writer not in ("copy", "artifact"):
         return
     # Once more into the same layout: its index.json is written anew, with what was in it.
-    layerkit(command, source, f"oci:{tmp_path}/out:v2", *more, "--store", tmp_path / "store")
+    written(command, source, f"oci:{tmp_path}/out:v2", *more, "--store", tmp_path / "store")
     oci_schemas.check(tmp_path / "out")
     names = [m.get("annotations", {}) for m in json.loads((tmp_path / "out/index.json").read_bytes())["manifests"]]
     assert {"v1", "v2"} <= {name.get("org.opencontainers.image.ref.name") for name in names}
@@ -72,7 +65,7 @@ def test_what_is_made_of_all_platforms(command: str, tmp_path: Path) -> None:
     layout.folder(tmp_path / "in")
     for kind in ("oci", "oci-archive"):
         out = tmp_path / kind
-        layerkit(command, f"oci:{tmp_path}/in:multi", f"{kind}:{out}:multi", "--all-platforms")
+        written(command, f"oci:{tmp_path}/in:multi", f"{kind}:{out}:multi", "--all-platforms")
         counts = oci_schemas.check(out)
         assert (counts["image-index-schema"], counts["image-manifest-schema"], counts["config-schema"]) == (1, 2, 2)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import zstandard
@@ -34,6 +33,8 @@ from layerkit.model.index import Index
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.unpack import index_layer
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 SMALL = Limits(
     layer_tar_bytes=64 << 20,
     bomb_floor_bytes=1 << 20,
@@ -44,13 +45,6 @@ SMALL = Limits(
     sparse_hole_bytes_per_layer=1 << 20,
     file_bytes=1 << 30,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
 
 
 def read(tar: bytes, form: str = "none", limits: Limits = DEFAULT) -> Index:

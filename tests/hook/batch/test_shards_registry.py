@@ -16,7 +16,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from hook_service import MAP_A, MAP_B, call, event, hook, settings
 from made_images import MANIFEST, digest
-from programs import layerkit, wait_for
+from programs import run_layerkit, wait_for
 from pushed_images import Pushed, artifacts, ask, map_of, push
 from registry_server import Registry, docker_registry
 
@@ -102,7 +102,7 @@ def test_three_shards_read_each_layer_once(site: Site) -> None:
     assert figure(done, "layers_shared") > 0
     for part in range(PARTS):
         assert (site.folder / f"s{part}/unproven-indexes").is_dir()
-        layerkit("store", "verify", "--store", str(site.folder / f"s{part}"))
+        run_layerkit("store", "verify", "--store", str(site.folder / f"s{part}"))
 
     # New machines, another map: nothing of the stores is left, and no layer is read.
     site.wire.seen.clear()

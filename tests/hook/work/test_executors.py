@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import Fault, fault_proxy
 from hook_service import MAP_A, settings
-from programs import layerkit, wait_for
+from programs import answer, run_layerkit, wait_for
 from pushed_images import Pushed, artifacts, push
 from registry_server import docker_registry
 
@@ -263,7 +262,7 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         for shard in range(3):
             words = ["--from", str(listed), "--shard", f"{shard}/3", "--tls-verify=false", "--uid-map", MAP_A]
             words += ("--engine", "threads", "--wait", "0.5")  # one after the other: there is nobody to wait for
-            done = json.loads(layerkit("batch", *words, "--store", str(tmp_path / f"s{shard}"), "--json").stdout)
+            done = answer("batch", *words, "--store", str(tmp_path / f"s{shard}"))
             assert done["schema"] == "layerkit.batch.v1" and done["shard"] == shard and done["failed"] == []
             seen += [job["targets"][0]["repository"] for job in done["jobs"]]
         assert sorted(seen) == sorted(each.name for each in images)
@@ -271,8 +270,8 @@ def test_shards_do_the_whole_list_once(tmp_path: Path) -> None:
         listed.write_text(refs[0] + f"\ndocker://{registry.host}/absent:v1\n")
         words = ["--from", str(listed), "--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s"),
                  "--engine", "threads"]  # fmt: skip
-        assert "absent:v1: not in the registry" in layerkit("batch", *words, code=5).stderr
-        layerkit("batch", *words, "--shard", "3/3", code=2)
+        assert "absent:v1: not in the registry" in run_layerkit("batch", *words, code=5).stderr
+        run_layerkit("batch", *words, "--shard", "3/3", code=2)
     assert parse_shard("3/4") == (3, 4)
     for wrong in ("3/3", "x", "-1/2", "1", "1/0", "1/2/3", "٣/٤"):
         with pytest.raises(UsageError):
@@ -283,7 +282,7 @@ def test_batch_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     with docker_registry(tmp_path / "r") as registry:
         image = push(registry.host, 2)
         words = ["--tls-verify=false", "--uid-map", MAP_A, "--store", str(tmp_path / "s")]
-        layerkit(
+        run_layerkit(
             "batch", f"docker://{registry.host}/{image.name}:v1", *words, "--engine", f"dask://{cluster.address}"
         )
         assert len(artifacts(registry.host, image)) == 1

@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
+from programs import answer, run, run_layerkit
 
 import layerkit
 from layerkit.hosts.adopted import mount as adopt
@@ -41,12 +41,6 @@ WAYS = [
     pytest.param("classic", "erofs", True, id="classic-own"),
     pytest.param("classic", "directory", True, id="classic-folder"),
 ]
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
 
 
 @contextmanager
@@ -102,7 +96,7 @@ def adopted(
 def state_of(folders: tuple[LayerFolder, ...]) -> str:
     """Return all that a change to the folders would change: the runtime's layers are never written to."""
     find = ["find", *(str(layer.path) for layer in folders), "-printf", "%p %i %m %U %G %s %T@ %C@ %n\\n"]
-    return "\n".join(sorted(run(*find).splitlines()))
+    return "\n".join(sorted(run(*find).stdout.splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -587,14 +581,6 @@ def test_layers_removed_under_a_mount_are_told(tmp_path: Path, capsys: pytest.Ca
         assert (tmp_path / "m/opaque/new").read_text() == "new"
 
 
-def layerkit_command(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def test_the_commands(tmp_path: Path) -> None:
     need_root()
     folders = _odd(tmp_path / "layers")
@@ -602,34 +588,28 @@ def test_the_commands(tmp_path: Path) -> None:
     store, target = ("--store", tmp_path / "store"), tmp_path / "m"
     target.mkdir()
     try:
-        mounted = json.loads(layerkit_command("mount", ref, target, "--uid-map", MAP[0], "--json", *store).stdout)
+        mounted = answer("mount", ref, target, "--uid-map", MAP[0], *store)
         assert (mounted["schema"], mounted["read_folders"]) == ("layerkit.mount.v1", 3)
         assert (target / "again").stat().st_uid == 100000
     finally:
-        layerkit_command("umount", target, *store)
-    text = layerkit_command(
-        "mount", ref, target, "--uid-map", "0:200000:65536", "--stacking", "classic", *store
-    ).stdout
-    layerkit_command("umount", target, *store)
+        run_layerkit("umount", target, *store)
+    text = run_layerkit("mount", ref, target, "--uid-map", "0:200000:65536", "--stacking", "classic", *store).stdout
+    run_layerkit("umount", target, *store)
     assert "3 folders, none read again (classic)" in text
-    out = layerkit_command(
-        "adopt", ref, tmp_path / "out", "--uid-map", MAP[0], "--stacking", "classic", *store
-    ).stdout
+    out = run_layerkit("adopt", ref, tmp_path / "out", "--uid-map", MAP[0], "--stacking", "classic", *store).stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["upper", "work"]
     assert "mount -t overlay" in out
-    again = layerkit_command("adopt", ref, tmp_path / "out", "--uid-map", MAP[0], *store, code=2).stderr
+    again = run_layerkit("adopt", ref, tmp_path / "out", "--uid-map", MAP[0], *store, code=2).stderr
     assert "the folder is not empty" in again
-    assert "write nothing" in layerkit_command("adopt", ref, tmp_path / "new", *store, code=2).stderr
+    assert "write nothing" in run_layerkit("adopt", ref, tmp_path / "new", *store, code=2).stderr
     assert not (tmp_path / "new").exists()
-    bad = layerkit_command("mount", ref, target, "--stacking", "sideways", *store, code=2).stderr
+    bad = run_layerkit("mount", ref, target, "--stacking", "sideways", *store, code=2).stderr
     assert "want auto, data-only or classic" in bad
-    assert (
-        "--platform" in layerkit_command("mount", ref, target, "--platform", "linux/arm64", *store, code=2).stderr
-    )
-    assert "unpacked" in layerkit_command("mount", "oci:x", target, "--reread", *store, code=2).stderr
-    gone = layerkit_command("mount", f"folders:{tmp_path / 'gone'}", target, *store, code=1).stderr
+    assert "--platform" in run_layerkit("mount", ref, target, "--platform", "linux/arm64", *store, code=2).stderr
+    assert "unpacked" in run_layerkit("mount", "oci:x", target, "--reread", *store, code=2).stderr
+    gone = run_layerkit("mount", f"folders:{tmp_path / 'gone'}", target, *store, code=1).stderr
     assert "is not there (any more)" in gone
-    assert "outside the map" in layerkit_command("mount", ref, target, "--uid-map", "0:5:1", *store, code=3).stderr
+    assert "outside the map" in run_layerkit("mount", ref, target, "--uid-map", "0:5:1", *store, code=3).stderr
 
 
 def test_a_layer_that_is_being_unpacked_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -22,7 +21,8 @@ import runc
 import runnable
 from engines import short_folder
 from memcg import cache_bytes, memory_group, run_in
-from needs import missing, need_root, need_tool
+from needs import missing, need_tool
+from programs import answer, command, run_layerkit
 
 import layerkit
 from layerkit.api import bundle as bundling
@@ -32,6 +32,8 @@ from layerkit.hosts.bundle import seccomp
 from layerkit.hosts.mounts.mount import default_run
 from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
 from layerkit.store import pins
+
+pytestmark = pytest.mark.usefixtures("as_root")
 
 RUNTIMES = ("runc", "crun")
 REF = "store:app:latest"
@@ -61,11 +63,6 @@ WRITE = (
     "chmod 2775 /new; ln -s x /new/link; mv /opt/tools /opt/moved; cat /opt/moved/plain > /dev/null; "
     "stat -c '%u:%g:%a' /etc/passwd /etc/group /new /opt/moved/setuid"
 )
-
-
-@pytest.fixture(autouse=True)
-def as_root() -> None:
-    need_root()
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +247,7 @@ def test_a_further_map_costs_next_to_nothing(store: Path, open_path: Path) -> No
         for number in range(5):
             folder = open_path / f"b{number}"
             words = ("bundle", REF, folder, "--uid-map", f"0:{number + 2}00000:65536", "--store", store)
-            command(*words)
+            run_layerkit(*words)
             made.append(folder)
         own = [allocated(f / "state", f / "volumes") + (f / "config.json").stat().st_blocks * 512 for f in made]
         grown = allocated(store) - before
@@ -318,14 +315,6 @@ def read(folder: Path) -> folders.Bundle:
     found = folders.read(folder)
     assert found is not None
     return found
-
-
-def command(*words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 # Images of our own
@@ -460,8 +449,10 @@ def test_refusals(kit: Callable[..., Path], open_path: Path) -> None:
     with pytest.raises(NotFound, match="no bundle"):
         bundling.remove(full)
     assert sorted(p.name for p in open_path.iterdir() if not p.name.startswith("image")) == ["full", "store"]
-    assert command("bundle", image, "--store", store, code=2).startswith("layerkit: a folder for the bundle")
-    said = command("bundle", "--rootless", image, open_path / "b", "--store", store, code=2)
+    assert run_layerkit("bundle", image, "--store", store, code=2).stderr.startswith(
+        "layerkit: a folder for the bundle"
+    )
+    said = run_layerkit("bundle", "--rootless", image, open_path / "b", "--store", store, code=2).stderr
     assert "--rootless is for an ordinary user" in said
 
 
@@ -500,8 +491,8 @@ def test_gc_keeps_what_a_bundle_needs(kit: Callable[..., Path], open_path: Path)
     # As after a reboot: the mount is gone, the bundle is not; then the image is forgotten.
     folders.unmount(read(folder))
     name = next(iter(layerkit_names(store)))
-    command("store", "rm", name, "--store", store)
-    command("store", "gc", "--store", store)
+    run_layerkit("store", "rm", name, "--store", store)
+    run_layerkit("store", "gc", "--store", store)
     again = make(store, image, folder, MAPS[0])
     assert (again.reused, again.layers_read) == (True, 0)
     assert "video" in runc.run("runc", open_path, folder)
@@ -511,14 +502,14 @@ def test_gc_keeps_what_a_bundle_needs(kit: Callable[..., Path], open_path: Path)
     with pytest.raises(UsageError, match="under the map"):
         make(store, image, folder, MAPS[1])
     bundling.remove(folder)
-    command("store", "rm", name, "--store", store)
-    assert "freed" in command("store", "gc", "--store", store)
+    run_layerkit("store", "rm", name, "--store", store)
+    assert "freed" in run_layerkit("store", "gc", "--store", store).stdout
     assert not list((store / "tar").iterdir())
-    assert command("store", "verify", "--store", store)
+    assert run_layerkit("store", "verify", "--store", store).stdout
 
 
 def layerkit_names(store: Path) -> list[str]:
-    rows = json.loads(command("store", "ls", "--json", "--store", store))
+    rows = answer("store", "ls", "--store", store)
     return [name for row in rows["images"] for name in row["names"]]
 
 
@@ -527,7 +518,7 @@ def test_changes_stay_when_it_is_mounted_again(kit: Callable[..., Path], open_pa
     image = kit({"Cmd": ["/bin/sh", "-c", "ls /kept; touch /kept"]})
     make(store, image, folder, MAPS[0])
     runc.run("runc", open_path, folder)
-    command("umount", folder / "rootfs", "--store", store)
+    run_layerkit("umount", folder / "rootfs", "--store", store)
     assert make(store, image, folder, MAPS[0]).reused
     assert runc.run("runc", open_path, folder) == "/kept\n"
     bundling.remove(folder)
@@ -541,9 +532,7 @@ def test_killed_while_it_is_made(kit: Callable[..., Path], open_path: Path) -> N
     for delay in [0.02 * n for n in range(2, int(os.environ.get("LAYERKIT_KILLS", "14")))]:
         folder = open_path / "b"
         words = ["bundle", image, folder, "--uid-map", MAPS[0], "--store", store]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -556,16 +545,16 @@ def test_killed_while_it_is_made(kit: Callable[..., Path], open_path: Path) -> N
     make(store, image, open_path / "b", MAPS[0])
     assert runc.run("runc", open_path, open_path / "b") == "0\n"
     bundling.remove(open_path / "b")
-    command("store", "gc", "--store", store)
+    run_layerkit("store", "gc", "--store", store)
 
 
 def test_the_command_and_its_answer(kit: Callable[..., Path], open_path: Path) -> None:
     store, folder = open_path / "store", open_path / "web.1"
     image = kit({"Entrypoint": ["/bin/cat"], "Cmd": ["/x"], "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGINT"})
-    out = command(
+    out = run_layerkit(
         "bundle", image, folder, "--uid-map", MAPS[0], "--store", store, "--json", "-e", "X=1", "--user", "app",
         "--entrypoint", '["/bin/sh", "-c"]', "--annotation", "a=b", "-v", "/usr:/host:ro", "--", "echo $X; id -u",
-    )  # fmt: skip
+    ).stdout  # fmt: skip
     facts = json.loads(out)
     assert facts["schema"] == "layerkit.bundle.v1"
     assert facts["args"] == ["/bin/sh", "-c", "echo $X; id -u"]
@@ -574,7 +563,7 @@ def test_the_command_and_its_answer(kit: Callable[..., Path], open_path: Path) -
     assert config["annotations"]["org.opencontainers.image.stopSignal"] == "SIGINT"
     assert config["annotations"]["org.opencontainers.image.exposedPorts"] == "80/tcp"
     assert runc.run("runc", open_path, folder).split() == ["1", "1000"]
-    mounted = json.loads(command("mounts", "--json", "--store", store))["mounts"]
+    mounted = answer("mounts", "--store", store)["mounts"]
     assert [m["target"] for m in mounted] == [str(folder / "rootfs")]
-    command("bundle", "--remove", folder)
+    run_layerkit("bundle", "--remove", folder)
     assert not folder.exists()

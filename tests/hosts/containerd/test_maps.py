@@ -10,7 +10,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -24,6 +23,7 @@ import pytest
 from engines import short_folder
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
+from programs import run_layerkit
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
 
 from layerkit.api import open as api
@@ -338,9 +338,7 @@ def test_only_root_and_only_one(process: Process, tmp_path: Path) -> None:
         (("--root", tmp_path / "r", "--address", tmp_path), "no socket"),
     ):
         flags = (*words, "--run", tmp_path / "x")
-        command = [sys.executable, "-m", "layerkit.cli.main", "snapshotter", *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert said in run_layerkit("snapshotter", *flags, code=2).stderr
     assert process.client.walk() == []
 
 

@@ -11,7 +11,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import runnable
 from engines import Engine, containerd, containerd_version, short_folder
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
+from programs import command, run
 from snapshot_client import Process, mounted, snapshotter, unmount
 
 from layerkit.hosts.containerd.config_toml import proxy_plugin
@@ -154,13 +154,8 @@ def added(host: Host, archive: Path) -> Iterator[Host]:
 
 
 def layerkit(host: Host, *words: object) -> str:
-    command = [sys.executable, "-m", "layerkit.cli.main", *map(str, words), "--store", str(host.process.store)]
-    done = subprocess.run(
-        command, env={**os.environ, "CONTAINERD_ADDRESS": host.engine.address}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = {"CONTAINERD_ADDRESS": host.engine.address}
+    return run(*command(*words), "--store", host.process.store, env=env).stdout
 
 
 _LOOK = "stat -c '%n %a %u %g' /bin/busybox /bin/su /bin/own /data /tmp /; id -u; cat /proc/self/uid_map"

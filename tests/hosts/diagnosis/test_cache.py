@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 from needs import need_root, need_tool
+from programs import Cli
 
 import layerkit
 from layerkit.cli import pages
@@ -28,11 +27,7 @@ SIZE = 3 << 20
 
 
 def asked(store: Path, *words: object) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "cache", *map(str, words), "--store", str(store), "--json"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = Cli(store).json("cache", *words)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from needs import need_root, need_tool
+from disks import disk
+from needs import need_root
+from programs import run_layerkit
 
 import layerkit
 from layerkit.hosts.adopted import mount as adopt
@@ -26,23 +29,9 @@ from layerkit.linux import blocks as extents
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.store.local import LocalStore
 
+asked = functools.partial(run_layerkit, "copyups")
+
 SIZE = 8 << 20
-
-
-@contextmanager
-def disk(tmp_path: Path, kind: str) -> Iterator[Path]:
-    need_root()
-    need_tool(f"mkfs.{kind}")
-    image, folder = tmp_path / "disk", tmp_path / "fs"
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @contextmanager
@@ -85,7 +74,7 @@ def change(target: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_an_open_for_writing_takes_no_block_where_files_can_share_them(tmp_path: Path, kind: str) -> None:
-    with disk(tmp_path, kind) as place, writable(place) as target:
+    with disk(tmp_path, kind, size=512 << 20) as place, writable(place) as target:
         subprocess.run(["sync", "-f", place], check=True)
         os.close(os.open(target / "read-write", os.O_RDWR))
         found = extents.blocks_of(str(place / "up/read-write"))
@@ -154,15 +143,6 @@ def test_watching_a_container_in_namespaces_of_its_own(tmp_path: Path) -> None:
         by_name = {Path(x.path).name: x for x in report.opened}
         assert (by_name["read-write"].opens, by_name["read-write"].written) == (1, False)
         assert by_name["written"].written
-
-
-def asked(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "copyups", *map(str, words)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from needs import need_root, need_tool
+from programs import command, run
 
 from layerkit.hosts.diagnosis.runtimes import probe_place, storage_root, version_of
 
@@ -20,12 +20,8 @@ NAMES = ["podman, rootful", "podman, rootless", "containerd", "docker", "runc, b
 
 
 def asked(store: Path, *before: object, **environment: object) -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [*map(str, before), sys.executable, "-m", "layerkit.cli.main", "doctor", "--store", str(store), "--json"],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, **{key: str(value) for key, value in environment.items()}},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    env = {key: str(value) for key, value in environment.items()}
+    done = run(*before, *command("doctor", "--store", store, "--json"), env=env)
     runtimes = json.loads(done.stdout)["runtimes"]
     assert [runtime["name"] for runtime in runtimes] == NAMES
     for runtime in runtimes:

@@ -17,7 +17,7 @@ import pytest
 from fuse_counter import counting_mount
 from judge import Shown, differences, snapshot
 from kernel_mounts import overlay, wait_gone
-from needs import need_root
+from programs import run_layerkit
 
 import layerkit
 from layerkit.hosts.finalize import finalize as fz
@@ -27,11 +27,6 @@ from layerkit.model.errors import LossyResult, NotFound, StoreError, UsageError
 
 pytestmark = pytest.mark.usefixtures("as_root")
 COUNT = 20_000
-
-
-@pytest.fixture
-def as_root() -> None:
-    need_root()
 
 
 class Case:
@@ -203,23 +198,16 @@ def test_undo_gives_back_what_was(case: Case, name: str) -> None:
 def test_check_changes_nothing_and_says_what(case: Case) -> None:
     case.change(PARTLY)
     before = raw(case.upper)
-    code, out = command("finalize", case.upper, "--lower", case.lower, "--check", "--json")
-    facts = json.loads(out)
-    assert code == 1
+    done = run_layerkit("finalize", case.upper, "--lower", case.lower, "--check", "--json", code=None)
+    facts = json.loads(done.stdout)
+    assert done.returncode == 1
     assert (facts["final"], facts["schema"]) == (False, "layerkit.finalize.v1")
     assert facts["made"] > 0 and facts["opaque"] > 0 and facts["redirects"] > 0
     assert differences(raw(case.upper), before) == []
-    assert command("finalize", case.upper, "--lower", case.lower)[0] == 0
-    assert command("finalize", case.upper, "--lower", case.lower, "--check")[0] == 0
-    assert command("finalize", case.upper, "--undo", fz.undo_file(case.upper))[0] == 0
+    assert run_layerkit("finalize", case.upper, "--lower", case.lower, code=None).returncode == 0
+    assert run_layerkit("finalize", case.upper, "--lower", case.lower, "--check", code=None).returncode == 0
+    assert run_layerkit("finalize", case.upper, "--undo", fz.undo_file(case.upper), code=None).returncode == 0
     assert differences(raw(case.upper), before) == []
-
-
-def command(*words: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)], capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -371,7 +359,7 @@ def test_errors(case: Case, tmp_path: Path) -> None:
     other.mkdir()
     with pytest.raises(StoreError, match="undo data of"):
         fz.undo(other, tmp_path / "elsewhere.layerkit-undo")
-    assert command("finalize", case.upper)[0] == 2
+    assert run_layerkit("finalize", case.upper, code=None).returncode == 2
     assert Lowers.parse("/usr:/etc::/var", Namespace.TRUSTED).data == (os.fsencode(os.path.realpath("/var")),)
 
 

@@ -24,7 +24,7 @@ import ordinary_users
 import pytest
 from fuse_counter import counting_mount
 from judge import data_extents, differences, snapshot, xattrs
-from needs import need_root, need_tool
+from needs import need_tool
 from trees import file, folder, tree_of
 
 from layerkit import idmap
@@ -36,16 +36,13 @@ from layerkit.metaonly import MetadataLayer, Namespace, data_path, metadata_laye
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.tree import Tree
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 NOBODY = 0xFFFFFFFF
 V2 = struct.pack("<IIIII", 0x02000001, 0x3000, 0, 0, 0)
 V3 = struct.pack("<IIIIII", 0x03000001, 0x3000, 0, 0, 0, 100000)
 
 RENDERINGS = ("directory", "erofs", "tar")
-
-
-@pytest.fixture(autouse=True)
-def _root() -> None:
-    need_root()
 
 
 @dataclass

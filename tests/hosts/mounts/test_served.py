@@ -7,14 +7,13 @@ import errno
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kernel_mounts import mounts_below
 from needs import missing, need_root
+from programs import command, run_layerkit, wait_for
 
 import layerkit
 from layerkit.api import open as api
@@ -64,13 +63,6 @@ def servers(lock: Path) -> list[int]:
     return found
 
 
-def wait(what: Callable[[], bool], why: str) -> None:
-    end = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < end, why
-        time.sleep(0.02)
-
-
 def gone(pid: int) -> bool:
     """Return whether a process has ended; whether somebody has asked how does not matter."""
     try:
@@ -93,10 +85,10 @@ def test_it_ends_with_the_mount_and_one_file_serves_all_maps(tiny_image: Path, s
     (left,) = locks(store)
     for lock, pids in of_both.items():
         if lock != left:
-            wait(lambda pids=pids: all(map(gone, pids)), "a server lives on without its mount")  # type: ignore[misc]
+            wait_for(lambda pids=pids: all(map(gone, pids)), "a server lives on without its mount")  # type: ignore[misc]
     assert not any(map(gone, of_both[left]))
     second.umount()
-    wait(lambda: all(map(gone, of_both[left])), "a server lives on without its mount")
+    wait_for(lambda: all(map(gone, of_both[left])), "a server lives on without its mount")
     assert not locks(store)
     assert not mounts_below(tmp_path)
 
@@ -118,8 +110,7 @@ def test_it_ends_with_the_mount_namespace(tiny_image: Path, store: Path, tmp_pat
     (tmp_path / "m").mkdir()
     words = ["mount", tiny_image, tmp_path / "m", "--rendering", "fuse", "--store", store, "--uid-map", "0:1:65535"]
     with subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", '"$@" && echo there && read go', "sh", sys.executable, "-m",
-         "layerkit.cli.main", *map(str, words)],
+        ["unshare", "--mount", "sh", "-c", '"$@" && echo there && read go', "sh", *command(*words)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as shell:  # fmt: skip
         assert shell.stdout is not None
@@ -131,7 +122,7 @@ def test_it_ends_with_the_mount_namespace(tiny_image: Path, store: Path, tmp_pat
         pids = servers(lock)
         assert len(pids) == 3
         shell.stdin.write("go\n")
-    wait(lambda: all(map(gone, pids)), "the server keeps the namespace, and the namespace the server")
+    wait_for(lambda: all(map(gone, pids)), "the server keeps the namespace, and the namespace the server")
 
 
 def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path) -> None:
@@ -144,13 +135,13 @@ def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path
     assert [row["server"] for row in api.mounts(store=store)] == [""]
     # A worker alone is replaced.
     os.kill(max(servers(lock)), signal.SIGKILL)
-    wait(lambda: len([pid for pid in servers(lock) if not gone(pid)]) == 3, "no other took its place")
+    wait_for(lambda: len([pid for pid in servers(lock) if not gone(pid)]) == 3, "no other took its place")
     Path("/proc/sys/vm/drop_caches").write_text("3")
     assert file.read_bytes() == want
     for pid in sorted(servers(lock)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    wait(lambda: not served.is_served(lock), "the lock stays")
+    wait_for(lambda: not served.is_served(lock), "the lock stays")
     Path("/proc/sys/vm/drop_caches").write_text("2")
     # What is open goes on; what is asked for anew is an error, and never zeros.
     assert os.pread(open_file, len(want), 0) == want
@@ -159,10 +150,7 @@ def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path
         os.listxattr(target / "no-such-name-so-far")
     assert error.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     assert [row["server"] for row in api.mounts(store=store)] == ["killed"]
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", "mounts", "--store", store],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_layerkit("mounts", "--store", store)
     assert "were killed; unmount it, and mount it again" in " ".join(done.stderr.split())
     api.umount(target, store=store)
     assert not locks(store)
@@ -185,7 +173,7 @@ def test_a_mounter_killed_in_between_leaves_nothing_that_gc_does_not_clear(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     left = locks(store)
     assert len(left) == 1
-    wait(lambda: not served.is_served(left[0]), "the server waits for ever")
+    wait_for(lambda: not served.is_served(left[0]), "the server waits for ever")
     assert not mounts_below(tmp_path)
     api.collect_garbage(store)
     assert not locks(store)

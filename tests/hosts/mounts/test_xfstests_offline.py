@@ -16,18 +16,14 @@ from pathlib import Path
 import pytest
 from judge import Shown, differences, snapshot
 from kernel_mounts import overlay
-from needs import need_root
 
 import layerkit
 from layerkit.hosts.finalize import finalize as fz
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 OPAQUE, REDIRECT, METACOPY = (f"trusted.overlay.{name}" for name in ("opaque", "redirect", "metacopy"))
 ORIGIN, IMPURE = "trusted.overlay.origin", "trusted.overlay.impure"
-
-
-@pytest.fixture(autouse=True)
-def as_root() -> None:
-    need_root()
 
 
 class Layers:

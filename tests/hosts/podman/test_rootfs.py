@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from engines import Engine, podman_run
 from needs import need_root
+from programs import answer, run_layerkit
 
 MAPS = ("0:100000:65536", "0:300000:1000,1000:400000:64536")
 SCRIPT = (
@@ -17,15 +15,6 @@ SCRIPT = (
     "chown 7:8 /root/new; chmod 4711 /usr/bin/su; stat -c %u:%g:%a /root/new /usr/bin/su; "
     "ping -c 1 -W 2 127.0.0.1 > /dev/null && echo pong"
 )
-
-
-def command(*words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerkit.cli.main", *map(str, words)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.fixture
@@ -39,14 +28,14 @@ def test_two_maps_run_in_podman(podman_engine: Engine, app_image: Path, folder: 
     for number, uid_map in enumerate(MAPS):
         target = folder / f"m{number}"
         target.mkdir()
-        words = command(
+        words = run_layerkit(
             "mount", "--for-podman", app_image, target, "--uid-map", uid_map, "--store", store_dir
-        ).split()
+        ).stdout.split()
         assert words[-2:] == ["--rootfs", f"{target}:O"]
         try:
             out = podman_engine(*podman_run("--cap-add", "NET_RAW", *words, "sh", "-c", SCRIPT)).splitlines()
         finally:
-            command("umount", target, "--store", store_dir)
+            run_layerkit("umount", target, "--store", store_dir)
         root, *rows, su, app, new, changed, pong = out
         assert root == "0"
         assert [":".join(row.split()) for row in rows] == uid_map.split(",")
@@ -57,10 +46,10 @@ def test_two_maps_run_in_podman(podman_engine: Engine, app_image: Path, folder: 
 def test_the_words_and_their_errors(app_image: Path, tmp_path: Path, store_dir: Path) -> None:
     need_root()
     (tmp_path / "m").mkdir()
-    facts = json.loads(command("mount", "--for-podman", "--json", app_image, tmp_path / "m", "--store", store_dir))
-    command("umount", tmp_path / "m", "--store", store_dir)
+    facts = answer("mount", "--for-podman", app_image, tmp_path / "m", "--store", store_dir)
+    run_layerkit("umount", tmp_path / "m", "--store", store_dir)
     assert facts["podman"] == ["--rootfs", f"{tmp_path}/m:O"]
-    said = command(
+    said = run_layerkit(
         "mount", "--for-podman", app_image, tmp_path / "m", "--upper", tmp_path / "u", "--store", store_dir, code=2
-    )
+    ).stderr
     assert "leave --upper out" in said

@@ -20,6 +20,7 @@ import pytest
 import runnable
 from engines import Engine
 from made_images import Layout, attach, dump, tar
+from programs import run_layerkit
 
 from layerkit.images.open import open_source
 
@@ -37,15 +38,8 @@ def cli(docker_engine: Engine, tmp_path: Path) -> Callable[..., Any]:
     (tmp_path / "tmp").mkdir()
 
     def run(*words: object, code: int = 0, host: str = docker_engine.address) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "layerkit.cli.main", *map(str, words), "--json"],
-            env={
-                **os.environ, "DOCKER_HOST": host, "LAYERKIT_STORE": str(tmp_path / "store"),
-                "TMPDIR": str(tmp_path / "tmp"),
-            },
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
+        env = {"DOCKER_HOST": host, "LAYERKIT_STORE": str(tmp_path / "store"), "TMPDIR": str(tmp_path / "tmp")}
+        done = run_layerkit(*words, "--json", code=code, env=env)
         assert os.listdir(tmp_path / "tmp") == []
         return json.loads(done.stdout) if code == 0 else done.stderr
 

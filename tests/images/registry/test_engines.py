@@ -10,7 +10,7 @@ import runnable
 from engines import Engine
 from hook_service import MAP_A, MAP_B, TOKEN, hook_process
 from made_images import INDEX, MANIFEST, digest
-from programs import layerkit
+from programs import run_layerkit
 from pushed_images import ask
 from registry_server import docker_registry
 
@@ -44,13 +44,13 @@ def test_pulls_before_and_after(
     layout = runnable.build(tiny, tmp_path / "image", sparse=False)
     with docker_registry(tmp_path / "registry") as registry:
         plain, ref = ("--tls-verify=false", "--store", str(tmp_path / "store")), registry.ref("team/run:v1")
-        layerkit("copy", str(layout), ref, "--tls-verify=false")
+        run_layerkit("copy", str(layout), ref, "--tls-verify=false")
         data = ask(registry.host, "team/run/manifests/v1", Accept=f"{MANIFEST}, {INDEX}")[1]
         use(client, f"{registry.host}/team/run", digest(data))
 
-        layerkit("remap", ref, ref, "--uid-map", MAP_A, *plain)
-        layerkit("index", "push", ref, *plain)
-        layerkit("hook", "run", ref, "--uid-map", MAP_B, "--engine", "threads", *plain)
+        run_layerkit("remap", ref, ref, "--uid-map", MAP_A, *plain)
+        run_layerkit("index", "push", ref, *plain)
+        run_layerkit("hook", "run", ref, "--uid-map", MAP_B, "--engine", "threads", *plain)
         status, _, _ = ask(registry.host, f"team/run/manifests/{digest(data).replace(':', '-')}", Accept=INDEX)
         assert status == 200, "nothing was published beside the image"
         assert ask(registry.host, "team/run/manifests/v1", Accept=f"{MANIFEST}, {INDEX}")[1] == data

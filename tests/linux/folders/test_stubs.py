@@ -9,15 +9,13 @@ import resource
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import ordinary_users
 import pytest
+from disks import disk
 from judge import xattrs
-from needs import need_root, need_tool
-from trees import file, folder, tree_of
+from trees import acl, file, folder, tree_of
 
 from layerkit.linux.folders.stubs import Written, write_directory
 from layerkit.metaonly import Namespace, data_path, metadata_layer
@@ -26,12 +24,9 @@ from layerkit.model.errors import Cancelled, InvalidImage, LayerkitError, LossyR
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 CAPABILITY = struct.pack("<IIIIII", 0x03000001, 0x3000, 0, 0, 0, 0)
-
-
-def acl(*entries: tuple[int, int, int]) -> bytes:
-    """Return an ACL as the kernel takes it: version 2, then (tag, permissions, id)."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in entries)
 
 
 NOBODY = 0xFFFFFFFF
@@ -102,27 +97,6 @@ def wanted(tree: Tree, namespace: Namespace = Namespace.TRUSTED) -> dict[bytes, 
     return want
 
 
-@contextmanager
-def small_disk(folder: Path, *mkfs: str, megabytes: int = 16) -> Iterator[Path]:
-    """Mount a new ext4 of some megabytes."""
-    need_tool("mkfs.ext4")
-    image, target = folder / "disk", folder / "mnt"
-    target.mkdir()
-    with image.open("wb") as f:
-        f.truncate(megabytes << 20)
-    subprocess.run(["mkfs.ext4", "-q", *mkfs, image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, target], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", target], check=True)
-
-
-@pytest.fixture(autouse=True)
-def _root() -> None:
-    need_root()
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_attribute_of_every_kind(tmp_path: Path, threads: int) -> None:
     tree = tree_of(EVERYTHING)
@@ -154,12 +128,12 @@ def test_a_descriptor_will_do_and_stays_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("namespace", Namespace)
 def test_a_stub_takes_no_block(tmp_path: Path, namespace: Namespace) -> None:
-    with small_disk(tmp_path, "-I", "256") as disk:
-        write_directory(metadata_layer(tree_of([file(b"f", b"x" * 5000)]), namespace), disk / "meta")
-        assert os.stat(disk / "meta/f").st_blocks == 0
+    with disk(tmp_path, "ext4", "-I", "256", size=16 << 20) as small:
+        write_directory(metadata_layer(tree_of([file(b"f", b"x" * 5000)]), namespace), small / "meta")
+        assert os.stat(small / "meta/f").st_blocks == 0
         # This is what the choice of an empty metacopy value buys: 4 bytes and the xattrs move to a block.
-        os.setxattr(disk / "meta/f", namespace.prefix + b"metacopy", b"\0\4\0\0")
-        assert os.stat(disk / "meta/f").st_blocks > 0
+        os.setxattr(small / "meta/f", namespace.prefix + b"metacopy", b"\0\4\0\0")
+        assert os.stat(small / "meta/f").st_blocks > 0
 
 
 @pytest.mark.parametrize("seconds", [-(1 << 31), (1 << 34) - (1 << 31) - 1])
@@ -177,11 +151,11 @@ def test_a_time_beyond_the_filesystem_is_an_error(tmp_path: Path, seconds: int) 
 
 
 def test_a_filesystem_of_whole_seconds(tmp_path: Path) -> None:
-    with small_disk(tmp_path, "-I", "128") as disk:
-        write_directory(metadata_layer(tree_of([file(b"f", b"x", mtime=5)])), disk / "whole")
+    with disk(tmp_path, "ext4", "-I", "128", size=16 << 20) as small:
+        write_directory(metadata_layer(tree_of([file(b"f", b"x", mtime=5)])), small / "whole")
         for ns in (1, 500_000_000):
             with pytest.raises(LossyResult, match=r"^f: .*modification time"):
-                write_directory(metadata_layer(tree_of([file(b"f", b"x", mtime_ns=ns)])), disk / f"{ns}")
+                write_directory(metadata_layer(tree_of([file(b"f", b"x", mtime_ns=ns)])), small / f"{ns}")
 
 
 def test_deeper_than_descriptors_and_paths_go(tmp_path: Path) -> None:
@@ -274,16 +248,19 @@ def test_the_caller_can_stop_it(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_with_the_path(tmp_path: Path) -> None:
-    with small_disk(tmp_path, "-N", "64", megabytes=2) as disk:
+    with disk(tmp_path, "ext4", "-N", "64", size=2 << 20) as small:
         tree = tree_of([file(b"f%03d" % i, b"x") for i in range(100)])
         with pytest.raises(StoreError, match=r"^f\d+: cannot create it: No space left"):
-            write_directory(metadata_layer(tree), disk / "meta", threads=1)
+            write_directory(metadata_layer(tree), small / "meta", threads=1)
 
 
 def test_xattrs_larger_than_the_filesystem_takes(tmp_path: Path) -> None:
     tree = tree_of([file(b"f", b"x", xattrs=((b"user.big", b"v" * 5000),))])
-    with small_disk(tmp_path) as disk, pytest.raises(LossyResult, match=r"^f: cannot set the xattr user\.big"):
-        write_directory(metadata_layer(tree), disk / "meta")
+    with (
+        disk(tmp_path, "ext4", size=16 << 20) as small,
+        pytest.raises(LossyResult, match=r"^f: cannot set the xattr user\.big"),
+    ):
+        write_directory(metadata_layer(tree), small / "meta")
 
 
 @pytest.mark.parametrize("name", [b"nonsense", b"foo.bar", b"user."])

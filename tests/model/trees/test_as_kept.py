@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from judge import differences, snapshot, unpacked
 from made_images import Layout
 from needs import need_root, need_tool
 from tar_blocks import END, folder, hardlink, header, member, pax, symlink
-from trees import file, tree_of
+from trees import acl, file, tree_of
 from trees import folder as folder_entry
 
 import layerkit
@@ -26,10 +25,6 @@ from layerkit.model.trees.as_kept import as_kept
 NOBODY = 0xFFFFFFFF
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 EXTENTS = ((0, 100000, 65536),)
-
-
-def acl(*entries: tuple[int, int, int]) -> bytes:
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 NAMED = acl((1, 6, NOBODY), (2, 7, 1234), (4, 4, NOBODY), (0x10, 7, NOBODY), (0x20, 4, NOBODY))
