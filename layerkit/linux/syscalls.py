@@ -11,6 +11,9 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 SYS_OPEN_TREE = 428
 SYS_MOVE_MOUNT = 429
@@ -56,6 +59,10 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 
 FICLONE = 0x40049409
+_SMALL_BYTES = 128 << 10
+"""Up to here a read and a write are faster than copy_file_range."""
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
 EROFS_MAGIC = 0xE0F5E1E2
 OVERLAYFS_MAGIC = 0x794C7630
 FUSE_MAGIC = 0x65735546
@@ -69,6 +76,16 @@ def failed(number: int, what: str, path: PathLike | None = None) -> OSError:
     """Return the ``OSError`` for ``number``: its text says which call failed, its ``filename`` on what."""
     text = f"{what}: {os.strerror(number)}"
     return OSError(number, text) if path is None else OSError(number, text, os.fsdecode(path))
+
+
+@contextmanager
+def opened(path: PathLike, flags: int = os.O_RDONLY, at: int | None = None) -> Iterator[int]:
+    """Give a descriptor of ``path``, relative to the folder ``at``; it is closed after the block."""
+    fd = os.open(path, flags | os.O_CLOEXEC, dir_fd=at)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
@@ -182,16 +199,6 @@ def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:
         raise failed(ctypes.get_errno(), "umount", target)
 
 
-def syncfs(fd: int) -> None:
-    """Write out the filesystem that ``fd`` lies on.
-
-    Raises:
-        OSError: as syncfs(2).
-    """
-    if _libc.syncfs(ctypes.c_int(fd)) < 0:
-        raise failed(ctypes.get_errno(), "syncfs")
-
-
 def unshare(flags: int) -> None:
     """Move the calling process into new namespaces.
 
@@ -228,28 +235,38 @@ def clone_file(source: int, target: int) -> None:
     fcntl.ioctl(target, FICLONE, source)
 
 
-def copy_range(source: int, target: int, length: int) -> int:
-    """Copy ``length`` bytes between the descriptors' positions, inside the kernel where it can.
+class Run(NamedTuple):
+    """Bytes to copy: from ``offset`` of the descriptor ``source`` to ``at`` of the target."""
 
-    Returns:
-        The bytes copied; less than ``length`` only at the end of ``source``.
+    source: int
+    offset: int
+    at: int
+    length: int
+
+
+def copy_run(run: Run, target: int, *, in_kernel: bool = True) -> int:
+    """Copy ``run`` to ``target``, inside the kernel if it can (which may share blocks); return the bytes copied.
+
+    They are fewer than the run's only at the end of its source.
     """
-    done = 0
-    while done < length:
-        try:
-            step = os.copy_file_range(source, target, min(length - done, 1 << 30))
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            chunk = os.read(source, min(length - done, 1 << 20))
-            step = len(chunk)
-            view = memoryview(chunk)
-            while view:
-                view = view[os.write(target, view) :]
-        if step == 0:
+    source, offset, at, left = run
+    in_kernel = in_kernel and left > _SMALL_BYTES
+    while left:
+        if in_kernel:
+            try:
+                count = os.copy_file_range(source, target, min(left, 1 << 30), offset, at)
+            except OSError as error:
+                if error.errno not in _NO_COPY:
+                    raise
+                in_kernel = False
+                continue
+        else:
+            chunk = os.pread(source, min(left, 1 << 20), offset)
+            count = os.pwrite(target, chunk, at) if chunk else 0
+        if count == 0:
             break
-        done += step
-    return done
+        offset, at, left = offset + count, at + count, left - count
+    return run.length - left
 
 
 def cachestat(fd: int, length: int = 0) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from layerkit import metaonly
 from layerkit.linux.durable import rename_new
+from layerkit.linux.syscalls import Run, copy_run
 from layerkit.model.entry import Kind
 from layerkit.model.errors import StoreError
 from layerkit.model.index import Index
@@ -22,10 +22,6 @@ from layerkit.store.catalog import Catalog, ObjectRow, known_objects, short_name
 from layerkit.store.layout import FILE_MODE, FOLDER_MODE, Layout
 from layerkit.store.spool import Spool
 
-_SMALL_BYTES = 128 << 10
-"""Up to here a read and a write are faster than copy_file_range."""
-
-_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _WRITERS = min(4, os.cpu_count() or 1)
 
 
@@ -174,11 +170,11 @@ def _write_slice(folder: Path, tar: int, index: Index, jobs: list[tuple[int, Obj
             try:
                 hole_map = int(maps[row])
                 if hole_map < 0:
-                    copy_range(tar, int(offsets[row]), fd, 0, obj.size)
+                    copy_whole(Run(tar, int(offsets[row]), 0, obj.size), fd)
                 else:
                     place = int(offsets[row])
                     for start, length in index.sparse_maps.extents(hole_map):
-                        copy_range(tar, place, fd, start, length)
+                        copy_whole(Run(tar, place, start, length), fd)
                         place += length
                     os.ftruncate(fd, obj.size)
                 if fix_mode:
@@ -192,28 +188,18 @@ def _write_slice(folder: Path, tar: int, index: Index, jobs: list[tuple[int, Obj
         os.close(at)
 
 
-def copy_range(source: int, offset: int, target: int, at: int, length: int) -> None:
-    """Copy ``length`` bytes at ``offset`` of ``source`` to ``at`` of ``target``, inside the kernel if it can.
+def copy_whole(run: Run, target: int, *, in_kernel: bool = True) -> None:
+    """Do :func:`~layerkit.linux.syscalls.copy_run`.
 
     Raises:
-        StoreError: ``source`` is shorter than that.
+        StoreError: the source is shorter than that.
     """
-    in_kernel = length > _SMALL_BYTES
-    while length > 0:
-        if in_kernel:
-            try:
-                count = os.copy_file_range(source, target, min(length, 1 << 30), offset, at)
-            except OSError as error:
-                if error.errno not in _NO_COPY:
-                    raise
-                in_kernel = False
-                continue
-        else:
-            chunk = os.pread(source, min(length, 1 << 20), offset)
-            count = os.pwrite(target, chunk, at) if chunk else 0
-        if count == 0:
-            raise StoreError(f"the layer tar ends at byte {offset}, {length} bytes before the end of a file in it")
-        offset, at, length = offset + count, at + count, length - count
+    done = copy_run(run, target, in_kernel=in_kernel)
+    if done < run.length:
+        raise StoreError(
+            f"the store's data ends at byte {run.offset + done}, {run.length - done} bytes before the end of a "
+            "file in it"
+        )
 
 
 def stored_objects(layout: Layout) -> Iterator[tuple[bytes, os.stat_result]]:

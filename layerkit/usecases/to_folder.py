@@ -21,27 +21,24 @@ from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.durable import check_target, whole_folder
 from layerkit.linux.folders.walk import FOLDER
-from layerkit.linux.folders.writer import FolderWriter, StepFailed, Written
-from layerkit.linux.folders.writer_errors import Advice
-from layerkit.linux.syscalls import clone_file
+from layerkit.linux.folders.writer import Advice, FolderWriter, StepFailed
+from layerkit.linux.syscalls import Run, clone_file, opened
 from layerkit.metaonly import data_path
 from layerkit.model.entry import Extent
 from layerkit.model.errors import StoreError, UnsupportedHost, UsageError
 from layerkit.model.image import Image
-from layerkit.model.ports import Progress
 from layerkit.model.reports import Report
 from layerkit.model.tree import Tree
 from layerkit.model.work import Work
 from layerkit.store.import_layers import import_layers
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
-from layerkit.store.objects import copy_range
+from layerkit.store.objects import copy_whole
 from layerkit.store.preparation import Preparation
 
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
 _NO_CLONE = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
-_PIECE_BYTES = 1 << 20
 _ADVICE = Advice(
     what="files",
     whole="a root filesystem",
@@ -145,7 +142,7 @@ def unpack(work: Work, store: LocalStore, target: Path, options: UnpackOptions) 
         if mapping is not None:
             tree = apply_map(tree, mapping)
         with whole_folder(target) as root, Contents(store, tree, backend, copy) as contents:
-            write_rootfs(tree, root, contents, progress=work.progress)
+            FolderWriter(tree, root, contents, _ADVICE, work.progress).write()
     return UnpackReport(
         name=work.name,
         manifest=str(image.descriptor.digest),
@@ -212,18 +209,6 @@ def can_share(store: Path, target: Path) -> bool:
     return True
 
 
-def write_rootfs(
-    tree: Tree, root: int, contents: Contents, *, progress: Progress | None = None, threads: int | None = None
-) -> Written:
-    """Write ``tree`` with its data into the empty folder that ``root`` is a descriptor of.
-
-    Raises:
-        LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
-        StoreError: the folder is not empty, the disk is full, or the store lacks data.
-    """
-    return FolderWriter(tree, root, contents, _ADVICE, progress=progress, threads=threads).write()
-
-
 class Contents:
     """Fills files with the data of a store; a context manager, for the descriptors that it holds."""
 
@@ -231,9 +216,8 @@ class Contents:
 
     def __init__(self, store: LocalStore, tree: Tree, backend: DataBackend, copy: Copy) -> None:
         """Give the data of ``tree``, whose layers are whole in ``backend``."""
-        self._tree, self._copy, self._objects = tree, copy, backend is DataBackend.OBJECTS
-        self._store = store
-        self._block = 0
+        self._tree, self._copy, self._store = tree, copy, store
+        self._objects, self._block = backend is DataBackend.OBJECTS, 0
         self._clones = copy is not Copy.BYTES
         self._lock = threading.Lock()
         self._fds: dict[int, int] = {}
@@ -269,62 +253,59 @@ class Contents:
     def _fill_from_object(self, fd: int, inode: int, size: int) -> None:
         sha256 = self._tree.sha256[inode].tobytes()
         try:
-            source = os.open(data_path(sha256), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._source(-1))
+            with opened(data_path(sha256), os.O_RDONLY | os.O_NOFOLLOW, self._source(-1)) as source:
+                if os.fstat(source).st_size != size:
+                    raise StoreError(
+                        f"the data sha256:{sha256.hex()} is cut off; run `layerkit store verify --repair`"
+                    )
+                if self._clones and self._try(lambda: clone_file(source, fd)):
+                    self._count(size, 0)
+                else:
+                    # In an object the runs lie where they lie in the file.
+                    runs = [Run(source, start, start, length) for start, length in self._runs(inode, size)]
+                    self._copy_runs(fd, size, runs)
         except FileNotFoundError:
             raise StoreError(
                 f"the store lacks the data sha256:{sha256.hex()}; run `layerkit store verify --repair`"
             ) from None
-        try:
-            if os.fstat(source).st_size != size:
-                raise StoreError(f"the data sha256:{sha256.hex()} is cut off; run `layerkit store verify --repair`")
-            if self._clones and self._try(lambda: clone_file(source, fd)):
-                self._count(size, 0)
-                return
-            # In an object the runs lie where they lie in the file.
-            self._copy_runs(fd, size, [(source, start, start, length) for start, length in self._runs(inode, size)])
-        finally:
-            os.close(source)
 
     def _fill_from_tar(self, fd: int, inode: int, size: int) -> None:
-        place, pieces = int(self._tree.offset[inode]), []
+        place, runs = int(self._tree.offset[inode]), []
         source = self._source(int(self._tree.layer[inode]))
         for start, length in self._runs(inode, size):
-            pieces.append((source, place, start, length))
+            runs.append(Run(source, place, start, length))
             place += length
-        self._copy_runs(fd, size, pieces)
+        self._copy_runs(fd, size, runs)
 
-    def _copy_runs(self, fd: int, size: int, pieces: list[tuple[int, int, int, int]]) -> None:
-        """Copy (source, its offset, the file's offset, length) each, and give the file its size."""
+    def _copy_runs(self, fd: int, size: int, runs: list[Run]) -> None:
+        """Fill a file with ``runs``, and give it its size."""
         try:
-            for source, offset, at, length in pieces:
-                shared = self._share(source, offset, fd, at, length) if self._clones else 0
-                if self._copy is Copy.BYTES:
-                    _copy_bytes(source, offset, fd, at, length)
-                else:
-                    copy_range(source, offset + shared, fd, at + shared, length - shared)
+            for source, offset, at, length in runs:
+                shared = self._share(Run(source, offset, at, length), fd) if self._clones else 0
+                left = Run(source, offset + shared, at + shared, length - shared)
+                # The kernel's copy shares blocks by itself on some filesystems.
+                copy_whole(left, fd, in_kernel=self._copy is not Copy.BYTES)
                 self._count(shared, length - shared)
-            if not pieces or sum(pieces[-1][2:]) != size:
+            if not runs or runs[-1].at + runs[-1].length != size:
                 os.ftruncate(fd, size)
         except OSError as error:
             raise StepFailed("write", error) from error
 
-    def _share(self, source: int, offset: int, fd: int, at: int, length: int) -> int:
+    def _share(self, run: Run, fd: int) -> int:
         """Share the whole blocks at the start of a run; return how many bytes these are."""
         if not self._block:
             self._block = os.fstatvfs(fd).f_bsize
-        whole = length - length % self._block
-        if not whole or offset % self._block or at % self._block:
+        whole = run.length - run.length % self._block
+        if not whole or run.offset % self._block or run.at % self._block:
             return 0
-        order = _CLONE_RANGE.pack(source, offset, whole, at)
+        order = _CLONE_RANGE.pack(run.source, run.offset, whole, run.at)
         return whole if self._try(lambda: fcntl.ioctl(fd, _FICLONERANGE, order)) else 0
 
     def _try(self, share: Callable[[], object]) -> bool:
         try:
             share()
         except OSError as error:
-            if error.errno not in _NO_CLONE:
-                raise StepFailed("share the blocks of", error) from error
-            if self._copy is Copy.REFLINK:
+            if error.errno not in _NO_CLONE or self._copy is Copy.REFLINK:
                 raise StepFailed("share the blocks of", error) from error
             self._clones = False
             return False
@@ -334,15 +315,3 @@ class Contents:
         with self._lock:
             self.shared_bytes += shared
             self.copied_bytes += copied
-
-
-def _copy_bytes(source: int, offset: int, fd: int, at: int, length: int) -> None:
-    # copy_file_range shares blocks by itself on some filesystems.
-    while length:
-        chunk = os.pread(source, min(length, _PIECE_BYTES), offset)
-        if not chunk:
-            raise StoreError(
-                f"the store's data ends at byte {offset}, {length} bytes before the end of a file in it"
-            )
-        count = os.pwrite(fd, chunk, at)
-        offset, at, length = offset + count, at + count, length - count

@@ -17,6 +17,7 @@ from programs import KIT
 
 from layerkit.linux import mounts, pagecache, userns
 from layerkit.linux import syscalls as sc
+from layerkit.linux.durable import sync_filesystem
 from layerkit.model.errors import UsageError
 
 UIDS = ((0, 100_000, 1000), (1000, 300_000, 1))
@@ -152,12 +153,14 @@ def test_errors_name_the_call_and_the_path(tmp_path: Path) -> None:
         context.text("nonsense", "1")
 
 
-def test_copy_range_and_syncfs(tmp_path: Path) -> None:
+def test_copy_run(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(os.urandom(3_000_000))
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("wb") as b:
-        assert sc.copy_range(a.fileno(), b.fileno(), 4_000_000) == 3_000_000
-        sc.syncfs(b.fileno())
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert sc.copy_run(sc.Run(a.fileno(), 0, 0, 4_000_000), b.fileno()) == 3_000_000
+        assert sc.copy_run(sc.Run(a.fileno(), 5, 3_000_000, 1000), b.fileno(), in_kernel=False) == 1000
+        sync_filesystem(b.fileno())
+    data = (tmp_path / "a").read_bytes()
+    assert (tmp_path / "b").read_bytes() == data + data[5:1005]
 
 
 class TestPageCache:

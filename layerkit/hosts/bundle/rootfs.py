@@ -12,7 +12,7 @@ from layerkit.formats.runtime import passwd
 from layerkit.linux import mounts
 from layerkit.linux.folders.walk import walk
 from layerkit.linux.inside import make_folders, open_inside, read_inside
-from layerkit.linux.syscalls import copy_range
+from layerkit.linux.syscalls import Run, copy_run
 from layerkit.model.errors import InvalidImage
 
 _ACCOUNT_BYTES = 16 << 20
@@ -71,7 +71,7 @@ def _copy(source: int, target: bytes) -> None:
                 continue
             elif stat.S_ISREG(shown.st_mode):
                 with Path(os.fsdecode(at + path)).open("rb") as old, Path(os.fsdecode(copy)).open("xb") as new:
-                    copy_range(old.fileno(), new.fileno(), shown.st_size)
+                    copy_run(Run(old.fileno(), 0, 0, shown.st_size), new.fileno())
             elif stat.S_ISLNK(shown.st_mode):
                 os.symlink(os.readlink(at + path), copy)
             else:

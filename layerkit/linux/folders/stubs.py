@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.linux.folders.walk import FOLDER
-from layerkit.linux.folders.writer import FolderWriter, StepFailed, Written, check_names
-from layerkit.linux.folders.writer_errors import Advice
+from layerkit.linux.folders.writer import Advice, FolderWriter, StepFailed, Written, check_names
+from layerkit.linux.syscalls import opened
 from layerkit.metaonly import METACOPY, METACOPY_EMPTY, REDIRECT, MetadataLayer
 from layerkit.model.errors import UnsupportedHost
 from layerkit.model.ports import Progress
@@ -47,14 +47,11 @@ def write_directory(
         InvalidImage: a name that is no path component.
     """
     check_names(meta.tree)
-    if isinstance(root, int):
-        return FolderWriter(meta.tree, root, _Stubs(meta), _ADVICE, progress=progress, threads=threads).write()
-    root.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(root, FOLDER)
-    try:
-        return FolderWriter(meta.tree, fd, _Stubs(meta), _ADVICE, progress=progress, threads=threads).write()
-    finally:
-        os.close(fd)
+    if not isinstance(root, int):
+        root.mkdir(mode=0o700, exist_ok=True)
+        with opened(root, FOLDER) as fd:
+            return write_directory(meta, fd, progress=progress, threads=threads)
+    return FolderWriter(meta.tree, root, _Stubs(meta), _ADVICE, progress).write(threads)
 
 
 class _Stubs:
@@ -90,6 +87,3 @@ class _Stubs:
                 raise StepFailed(step, error) from error
 
         return fill
-
-
-__all__ = ["Written", "write_directory"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.linux.folders.walk import FOLDER, xattr_path
-from layerkit.linux.folders.writer_errors import Advice, explain
+from layerkit.linux.syscalls import CLONE_FS
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult, StoreError, show_path
 from layerkit.model.ports import Progress
@@ -31,7 +32,6 @@ from layerkit.model.tree import Tree
 _ROWS_AT_ONCE = 1024
 _OPEN_FOLDERS = 64
 _THREADS_AT_MOST = 4
-_CLONE_FS = 0x200
 _SECOND = 1_000_000_000
 # Longer symlink targets do not lie in an ext4 or xfs inode and take a block.
 _FAST_SYMLINK_BYTES = 59
@@ -49,6 +49,22 @@ class Written(NamedTuple):
 
     entries: int
     allocated: int
+
+
+class Advice(NamedTuple):
+    """The words in which an error speaks of what is written.
+
+    Attributes:
+        what: the name of the work, for progress.
+        whole: what the folder becomes, as ``a metadata layer``.
+        elsewhere: what to do where the filesystem cannot hold an entry.
+        room: what to do where it is full.
+    """
+
+    what: str
+    whole: str
+    elsewhere: str
+    room: str
 
 
 class StepFailed(Exception):
@@ -133,14 +149,7 @@ class FolderWriter:
     """One run: the tree, the root's descriptor, and what all passes share."""
 
     def __init__(
-        self,
-        tree: Tree,
-        root: int,
-        filler: Filler,
-        advice: Advice,
-        *,
-        progress: Progress | None = None,
-        threads: int | None = None,
+        self, tree: Tree, root: int, filler: Filler, advice: Advice, progress: Progress | None = None
     ) -> None:
         """Write ``tree`` into the empty folder that ``root`` is a descriptor of.
 
@@ -150,14 +159,12 @@ class FolderWriter:
             filler: makes the content of regular files.
             advice: what errors tell people to do.
             progress: called as (advice.what, entries done, entries in all).
-            threads: how many to use; by default one per processor, at most four.
 
         Raises:
             InvalidImage: a name that is no path component.
         """
         check_names(tree)
         self.tree, self.root, self.filler, self.advice, self.progress = tree, root, filler, advice, progress
-        self.threads = threads or min(_THREADS_AT_MOST, len(os.sched_getaffinity(0)))
         # A user without privileges cannot set user xattrs on a file that it may not write: the mode goes last.
         self.owner_bits = 0o200 if os.geteuid() else 0
         # Blocks of a file without xattrs of its own, by whether it is empty: of files that are alike one is asked.
@@ -165,8 +172,11 @@ class FolderWriter:
         self.done = 0
         self.here = threading.local()
 
-    def write(self) -> Written:
+    def write(self, threads: int | None = None) -> Written:
         """Write everything; what is there on an error stays there.
+
+        Args:
+            threads: how many to use; by default one per processor, at most four.
 
         Raises:
             LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
@@ -181,14 +191,39 @@ class FolderWriter:
         is_first[first_name] = True
         folders = np.flatnonzero(is_folder)
         self._make_folders(folders[1:])
-        allocated = self._make_files(_by_parent(tree, np.flatnonzero(is_first & ~is_folder)))
+        allocated = self._make_files(_by_parent(tree, np.flatnonzero(is_first & ~is_folder)), threads)
         self._make_links(_by_parent(tree, np.flatnonzero(~is_first)), first_name)
         # Children first: a user without privileges may be shut out of a folder once it has its mode.
         allocated += self._finish_folders(folders[::-1])
         return Written(len(tree), allocated)
 
     def _explain(self, error: OSError, step: str, row: int) -> LayerkitError:
-        return explain(error, step, self.tree, row, self.root, self.advice)
+        """Return what the kernel's refusal to ``step`` (a verb phrase, as ``chown``) the name ``row`` means."""
+        code = error.errno
+        tree, advice = self.tree, self.advice
+        inode, path = int(tree.inode[row]), tree.path(row)
+        is_xattr = step.startswith("set the xattr ")
+        said = f"cannot {step} it: {os.strerror(code or 0)}"
+        # ext4 says "no space" where an inode's xattrs are more than one block, however empty the disk is.
+        full = code == errno.EDQUOT or (
+            code == errno.ENOSPC and not (is_xattr and os.fstatvfs(self.root).f_bavail > 256)
+        )
+        if full:
+            return StoreError(f"{show_path(path) or '/'}: {said}; {advice.room}")
+        if code == errno.EPERM and step == "create" and tree.mode[inode] >> 12 in (Kind.CHAR, Kind.BLOCK):
+            return LossyResult(path, "a process without privileges cannot make device nodes; run as root")
+        if code in (errno.EPERM, errno.EINVAL) and step == "chown":
+            owner = f"{tree.uid[inode]}:{tree.gid[inode]}"
+            return LossyResult(
+                path, f"this process may not give files to {owner}; take a map to ids that its user namespace holds"
+            )
+        if is_xattr and code in (errno.EPERM, errno.EACCES):
+            return LossyResult(path, f"{said}; only a privileged process may set it: run as root")
+        if is_xattr and code in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.E2BIG, errno.ERANGE):
+            return LossyResult(path, f"{said}; {advice.elsewhere}")
+        if code in (errno.EFBIG, errno.EMLINK, errno.ENAMETOOLONG, errno.EILSEQ, errno.EOVERFLOW):
+            return LossyResult(path, f"{said}; {advice.elsewhere}")
+        return StoreError(f"{show_path(path) or '/'}: {said}")
 
     def _report(self, rows: int) -> None:
         self.done += rows
@@ -235,11 +270,11 @@ class FolderWriter:
                     except OSError as error:
                         raise self._explain(error, "create", row) from error
 
-    def _make_files(self, rows: NDArray[np.int64]) -> int:
-        allocated = 0
+    def _make_files(self, rows: NDArray[np.int64], threads: int | None) -> int:
+        threads, allocated = threads or min(_THREADS_AT_MOST, len(os.sched_getaffinity(0))), 0
         pieces = list(_pieces(rows))
         # Threads even if one is enough: a thread can have a umask of its own, a process must not change it.
-        with ThreadPoolExecutor(self.threads, "layerkit-write", self._start_thread) as pool:
+        with ThreadPoolExecutor(threads, "layerkit-write", self._start_thread) as pool:
             try:
                 for piece, used in zip(pieces, pool.map(self._make_piece, pieces), strict=True):
                     allocated += used
@@ -251,7 +286,7 @@ class FolderWriter:
 
     def _start_thread(self) -> None:
         # Some containers forbid unshare; then every mode is set by chmod.
-        self.here.exact_modes = ctypes.CDLL(None).unshare(_CLONE_FS) == 0
+        self.here.exact_modes = ctypes.CDLL(None).unshare(CLONE_FS) == 0
         if self.here.exact_modes:
             os.umask(0)
 

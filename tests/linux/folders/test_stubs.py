@@ -17,7 +17,8 @@ from disks import disk
 from judge import xattrs
 from trees import acl, file, folder, tree_of
 
-from layerkit.linux.folders.stubs import Written, write_directory
+from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import Written
 from layerkit.metaonly import Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import Cancelled, InvalidImage, LayerkitError, LossyResult, StoreError
