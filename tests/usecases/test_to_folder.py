@@ -376,8 +376,8 @@ def test_rootless_in_a_user_namespace(tiny_archive, tmp_path: Path) -> None:  # 
     said = ordinary_users.python(
         tmp_path,
         "import layerkit, layerkit.api.open, layerkit.usecases.to_folder, layerkit.model.trees.merge\n"
-        "import layerkit.unpack, layerkit.store.fsck, layerkit.images.oci.archive, layerkit.store.source\n"
-        "import layerkit.images.docker.archive, layerkit.images.reference\n"
+        "import layerkit.unpack, layerkit.store.fsck, layerkit.store.source, layerkit.images.oci.source\n"
+        "import layerkit.images.oci.outer_tar, layerkit.images.docker.archive, layerkit.images.reference\n"
         "import numpy.ma  # by np.unique\n"
         "from layerkit.model.errors import LossyResult",
         """
