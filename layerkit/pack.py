@@ -264,7 +264,7 @@ def rewrite_image(
     return Image(
         name=image.name,
         manifest=manifest,
-        descriptor=Descriptor(oci.MANIFEST, Digest.of(manifest), len(manifest), platform=image.descriptor.platform),
+        descriptor=Descriptor.of(oci.MANIFEST, manifest, platform=image.descriptor.platform),
         config=config,
         config_descriptor=config_descriptor,
         layers=tuple(Layer(descriptor, layer.diff_id) for descriptor, layer in zip(kept, layers, strict=True)),

@@ -54,3 +54,16 @@ class Descriptor:
     platform: Platform | None = None
     artifact_type: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, media_type: str, data: bytes, *, annotations: Mapping[str, str] | None = None, artifact_type: str = "",
+        platform: Platform | None = None,
+    ) -> Descriptor:  # fmt: skip
+        """Return the descriptor of ``data``."""
+        return cls(media_type, Digest.of(data), len(data), annotations or {}, platform, artifact_type)
+
+    @property
+    def plain(self) -> Descriptor:
+        """Return the pointer alone: annotations such as a tag, or a platform, are an index's business."""
+        return Descriptor(self.media_type, self.digest, self.size)

@@ -169,9 +169,9 @@ def made(image: Image, tree: Tree, options: AttachOptions) -> Iterator[Made]:
     with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as packed:
         render(tree, options, plain)
         blob = _compress(plain, packed, form)
-        manifest, descriptor = artifact.build(
-            image, blobs=[blob], mapping_text=options.mapping.canonical(), namespace=space, rendering=form
-        )
+        text = options.mapping.canonical()
+        found = artifact.RemapArtifact(image.descriptor, (blob,), text, space, form, image.diff_ids)
+        manifest, descriptor = found.encode()
         yield Made(blob, manifest, descriptor, packed)
 
 

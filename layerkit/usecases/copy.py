@@ -135,7 +135,7 @@ class _Copy(PassingSink):
             if not self._sink.has_blob(entry.digest):
                 self.put_blob(entry, [data])
         data = oci.index_json([nameless(entry) for entry in chosen])
-        top = Descriptor(oci.INDEX, Digest.of(data), len(data))
+        top = Descriptor.of(oci.INDEX, data)
         self._sink.put_manifest(top, data, name)
         return name, top
 
@@ -143,7 +143,7 @@ class _Copy(PassingSink):
         """Copy all that a manifest or index leads to, and return its own bytes."""
         source = self._source
         self._limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
-        data = oci_images.fetch_manifest(source.fetch, entry, source.where, self._limits)
+        data = oci_images.Reading(source.fetch, source.where, self._limits).manifest(entry)
         what = f"{source.where}: manifest {entry.digest}"
         is_index = entry.media_type in oci.INDEX_TYPES
         if is_index:
@@ -210,7 +210,7 @@ def _listed_in_indexes(source: ImageSource, limits: Limits) -> Iterator[Descript
             continue
         seen.add(index.digest)
         limits.check("index_depth", depth, f"{source.where}: nesting of indexes")
-        data = oci_images.fetch_manifest(source.fetch, index, source.where, limits)
+        data = oci_images.Reading(source.fetch, source.where, limits).manifest(index)
         what = f"{source.where}: index {index.digest}"
         for entry in oci.parse_index(data, what, media_type=index.media_type, limits=limits).manifests:
             yield entry

@@ -82,12 +82,12 @@ def _images(source: ImageSource, limits: Limits) -> tuple[str, list[Image], dict
     name = next((e.annotations[oci.REF_NAME] for e in entries if oci.REF_NAME in e.annotations), "")
     annotations: dict[str, str] = {}
     if len(entries) == 1 and entries[0].media_type in oci.INDEX_TYPES:
-        data = oci_images.fetch_manifest(source.fetch, entries[0], source.where, limits)
+        data = oci_images.Reading(source.fetch, source.where, limits).manifest(entries[0])
         found = oci.parse_index(data, f"{source.where}: index {entries[0].digest}", limits=limits,
                                 media_type=entries[0].media_type).document.get("annotations")  # fmt: skip
         if isinstance(found, dict):
             annotations = {str(key): str(value) for key, value in found.items()}
-    return name, oci_images.every(source.fetch, entries, name, source.where, limits=limits), annotations
+    return name, oci_images.Reading(source.fetch, source.where, limits).every(entries, name), annotations
 
 
 class PassingSink(ImageSink):
@@ -133,7 +133,7 @@ class _Parts(PassingSink):
         """Put the index of all manifests under ``name`` and return its descriptor."""
         more: dict[str, Any] = {"annotations": dict(annotations)} if annotations else {}
         data = oci.index_json(self._manifests, {"schemaVersion": 2, "mediaType": oci.INDEX, **more})
-        top = Descriptor(oci.INDEX, Digest.of(data), len(data))
+        top = Descriptor.of(oci.INDEX, data)
         self._sink.put_manifest(top, data, name)
         return top
 

@@ -140,9 +140,10 @@ def _copy(source_text: str, target: str, name: str, *, attach: bool = False) -> 
         transfer.copy_image(source, sink, image, name)
         if attach:
             meta = Descriptor(artifact.META_EROFS, Digest.of(b"meta"), 4)
-            data, entry = artifact.build(
-                image, blobs=[meta], mapping_text="u 0:1000:10", namespace="trusted", rendering="erofs"
+            found = artifact.RemapArtifact(
+                image.descriptor, (meta,), "u 0:1000:10", "trusted", "erofs", image.diff_ids
             )
+            data, entry = found.encode()
             sink.put_blob(meta, [b"meta"])
             sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
             sink.put_manifest(entry, data)

@@ -269,14 +269,13 @@ def test_layout(damage: Callable[[Layout], None], why: str, form: str, tmp_path:
 def test_index_in_a_circle_by_digest() -> None:
     """A circle cannot be made with true digests, so the walk is shown one by a fetch that skips the check."""
     from layerkit.formats.oci import images as oci_images
-    from layerkit.model.limits import DEFAULT
 
     entry = oci.descriptor({"mediaType": INDEX, "digest": SHA, "size": 1}, "x", "")
     data = oci.index_json([entry])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oci_images, "fetch_manifest", lambda *_: data)
+        patch.setattr(oci_images.Reading, "manifest", lambda *_: data)
         with pytest.raises(LayerkitError, match=f"index {SHA} contains itself"):
-            oci_images.select(lambda *_: data, [entry], "", "x", None, limits=DEFAULT)
+            oci_images.Reading(lambda *_: data, "x").select([entry], "", None)
 
 
 # -- folders: links and special files --------------------------------------------------------------------

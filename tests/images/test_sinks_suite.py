@@ -251,7 +251,8 @@ def test_attached_artifacts_are_found(
     sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
     kept = []
     for text in ("map one", "map two"):
-        data, entry = artifact.build(image, blobs=[meta], mapping_text=text, namespace="user", rendering="erofs")
+        remapped = artifact.RemapArtifact(image.descriptor, (meta,), text, "user", "erofs", image.diff_ids)
+        data, entry = remapped.encode()
         sink.put_manifest(entry, data)
         kept.append((entry.digest, data))
     other = oci.manifest_json(

@@ -189,12 +189,12 @@ def to_image(
             f"{what}: {len(layers)} layers, but the config lists {len(parsed.diff_ids)} rootfs.diff_ids; "
             "they must be as many"
         )
-    config_descriptor = Descriptor(oci.CONFIG, Digest.of(config), len(config))
+    config_descriptor = Descriptor.of(oci.CONFIG, config)
     manifest = oci.manifest_json(config_descriptor, layers)
     return Image(
         name=name,
         manifest=manifest,
-        descriptor=Descriptor(oci.MANIFEST, Digest.of(manifest), len(manifest), platform=parsed.platform),
+        descriptor=Descriptor.of(oci.MANIFEST, manifest, platform=parsed.platform),
         config=config,
         config_descriptor=config_descriptor,
         layers=tuple(Layer(*pair) for pair in zip(layers, parsed.diff_ids, strict=True)),

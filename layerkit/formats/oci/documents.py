@@ -43,7 +43,7 @@ LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 """The exact content of a layout's ``oci-layout`` as layerkit writes it."""
 
 EMPTY_JSON = b"{}"
-EMPTY_DESCRIPTOR = Descriptor(EMPTY, Digest.of(EMPTY_JSON), len(EMPTY_JSON))
+EMPTY_DESCRIPTOR = Descriptor.of(EMPTY, EMPTY_JSON)
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text = str | None
@@ -345,6 +345,20 @@ def manifest_json(
     if annotations:
         out["annotations"] = dict(annotations)
     return dumps(out)
+
+
+def artifact(
+    kind: str, blobs: Sequence[Descriptor], annotations: Mapping[str, str], subject: Descriptor | None = None
+) -> tuple[bytes, Descriptor]:
+    """Return the manifest of an artifact (image-spec, manifest.md, "Guidelines for Artifact Usage"), described.
+
+    The same arguments give the same bytes. It also needs the blob :data:`EMPTY_JSON`.
+    """
+    data = manifest_json(
+        EMPTY_DESCRIPTOR, blobs, artifact_type=kind, subject=subject.plain if subject else None,
+        annotations=annotations,
+    )  # fmt: skip
+    return data, Descriptor.of(MANIFEST, data, artifact_type=kind)
 
 
 def index_json(manifests: Sequence[Descriptor], document: JsonObject | None = None) -> bytes:

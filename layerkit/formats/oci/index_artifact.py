@@ -38,6 +38,7 @@ _PREFIX = "io.layerkit.index."
 VERSION_KEY = _PREFIX + "version"
 DIFF_ID_KEY = _PREFIX + "diff-id"
 SIZE_KEY = _PREFIX + "uncompressed-size"
+_VERSION = {VERSION_KEY: str(index_file.VERSION)}
 BELOW_KEY = _PREFIX + "contents-of"
 """The diff_ids, bottom first, of the layers against whose digests a blob is compressed."""
 
@@ -85,7 +86,7 @@ def encode(index: Index, below: Sequence[Index] = (), *, vouched: bool = False) 
         if len(smaller) <= _WORTH * len(data):
             data = smaller
             annotations[BELOW_KEY] = ",".join(str(each.diff_id) for each in below)
-    return Descriptor(BLOB_TYPE, Digest.of(data), len(data), annotations=annotations), data
+    return Descriptor.of(BLOB_TYPE, data, annotations=annotations), data
 
 
 def needs(blob: Descriptor, what: str) -> list[Digest]:
@@ -148,17 +149,10 @@ def decode(
 def build(image: Image, blobs: Sequence[Descriptor]) -> tuple[bytes, Descriptor]:
     """Return the manifest that attaches ``blobs`` (of :func:`encode`, bottom first) to ``image``.
 
-    The same arguments give the same bytes. It also needs the blob :data:`oci.EMPTY_JSON`.
+    See :func:`documents.artifact`.
     """
-    subject = Descriptor(image.descriptor.media_type, image.descriptor.digest, image.descriptor.size)
-    data = oci.manifest_json(
-        oci.EMPTY_DESCRIPTOR,
-        list({blob.digest: blob for blob in blobs}.values()),
-        artifact_type=ARTIFACT_TYPE,
-        subject=subject,
-        annotations={VERSION_KEY: str(index_file.VERSION)},
-    )
-    return data, Descriptor(oci.MANIFEST, Digest.of(data), len(data), artifact_type=ARTIFACT_TYPE)
+    distinct = list({blob.digest: blob for blob in blobs}.values())
+    return oci.artifact(ARTIFACT_TYPE, distinct, _VERSION, image.descriptor)
 
 
 def shared_tag(diff_id: Digest) -> str:
@@ -169,12 +163,9 @@ def shared_tag(diff_id: Digest) -> str:
 def build_shared(blob: Descriptor) -> tuple[bytes, Descriptor]:
     """Return the manifest that holds ``blob`` (of :func:`encode`, without layers below) and has no subject.
 
-    The same blob gives the same bytes. It also needs the blob :data:`oci.EMPTY_JSON`.
+    See :func:`documents.artifact`.
     """
-    data = oci.manifest_json(
-        oci.EMPTY_DESCRIPTOR, [blob], artifact_type=SHARED_TYPE, annotations={VERSION_KEY: str(index_file.VERSION)}
-    )
-    return data, Descriptor(oci.MANIFEST, Digest.of(data), len(data), artifact_type=SHARED_TYPE)
+    return oci.artifact(SHARED_TYPE, [blob], _VERSION)
 
 
 def parse_shared(data: bytes, diff_id: Digest, what: str, *, limits: Limits = DEFAULT) -> Descriptor:

@@ -97,15 +97,8 @@ def attestation(payload: bytes, subject: Descriptor, signer: Signer | None = Non
     if signer is not None:
         media_type, data = BUNDLE, bundle(payload, signer)
         annotations[_CONTENT_KEY] = "dsse-envelope"
-    blob = Descriptor(media_type, Digest.of(data), len(data))
-    manifest = oci.manifest_json(
-        oci.EMPTY_DESCRIPTOR,
-        [blob],
-        artifact_type=media_type,
-        subject=Descriptor(subject.media_type, subject.digest, subject.size),
-        annotations=dict(sorted(annotations.items())),
-    )
-    descriptor = Descriptor(oci.MANIFEST, Digest.of(manifest), len(manifest), artifact_type=media_type)
+    blob = Descriptor.of(media_type, data)
+    manifest, descriptor = oci.artifact(media_type, [blob], dict(sorted(annotations.items())), subject)
     return Attestation(blob, data, manifest, descriptor)
 
 

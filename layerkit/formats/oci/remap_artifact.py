@@ -7,14 +7,13 @@ the annotations. In a registry it is a referrer, in a layout or archive one more
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from layerkit.formats.oci import documents as oci
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage
-from layerkit.model.image import Image
 from layerkit.model.limits import DEFAULT, Limits
 
 ARTIFACT_TYPE = "application/vnd.layerkit.remap.v1"
@@ -46,7 +45,7 @@ class RemapArtifact:
         rendering: ``erofs`` or ``tar``.
         diff_ids: the layers whose data the META points at, bottom first.
         format_version: of the META.
-        annotations: all of them as written, the ones above included.
+        annotations: all of them; the ones above need not be among those to be encoded.
     """
 
     subject: Descriptor
@@ -58,53 +57,23 @@ class RemapArtifact:
     format_version: int = FORMAT_VERSION
     annotations: Mapping[str, str] = field(default_factory=dict)
 
+    def encode(self) -> tuple[bytes, Descriptor]:
+        """Return the manifest, and its descriptor; see :func:`documents.artifact`.
 
-def build(
-    image: Image,
-    *,
-    blobs: Sequence[Descriptor],
-    mapping_text: str,
-    namespace: str,
-    rendering: str,
-    format_version: int = FORMAT_VERSION,
-    annotations: Mapping[str, str] | None = None,
-) -> tuple[bytes, Descriptor]:
-    """Return the manifest that attaches ``blobs`` to ``image``, and its descriptor.
-
-    The same arguments give the same bytes. The config blob that goes with it is :data:`oci.EMPTY_JSON`
-    under :data:`oci.EMPTY_DESCRIPTOR`.
-
-    Args:
-        image: the image that the META belongs to.
-        blobs: descriptors of the META's blobs.
-        mapping_text: canonical text of the id map.
-        namespace: ``trusted`` or ``user``.
-        rendering: ``erofs`` or ``tar``.
-        format_version: of the META.
-        annotations: further ones for the manifest.
-
-    Raises:
-        ValueError: a namespace or rendering that is none, no blob.
-    """
-    if namespace not in NAMESPACES or rendering not in RENDERINGS or not blobs or format_version < 1:
-        raise ValueError(f"not a remap artifact: {namespace=} {rendering=} {format_version=} {len(blobs)} blobs")
-    said = dict(annotations or {}) | {
-        VERSION_KEY: str(format_version),
-        MAP_KEY: mapping_text,
-        NAMESPACE_KEY: namespace,
-        RENDERING_KEY: rendering,
-        LAYERS_KEY: ",".join(str(diff_id) for diff_id in image.diff_ids),
-    }
-    # The plain pointer: annotations such as a tag, or a platform, are the index's business.
-    subject = Descriptor(image.descriptor.media_type, image.descriptor.digest, image.descriptor.size)
-    data = oci.manifest_json(
-        oci.EMPTY_DESCRIPTOR,
-        blobs,
-        artifact_type=ARTIFACT_TYPE,
-        subject=subject,
-        annotations=dict(sorted(said.items())),
-    )
-    return data, Descriptor(oci.MANIFEST, Digest.of(data), len(data), artifact_type=ARTIFACT_TYPE)
+        Raises:
+            ValueError: a namespace or rendering that is none, no blob.
+        """
+        known = self.namespace in NAMESPACES and self.rendering in RENDERINGS
+        if not known or not self.blobs or self.format_version < 1:
+            raise ValueError(f"not a remap artifact: {self}")
+        said = dict(self.annotations) | {
+            VERSION_KEY: str(self.format_version),
+            MAP_KEY: self.mapping,
+            NAMESPACE_KEY: self.namespace,
+            RENDERING_KEY: self.rendering,
+            LAYERS_KEY: ",".join(map(str, self.diff_ids)),
+        }
+        return oci.artifact(ARTIFACT_TYPE, self.blobs, dict(sorted(said.items())), self.subject)
 
 
 def parse(data: bytes, what: str, *, limits: Limits = DEFAULT) -> RemapArtifact:

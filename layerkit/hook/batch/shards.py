@@ -159,7 +159,7 @@ class Meeting:
              "size": w.blob.size, "repository": w.repository} for w in wants.values()
         ]}  # fmt: skip
         data = zstandard.ZstdCompressor(level=3).compress(dumps(body))
-        blob = Descriptor(_BLOB_TYPE, Digest.of(data), len(data))
+        blob = Descriptor.of(_BLOB_TYPE, data)
         self._put(blob, data)
         self._said = blob
         self._show()

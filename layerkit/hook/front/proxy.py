@@ -241,7 +241,7 @@ def _digest(reference: str, response: httpx2.Response, body: bytes) -> Digest | 
 
 def _is_artifact(body: bytes) -> bool:
     try:
-        entry = Descriptor(oci.guess_media_type(body, "a manifest"), Digest.of(body), len(body))
+        entry = Descriptor.of(oci.guess_media_type(body, "a manifest"), body)
         return entry.media_type not in oci.INDEX_TYPES and bool(no_image(body, entry, DEFAULT))
     except LayerkitError:
         return True

@@ -17,7 +17,6 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound
 from layerkit.model.image import chain_ids
-from layerkit.model.limits import DEFAULT
 
 _LAYERS_AT_MOST = 500
 
@@ -48,7 +47,7 @@ class Containerd:
             Digest.parse(target.value(b"digest").decode("utf-8", "replace")),
             _zigzag(_varint(target.value(b"size"))),
         )
-        image = oci_images.select(self._fetch, [entry], full, f"containerd's {full}", None, limits=DEFAULT)
+        image = oci_images.Reading(self._fetch, f"containerd's {full}").select([entry], full, None)
         diff_ids = tuple(map(str, image.diff_ids))
         chain = chain_ids(diff_ids)
         return Unpacked(

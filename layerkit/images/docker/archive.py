@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
-from layerkit.formats.oci.platforms import choose
+from layerkit.formats.oci.images import choose_platform
 from layerkit.images.oci.blobs import BytesReader, compression, inflated, read_all
 from layerkit.images.oci.outer_tar import Member, OuterTar
 from layerkit.model.descriptor import Descriptor, Platform
@@ -74,7 +74,7 @@ class DockerArchiveSource(ImageSource):
         """See the port."""
         tags, load = self._chosen()
         image = load(self._name if self._name and not self._name.startswith("@") else (tags or ("",))[0])
-        if platform is not None and choose([image.platform], platform) is None:
+        if platform is not None and choose_platform([image.platform], platform) is None:
             raise NotFound(f"{self.where}: no image for {platform}; this one is for {image.platform}")
         return image
 

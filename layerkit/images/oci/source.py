@@ -99,7 +99,7 @@ class LayoutSource(ImageSource):
         """See the port."""
         entries = self.chosen()
         name = self._name or next((names[0] for e in entries if (names := _names(e))), "")
-        return oci_images.select(self.fetch, entries, name, self.where, platform, limits=self._limits)
+        return oci_images.Reading(self.fetch, self.where, self._limits).select(entries, name, platform)
 
     def chosen(self) -> Sequence[Descriptor]:
         """See the port; the message of an error lists what is there."""
@@ -127,7 +127,7 @@ class LayoutSource(ImageSource):
     def _is_artifact(self, entry: Descriptor) -> bool:
         if entry.platform is not None or entry.media_type not in oci.MANIFEST_TYPES:
             return False
-        data = oci_images.fetch_manifest(self.fetch, entry, self.where, self._limits)
+        data = oci_images.Reading(self.fetch, self.where, self._limits).manifest(entry)
         manifest = oci.parse_manifest(data, f"{self.where}: manifest {entry.digest}", limits=self._limits)
         return bool(manifest.artifact_type) or manifest.config.media_type not in (oci.CONFIG, oci.DOCKER_CONFIG)
 
@@ -191,7 +191,7 @@ class LayoutSource(ImageSource):
                 continue
             if entry.digest == subject or (entry.platform is not None and not entry.artifact_type):
                 continue
-            data = oci_images.fetch_manifest(self.fetch, entry, self.where, self._limits)
+            data = oci_images.Reading(self.fetch, self.where, self._limits).manifest(entry)
             what = f"{self.where}: manifest {entry.digest}"
             parsed = oci.parse_manifest(data, what, limits=self._limits)
             if artifact.is_attached(parsed, subject, artifact_type):

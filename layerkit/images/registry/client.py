@@ -225,7 +225,7 @@ class Repository:
         Raises:
             RegistryError: the registry does not take it.
         """
-        descriptor = Descriptor(media_type, Digest.of(data), len(data))
+        descriptor = Descriptor.of(media_type, data)
         what = self._label(tag or descriptor.digest)
         response = self._send(Ask(
             self._home, "PUT", f"/{self._home.repository}/manifests/{tag or descriptor.digest}", what,

@@ -48,8 +48,8 @@ class RegistrySource(ImageSource):
 
     def image(self, platform: Platform | None = None) -> Image:
         """See the port."""
-        return oci_images.select(
-            self.fetch, self.chosen(), str(self.ref), self.where, platform, limits=self._limits
+        return oci_images.Reading(self.fetch, self.where, self._limits).select(
+            self.chosen(), str(self.ref), platform
         )
 
     def chosen(self) -> Sequence[Descriptor]:
@@ -96,7 +96,7 @@ class RegistrySource(ImageSource):
             if entry.media_type not in oci.MANIFEST_TYPES:
                 continue
             try:
-                data = oci_images.fetch_manifest(self.fetch, entry, self.where, self._limits)
+                data = oci_images.Reading(self.fetch, self.where, self._limits).manifest(entry)
             except NotFound:
                 continue  # lists that are kept by tag outlive what was deleted
             what = f"{self.where}: manifest {entry.digest}"

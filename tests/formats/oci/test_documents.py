@@ -15,7 +15,6 @@ from made_images import INDEX, MANIFEST, Layout, digest, dump, simple, tar
 from layerkit.formats import strict_json
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
-from layerkit.formats.oci import platforms
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded, NotFound
@@ -33,14 +32,8 @@ MANIFEST_DOC: dict[str, Any] = {
 
 def select(layout: Layout, platform: str | None = None, name: str = "", limits: Limits = DEFAULT) -> Any:
     entries = [oci.descriptor(e, "index.json", "") for e in layout.index["manifests"]]
-    return oci_images.select(
-        lambda entry, _: layout.blobs[str(entry.digest)],
-        entries,
-        name,
-        "here",
-        Platform.parse(platform) if platform else None,
-        limits=limits,
-    )
+    reading = oci_images.Reading(lambda entry, _: layout.blobs[str(entry.digest)], "here", limits)
+    return reading.select(entries, name, Platform.parse(platform) if platform else None)
 
 
 # -- JSON -----------------------------------------------------------------------------------------------
@@ -355,7 +348,7 @@ def test_platform(there: str, want: str, chosen: str | None, form: str) -> None:
 
 
 def test_default_platform_is_the_hosts() -> None:
-    host = platforms.host()
+    host = oci_images.host_platform()
     layout, by_digest = _multi("s390x", host.architecture, "ppc64le")
     assert by_digest[str(select(layout).descriptor.digest)] == host.architecture
 

@@ -31,8 +31,11 @@ def image(tmp_path: Path) -> Image:
 
 
 def _build(image: Image, **more: Any) -> tuple[bytes, Descriptor]:
-    said: dict[str, Any] = {"mapping_text": MAP, "namespace": "trusted", "rendering": "erofs", "blobs": [META]}
-    return artifact.build(image, **(said | more))
+    said: dict[str, Any] = {
+        "subject": image.descriptor, "mapping": MAP, "namespace": "trusted", "rendering": "erofs", "blobs": (META,),
+        "diff_ids": image.diff_ids,
+    }  # fmt: skip
+    return artifact.RemapArtifact(**(said | more)).encode()
 
 
 def test_round_trip(image: Image) -> None:
@@ -60,13 +63,13 @@ def test_it_is_an_oci_1_1_artifact(image: Image) -> None:
 
 
 def test_other_maps_are_other_artifacts(image: Image) -> None:
-    made = {_build(image, mapping_text=text)[1].digest for text in ("a", "b")}
+    made = {_build(image, mapping=text)[1].digest for text in ("a", "b")}
     made |= {_build(image, namespace="user")[1].digest, _build(image, rendering="tar")[1].digest}
     assert len(made) == 4
 
 
 @pytest.mark.parametrize(
-    "bad", [{"namespace": "system"}, {"rendering": "zip"}, {"blobs": []}, {"format_version": 0}]
+    "bad", [{"namespace": "system"}, {"rendering": "zip"}, {"blobs": ()}, {"format_version": 0}]
 )
 def test_nonsense_is_not_built(image: Image, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a remap artifact"):
