@@ -19,7 +19,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from layerkit.hosts.containerd import messages_pb2 as pb
-from layerkit.hosts.containerd.snapshots.catalog import Info, Kind
+from layerkit.hosts.containerd.snapshots.catalog import Kind, Row
 from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
 from layerkit.hosts.containerd.snapshots.stacks import Mount
 from layerkit.model.errors import LayerkitError, NotFound, SnapshotError, UnmappedId, UnsupportedHost, UsageError
@@ -42,10 +42,10 @@ def _mounts(found: list[Mount]) -> pb.MountsReply:
     return pb.MountsReply(mounts=[pb.Mount(type=m.type, source=m.source, options=list(m.options)) for m in found])
 
 
-def _info(info: Info) -> pb.Info:
+def _info(row: Row) -> pb.Info:
     return pb.Info(
-        name=info.name, parent=info.parent, kind=_KINDS[info.kind], labels=dict(info.labels),
-        created_at=_time(info.created), updated_at=_time(info.updated),
+        name=row.key, parent=row.parent_key, kind=_KINDS[row.kind], labels=dict(row.labels),
+        created_at=_time(row.created), updated_at=_time(row.updated),
     )  # fmt: skip
 
 

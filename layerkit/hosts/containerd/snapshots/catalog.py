@@ -38,6 +38,10 @@ CREATE INDEX target ON snapshots (ref) WHERE ref != '';
 CREATE TABLE places (id INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL UNIQUE, info TEXT NOT NULL);
 """
 _COLUMNS = "key, parent, kind, labels, map, chain, image, ref, id, created, updated"
+_ROWS = (
+    f"SELECT {', '.join('s.' + name for name in _COLUMNS.split(', '))}, coalesce(p.key, '') "
+    "FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent"
+)
 
 
 class Kind(IntEnum):
@@ -51,38 +55,6 @@ class Kind(IntEnum):
     def word(self) -> str:
         """Return the kind as filters spell it."""
         return self.name.lower()
-
-
-@dataclass(frozen=True, slots=True)
-class Info:
-    """What is known of a snapshot.
-
-    Attributes:
-        name: its key, or the name it was committed by. parent: likewise, "" for none.
-        kind: what it is.
-        created, updated: nanoseconds since 1970.
-        labels: as clients set them.
-    """
-
-    name: str
-    parent: str
-    kind: Kind
-    created: int
-    updated: int
-    labels: Mapping[str, str]
-
-    def field(self, path: tuple[str, ...]) -> str | None:
-        """Return a field as filters name it, None where it is not present."""
-        match path:
-            case ("kind",):
-                return self.kind.word
-            case ("name",):
-                return self.name
-            case ("parent",):
-                return self.parent
-            case ("labels", *rest) if rest:
-                return self.labels.get(".".join(rest))
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +83,8 @@ class Row:
     """A snapshot as it is kept.
 
     Attributes:
-        key: its name. parent: id of its parent, None for none. kind: what it is. labels: as clients set them.
+        key: its name. parent: id of its parent, None for none; parent_key: its name.
+        kind: what it is. labels: as clients set them.
         map: canonical id map of an active snapshot or view that shows mapped owners (or of what was committed
             from one), else "".
         chain: diff_ids, bottom first, of a snapshot whose files lie in layerkit's store, else ().
@@ -132,6 +105,20 @@ class Row:
     id: int = 0
     created: int = 0
     updated: int = 0
+    parent_key: str = ""
+
+    def field(self, path: tuple[str, ...]) -> str | None:
+        """Return a field as filters name it, None where it is not present."""
+        match path:
+            case ("kind",):
+                return self.kind.word
+            case ("name",):
+                return self.key
+            case ("parent",):
+                return self.parent_key
+            case ("labels", *rest) if rest:
+                return self.labels.get(".".join(rest))
+        return None
 
 
 class Catalog:
@@ -214,7 +201,7 @@ class Catalog:
 
     def find(self, key: str) -> Row | None:
         """Return the snapshot called ``key``."""
-        rows = self._all(f"SELECT {_COLUMNS} FROM snapshots WHERE key = ?", key)
+        rows = self._all(f"{_ROWS} WHERE s.key = ?", key)
         return _row(rows[0]) if rows else None
 
     def get(self, key: str) -> Row:
@@ -231,26 +218,20 @@ class Catalog:
     def lineage(self, identity: int | None) -> list[Row]:
         """Return a snapshot and its ancestors, the nearest first."""
         rows = self._all(
-            f"WITH RECURSIVE up (depth, i) AS (SELECT 0, ? UNION ALL SELECT depth + 1, parent FROM up "
-            f"JOIN snapshots ON id = i WHERE parent IS NOT NULL) "
-            f"SELECT {_COLUMNS} FROM up JOIN snapshots ON id = i ORDER BY depth",
+            "WITH RECURSIVE up (depth, i) AS (SELECT 0, ? UNION ALL SELECT depth + 1, parent FROM up "
+            f"JOIN snapshots ON id = i WHERE parent IS NOT NULL) {_ROWS} JOIN up ON s.id = i ORDER BY depth",
             identity,
         )
         return [_row(row) for row in rows]
 
     def rows(self) -> list[Row]:
         """Return all snapshots, parents before children."""
-        return [_row(row) for row in self._all(f"SELECT {_COLUMNS} FROM snapshots ORDER BY id")]
+        return [_row(row) for row in self._all(f"{_ROWS} ORDER BY s.id")]
 
     def with_ref(self, ref: str) -> list[Row]:
         """Return the committed snapshots that stand for the chain_id ``ref``."""
-        query = f"SELECT {_COLUMNS} FROM snapshots WHERE ref = ? AND ref != '' AND kind = ?"
+        query = f"{_ROWS} WHERE s.ref = ? AND s.ref != '' AND s.kind = ?"
         return [_row(row) for row in self._all(query, ref, Kind.COMMITTED)]
-
-    def info(self, row: Row) -> Info:
-        """Return a snapshot as clients see it."""
-        parents = self._all("SELECT key FROM snapshots WHERE id = ?", row.parent)
-        return Info(row.key, parents[0][0] if parents else "", row.kind, row.created, row.updated, row.labels)
 
     def has_child(self, identity: int) -> bool:
         """Return whether any snapshot has this one as its parent."""

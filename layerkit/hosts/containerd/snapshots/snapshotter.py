@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Info, Kind, Row, Usage, check_labels
+from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Kind, Row, Usage, check_labels
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.filters import Filter
 from layerkit.hosts.containerd.snapshots.layers import Layers
@@ -166,7 +166,7 @@ class Snapshotter:
             row = self._catalog.get(key)
             if row.kind is not Kind.ACTIVE:
                 raise SnapshotError("failed_precondition", f"snapshot {key!r} is not active")
-            if parent and self._catalog.info(row).parent != parent:
+            if parent and row.parent_key != parent:
                 raise SnapshotError(
                     "failed_precondition",
                     f"snapshot {key!r} was not prepared on {parent!r}; this snapshotter does not rebase",
@@ -189,15 +189,15 @@ class Snapshotter:
                 )
             self._catalog.remove(row.id)
 
-    def stat(self, key: str) -> Info:
+    def stat(self, key: str) -> Row:
         """Return what is known of a snapshot.
 
         Raises:
             SnapshotError: not_found.
         """
-        return self._catalog.info(self._catalog.get(key))
+        return self._catalog.get(key)
 
-    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Info:
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Row:
         """Change labels, the only thing of a snapshot that can be changed.
 
         Args:
@@ -224,20 +224,16 @@ class Snapshotter:
             self._catalog.relabel(row.id, new)
         return self.stat(name)
 
-    def walk(self, filters: Sequence[str] = ()) -> Iterator[Info]:
+    def walk(self, filters: Sequence[str] = ()) -> Iterator[Row]:
         """Yield the snapshots that match one of ``filters`` (all, without one), parents before children.
 
         Raises:
             SnapshotError: invalid_argument, a filter that cannot be read.
         """
         wanted = Filter(filters)
-        rows = self._catalog.rows()
-        names = {row.id: row.key for row in rows}
-        for row in rows:
-            parent = names.get(row.parent, "") if row.parent is not None else ""
-            info = Info(row.key, parent, row.kind, row.created, row.updated, row.labels)
-            if wanted.matches(info.field):
-                yield info
+        for row in self._catalog.rows():
+            if wanted.matches(row.field):
+                yield row
 
     def usage(self, key: str) -> Usage:
         """Return what a snapshot alone takes on disk; one whose files lie in layerkit's store takes nothing.

@@ -49,11 +49,6 @@ class Stack:
     image: str = ""
     map: str = ""
 
-    @property
-    def is_empty(self) -> bool:
-        """Return whether there is no layer at all."""
-        return not (self.above or self.below or self.chain)
-
 
 def stack_of(lineage: Iterable[Row], map_text: str) -> Stack:
     """Return the layers for a snapshot over ``lineage`` (its parent first) with the map that it asks for.

@@ -6,16 +6,17 @@ import re
 
 import pytest
 
-from layerkit.hosts.containerd.snapshots.catalog import Info, Kind
+from layerkit.hosts.containerd.snapshots.catalog import Kind, Row
 from layerkit.hosts.containerd.snapshots.filters import Filter
-from layerkit.hosts.containerd.snapshots.stacks import mapping_of, stack_of
+from layerkit.hosts.containerd.snapshots.stacks import Stack, mapping_of, stack_of
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError
 from layerkit.model.image import chain_ids
 
 
-def info(name: str = "n", **labels: str) -> Info:
-    return Info(name, "p", Kind.ACTIVE, 1, 2, {key.replace("__", "/"): value for key, value in labels.items()})
+def info(name: str = "n", **labels: str) -> Row:
+    labels = {key.replace("__", "/"): value for key, value in labels.items()}
+    return Row(name, 1, Kind.ACTIVE, labels, parent_key="p")
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,8 @@ def info(name: str = "n", **labels: str) -> Info:
     ],
 )
 def test_filters(text: str, matches: bool) -> None:
-    one = Info(
-        "n", "p", Kind.ACTIVE, 1, 2,
-        {"a": "1", "dotted.key": "2", "x/y": "two words", "quoted": '"Aé', "digest": "sha256:ab-c_d"},
-    )  # fmt: skip
+    labels = {"a": "1", "dotted.key": "2", "x/y": "two words", "quoted": '"Aé', "digest": "sha256:ab-c_d"}
+    one = Row("n", 1, Kind.ACTIVE, labels, parent_key="p")
     assert Filter([text]).matches(one.field) is matches
 
 
@@ -88,4 +87,4 @@ def test_labels_and_stacks() -> None:
         "containerd.io/snapshot/uidmapping": "0:10:5,5:100:1", "containerd.io/snapshot/gidmapping": "0:7:9",
     })  # fmt: skip
     assert found is not None and found.canonical() == "uid=0:10:5,5:100:1;gid=0:7:9"
-    assert stack_of([], "").is_empty
+    assert stack_of([], "") == Stack()
