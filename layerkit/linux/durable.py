@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.linux.folders.walk import FOLDER
+from layerkit.linux.syscalls import FOLDER
 from layerkit.model.errors import StoreError, UsageError
 
 _SYNC_FILE_RANGE_WRITE = 2

@@ -24,6 +24,9 @@ SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 SYS_CACHESTAT = 451
 
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Flags that open a folder and no link to one."""
+
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000

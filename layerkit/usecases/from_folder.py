@@ -15,7 +15,7 @@ from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.images.transfer import copy_image
 from layerkit.linux.folders.reader import as_on_disk, read_rootfs, read_runs
-from layerkit.linux.folders.walk import FOLDER
+from layerkit.linux.syscalls import FOLDER
 from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage, UsageError, show_path
 from layerkit.model.index import Index

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.durable import check_target, whole_folder
-from layerkit.linux.folders.walk import FOLDER
 from layerkit.linux.folders.writer import Advice, FolderWriter, StepFailed
-from layerkit.linux.syscalls import Run, clone_file, opened
+from layerkit.linux.syscalls import FOLDER, Run, clone_file, opened
 from layerkit.metaonly import data_path
 from layerkit.model.entry import Extent
 from layerkit.model.errors import StoreError, UnsupportedHost, UsageError

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.reader import LayerFolder, index_layer_folder, read_state
-from layerkit.linux.folders.walk import FOLDER
+from layerkit.linux.syscalls import FOLDER
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind

@@ -24,7 +24,7 @@ from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import SOURCE_PREFIX
 from layerkit.linux import mounts
 from layerkit.linux.durable import whole_file, whole_folder
-from layerkit.linux.folders.walk import FOLDER
+from layerkit.linux.syscalls import FOLDER
 from layerkit.model.errors import LayerkitError, NotFound, UsageError
 from layerkit.store import pins
 

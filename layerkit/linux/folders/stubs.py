@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.linux.folders.walk import FOLDER
 from layerkit.linux.folders.writer import Advice, FolderWriter, StepFailed, Written, check_names
-from layerkit.linux.syscalls import opened
+from layerkit.linux.syscalls import FOLDER, opened
 from layerkit.metaonly import METACOPY, METACOPY_EMPTY, REDIRECT, MetadataLayer
 from layerkit.model.errors import UnsupportedHost
 from layerkit.model.ports import Progress

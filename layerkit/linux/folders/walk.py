@@ -8,9 +8,8 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from layerkit.linux.syscalls import open_beneath
+from layerkit.linux.syscalls import FOLDER, open_beneath
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 TOP_FOLDER = FOLDER & ~os.O_NOFOLLOW
 """For the folder that a person named: a link at its end is meant."""
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -22,8 +22,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.linux.folders.walk import FOLDER, xattr_path
-from layerkit.linux.syscalls import CLONE_FS
+from layerkit.linux.folders.walk import xattr_path
+from layerkit.linux.syscalls import CLONE_FS, FOLDER
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult, StoreError, show_path
 from layerkit.model.ports import Progress
