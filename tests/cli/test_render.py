@@ -82,3 +82,17 @@ def test_help_has_no_word_that_becomes_a_picture() -> None:
     found = texts(typer.main.get_command(main.app))
     assert len(found) > 200
     assert [text for text in found if Emoji.replace(text) != text] == []
+
+
+def test_an_archive_on_standard_output_has_it_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for dst, holds in (("-", True), ("oci-archive:-", True), ("oci:layout:v1", False), (None, False)):
+        out = render.Output(json=True, dst=dst)
+        assert out.holds_archive == holds
+        assert out.told("some", {"a": b"\xff"})
+        shown = capsys.readouterr()
+        document = '{\n  "schema": "layerkit.some.v1",\n  "a": "\\\\xff"\n}\n'
+        assert (shown.out, shown.err) == (("", document) if holds else (document, ""))
+    assert not render.Output().told("some", {})
+    render.Output().warn(["odd", "odd"])
+    render.Output(quiet=True).warn(["odd"])
+    assert capsys.readouterr().err == "warning: odd\n"

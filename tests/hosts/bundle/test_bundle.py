@@ -32,6 +32,7 @@ from layerkit.hosts.bundle import seccomp
 from layerkit.hosts.mounts.mount import default_run
 from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
 from layerkit.store import pins
+from layerkit.usecases.bundle import BundleReport
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -85,9 +86,7 @@ def open_path() -> Iterator[Path]:
         yield folder
 
 
-def make(
-    store: Path, ref: Any, folder: Path, uid_map: str | None, *words: str, **wishes: Any
-) -> bundling.BundleReport:
+def make(store: Path, ref: Any, folder: Path, uid_map: str | None, *words: str, **wishes: Any) -> BundleReport:
     settings = layerkit.Settings(store=store)
     mapping = layerkit.mapping([uid_map]) if uid_map else None
     with layerkit.open_image(str(ref), settings=settings) as image:
