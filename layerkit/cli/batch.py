@@ -78,6 +78,7 @@ def batch(
     """
     hook.need_extra()
     from layerkit.hook.batch import one_pass as once
+    from layerkit.hook.batch.shards import Shard
     from layerkit.hook.telemetry import log_as_json
 
     listed = [*(refs or []), *_lines(source)]
@@ -91,7 +92,7 @@ def batch(
         index_repository=index_repository,
     )  # fmt: skip
     log_as_json("error")
-    wanted = once.Wanted(every, all_tags, again, part, parts, wait)
+    wanted = once.Wanted(every, all_tags, again, Shard("", part, parts, wait))
     done = once.run(chosen, wanted)
     count = len(wanted.ours)
     if json:

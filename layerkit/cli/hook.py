@@ -14,8 +14,7 @@ from layerkit.model.errors import PartialFailure, UnsupportedHost, UsageError
 
 if TYPE_CHECKING:
     from layerkit.hook.config import Config
-    from layerkit.hook.queue.jobs import JobRow
-    from layerkit.hook.queue.queue import Queue
+    from layerkit.hook.queue import JobRow, Queue
 
 group = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
@@ -75,7 +74,7 @@ def settings_of(
             raise UsageError(
                 "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
             )
-        config = settings.load(file)
+        config = settings.Config.read(Table.load(file))
         if state is not None:
             config = replace(config, state=state)
         if store is not None:
@@ -158,10 +157,10 @@ def serve(
         config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
         engine=engine, tls_verify=tls_verify,
     )  # fmt: skip
-    from layerkit.hook.front import server
+    from layerkit.hook.front import http
 
     _service_logs(chosen, log_level)
-    server.serve(chosen, lambda url: note(f"listening on {url}"))
+    http.serve(chosen, lambda url: note(f"listening on {url}"))
 
 
 @group.command()
@@ -207,12 +206,12 @@ def proxy(
     )
     if found is None:
         raise UsageError(f"{upstream}: not among the configured registries: {', '.join(chosen.registries)}")
-    from layerkit.hook.front import server
+    from layerkit.hook.front import http
     from layerkit.hook.front.proxy import Proxy
     from layerkit.hook.telemetry import log_as_json
 
     log_as_json(log_level)
-    server.serve(
+    http.serve(
         chosen, lambda url: note(f"listening on {url}"), lambda parts: Proxy(parts, found), workers=not no_workers
     )
 
@@ -282,7 +281,7 @@ def jobs(
 
     Example: `layerkit hook jobs --only dead`
     """
-    from layerkit.hook.queue.jobs import STATES
+    from layerkit.hook.queue import STATES
 
     if only and only not in STATES:
         raise UsageError(f"--only {only!r}: want one of {', '.join(STATES)}")
@@ -316,12 +315,13 @@ def retry(
 
 
 def _queue(config: Path | None, state: Path | None, store: Path | None) -> closing[Queue]:
-    from layerkit.hook.config import load
-    from layerkit.hook.queue.queue import Queue
+    from layerkit.formats.toml_settings import Table
+    from layerkit.hook.config import Config
+    from layerkit.hook.queue import Queue
 
     if state is None:
         root = o.store_dir(store)
-        state = load(config).state if config else root.with_name(root.name + "-hook")
+        state = Config.read(Table.load(config)).state if config else root.with_name(root.name + "-hook")
     if not (state / "queue.sqlite").exists():
         raise UsageError(
             f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"

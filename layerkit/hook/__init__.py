@@ -1,5 +1,4 @@
 """The pre-pull hook: a registry's events become jobs, and jobs become remap artifacts before a node pulls.
 
-``events`` understands what registries send, ``queue`` keeps it, ``worker`` gets it done, ``http`` and ``proxy``
-are the two doors. Nothing here knows how a remap is made: ``tasks`` calls the use cases.
+The ``queue`` keeps jobs, ``work`` gets them done by calling the use cases, ``front`` and ``batch`` bring new ones.
 """

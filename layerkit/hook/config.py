@@ -19,6 +19,7 @@ URLs live here and nowhere else: an event names a repository, the configuration 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
 from layerkit.formats.toml_settings import Table, one_of, whole
-from layerkit.hook.queue.jobs import Key, Policy, options_text
+from layerkit.hook.queue import Key, Policy
 from layerkit.images.registry.names import RegistryRef, parse_host
 from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.digest import Digest
@@ -114,6 +115,11 @@ class Remap:
     name: str = ""
     rendering: str = one_of("erofs", "tar")
     namespace: str = one_of("trusted", "user")
+
+    @property
+    def options(self) -> str:
+        """Return the form of META as canonical text."""
+        return json.dumps({"namespace": self.namespace, "rendering": self.rendering}, separators=(",", ":"))
 
     @classmethod
     def read(cls, table: Table) -> Remap:
@@ -248,15 +254,7 @@ class Config:
 
     def keys(self, digest: Digest) -> list[Key]:
         """Return the jobs that a manifest is worth: one for each configured map."""
-        return [
-            Key(
-                digest,
-                r.mapping,
-                options_text({"namespace": r.namespace, "rendering": r.rendering}),
-                FORMAT_VERSION,
-            )
-            for r in self.remaps
-        ]
+        return [Key(digest, remap.mapping, remap.options, FORMAT_VERSION) for remap in self.remaps]
 
     def index_repository(self, registry: Registry) -> str:
         """Return the repository of ``registry`` in which indexes of layers are shared, "" for none.
@@ -288,15 +286,6 @@ class Config:
         """
         changed = {known: each.with_index_repository(name) for known, each in self.registries.items()}
         return replace(self, registries=changed)
-
-
-def load(path: Path) -> Config:
-    """Return the settings in the TOML file ``path``.
-
-    Raises:
-        UsageError: not there, not TOML, an unknown or missing name, a value that cannot mean anything.
-    """
-    return Config.read(Table.load(path))
 
 
 def listen_address(text: str, where: str) -> tuple[str, int]:
@@ -331,14 +320,6 @@ def read_token(config: Config) -> tuple[str, Path]:
 
 
 __all__ = [
-    "INDEX_REPOSITORY",
-    "Bounds",
-    "ClusterTls",
-    "Config",
-    "Registry",
-    "Remap",
-    "Tls",
-    "listen_address",
-    "load",
+    "INDEX_REPOSITORY", "Bounds", "ClusterTls", "Config", "Registry", "Remap", "Tls", "listen_address",
     "read_token",
-]
+]  # fmt: skip

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from layerkit.hook.queue.jobs import STATES, Stats, figure
+from layerkit.hook.queue import STATES, Stats, figure
 
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 # Whatever looks like a credential goes, also where nobody told us of it.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hook_service import settings
 
-from layerkit.hook.config import INDEX_REPOSITORY, Registry, load, read_token
+from layerkit.formats.toml_settings import Table
+from layerkit.hook.config import INDEX_REPOSITORY, Config, Registry, read_token
 from layerkit.model.errors import UsageError
 
 WHOLE = """
@@ -57,6 +58,10 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "hook.toml"
     path.write_text(text)
     return path
+
+
+def load(path: Path) -> Config:
+    return Config.read(Table.load(path))
 
 
 def test_a_whole_file(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from layerkit.formats.toml_settings import Table
 from layerkit.hook.config import Config, Registry
 from layerkit.hook.front.guard import Token
 from layerkit.hook.front.http import make_app
-from layerkit.hook.front.intake import Intake, Service
-from layerkit.hook.queue.jobs import Outcome
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.front.intake import Service
+from layerkit.hook.queue import Outcome, Queue
 from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.tasks import Task
 from layerkit.hook.work.worker import QueueWorker
@@ -82,8 +81,7 @@ def hook(
         worker = None
         if execute is not None:
             worker = QueueWorker(config, queue, lambda: ThreadPoolExecutor(config.workers), execute, metrics)
-        intake = Intake(config, queue, resolve, metrics)
-        with run_asgi(make_app(Service(config, queue, intake, metrics, Token(TOKEN), worker))) as url:
+        with run_asgi(make_app(Service(config, queue, resolve, metrics, Token(TOKEN), worker))) as url:
             yield url, queue
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerkit.formats.oci.remap_artifact import FORMAT_VERSION
-from layerkit.hook.batch.fleet import index_together, run_name
-from layerkit.hook.batch.shards import Shard
+from layerkit.hook.batch.shards import Shard, index_together, run_name
 from layerkit.hook.config import Config, Registry
-from layerkit.hook.queue.jobs import JobRow, Key, Target, Wish
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import JobRow, Key, Queue, Target, Wish
 from layerkit.hook.telemetry import Metrics
-from layerkit.hook.work.access import all_tags as tags_of
-from layerkit.hook.work.access import resolve
+from layerkit.hook.work.access import place_in, resolve
 from layerkit.hook.work.worker import make_worker
 from layerkit.images.registry.names import RegistryRef
+from layerkit.images.registry.sink import ATTACHED
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, UsageError
 
@@ -36,8 +34,12 @@ class Pass:
     @property
     def failed(self) -> list[str]:
         """Return what went wrong, in words."""
-        bad = [row for row in self.rows if row.state not in ("done", "skipped")]
-        return [f"{name}: not in the registry" for name in self.missing] + [_words(row) for row in bad]
+        said = [f"{name}: not in the registry" for name in self.missing]
+        for row in self.rows:
+            if row.state not in ("done", "skipped"):
+                names = ", ".join(each.repository for each in row.targets)
+                said.append(f"{names}@{row.digest[:19]}: {row.why or row.state}")
+        return said
 
 
 def parse_refs(texts: Sequence[str]) -> list[RegistryRef]:
@@ -81,22 +83,18 @@ class Wanted:
         refs: what is meant; nothing else in the queue is touched.
         all_tags: all tags of the repositories of ``refs``.
         again: make what is there already anew.
-        part: which shard this is, from 0; only its images are done, see :func:`shard_of`.
-        parts: how many shards there are; several find each other's indexes of layers in the registry.
-        wait_seconds: how long another shard may show no sign of life before this one goes on without it.
+        shard: whose images alone are done, see :func:`shard_of`; several find each other's indexes in the registry.
     """
 
     refs: Sequence[RegistryRef]
     all_tags: bool = False
     again: bool = False
-    part: int = 0
-    parts: int = 1
-    wait_seconds: float = 60.0
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def ours(self) -> list[RegistryRef]:
         """Return the references of this shard."""
-        return [ref for ref in self.refs if shard_of(ref, self.parts) == self.part]
+        return [ref for ref in self.refs if shard_of(ref, self.shard.parts) == self.shard.part]
 
 
 def run(config: Config, wanted: Wanted) -> Pass:
@@ -106,7 +104,7 @@ def run(config: Config, wanted: Wanted) -> Pass:
         UsageError: a registry or repository that is not configured.
         RegistryError: a registry does not answer at all.
     """
-    if wanted.parts > 1:
+    if wanted.shard.parts > 1:
         config = replace(config, apart=True)
     elif not wanted.refs:
         return Pass([], [])
@@ -122,10 +120,10 @@ def run(config: Config, wanted: Wanted) -> Pass:
                     continue
                 target = Target(registry.name, ref.repository, tag)
                 wishes += [Wish(key, target, again=wanted.again) for key in config.keys(digest)]
-        if wanted.parts > 1:
+        if wanted.shard.parts > 1:
             everywhere = sorted({_registry(config, ref).name for ref in wanted.refs})
-            run = run_name(config, wanted.refs, wanted.parts)
-            index_together(config, Shard(run, wanted.part, wanted.parts, wanted.wait_seconds), wishes, everywhere)
+            name = run_name(config, wanted.refs, wanted.shard.parts)
+            index_together(config, replace(wanted.shard, run=name), wishes, everywhere)
         queue.recover()
         jobs = {added.job for added in queue.add(wishes)}
         open_jobs = set(jobs)
@@ -175,15 +173,15 @@ def _meant(registry: Registry, ref: RegistryRef, all_tags: bool) -> Iterator[tup
     if ref.digest is not None:
         yield ref.tag, ref.digest
         return
-    for tag in tags_of(registry, ref.repository) if all_tags else [ref.tag or "latest"]:
+    tags: Iterable[str] = [ref.tag or "latest"]
+    if all_tags:
+        # Without those that only attach something to an image.
+        tags = [tag for tag in place_in(registry, ref.repository).open().tags() if not ATTACHED.fullmatch(tag)]
+    for tag in tags:
         try:
             yield tag, resolve(registry, ref.repository, tag)
         except NotFound:
             yield tag, None
-
-
-def _words(row: JobRow) -> str:
-    return f"{', '.join(t.repository for t in row.targets)}@{row.digest[:19]}: {row.why or row.state}"
 
 
 __all__ = ["Pass", "Wanted", "parse_refs", "parse_shard", "run", "shard_of"]

@@ -19,22 +19,26 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from dataclasses import dataclass, replace
 
 import zstandard
 
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.strict_json import dumps, load_object
+from layerkit.hook.config import Config, Registry
+from layerkit.hook.queue import Wish
+from layerkit.hook.work.access import place_in
+from layerkit.hook.work.executors import open_executor
+from layerkit.hook.work.layers import Fleet, LayerTask, SharedIndexes, publish
+from layerkit.hook.work.tasks import Task, has_artifact, look, task_of
+from layerkit.images.registry.names import RegistryRef
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
-from layerkit.model.errors import InvalidImage, LayerkitError, NotFound
-from layerkit.model.limits import Limits
-
-if TYPE_CHECKING:
-    from layerkit.hook.work.layers import SharedIndexes
+from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, RegistryError
+from layerkit.model.image import Layer
+from layerkit.usecases.settings import Settings
 
 PLAN_TYPE = "application/vnd.layerkit.wanted-layers.v1"
 _BLOB_TYPE = PLAN_TYPE + "+zstd"
@@ -48,6 +52,7 @@ _PATIENCE = 30
 """So many times ``wait_seconds`` a shard may show life and get nothing done; one that hangs holds up nobody."""
 
 _log = logging.getLogger("layerkit.hook.shards")
+_published: set[tuple[str, Digest]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,10 @@ class Shard:
         wait_seconds: how long a shard may show no sign of life before it is taken for lost.
     """
 
-    run: str
-    part: int
-    parts: int
-    wait_seconds: float
+    run: str = ""
+    part: int = 0
+    parts: int = 1
+    wait_seconds: float = 60.0
 
     def tag(self, part: int) -> str:
         """Return the tag under which shard ``part`` says what it needs."""
@@ -93,22 +98,16 @@ class Meeting:
         shared: SharedIndexes,
         shard: Shard,
         serves: Callable[[str], bool],
-        limits: Limits,
         *,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Nothing is asked yet.
 
-        Args:
-            shared: where indexes and plans are.
-            shard: which one this is.
-            serves: says which repositories this shard may read from.
-            limits: bounds on input.
-            clock: seconds since 1970; compared with that of other machines, so it need not be exact.
-            sleep: waits.
+        Indexes and plans are in ``shared``; ``serves`` says which repositories this shard may read from. ``clock``
+        gives seconds since 1970; it is compared with that of other machines, so it need not be exact.
         """
-        self._shared, self._shard, self._serves, self._limits = shared, shard, serves, limits
+        self._shared, self._shard, self._serves, self._limits = shared, shard, serves, shared.limits
         self._clock, self._sleep = clock, sleep
         self._start = clock()
         self._wanted: dict[Digest, Want] = {}
@@ -160,25 +159,19 @@ class Meeting:
         ]}  # fmt: skip
         data = zstandard.ZstdCompressor(level=3).compress(dumps(body))
         blob = Descriptor.of(_BLOB_TYPE, data)
-        self._put(blob, data)
+        self._shared.put_blob(blob, data)
         self._said = blob
         self._show()
-
-    def _put(self, blob: Descriptor, data: bytes) -> None:
-        if self._shared.repository.blob_size(blob.digest) is None:
-            self._shared.repository.put_blob(blob, [data])
 
     def _show(self) -> None:
         # One at a time: a beat that was begun before the list was there must not arrive after it, and hide it.
         with self._showing:
             if not self._shown:
-                self._put(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
+                self._shared.put_blob(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
                 self._shown = True
+            beat = {_BEAT_KEY: repr(self._clock())}
             manifest = oci.manifest_json(
-                oci.EMPTY_DESCRIPTOR,
-                [self._said],
-                artifact_type=PLAN_TYPE,
-                annotations={_BEAT_KEY: repr(self._clock())},
+                oci.EMPTY_DESCRIPTOR, [self._said], artifact_type=PLAN_TYPE, annotations=beat
             )
             self._shared.repository.put_manifest(manifest, oci.MANIFEST, self._shard.tag(self._shard.part))
 
@@ -236,8 +229,7 @@ class Meeting:
             if wants is not None:
                 self._heard.add(part)
                 self._works([part])
-                for diff_id, want in wants.items():
-                    self._wanted.setdefault(diff_id, want)
+                self._wanted |= {each: wants[each] for each in wants if each not in self._wanted}
                 new = True
         return new
 
@@ -332,4 +324,96 @@ class Meeting:
             self._looked[part], self._silent[part], self._progress[part] = now, 0, now
 
 
-__all__ = ["PLAN_TYPE", "Meeting", "Shard", "Want", "owner"]
+def run_name(config: Config, refs: Iterable[RegistryRef], parts: int) -> str:
+    """Return the name that all shards give their run without talking: of what is asked and how many they are."""
+    maps = sorted(f"{each.mapping} {each.rendering} {each.namespace}" for each in config.remaps)
+    text = "\n".join([str(parts), *maps, *sorted({str(ref) for ref in refs})])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def index_together(config: Config, shard: Shard, wishes: Sequence[Wish], registries: Sequence[str]) -> None:
+    """Return when the layers of the images in ``wishes`` are indexed, or nobody is left to wait for.
+
+    ``registries`` are the names of all that any shard has images in, in the same order for each of them.
+    """
+    for name in registries:
+        registry = config.registries[name]
+        if not config.index_repository(registry):
+            continue
+        ours = [wish for wish in wishes if wish.target.registry == name]
+        try:
+            _index_in(config, registry, shard, ours)
+        except (RegistryError, BrokenExecutor) as error:
+            # The jobs read what is missing, as they would without other shards.
+            _log.warning("layers are not shared between shards", extra={"registry": name, "error": str(error)})
+
+
+def _index_in(config: Config, registry: Registry, shard: Shard, wishes: Sequence[Wish]) -> None:
+    settings, indexes = Settings(config.store), place_in(registry, config.index_repository(registry))
+    shared = Fleet(settings, indexes, indexes).shared_indexes()
+    assert shared is not None
+    executor = open_executor(config.engine, min(config.workers, registry.concurrency), tls=config.engine_tls)
+    meeting = Meeting(shared, shard, registry.serves)
+    try:
+
+        def submit(want: Want) -> Future[bool]:
+            fleet = Fleet(settings, place_in(registry, want.repository), indexes)
+            return executor.submit(publish, LayerTask(fleet, Layer(want.blob, want.diff_id)))
+
+        with meeting.present():
+            meeting.say(_survey(config, executor, wishes))
+            meeting.meet(submit)
+    except BaseException:
+        # An interrupt must not wait for layers that are being read.
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    executor.shutdown(cancel_futures=True)
+
+
+def _survey(config: Config, executor: Executor, wishes: Sequence[Wish]) -> dict[Digest, Want]:
+    """Return the layers that are needed for ``wishes`` and not indexed yet."""
+    images: dict[tuple[Digest, str], list[Task]] = {}
+    for wish in wishes:
+        with contextlib.suppress(LayerkitError):
+            task = task_of(config, wish.key, [wish.target], anew=wish.again)
+            images.setdefault((wish.key.digest, wish.target.repository), []).append(task)
+    found: dict[Digest, Want] = {}
+    for future in as_completed([executor.submit(survey, tuple(tasks)) for tasks in images.values()]):
+        for want in future.result():
+            found.setdefault(want.diff_id, want)
+    return found
+
+
+def survey(tasks: tuple[Task, ...]) -> list[Want]:
+    """Return the layers of an image that have no shared index and that one of ``tasks``, for several maps, needs.
+
+    What goes wrong here goes wrong again in the job, which says so.
+    """
+    try:
+        return _image_wants(tasks)
+    except LayerkitError:
+        return []
+
+
+def _image_wants(tasks: tuple[Task, ...]) -> list[Want]:
+    task = tasks[0]
+    limits, shared = task.settings.bounds, task.fleet.shared_indexes()
+    source, over = look(task, limits)
+    if over is not None:
+        parts = [tuple(replace(each, digest=child) for each in tasks) for child in over.children]
+        return [want for part in parts for want in survey(part)]
+    missing = []
+    for layer in source.image().layers:
+        key = (str(shared.repository) if shared else "", layer.diff_id)
+        if key in _published:
+            continue
+        if shared is not None and shared.has(layer.diff_id):
+            _published.add(key)
+        else:
+            missing.append(Want(layer.diff_id, layer.descriptor, task.targets[0].repository))
+    if missing and all(not each.again and has_artifact(source.repository, each, limits) for each in tasks):
+        return []
+    return missing
+
+
+__all__ = ["PLAN_TYPE", "Meeting", "Shard", "Want", "index_together", "owner", "run_name", "survey"]

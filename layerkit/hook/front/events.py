@@ -116,16 +116,8 @@ def parse(body: bytes, content_type: str, headers: Mapping[str, str], *, max_eve
     return Parsed(tuple(events), tuple(ignored))
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What ``POST /v1/jobs`` asks for: an event, and whether a dead or finished job is to run again."""
-
-    event: Event
-    again: bool
-
-
-def parse_job(body: bytes) -> Asked:
-    """Return what the body of ``POST /v1/jobs`` asks for.
+def parse_job(body: bytes) -> tuple[Event, bool]:
+    """Return what the body of ``POST /v1/jobs`` asks for, and whether a dead or finished job is to run again.
 
     ``{"repository": "library/app", "reference": "TAG or DIGEST", "registry": "NAME", "again": false}``; the
     registry may be left out where only one is configured.
@@ -144,7 +136,7 @@ def parse_job(body: bytes) -> Asked:
     fields = {"repository": value.get("repository"), "host": value.get("registry", "")}
     fields["digest" if ":" in reference else "tag"] = reference
     try:
-        return Asked(_event("job", fields), again)
+        return _event("job", fields), again
     except _Left as why:
         raise BadRequest(str(why)) from None
 
@@ -159,6 +151,9 @@ def _json(body: bytes) -> object:
 def _event(kind: str, fields: Mapping[str, object]) -> Event:
     if why := fields.get("left"):
         raise _Left(str(why))
+    media_type = _text(fields.get("mediatype"))
+    if media_type and media_type not in _MANIFESTS:
+        raise _Left(f"media type {media_type[:80]!r} is no manifest")
     repository, tag, host = (_text(fields.get(name)) for name in ("repository", "tag", "host"))
     if len(repository) > _MAX_REPOSITORY_CHARS or not REPOSITORY.fullmatch(repository):
         raise _Left(f"not a repository name: {repository[:80]!r}")
@@ -194,13 +189,8 @@ def _distribution(value: dict[str, object]) -> Iterable[tuple[str, dict[str, obj
     for each in events:
         event = _lower(each)
         target, request = _lower(event.get("target")), _lower(event.get("request"))
-        action, media_type = event.get("action"), _text(target.get("mediatype"))
-        if action != "push":
-            yield "distribution", {"left": f"action {str(action)[:40]!r}"}
-        elif media_type and media_type not in _MANIFESTS:
-            yield "distribution", {"left": f"media type {media_type[:80]!r} is no manifest"}
-        else:
-            yield "distribution", {**target, "host": request.get("host")}
+        left = "" if event.get("action") == "push" else f"action {str(event.get('action'))[:40]!r}"
+        yield "distribution", {**target, "host": request.get("host"), "left": left}
 
 
 def _harbor(event_type: str, data: object) -> Iterable[tuple[str, dict[str, object]]]:
@@ -233,15 +223,11 @@ def _cloud(event_type: str, data: object, source: str) -> Iterable[tuple[str, di
         return
     if not isinstance(data, dict):
         raise BadRequest("a CloudEvent of zot holds an object as its data")
-    media_type = _text(data.get("mediaType"))
-    if media_type and media_type not in _MANIFESTS:
-        yield "zot", {"left": f"media type {media_type[:80]!r} is no manifest"}
-        return
     reference = _text(data.get("reference"))
-    tag = "" if ":" in reference else reference
-    digest = data.get("digest") or (reference if ":" in reference else "")
+    tag, digest = ("", reference) if ":" in reference else (reference, "")
+    fields = {"repository": data.get("name"), "digest": data.get("digest") or digest, "tag": tag}
     # zot's source is a constant of the program; an operator may have set it to the registry's name.
-    yield "zot", {"repository": data.get("name"), "digest": digest, "tag": tag, "host": source}
+    yield "zot", {**fields, "mediatype": data.get("mediaType"), "host": source}
 
 
-__all__ = ["Asked", "BadRequest", "Event", "Parsed", "parse", "parse_job"]
+__all__ = ["BadRequest", "Event", "Parsed", "parse", "parse_job"]

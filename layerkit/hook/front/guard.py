@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import time
@@ -33,10 +34,8 @@ class Token:
         if scheme.lower() == "bearer":
             given = rest.strip().encode()
         elif scheme.lower() == "basic":
-            try:
+            with contextlib.suppress(binascii.Error, ValueError):
                 given = base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
-            except (binascii.Error, ValueError):
-                given = b""
         # Compared in any case: a missing header takes as long as a wrong one.
         return hmac.compare_digest(hashlib.sha256(given).digest(), self._digest)
 
@@ -59,7 +58,10 @@ class Buckets:
         level = self._now(address)
         if level < 1.0:
             return (1.0 - level) / self._rate
-        self._put(address, level - 1.0)
+        self._level[address] = (level - 1.0, self._clock())
+        self._level.move_to_end(address)
+        if len(self._level) > _MAX_ADDRESSES:
+            self._level.popitem(last=False)
         return 0.0
 
     def empty(self, address: str) -> bool:
@@ -69,12 +71,6 @@ class Buckets:
     def _now(self, address: str) -> float:
         level, then = self._level.get(address, (self._burst, 0.0))
         return min(self._burst, level + (self._clock() - then) * self._rate)
-
-    def _put(self, address: str, level: float) -> None:
-        self._level[address] = (level, self._clock())
-        self._level.move_to_end(address)
-        if len(self._level) > _MAX_ADDRESSES:
-            self._level.popitem(last=False)
 
 
 __all__ = ["Buckets", "Token"]

@@ -1,41 +1,52 @@
-"""The hook's door: routes, authentication and bounds. What an event means is the business of ``events``."""
+"""The hook's door: routes, authentication, bounds, the status page, and the server that runs it until a signal.
+
+What an event means is the business of ``events``.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
+import signal
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from layerkit.hook.front import status
+from layerkit.hook.config import Config, read_token
 from layerkit.hook.front.events import BadRequest, Event, parse, parse_job
-from layerkit.hook.front.guard import Buckets
+from layerkit.hook.front.guard import Buckets, Token
 from layerkit.hook.front.intake import Service, Taken
-from layerkit.hook.queue.jobs import STATES
-from layerkit.hook.telemetry import span
+from layerkit.hook.queue import STATES, JobRow, Queue, Stats
+from layerkit.hook.telemetry import Metrics, span
+from layerkit.hook.work.access import resolve
+from layerkit.hook.work.worker import make_worker
 from layerkit.model.errors import LayerkitError, NotFound, RegistryError
 
 _log = logging.getLogger("layerkit.hook.http")
 _BODY_SECONDS = 30.0
 _OPEN = frozenset(("/healthz", "/readyz"))
+_PAGE = Path(__file__).with_name("status.html")
 _PAGE_ROWS = 400
 
 
 def make_app(service: Service) -> ASGIApp:
     """Return the hook as an ASGI application; its lifespan starts and drains the worker."""
-    routes = _Routes(service)
-    app = Starlette(
-        routes=routes.all(), lifespan=lambda _: service.running(),
-        exception_handlers={_Refused: _refused, BadRequest: _bad, NotFound: _not_found, Exception: _failed},
-    )  # fmt: skip
+    handlers = dict.fromkeys((_Refused, BadRequest, NotFound, Exception), _explained)
+    routes = _Routes(service).all()
+    app = Starlette(routes=routes, lifespan=lambda _: service.running(), exception_handlers=handlers)
     return Guarded(app, service)
 
 
@@ -124,8 +135,8 @@ class _Routes:
 
     async def new_job(self, request: Request) -> Response:
         """Take one image by name."""
-        asked = parse_job(await self._body(request))
-        taken = await self._take([asked.event], asked.event.host, again=asked.again)
+        event, again = parse_job(await self._body(request))
+        taken = await self._take([event], event.host, again=again)
         if taken.ignored:  # one was asked for and is refused: unlike with events, the sender wants to know
             raise _Refused(404 if "not in the registry" in taken.ignored[0] else 403, taken.ignored[0])
         return _accepted(taken, ())
@@ -134,7 +145,7 @@ class _Routes:
         if registry and registry not in self._service.config.registries:
             raise _Refused(404, f"no registry {registry[:80]!r} is configured")
         try:
-            taken = await self._service.intake.take(events, registry, again=again)
+            taken = await self._service.take(events, registry, again=again)
         except RegistryError as error:
             # Nothing is stored: the sender is to come again.
             raise _Refused(503, f"the registry does not answer: {error}", {"Retry-After": "10"}) from None
@@ -180,7 +191,6 @@ class _Routes:
         return JSONResponse({"jobs": [row.view() for row in rows]})
 
     async def job(self, request: Request) -> Response:
-        """Show one job."""
         return JSONResponse((await asyncio.to_thread(self._queue.job, request.path_params["job"])).view())
 
     async def retry(self, request: Request) -> Response:
@@ -192,14 +202,12 @@ class _Routes:
         return JSONResponse({"retried": count}, 202 if count else 409)
 
     async def status(self, request: Request) -> Response:
-        """Return the data of the page."""
         stats = await asyncio.to_thread(self._queue.stats)
         rows = await asyncio.to_thread(self._queue.jobs, "", _PAGE_ROWS)
-        view = status.status_view(self._service.config, stats, rows, draining=self._service.draining)
+        view = status_view(self._service.config, stats, rows, draining=self._service.draining)
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
 
     async def page(self, request: Request) -> Response:
-        """Return the page."""
         nonce = secrets.token_urlsafe(16)
         policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
         headers = {
@@ -208,10 +216,10 @@ class _Routes:
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",
         }
-        return Response(status.page(nonce), media_type="text/html", headers=headers)
+        page = _PAGE.read_bytes().replace(b"{{nonce}}", nonce.encode("ascii"))
+        return Response(page, media_type="text/html", headers=headers)
 
     async def metrics(self, request: Request) -> Response:
-        """Return the metrics."""
         text = await asyncio.to_thread(self._service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -241,31 +249,134 @@ def _accepted(taken: Taken, ignored: tuple[str, ...]) -> Response:
 
 
 class _Refused(Exception):
-    """A request gets an answer that says why not: its status, words and headers."""
-
-    def __init__(self, code: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(code, message, headers)
+    """A request gets an answer that says why not; the arguments are those of :func:`_error`."""
 
 
 def _error(code: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": message}, code, headers)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    return _error(*error.args)
-
-
-async def _bad(request: Request, error: Exception) -> Response:
-    return _error(400, str(error))
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    return _error(404, str(error))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
+async def _explained(request: Request, error: Exception) -> Response:
+    match error:
+        case _Refused():
+            return _error(*error.args)
+        case BadRequest():
+            return _error(400, str(error))
+        case NotFound():
+            return _error(404, str(error))
     _log.error("request failed", exc_info=error)
     return _error(500, "the hook failed; its log says more")
 
 
-__all__ = ["Guarded", "make_app"]
+def status_view(config: Config, stats: Stats, rows: Iterable[JobRow], *, draining: bool) -> dict[str, object]:
+    """Return the whole page's data: figures, and for each image its layers and what each map costs."""
+    names = {remap.mapping: remap.name for remap in config.remaps}
+    images: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.state == "skipped" or row.report.get("children"):
+            continue  # artifacts, and indexes whose manifests have jobs of their own
+        image = images.setdefault(row.digest, {"digest": row.digest, "names": [], "layers": [], "maps": []})
+        shown = (f"{each.repository}:{each.tag}" if each.tag else each.repository for each in row.targets)
+        image["names"] = list(dict.fromkeys([*image["names"], *shown]))
+        layers: Any = row.report.get("layers", [])
+        if _read(layers) >= _read(image["layers"]) and layers:
+            image["layers"] = layers  # of the map that had to read most: later ones find all of it known
+        image["maps"].append(
+            {
+                "name": names.get(row.mapping, row.mapping),
+                "job": row.job,
+                "state": row.state,
+                "attempts": row.attempts,
+                "why": row.why,
+                "seconds": (row.finished - row.started) if row.finished and row.started else None,
+                **{name: row.report.get(name, 0) for name in ("meta_bytes", "bytes_read", "bytes_avoided")},
+            }
+        )
+    return {
+        **asdict(stats),
+        "depth": stats.depth,
+        "draining": draining,
+        "maps": [remap.name for remap in config.remaps],
+        "registries": [registry.name for registry in config.registries.values()],
+        "images": list(images.values()),
+    }
+
+
+def _read(layers: list[dict[str, object]]) -> int:
+    return sum(not each["kept"] for each in layers)
+
+
+OnListen = Callable[[str], None]
+"""Told the URL once connections are taken."""
+
+
+def serve(
+    config: Config, on_listen: OnListen, door: Callable[[Service], ASGIApp] = make_app, *, workers: bool = True
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain: running jobs get ``drain_seconds``, the rest stays stored.
+
+    The ``door`` makes the application: the hook's own, or a proxy. Without ``workers`` other processes must work
+    the queue off.
+
+    Raises:
+        UsageError: no token that can be used.
+        StoreError: the queue cannot be opened.
+        RegistryError: a proxy's registry does not answer, so that its scheme is not known.
+    """
+    token, _ = read_token(config)
+    with contextlib.closing(Queue(config.state, config.policy)) as queue:
+        metrics = Metrics(queue.stats)
+        worker = make_worker(config, queue, metrics) if workers else None
+        app = door(Service(config, queue, resolve, metrics, Token(token), worker))
+        tls = config.tls
+        settings = uvicorn.Config(
+            app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=10,
+            h11_max_incomplete_event_size=64 << 10, limit_concurrency=4096, backlog=4096, lifespan="on",
+            ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
+            ssl_ca_certs=str(tls.client_ca) if tls and tls.client_ca else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
+        )  # fmt: skip
+        _Server(settings, "http" if tls is None else "https", on_listen).run()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which ends with code 0 after SIGTERM and SIGINT alike, and says where it listens."""
+
+    def __init__(self, config: uvicorn.Config, scheme: str, on_listen: OnListen) -> None:
+        super().__init__(config)
+        self._scheme, self._on_listen = scheme, on_listen
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ask for an orderly end at the first signal; at the second, for a quick one."""
+        loop = asyncio.get_running_loop()
+
+        def ask() -> None:
+            if self.should_exit:
+                self.force_exit = True
+            self.should_exit = True
+
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, ask)
+        try:
+            yield
+        finally:
+            # What comes later, while jobs are drained, must not cut that short.
+            for each in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(each)
+                signal.signal(each, signal.SIG_IGN)
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if not self.started:
+            return
+        for server in self.servers:
+            for sock in server.sockets:
+                name, port = sock.getsockname()[:2]
+                url = f"{self._scheme}://{f'[{name}]' if ':' in name else name}:{port}"
+                _log.info("listening", extra={"url": url})
+                self._on_listen(url)
+
+
+__all__ = ["Guarded", "OnListen", "make_app", "serve", "status_view"]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layerkit.hook.config import Config, Registry
 from layerkit.hook.front.events import Event
 from layerkit.hook.front.guard import Token
-from layerkit.hook.queue.jobs import Added, Target, Wish
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import Added, Queue, Target, Wish
 from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.worker import QueueWorker
 from layerkit.model.digest import Digest
@@ -35,96 +34,14 @@ class Taken:
     ignored: tuple[str, ...]
 
 
-class Intake:
-    """Takes events; one for each event loop. Start it with :meth:`run` in a task."""
-
-    def __init__(self, config: Config, queue: Queue, resolve: Resolve, metrics: Metrics) -> None:
-        """Nothing is started yet."""
-        self._config, self._queue, self._resolve, self._metrics = config, queue, resolve, metrics
-        self._pending: list[tuple[list[Wish], asyncio.Future[list[Added]]]] = []
-        self._wake = asyncio.Event()
-        self._slots = asyncio.Semaphore(_RESOLVED_AT_ONCE)
-
-    async def run(self) -> None:
-        """Store what is pending, for ever; cancel it to stop."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._pending = self._pending, []
-            if not batch:
-                continue
-            try:
-                added = await asyncio.to_thread(self._queue.add, [w for wishes, _ in batch for w in wishes])
-            except BaseException as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error if isinstance(error, Exception) else RuntimeError("stopped"))
-                if not isinstance(error, Exception):
-                    raise
-                continue
-            at = 0
-            for wishes, future in batch:
-                if not future.done():
-                    future.set_result(added[at : at + len(wishes)])
-                at += len(wishes)
-
-    async def store(self, wishes: list[Wish]) -> list[Added]:
-        """Store ``wishes``; return when they are on disk."""
-        if not wishes:
-            return []
-        future: asyncio.Future[list[Added]] = asyncio.get_running_loop().create_future()
-        self._pending.append((wishes, future))
-        self._wake.set()
-        return await future
-
-    async def take(self, events: Sequence[Event], registry: str = "", *, again: bool = False) -> Taken:
-        """Make jobs of ``events``, all of them stored when this returns.
-
-        Args:
-            events: as parsed.
-            registry: the name in the path of the request, "" if there is none.
-            again: also what came to an end already.
-
-        Raises:
-            RegistryError: a tag cannot be resolved now; nothing is stored.
-        """
-        found = await asyncio.gather(*(self._wishes(event, registry, again) for event in events))
-        wishes, ignored = [w for each in found if isinstance(each, list) for w in each], []
-        for event, each in zip(events, found, strict=True):
-            if isinstance(each, str):
-                ignored.append(each)
-                self._metrics.events(event.kind, "ignored")
-        added = await self.store(list(dict.fromkeys(wishes)))
-        if events:
-            self._metrics.events(events[0].kind, "new", sum(each.new for each in added))
-            self._metrics.events(events[0].kind, "known", sum(not each.new for each in added))
-        return Taken(tuple(added), tuple(ignored))
-
-    async def _wishes(self, event: Event, named: str, again: bool) -> list[Wish] | str:
-        registry = self._config.registry_for(named, event.host)
-        if registry is None:
-            return f"{named or event.host or 'no name'}: no registry of that name is configured"
-        if not registry.serves(event.repository):
-            return f"{event.repository}: not among the repositories of {registry.name} that are served"
-        digest = event.digest
-        if digest is None:
-            async with self._slots:
-                try:
-                    digest = await asyncio.to_thread(self._resolve, registry, event.repository, event.tag)
-                except NotFound:
-                    return f"{event.repository}:{event.tag}: not in the registry"
-        target = Target(registry.name, event.repository, event.tag)
-        return [Wish(key, target, again=again) for key in self._config.keys(digest)]
-
-
 @dataclass(slots=True)
 class Service:
-    """The parts of a running hook, behind whichever door.
+    """The parts of a running hook, behind whichever door; one for each event loop.
 
     Attributes:
         config: of the hook.
         queue: of its jobs.
-        intake: stores new ones.
+        resolve: asks what a tag means.
         metrics: of this process.
         token: that clients must show.
         worker: works the queue off here; None leaves that to other processes.
@@ -133,11 +50,14 @@ class Service:
 
     config: Config
     queue: Queue
-    intake: Intake
+    resolve: Resolve
     metrics: Metrics
     token: Token
     worker: QueueWorker | None
     draining: bool = False
+    _pending: list[tuple[list[Wish], asyncio.Future[list[Added]]]] = field(default_factory=list)
+    _some: asyncio.Event = field(default_factory=asyncio.Event)
+    _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RESOLVED_AT_ONCE))
 
     def wake(self) -> None:
         """Have the queue looked at now."""
@@ -146,8 +66,8 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self, *others: Coroutine[object, object, None]) -> AsyncIterator[None]:
-        """Run intake, worker and ``others`` while the block does, then let the worker end in order."""
-        tasks = [asyncio.create_task(each) for each in (self.intake.run(), *others)]
+        """Store and work while the block runs, and do ``others``; then let the worker end in order."""
+        tasks = [asyncio.create_task(each) for each in (self._store_pending(), *others)]
         if self.worker is not None:
             self.worker.start()
         try:
@@ -161,5 +81,71 @@ class Service:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
+    async def _store_pending(self) -> None:
+        """Store what is pending, for ever; cancel it to stop."""
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            batch, self._pending = self._pending, []
+            if not batch:
+                continue
+            try:
+                added = await asyncio.to_thread(self.queue.add, [w for wishes, _ in batch for w in wishes])
+            except BaseException as error:
+                told = error if isinstance(error, Exception) else RuntimeError("stopped")
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(told)
+                if told is not error:
+                    raise
+                continue
+            for wishes, future in batch:
+                if not future.done():
+                    future.set_result(added[: len(wishes)])
+                del added[: len(wishes)]
 
-__all__ = ["Intake", "Resolve", "Service", "Taken"]
+    async def store(self, wishes: list[Wish]) -> list[Added]:
+        """Store ``wishes``; return when they are on disk."""
+        if not wishes:
+            return []
+        future: asyncio.Future[list[Added]] = asyncio.get_running_loop().create_future()
+        self._pending.append((wishes, future))
+        self._some.set()
+        return await future
+
+    async def take(self, events: Sequence[Event], registry: str = "", *, again: bool = False) -> Taken:
+        """Make jobs of ``events``, all of them stored when this returns, with ``again`` also what came to an end.
+
+        ``registry`` is the name in the path of the request, "" if there is none.
+
+        Raises:
+            RegistryError: a tag cannot be resolved now; nothing is stored.
+        """
+        found = await asyncio.gather(*(self._wishes(event, registry, again) for event in events))
+        for event, (_, why) in zip(events, found, strict=True):
+            self.metrics.events(event.kind, "ignored", bool(why))
+        added = await self.store(list(dict.fromkeys(wish for wishes, _ in found for wish in wishes)))
+        if events:
+            self.metrics.events(events[0].kind, "new", sum(each.new for each in added))
+            self.metrics.events(events[0].kind, "known", sum(not each.new for each in added))
+        return Taken(tuple(added), tuple(why for _, why in found if why))
+
+    async def _wishes(self, event: Event, named: str, again: bool) -> tuple[list[Wish], str]:
+        """Return the jobs of an event, or why it is left out."""
+        registry = self.config.registry_for(named, event.host)
+        if registry is None:
+            return [], f"{named or event.host or 'no name'}: no registry of that name is configured"
+        if not registry.serves(event.repository):
+            return [], f"{event.repository}: not among the repositories of {registry.name} that are served"
+        digest = event.digest
+        if digest is None:
+            async with self._slots:
+                try:
+                    digest = await asyncio.to_thread(self.resolve, registry, event.repository, event.tag)
+                except NotFound:
+                    return [], f"{event.repository}:{event.tag}: not in the registry"
+        target = Target(registry.name, event.repository, event.tag)
+        return [Wish(key, target, again=again) for key in self.config.keys(digest)], ""
+
+
+__all__ = ["Resolve", "Service", "Taken"]

@@ -23,8 +23,7 @@ from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.images import no_image
 from layerkit.hook.config import Registry
 from layerkit.hook.front.intake import Service
-from layerkit.hook.queue.jobs import ENDS, Target, Wish
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import ENDS, Queue, Target, Wish
 from layerkit.hook.work.access import upstream
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -158,7 +157,7 @@ class Proxy:
         try:
             async with asyncio.timeout(config.hold_seconds):
                 wishes = [Wish(key, target, urgent=True) for key in config.keys(digest)]
-                added = await self._service.intake.store(wishes)
+                added = await self._service.store(wishes)
                 jobs = [each.job for each in added if each.state not in ENDS]
                 if not jobs:
                     return "known"

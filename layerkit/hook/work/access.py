@@ -13,7 +13,6 @@ from layerkit.hook.config import Registry
 from layerkit.images.registry.client import RegistryClient, Repository
 from layerkit.images.registry.hosts import base_url, endpoints
 from layerkit.images.registry.options import RegistryOptions
-from layerkit.images.registry.sink import ATTACHED
 from layerkit.linux import configuration
 from layerkit.model.digest import Digest
 from layerkit.model.errors import RegistryError
@@ -55,16 +54,6 @@ def resolve(registry: Registry, repository: str, tag: str) -> Digest:
     return place_in(registry, repository).open().resolve(tag).digest
 
 
-def all_tags(registry: Registry, repository: str) -> list[str]:
-    """Return the tags of a repository, without those that only attach something to an image.
-
-    Raises:
-        NotFound: no such repository.
-        RegistryError: the registry does not answer.
-    """
-    return [tag for tag in place_in(registry, repository).open().tags() if not ATTACHED.fullmatch(tag)]
-
-
 def upstream(registry: Registry) -> tuple[str, ssl.SSLContext]:
     """Return the URL of a registry, up to before ``/v2``, and how TLS to it is checked.
 
@@ -90,4 +79,4 @@ def traffic(places: Iterable[Place], limits: Limits) -> dict[str, int]:
     }
 
 
-__all__ = ["Place", "all_tags", "place_in", "resolve", "traffic", "upstream"]
+__all__ = ["Place", "place_in", "resolve", "traffic", "upstream"]

@@ -125,15 +125,8 @@ class _Cluster(ThreadPoolExecutor):
 def run_once(key: str, function: Callable[[_A], _T], argument: _A) -> _T | None:
     """Run a call once for all workers of the cluster that this runs on, however many ask; return what it gave.
 
-    Which of the askers' arguments is used is the scheduler's choice. A worker that dies meanwhile costs time only.
-
-    Args:
-        key: what makes calls the same.
-        function: of a module; what it raises is lost.
-        argument: of the call.
-
-    Returns:
-        None where this is no worker of a cluster, or it came to nothing.
+    Calls with the same ``key`` are the same; which of the askers' arguments is used is the scheduler's choice. A
+    worker that dies meanwhile costs time only. None: this is no worker of a cluster, or it came to nothing.
     """
     # Nothing of dask is loaded in a process that is not one of its workers.
     if "distributed" not in sys.modules:

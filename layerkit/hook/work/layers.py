@@ -20,6 +20,7 @@ from layerkit.formats.oci import index_artifact
 from layerkit.hook.work.access import Place
 from layerkit.hook.work.executors import run_once
 from layerkit.images.registry.client import Repository
+from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import LayerkitError, NotFound, RegistryError
 from layerkit.model.image import Layer
@@ -42,14 +43,13 @@ class SharedIndexes:
     """The indexes of layers in a repository of their own.
 
     A tag for each layer, made of its ``diff_id`` and the format's version, leads to a manifest with one blob. What
-    is found is verified by digest, checked like a layer from a stranger, and marked as unproven: a claim of whoever
-    may write to that repository (docs/adr/0014, 0015). Nothing here may stop the work: without it a layer is read
-    again.
+    is found is checked like a layer from a stranger, and marked as unproven: a claim of whoever may write to that
+    repository (docs/adr/0014, 0015). Nothing here may stop the work: without it a layer is read again.
     """
 
     def __init__(self, repository: Repository, limits: Limits) -> None:
         """Nothing is asked yet."""
-        self.repository, self._limits = repository, limits
+        self.repository, self.limits = repository, limits
 
     def has(self, diff_id: Digest) -> bool:
         """Return whether there is an index of this layer; no if the registry does not say."""
@@ -65,10 +65,10 @@ class SharedIndexes:
         what = f"{self.repository}:{tag}"
         try:
             _, data = self.repository.manifest(tag)
-            blob = index_artifact.parse_shared(data, diff_id, what, limits=self._limits)
+            blob = index_artifact.parse_shared(data, diff_id, what, limits=self.limits)
             return index_artifact.decode(
                 self.repository.blob(blob, _BLOB_BYTES), diff_id, what, origin=str(self.repository),
-                limits=self._limits,
+                limits=self.limits,
             )  # fmt: skip
         except NotFound:
             return None
@@ -83,9 +83,8 @@ class SharedIndexes:
             return False
         blob, data = index_artifact.encode(index)
         try:
-            for descriptor, content in ((oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON), (blob, data)):
-                if self.repository.blob_size(descriptor.digest) is None:
-                    self.repository.put_blob(descriptor, [content])
+            self.put_blob(oci.EMPTY_DESCRIPTOR, oci.EMPTY_JSON)
+            self.put_blob(blob, data)
             manifest, entry = index_artifact.build_shared(blob)
             self.repository.put_manifest(manifest, entry.media_type, index_artifact.shared_tag(index.diff_id))
         except RegistryError as error:
@@ -94,6 +93,11 @@ class SharedIndexes:
                 _refused.add(str(self.repository))
             return False
         return True
+
+    def put_blob(self, blob: Descriptor, data: bytes) -> None:
+        """Store a blob if it is not there."""
+        if self.repository.blob_size(blob.digest) is None:
+            self.repository.put_blob(blob, [data])
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import remap_artifact as artifact
 from layerkit.formats.oci.images import no_image, wanted
 from layerkit.hook.config import Config
-from layerkit.hook.queue.jobs import Key, Outcome, Target
+from layerkit.hook.queue import Key, Outcome, Target
 from layerkit.hook.work.access import Place, place_in, traffic
 from layerkit.hook.work.layers import Fleet
 from layerkit.idmap import Mapping
@@ -67,11 +67,6 @@ class Task:
     def fleet(self) -> Fleet:
         """Return where the indexes of the image's layers are found."""
         return Fleet(self.settings, self.targets[0], self.shared)
-
-    def source(self, limits: Limits) -> RegistrySource:
-        """Return the image, or what else has this digest."""
-        place = self.targets[0]
-        return _Source(place.open(limits), _ref(place, self.digest))
 
 
 class _Source(RegistrySource):
@@ -139,20 +134,28 @@ def outcome_of(error: BaseException) -> Outcome:
 def _execute(task: Task) -> Outcome:
     limits = task.settings.bounds
     before = traffic(task.targets, limits)
-    source = task.source(limits)
-    (entry,) = source.chosen()
-    data = source.fetch(entry, limits.manifest_bytes)
-    if entry.media_type in oci.INDEX_TYPES:
-        children = wanted(data, entry, task.platforms, limits)
-        return Outcome("done" if children else "skipped", "" if children else "no image for the wanted platforms",
-                       children=children, report={"children": [str(each) for each in children]})  # fmt: skip
-    if why := no_image(data, entry, limits):
-        return Outcome("skipped", why)
+    source, over = look(task, limits)
+    if over is not None:
+        return over
     missing = [each for each in task.targets if task.again or not has_artifact(each.open(limits), task, limits)]
     report = _remap(task, source, missing, limits) if missing else {"existing": True}
     # With threads as workers, jobs side by side share the count.
     after = traffic(task.targets, limits)
     return Outcome("done", report={**report, **{name: value - before[name] for name, value in after.items()}})
+
+
+def look(task: Task, limits: Limits) -> tuple[RegistrySource, Outcome | None]:
+    """Return what has the task's digest, and what comes of it at once where that is no image to be remapped."""
+    source = _Source(task.targets[0].open(limits), _ref(task.targets[0], task.digest))
+    (entry,) = source.chosen()
+    data = source.fetch(entry, limits.manifest_bytes)
+    if entry.media_type not in oci.INDEX_TYPES:
+        why = no_image(data, entry, limits)
+        return source, Outcome("skipped", why) if why else None
+    children = wanted(data, entry, task.platforms, limits)
+    if not children:
+        return source, Outcome("skipped", "no image for the wanted platforms", report={"children": []})
+    return source, Outcome("done", children=children, report={"children": [str(each) for each in children]})
 
 
 def _remap(task: Task, source: RegistrySource, missing: Sequence[Place], limits: Limits) -> dict[str, object]:
@@ -210,4 +213,4 @@ def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
     return False
 
 
-__all__ = ["Task", "execute", "has_artifact", "outcome_of", "task_of"]
+__all__ = ["Task", "execute", "has_artifact", "look", "outcome_of", "task_of"]

@@ -11,13 +11,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import replace
 from functools import partial
 
 from layerkit.hook.config import Config
-from layerkit.hook.queue.jobs import Claim, Outcome
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import Claim, Outcome, Queue
 from layerkit.hook.telemetry import Metrics, span
 from layerkit.hook.work.executors import open_executor
 from layerkit.hook.work.tasks import Task, execute, outcome_of, task_of
@@ -51,12 +50,8 @@ class QueueWorker:
     ) -> None:
         """Nothing is started yet.
 
-        Args:
-            config: says what jobs may use.
-            queue: of the jobs.
-            executor: makes a new executor, at the start and when one has broken.
-            execute: does a task; must be a function of a module where ``executor`` uses processes.
-            metrics: told of each attempt.
+        ``executor`` makes a new one, at the start and when one has broken; where that uses processes, ``execute``
+        must be a function of a module.
         """
         self._config, self._queue, self._make, self._execute = config, queue, executor, execute
         self._metrics = metrics
@@ -85,20 +80,17 @@ class QueueWorker:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def run_until(self, finished: Callable[[], bool]) -> None:
-        """Work in this thread until ``finished`` says so, or somebody asks for a stop; then end as :meth:`stop`."""
-        self._loop(finished)
-
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._loop(lambda: False)
+                self.run_until(lambda: False)
             except Exception:
                 # A fault of ours with one job must not end the service; its lease ends by itself.
                 _log.exception("the worker failed; it begins again")
                 self._stopping.wait(_POLL_SECONDS)
 
-    def _loop(self, finished: Callable[[], bool]) -> None:
+    def run_until(self, finished: Callable[[], bool]) -> None:
+        """Work in this thread until ``finished`` says so, or somebody asks for a stop; then end as :meth:`stop`."""
         last_beat = last_prune = 0.0
         try:
             while not self._stopping.is_set() and not finished():
@@ -184,16 +176,12 @@ class QueueWorker:
             state = self._queue.finish(claim, outcome)
         result = {"": "lost", "waiting": "retry" if outcome.state == "failed" else outcome.state}.get(state, state)
         self._metrics.job(result, seconds, outcome.report)
-        fields = {name: value for name, value in outcome.report.items() if isinstance(value, (int, float, str))}
-        _log.log(
-            logging.WARNING if result in ("retry", "dead") else logging.INFO,
-            "job",
-            extra={
-                "job": claim.job, "digest": str(claim.key.digest), "result": result, "attempt": claim.attempt,
-                "seconds": round(seconds, 3), "why": outcome.why,
-                "repositories": [t.repository for t in claim.targets], **{f"job_{k}": v for k, v in fields.items()},
-            },
-        )  # fmt: skip
+        fields: dict[str, object] = {
+            "job": claim.job, "digest": str(claim.key.digest), "result": result, "attempt": claim.attempt,
+            "seconds": round(seconds, 3), "why": outcome.why, "repositories": [t.repository for t in claim.targets],
+            **{f"job_{k}": v for k, v in outcome.report.items() if isinstance(v, (int, float, str))},
+        }  # fmt: skip
+        _log.log(logging.WARNING if result in ("retry", "dead") else logging.INFO, "job", extra=fields)
 
     def _broken(self, error: BaseException) -> None:
         if self._executor is not None:
@@ -207,12 +195,7 @@ class QueueWorker:
         try:
             while self._running and time.monotonic() < deadline:
                 self._queue.heartbeat(claim for claim, _ in self._running.values())
-                wait(
-                    self._running,
-                    timeout=min(1.0, max(0.0, deadline - time.monotonic())),
-                    return_when=FIRST_COMPLETED,
-                )
-                self._collect(0.0)
+                self._collect(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
             left = [claim for claim, _ in self._running.values()]
             if left:
                 _log.warning("stopped before these jobs were done; they go back", extra={"count": len(left)})

@@ -68,7 +68,7 @@ class Site:
     def meeting(self, part: int, parts: int = 2) -> Meeting:
         shard = Shard("run", part, parts, WAIT)
         serves = "team/app".__eq__
-        return Meeting(self.shared, shard, serves, DEFAULT, clock=self.clock, sleep=self.clock.sleep)
+        return Meeting(self.shared, shard, serves, clock=self.clock, sleep=self.clock.sleep)
 
     def submit(self, want: Want) -> Future[bool]:
         """Index a layer at once and publish it."""
@@ -155,7 +155,7 @@ def test_one_who_needs_nothing_does_its_part_for_those_who_come_later(site: Site
 def test_a_registry_that_is_away_for_a_moment_ends_no_sign_of_life(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, shown = Meeting(site.shared, Shard("run", 0, 1, 0.04), bool, DEFAULT), threading.Semaphore(0)
+    one, shown = Meeting(site.shared, Shard("run", 0, 1, 0.04), bool), threading.Semaphore(0)
     calls = itertools.count()
 
     def show() -> None:

@@ -147,10 +147,10 @@ def test_anything_is_parsed_or_refused(value: object, binary: bool) -> None:
 
 
 def test_a_job() -> None:
-    asked = parse_job(dump({"repository": "a/b", "reference": "v1", "registry": "main", "again": True}))
-    assert asked.again
-    assert (asked.event.repository, asked.event.tag, asked.event.host) == ("a/b", "v1", "main")
-    assert str(parse_job(dump({"repository": "a/b", "reference": DIGEST})).event.digest) == DIGEST
+    found, again = parse_job(dump({"repository": "a/b", "reference": "v1", "registry": "main", "again": True}))
+    assert again
+    assert (found.repository, found.tag, found.host) == ("a/b", "v1", "main")
+    assert str(parse_job(dump({"repository": "a/b", "reference": DIGEST}))[0].digest) == DIGEST
     wrongs: tuple[object, ...] = (
         {}, [], {"repository": "a"}, {"repository": "a", "reference": 1}, {"repository": "a", "reference": ""},
         {"repository": "a", "reference": "x", "url": "http://x"}, {"repository": "A", "reference": "x"},

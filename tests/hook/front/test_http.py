@@ -17,7 +17,7 @@ from programs import wait_for
 
 from layerkit.hook import telemetry
 from layerkit.hook.front.guard import Buckets, Token
-from layerkit.hook.queue.jobs import Outcome
+from layerkit.hook.queue import Outcome
 from layerkit.hook.telemetry import JsonFormatter
 from layerkit.hook.work.tasks import Task
 from layerkit.model.digest import Digest
@@ -311,7 +311,7 @@ def test_not_ready_while_it_stops(tmp_path: Path) -> None:
         call(f"{url}/v1/events/main", {"events": [event("a", DIGEST), event("a", str(Digest.of(b"2")))]})
         wait_for(lambda: queue.stats().states.get("running") == 2)
         threading.Timer(0.5, release.set).start()
-    from layerkit.hook.queue.queue import Queue
+    from layerkit.hook.queue import Queue
 
     # What ran when the stop came was let finish and is stored.
     assert Queue(config.state).stats().states == {"done": 2}
@@ -329,7 +329,7 @@ def test_what_does_not_end_in_time_goes_back_uncounted(tmp_path: Path) -> None:
         call(f"{url}/v1/events/main", {"events": [event("a", DIGEST)]})
         wait_for(lambda: queue.stats().states.get("running") == 1)
     release.set()
-    from layerkit.hook.queue.queue import Queue
+    from layerkit.hook.queue import Queue
 
     left = Queue(config.state)
     assert left.stats().states == {"waiting": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, hook, settings
 from needs import need_tool
 
-from layerkit.hook.queue.jobs import Outcome, Target, Wish
+from layerkit.hook.queue import Outcome, Target, Wish
 from layerkit.model.digest import Digest
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><script>document.title='owned'</script>"

@@ -23,10 +23,9 @@ from registry_server import PASSWORD, USER, docker_registry, write_auth
 
 from layerkit.hook.config import Config
 from layerkit.hook.front.guard import Token
-from layerkit.hook.front.intake import Intake, Service
+from layerkit.hook.front.intake import Service
 from layerkit.hook.front.proxy import Proxy, passed
-from layerkit.hook.queue.jobs import Outcome
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import Outcome, Queue
 from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.access import resolve
 from layerkit.hook.work.tasks import Task
@@ -119,7 +118,7 @@ def front(config: Config, execute: Any) -> Iterator[tuple[str, Queue]]:
         worker = None if execute is None else QueueWorker(
             config, queue, lambda: ThreadPoolExecutor(4), execute, metrics
         )  # fmt: skip
-        service = Service(config, queue, Intake(config, queue, resolve, metrics), metrics, Token(TOKEN), worker)
+        service = Service(config, queue, resolve, metrics, Token(TOKEN), worker)
         with run_asgi(Proxy(service, config.registries["main"])) as url:
             yield url, queue
 
@@ -345,6 +344,5 @@ def test_the_registry_must_be_known(tmp_path: Path) -> None:
     from layerkit.model.errors import RegistryError
 
     with closing(Queue(tmp_path / "q")) as queue, pytest.raises(RegistryError, match="does not answer"):
-        metrics = Metrics(queue.stats)
-        intake = Intake(config, queue, resolve, metrics)
-        Proxy(Service(config, queue, intake, metrics, Token(TOKEN), None), config.registries["main"])
+        service = Service(config, queue, resolve, Metrics(queue.stats), Token(TOKEN), None)
+        Proxy(service, config.registries["main"])

@@ -25,8 +25,7 @@ from registry_server import docker_registry
 
 from layerkit.hook.batch.one_pass import parse_shard
 from layerkit.hook.config import ClusterTls
-from layerkit.hook.queue.jobs import Target, Wish
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import Queue, Target, Wish
 from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work import executors
 from layerkit.hook.work.access import Place

@@ -17,8 +17,7 @@ from programs import wait_for
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.images import no_image, wanted
 from layerkit.hook.config import Config
-from layerkit.hook.queue.jobs import Outcome, Target, Wish
-from layerkit.hook.queue.queue import Queue
+from layerkit.hook.queue import Outcome, Queue, Target, Wish
 from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work.tasks import Task
 from layerkit.hook.work.worker import QueueWorker

@@ -1,4 +1,8 @@
-"""The queue: an SQLite database in WAL mode that several threads and processes of one machine use at once.
+"""The queue: jobs in an SQLite database in WAL mode that several threads and processes of one machine use at once.
+
+A job is *waiting*, *running* under a lease, or at one of four ends: *done*, *skipped* (there is nothing to remap,
+as it is an artifact), *gone* (the registry does not have it any more) or *dead* (given up; a person may ask for it
+again). What is told about a job a second time changes it only where that adds something.
 
 Whatever :meth:`Queue.add` returned for is on disk: a kill, or a loss of power, does not lose it. A job is worked on
 under a lease with a token; a lease ends when nobody renews it, or at once when its holder's process is seen to be
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -18,27 +23,17 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from layerkit.hook.queue.jobs import (
-    ENDS,
-    Added,
-    Claim,
-    JobRow,
-    Key,
-    Outcome,
-    Policy,
-    Stats,
-    Target,
-    Wish,
-    after_wish,
-    figure,
-)
+from layerkit.formats.toml_settings import whole
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
 
+STATES = ("waiting", "running", "done", "skipped", "gone", "dead")
+ENDS = ("done", "skipped", "gone", "dead")
 _SCHEMA_VERSION = 1
 _BUSY_SECONDS = 60.0
 _FIGURES = ("bytes_read", "bytes_written", "bytes_mounted", "bytes_avoided", "layers_read", "layers_kept")
@@ -63,6 +58,181 @@ CREATE TABLE targets (
 """
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """What makes two wishes the same job.
+
+    Attributes:
+        digest: of the manifest or index.
+        mapping: the id map as canonical text.
+        options: what else shapes the artifact, as canonical text.
+        version: of the artifact's format.
+    """
+
+    digest: Digest
+    mapping: str
+    options: str
+    version: int
+
+    @property
+    def job(self) -> str:
+        """Return the job's name: 32 hex digits of a digest over all four."""
+        text = "\0".join((str(self.digest), self.mapping, self.options, str(self.version)))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """Where the artifact of a job goes: a repository of a configured registry. ``tag`` is for people."""
+
+    registry: str
+    repository: str
+    tag: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A job that is wanted: ``urgent`` where somebody waits for it, ``again`` where an end is to be undone."""
+
+    key: Key
+    target: Target
+    urgent: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that was taken for work; whoever holds a newer one for the same job has it, not this one.
+
+    Attributes:
+        job: its name.
+        key: what is to be done.
+        targets: where its artifact is still missing.
+        token: of the lease.
+        attempt: 1 for the first.
+        anew: whether the artifact is to be made even if the registry has one.
+    """
+
+    job: str
+    key: Key
+    targets: tuple[Target, ...]
+    token: str
+    attempt: int
+    anew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        state: ``done``, ``skipped``, ``gone`` or ``failed``.
+        why: for all but ``done``: what was found, without secrets.
+        permanent: of ``failed``: trying again cannot help.
+        children: manifests of an index, each to be a job of its own.
+        report: figures for people and metrics: bytes read, written, mounted, avoided; layers.
+    """
+
+    state: str
+    why: str = ""
+    permanent: bool = False
+    children: tuple[Digest, ...] = ()
+    report: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How often and how soon a job is tried again.
+
+    Attributes:
+        attempts: failures that are told before a job is dead.
+        losses: leases that may be lost (a process or machine died under it) before it is dead.
+        first_seconds: before the second attempt; doubled for each one after.
+        most_seconds: bound on that.
+        lease_seconds: without a heartbeat, a lease ends after this.
+        recheck_seconds: see :meth:`after_wish`.
+    """
+
+    attempts: int = whole(10, 1, 1000)
+    losses: int = whole(100, 1, 1_000_000)
+    first_seconds: float = 2.0
+    most_seconds: float = 900.0
+    lease_seconds: float = 60.0
+    recheck_seconds: float = 600.0
+
+    def delay(self, attempt: int, chance: float) -> float:
+        """Return the seconds to wait after the failed ``attempt`` (1 is the first).
+
+        Jobs that failed together must not come back together: ``chance``, from 0 to 1, makes the wait something
+        between half and all of what the doubling says.
+        """
+        whole = min(self.most_seconds, self.first_seconds * 2.0 ** min(attempt - 1, 62))
+        return whole * (0.5 + 0.5 * chance)
+
+    def after_wish(self, state: str, age: float, *, again: bool, new_target: bool) -> str:
+        """Return the state of a job in ``state`` that is wished for once more.
+
+        A dead job stays dead until somebody asks for it ``again``. One that was done runs again for a repository
+        it was not wanted in before, and once its end is older than ``recheck_seconds``: the image may have been
+        deleted and pushed anew, and its artifact with it. Such a run finds what is there, for two requests. The
+        ``age`` is in seconds since the job came to its end.
+        """
+        old = state in ("done", "skipped") and (new_target or age >= self.recheck_seconds)
+        return "waiting" if state in ENDS and (again or old or state == "gone") else state
+
+
+class Added(NamedTuple):
+    """What became of a wish: the job's name and state, and whether it was unknown before."""
+
+    job: str
+    state: str
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job for people: times are seconds since 1970, None where that has not happened."""
+
+    job: str
+    digest: str
+    mapping: str
+    options: str
+    state: str
+    attempts: int
+    losses: int
+    not_before: float
+    created: float
+    started: float | None
+    finished: float | None
+    why: str
+    report: dict[str, object]
+    targets: tuple[Target, ...]
+
+    def view(self) -> dict[str, object]:
+        """Return the job as the API and ``--json`` show it."""
+        return {{"job": "id", "mapping": "map"}.get(name, name): value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The queue as a whole: jobs by state, the age of the oldest that waits (seconds), sums over all ends."""
+
+    states: dict[str, int]
+    oldest_seconds: float
+    totals: dict[str, int]
+
+    @property
+    def depth(self) -> int:
+        """Return how many jobs are waiting or running."""
+        return self.states.get("waiting", 0) + self.states.get("running", 0)
+
+
+def figure(report: Mapping[str, object], name: str) -> int:
+    """Return a figure of a report, 0 where it has none."""
+    value = report.get(name)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 class Queue:
     """The jobs of one hook. Safe to use from several threads; not across a fork."""
 
@@ -74,13 +244,9 @@ class Queue:
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """Open the queue in ``folder``, made if it is not there.
+        """Open the queue in ``folder``, made if it is not there; on a local disk, as SQLite's WAL needs.
 
-        Args:
-            folder: of the database; on a local disk, as SQLite's WAL needs.
-            policy: of retries and leases.
-            clock: seconds since 1970.
-            chance: from 0 to 1, for the jitter.
+        ``clock`` gives seconds since 1970; ``chance``, from 0 to 1, is for the jitter.
 
         Raises:
             StoreError: a queue of a newer version, or a disk that refuses.
@@ -144,11 +310,7 @@ class Queue:
     # -- what is wanted
 
     def add(self, wishes: Sequence[Wish]) -> list[Added]:
-        """Store ``wishes`` in one transaction; what is known already is not stored twice.
-
-        Returns:
-            For each wish, in order, what became of it. All of it is on disk.
-        """
+        """Store ``wishes`` in one transaction, what is known already not twice; return what became of each."""
         with self._write() as db:
             return [self._add(db, wish) for wish in wishes]
 
@@ -168,10 +330,8 @@ class Queue:
             (job, target.registry, target.repository),
         ).fetchone()
         before, urgent, finished = row
-        state = after_wish(
-            before, again=wish.again, new_target=known is None, age=now - (finished or now),
-            recheck_seconds=self.policy.recheck_seconds,
-        )  # fmt: skip
+        age = now - (finished or now)
+        state = self.policy.after_wish(before, age, again=wish.again, new_target=known is None)
         if known is None or (state == "waiting" and before in ENDS):
             _put_target(db, job, target)
         if state != before:
@@ -201,9 +361,7 @@ class Queue:
     def claim(self, count: int, busy: Collection[str] = ()) -> list[Claim]:
         """Take up to ``count`` jobs for work: the urgent ones, then those that are due for longest.
 
-        Args:
-            count: how many at most.
-            busy: registries that are asked enough already; their jobs wait.
+        Jobs of the registries in ``busy`` wait: these are asked enough already.
         """
         if count < 1:
             return []
@@ -245,7 +403,7 @@ class Queue:
                 return ""
             if outcome.state == "failed":
                 attempts = row[0] + 1
-                state = self.policy.after_failure(attempts, permanent=outcome.permanent)
+                state = "dead" if outcome.permanent or attempts >= self.policy.attempts else "waiting"
                 then = now + self.policy.delay(attempts, self._chance())
                 _end(db, claim.job, state, now, attempts=attempts, not_before=then, why=outcome.why)
                 return state
@@ -315,8 +473,9 @@ class Queue:
         if row is None:
             return False
         losses, now = row[0] + 1, self._clock()
+        state = "dead" if losses >= self.policy.losses else "waiting"
         why = f"the process that worked on it ended {losses} times"
-        _end(db, job, self.policy.after_loss(losses), now, losses=losses, not_before=now, why=why)
+        _end(db, job, state, now, losses=losses, not_before=now, why=why)
         return True
 
     # -- what there is
@@ -473,4 +632,7 @@ class Holders:
             self._fd = -1
 
 
-__all__ = ["Holders", "Queue"]
+__all__ = [
+    "ENDS", "STATES", "Added", "Claim", "Holders", "JobRow", "Key", "Outcome", "Policy", "Queue", "Stats", "Target",
+    "Wish", "figure",
+]  # fmt: skip

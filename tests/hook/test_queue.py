@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from layerkit.hook.queue.jobs import Claim, Key, Outcome, Policy, Target, Wish, options_text
-from layerkit.hook.queue.queue import Holders, Queue
+from layerkit.hook.config import Remap
+from layerkit.hook.queue import Claim, Holders, Key, Outcome, Policy, Queue, Target, Wish
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
 
@@ -338,8 +338,7 @@ CHILD = textwrap.dedent("""
     import random, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from layerkit.hook.queue.jobs import Outcome, Policy
-    from layerkit.hook.queue.queue import Queue
+    from layerkit.hook.queue import Outcome, Policy, Queue
     import test_queue as t
     queue = Queue(Path(sys.argv[1]), Policy(losses=10**6), chance=lambda: 0.0)
     log, n, rng = open(sys.argv[2], "a", buffering=1), int(sys.argv[4]), random.Random()
@@ -398,4 +397,5 @@ def test_kill_at_any_moment_loses_nothing_and_repeats_nothing(tmp_path: Path) ->
 
 
 def test_options_have_one_text() -> None:
-    assert options_text({"b": "1", "a": "2"}) == options_text({"a": "2", "b": "1"}) == '{"a":"2","b":"1"}'
+    assert Remap("m", rendering="tar").options == Remap("n", "x", "tar").options
+    assert Remap("m", rendering="tar").options == '{"namespace":"trusted","rendering":"tar"}'

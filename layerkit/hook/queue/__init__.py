@@ -1,1 +1,0 @@
-"""Jobs, kept in a database."""
