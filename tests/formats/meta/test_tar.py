@@ -116,38 +116,6 @@ def test_the_standard_library_reads_every_attribute(namespace: Namespace) -> Non
             assert runs == [(node.size, 0)]
 
 
-def test_gnu_tar_extracts_every_attribute(tmp_path: Path) -> None:
-    need_root()
-    need_tool("tar")
-    tree = tree_of(EVERYTHING)
-    command = ["tar", "-x", "-p", "--xattrs", "--xattrs-include=*", "--numeric-owner"]
-    result = subprocess.run(command, input=tar_of(tree), capture_output=True, check=True, cwd=tmp_path)
-    assert complaints(result.stderr) == []
-    groups: dict[int, list[bytes]] = {}
-    for node in tree.nodes():
-        path = os.path.join(os.fsencode(tmp_path), node.path)
-        found = os.lstat(path)
-        assert (found.st_mode, found.st_uid, found.st_gid) == (node.mode, node.uid, node.gid), node.path
-        assert found.st_mtime_ns == node.mtime * 10**9 + node.mtime_ns, node.path
-        if not stat.S_ISDIR(found.st_mode):
-            assert found.st_size == node.size, node.path
-            groups.setdefault(found.st_ino, []).append(node.path)
-            assert (os.major(found.st_rdev), os.minor(found.st_rdev)) == (node.major, node.minor)
-        if stat.S_ISLNK(found.st_mode):
-            assert os.readlink(path) == node.target
-        want = expected_xattrs(tree, node.path)
-        if b"security.capability" in want:
-            want[b"security.capability"] = bytes.fromhex("01000002") + CAPABILITY[4:20]
-        assert dict(xattrs(path)) == want, node.path
-        if stat.S_ISREG(found.st_mode):
-            assert found.st_blocks <= 8, node.path
-    links: dict[int, list[bytes]] = {}
-    for node in tree.nodes():
-        if node.mode >> 12 != Kind.DIR:
-            links.setdefault(node.inode, []).append(node.path)
-    assert sorted(groups.values()) == sorted(links.values())
-
-
 def test_gnu_tar_lists_it_without_complaint() -> None:
     need_tool("tar")
     tree = tree_of(EVERYTHING)
