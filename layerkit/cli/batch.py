@@ -10,8 +10,8 @@ import typer
 
 from layerkit.cli import hook
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, note
-from layerkit.model.errors import PartialFailure, UsageError
+from layerkit.cli.render import Output
+from layerkit.model.errors import UsageError
 
 
 def batch(
@@ -52,10 +52,8 @@ def batch(
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
     tls_verify: hook.TlsVerify = None,
-    all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")
-    ] = False,
+    all_tags: hook.AllTags = False,
+    again: hook.Again = False,
     state: hook.State = None,
     store: o.StoreDir = None,
     workers: hook.Workers = None,
@@ -87,21 +85,19 @@ def batch(
     part, parts = once.parse_shard(shard)
     every = once.parse_refs(listed)
     hosts = None if config else sorted({ref.host for ref in every})
-    chosen = hook.settings_of(
-        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify,
+    flags = hook.Flags(
+        config, hosts, uid_map, gid_map, tls_verify, state, store, workers, engine,
         index_repository=index_repository,
     )  # fmt: skip
     log_as_json("error")
     wanted = once.Wanted(every, all_tags, again, Shard("", part, parts, wait))
-    done = once.run(chosen, wanted)
-    count = len(wanted.ours)
-    if json:
-        body = {"shard": part, "shards": parts, "images": count, "failed": done.failed}
-        emit_json("batch", {**body, "jobs": [row.view() for row in done.rows]})
-    if done.failed:
-        jobs = len(done.rows) + len(done.missing)
-        raise PartialFailure(f"{len(done.failed)} of {jobs} failed: " + "; ".join(done.failed[:5]))
-    note(f"shard {part} of {parts}: {count} images, {len(done.rows)} remaps done", quiet=quiet or json)
+    done = once.run(flags.config(), wanted)
+    out, count = Output(json, quiet), len(wanted.ours)
+    body = {"shard": part, "shards": parts, "images": count, "failed": done.failed}
+    told = out.told("batch", {**body, "jobs": [row.view() for row in done.rows]})
+    hook.refuse_failures(done)
+    if not told:
+        out.note(f"shard {part} of {parts}: {count} images, {len(done.rows)} remaps done")
 
 
 def _lines(source: str | None) -> list[str]:

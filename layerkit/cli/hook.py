@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, human, note, table
+from layerkit.cli.render import Output, human, note, table
 from layerkit.model.errors import PartialFailure, UnsupportedHost, UsageError
 
 if TYPE_CHECKING:
+    from layerkit.hook.batch.one_pass import Pass
     from layerkit.hook.config import Config
     from layerkit.hook.queue import JobRow, Queue
 
@@ -53,57 +56,83 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="ENGINE", help="processes, threads or dask://HOST:PORT.")
 ]
+AllTags = Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")]
+Again = Annotated[bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")]
 LogLevel = Annotated[
     str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error; one JSON object a line.")
 ]
 
 
-def settings_of(
-    file: Path | None, registries: list[str] | None, uid_map: list[str] | None, gid_map: list[str] | None,
-    state: Path | None, store: Path | None, **more: object,
-) -> Config:  # fmt: skip
-    """Return the settings of the file, or those that the flags make without one."""
-    from dataclasses import replace
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the flags of a hook command say: which file, what stands in place of one, what differs from it."""
 
-    from layerkit.formats.toml_settings import Table
-    from layerkit.hook import config as settings
-    from layerkit.linux.configuration import SETTINGS
+    file: Path | None
+    registries: Sequence[str] | None
+    uid_map: list[str] | None
+    gid_map: list[str] | None
+    tls_verify: str | None
+    state: Path | None
+    store: Path | None
+    workers: int | None
+    engine: str | None
+    listen: str | None = None
+    token_file: Path | None = None
+    hold_seconds: float | None = None
+    index_repository: str | None = None
 
-    if file is not None:
-        if registries or uid_map or gid_map:
-            raise UsageError(
-                "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
-            )
-        config = settings.Config.read(Table.load(file))
-        if state is not None:
-            config = replace(config, state=state)
-        if store is not None:
-            config = replace(config, store=store)
-    else:
-        if not registries or not uid_map:
+    def config(self) -> Config:
+        """Return the settings that are meant.
+
+        Raises:
+            UsageError: neither a file nor what a hook cannot do without, or something that is set wrong.
+        """
+        from layerkit.formats.toml_settings import Table
+        from layerkit.hook import config as settings
+
+        if self.file is not None:
+            if self.registries or self.uid_map or self.gid_map:
+                raise UsageError(
+                    "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
+                )
+            config = settings.Config.read(Table.load(self.file))
+            paths = {"state": self.state, "store": self.store}
+        else:
+            config = settings.Config.read(Table(self._values(), "flags", Path.cwd()))
+            paths = {}
+        changes = {
+            **paths, "token_file": self.token_file, "workers": self.workers, "engine": self.engine,
+            "hold_seconds": self.hold_seconds,
+        }  # fmt: skip
+        config = replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+        if self.listen is not None:
+            host, port = settings.listen_address(self.listen, "--listen")
+            config = replace(config, host=host, port=port)
+        return config if self.index_repository is None else config.with_index_repository(self.index_repository)
+
+    def _values(self) -> dict[str, object]:
+        """Return what a settings file would say."""
+        from layerkit.linux.configuration import SETTINGS
+
+        if not self.registries or not self.uid_map:
             raise UsageError("give --config FILE, or --registry HOST and --uid-map C:H:N")
-        root = o.store_dir(store)
-        verify = more.get("tls_verify")
-        known = (
-            {"tls_verify": SETTINGS["tls_verify"].read(str(verify), "--tls-verify=")} if verify is not None else {}
-        )
-        values: dict[str, object] = {
-            "registry": [{"host": host, "name": host.replace(":", "-").lower(), **known} for host in registries],
-            "map": [{"uid_map": uid_map, **({"gid_map": gid_map} if gid_map else {})}],
-            "store": str(root.absolute()),
-            "state": str((state or root.with_name(root.name + "-hook")).absolute()),
+        more: dict[str, object] = {}
+        if self.tls_verify is not None:
+            more["tls_verify"] = SETTINGS["tls_verify"].read(self.tls_verify, "--tls-verify=")
+        store = o.store_dir(self.store).absolute()
+        return {
+            "registry": [
+                {"host": host, "name": host.replace(":", "-").lower(), **more} for host in self.registries
+            ],
+            "map": [{"uid_map": self.uid_map, **({"gid_map": self.gid_map} if self.gid_map else {})}],
+            "store": str(store),
+            "state": str((self.state or _state_of(store)).absolute()),
         }
-        config = settings.Config.read(Table(values, "flags", Path.cwd()))
-    listen = more.get("listen")
-    if isinstance(listen, str):
-        host, port = settings.listen_address(listen, "--listen")
-        config = replace(config, host=host, port=port)
-    for name in ("token_file", "workers", "engine", "hold_seconds"):
-        if more.get(name) is not None:
-            config = replace(config, **{name: more[name]})  # type: ignore[arg-type]
-    if isinstance(repository := more.get("index_repository"), str):
-        config = config.with_index_repository(repository)
-    return config
+
+
+def _state_of(store: Path) -> Path:
+    """Return where the queue lies where nothing says so."""
+    return store.with_name(store.name + "-hook")
 
 
 def _service_logs(config: Config, level: str) -> None:
@@ -153,10 +182,8 @@ def serve(
     `layerkit hook serve --config /etc/layerkit/hook.toml`
     """
     need_extra()
-    chosen = settings_of(
-        config, registry, uid_map, gid_map, state, store, listen=listen, token_file=token_file, workers=workers,
-        engine=engine, tls_verify=tls_verify,
-    )  # fmt: skip
+    flags = Flags(config, registry, uid_map, gid_map, tls_verify, state, store, workers, engine, listen, token_file)
+    chosen = flags.config()
     from layerkit.hook.front import http
 
     _service_logs(chosen, log_level)
@@ -197,10 +224,9 @@ def proxy(
     `layerkit hook proxy main --config /etc/layerkit/hook.toml --hold 5 --no-workers`
     """
     need_extra()
-    chosen = settings_of(
-        config, None if config else [upstream], uid_map, gid_map, state, store, listen=listen, workers=workers,
-        engine=engine, tls_verify=tls_verify, hold_seconds=hold,
-    )  # fmt: skip
+    hosts = None if config else [upstream]
+    flags = Flags(config, hosts, uid_map, gid_map, tls_verify, state, store, workers, engine, listen, None, hold)
+    chosen = flags.config()
     found = chosen.registries.get(upstream) or next(
         (r for r in chosen.registries.values() if r.host == upstream), None
     )
@@ -225,10 +251,8 @@ def run(
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
     tls_verify: TlsVerify = None,
-    all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")
-    ] = False,
+    all_tags: AllTags = False,
+    again: Again = False,
     state: State = None,
     store: o.StoreDir = None,
     workers: Workers = None,
@@ -251,19 +275,26 @@ def run(
 
     named = once.parse_refs(refs)
     hosts = None if config else sorted({ref.host for ref in named})
-    chosen = settings_of(
-        config, hosts, uid_map, gid_map, state, store, workers=workers, engine=engine, tls_verify=tls_verify
-    )
+    flags = Flags(config, hosts, uid_map, gid_map, tls_verify, state, store, workers, engine)
+    out = Output(json, quiet)
     log_as_json("error")
-    done = once.run(chosen, once.Wanted(named, all_tags, again))
-    if json:
-        emit_json("hook-run", {"jobs": [row.view() for row in done.rows], "failed": done.failed})
-    else:
+    done = once.run(flags.config(), once.Wanted(named, all_tags, again))
+    if not out.told("hook-run", {"jobs": [row.view() for row in done.rows], "failed": done.failed}):
         _show(done.rows)
+    refuse_failures(done)
+    if not json:
+        out.note(f"{len(done.rows)} done")
+
+
+def refuse_failures(done: Pass) -> None:
+    """Raise if a part of a pass failed.
+
+    Raises:
+        PartialFailure: which.
+    """
     if done.failed:
         count = len(done.rows) + len(done.missing)
         raise PartialFailure(f"{len(done.failed)} of {count} failed: " + "; ".join(done.failed[:5]))
-    note(f"{len(done.rows)} done", quiet=quiet or json)
 
 
 @group.command()
@@ -287,9 +318,7 @@ def jobs(
         raise UsageError(f"--only {only!r}: want one of {', '.join(STATES)}")
     with _queue(config, state, store) as queue:
         rows = queue.jobs(only, limit)
-    if json:
-        emit_json("hook-jobs", {"jobs": [row.view() for row in rows]})
-    else:
+    if not Output(json).told("hook-jobs", {"jobs": [row.view() for row in rows]}):
         _show(rows)
 
 
@@ -320,8 +349,7 @@ def _queue(config: Path | None, state: Path | None, store: Path | None) -> closi
     from layerkit.hook.queue import Queue
 
     if state is None:
-        root = o.store_dir(store)
-        state = Config.read(Table.load(config)).state if config else root.with_name(root.name + "-hook")
+        state = Config.read(Table.load(config)).state if config else _state_of(o.store_dir(store))
     if not (state / "queue.sqlite").exists():
         raise UsageError(
             f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"

@@ -74,6 +74,3 @@ class RegistryCommand(TyperCommand):
             ),
         ]  # fmt: skip
         super().__init__(*args, params=[*(params or ()), *more], **kwargs)
-
-
-__all__ = ["RegistryCommand", "add_to_commands"]

@@ -176,6 +176,3 @@ def refuse_overlay(index: Index, namespaces: Sequence[Namespace], why: str) -> N
             raise UnsafeEntry(
                 str(index.diff_id), path, f"brings the overlay xattr {show_path(found[0])} of its own, {why}"
             )
-
-
-__all__ = ["STOCK_WARNINGS", "VENDOR_WARNINGS", "as_stubs", "filled", "plan_stubs", "refuse_overlay"]
