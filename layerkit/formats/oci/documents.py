@@ -329,13 +329,12 @@ def manifest_json(
     config: Descriptor,
     layers: Sequence[Descriptor],
     *,
-    media_type: str = MANIFEST,
     artifact_type: str = "",
     subject: Descriptor | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return an image manifest as deterministic JSON, members in the order of the specification."""
-    out: JsonObject = {"schemaVersion": 2, "mediaType": media_type}
+    out: JsonObject = {"schemaVersion": 2, "mediaType": MANIFEST}
     if artifact_type:
         out["artifactType"] = artifact_type
     out["config"] = descriptor_json(config)
