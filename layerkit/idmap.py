@@ -437,11 +437,6 @@ def apply(owned: Owned, mapping: Mapping) -> Owned:
     return owned.with_owners(columns[0], columns[1], tuple(sets))
 
 
-def check(tree: Tree, mapping: Mapping) -> None:
-    """Raise what :func:`apply` would raise."""
-    apply(tree, mapping)
-
-
 def _mapped_set(owned: Tree | Index, row: int, mapper: acl_caps.IdMapper) -> XattrSet:
     """Return one set of xattrs with the ids in it mapped."""
     pairs = owned.xattr_sets[row]

@@ -134,10 +134,6 @@ class MetadataLayer:
         stubs: NDArray[np.bool_] = (self.tree.kind == Kind.REG) & (self.tree.size > 0)
         return stubs
 
-    def redirects(self) -> NDArray[np.uint8]:
-        """Return uint8 (stubs, 24): the redirect of each stub by content, in inode order."""
-        return redirects(self.tree.sha256[self.is_stub])
-
     @property
     def redirect_bytes(self) -> NDArray[np.int64]:
         """Return int64 (m,): the length of the redirect of each inode, 0 for one that has none."""
@@ -205,11 +201,7 @@ def data_path(sha256: bytes) -> bytes:
 
 
 def metadata_layer(
-    tree: Tree,
-    namespace: Namespace = Namespace.TRUSTED,
-    *,
-    strict: bool = False,
-    places: Strings | None = None,
+    tree: Tree, namespace: Namespace = Namespace.TRUSTED, *, strict: bool = False, places: Strings | None = None
 ) -> MetadataLayer:
     """Return the metadata layer of ``tree`` (whose owners are already mapped, if they are to be).
 

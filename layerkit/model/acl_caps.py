@@ -123,11 +123,7 @@ def decode_capability(value: bytes) -> Capability:
 def encode_capability(capability: Capability) -> bytes:
     """Return the xattr value of ``capability``: the inverse of :func:`decode_capability`."""
     low = 0xFFFF_FFFF
-    words = [
-        capability.revision << 24 | capability.flags,
-        capability.permitted & low,
-        capability.inheritable & low,
-    ]
+    words = [capability.revision << 24 | capability.flags, capability.permitted & low, capability.inheritable & low]
     if capability.revision > 1:
         words += [capability.permitted >> 32, capability.inheritable >> 32]
     if capability.revision > 2:

@@ -15,7 +15,6 @@ import numpy as np
 from layerkit.formats.meta.fuse_tree import TREE_FILE
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
-from layerkit.idmap import check as check_map
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.facts import TreeFacts
@@ -101,7 +100,7 @@ class Preparation:
         facts = self.facts()
         for kind, ids in (("uid", facts.uids), ("gid", facts.gids)):
             if not mapping.lookup(kind, np.array(ids, np.uint32))[1].all():
-                check_map(self.tree(), mapping)
+                apply_map(self.tree(), mapping)
 
     def meta(
         self,

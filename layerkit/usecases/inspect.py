@@ -33,7 +33,7 @@ def inspect(work: Work, found: Found, mapping: Mapping | None) -> InspectReport:
     problems: list[str] = []
     if mapping is not None:
         try:
-            idmap.check(tree, mapping)
+            idmap.apply(tree, mapping)
         except LayerkitError as error:
             problems.append(str(error))
     return InspectReport(

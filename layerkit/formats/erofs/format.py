@@ -87,18 +87,10 @@ DEVICE_SLOT = struct.Struct("<64sII56s")
 """tag, blocks, block address in a flat address space (0: none), reserved."""
 
 _INODE_FIELDS = {
-    "format": (0, "<u2"),
-    "xattr_icount": (2, "<u2"),
-    "mode": (4, "<u2"),
-    "size": (8, "<u8"),
-    "u": (16, "<u4"),
-    "ino": (20, "<u4"),
-    "uid": (24, "<u4"),
-    "gid": (28, "<u4"),
-    "mtime": (32, "<i8"),
-    "mtime_ns": (40, "<u4"),
+    "format": (0, "<u2"), "xattr_icount": (2, "<u2"), "mode": (4, "<u2"), "size": (8, "<u8"), "u": (16, "<u4"),
+    "ino": (20, "<u4"), "uid": (24, "<u4"), "gid": (28, "<u4"), "mtime": (32, "<i8"), "mtime_ns": (40, "<u4"),
     "nlink": (44, "<u4"),
-}
+}  # fmt: skip
 
 
 def record(fields: dict[str, tuple[int, object]], itemsize: int) -> np.dtype[np.void]:
@@ -117,16 +109,9 @@ EXTENDED = extended_inode(EXTENDED_INODE_BYTES)
 """``u`` is a block address, a device number (new encoding) or a chunk format, by layout and mode."""
 
 COMPACT_FIELDS: dict[str, tuple[int, object]] = {
-    "format": (0, "<u2"),
-    "xattr_icount": (2, "<u2"),
-    "mode": (4, "<u2"),
-    "nlink": (6, "<u2"),
-    "size": (8, "<u4"),
-    "u": (16, "<u4"),
-    "ino": (20, "<u4"),
-    "uid": (24, "<u2"),
-    "gid": (26, "<u2"),
-}
+    "format": (0, "<u2"), "xattr_icount": (2, "<u2"), "mode": (4, "<u2"), "nlink": (6, "<u2"), "size": (8, "<u4"),
+    "u": (16, "<u4"), "ino": (20, "<u4"), "uid": (24, "<u2"), "gid": (26, "<u2"),
+}  # fmt: skip
 COMPACT = record(COMPACT_FIELDS, COMPACT_INODE_BYTES)
 
 DIRENT = record({"nid": (0, "<u8"), "nameoff": (8, "<u2"), "type": (10, "u1")}, DIRENT_BYTES)

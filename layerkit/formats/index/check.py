@@ -1,6 +1,6 @@
 """Whether an index from a stranger keeps to what one that was read from a layer always does.
 
-The reader of tars (``tar_reader``) refuses what is unsafe while it reads. An index that came from elsewhere has
+The reader of tars (``formats.tar``) refuses what is unsafe while it reads. An index that came from elsewhere has
 not gone through it, so the same rules are applied to its columns here. Even then it is a claim: it is marked as
 unproven until the layer is read.
 """

@@ -121,10 +121,7 @@ def legacy_config(chain: Sequence[LegacyLayer], diff_ids: Sequence[Digest]) -> b
         diff_ids: of their uncompressed layers, in the same order.
     """
     top = chain[-1].document
-    config: JsonObject = {
-        "architecture": top.get("architecture") or "amd64",
-        "os": top.get("os") or "linux",
-    }
+    config: JsonObject = {"architecture": top.get("architecture") or "amd64", "os": top.get("os") or "linux"}
     config |= {name: top[name] for name in ("created", "author", "config", "docker_version") if top.get(name)}
     config["rootfs"] = {"type": "layers", "diff_ids": [str(diff_id) for diff_id in diff_ids]}
     config["history"] = [_history(layer.document) for layer in chain]

@@ -327,10 +327,7 @@ class TarReader:
             self._bodies.clear()
             self._body_rows.clear()
         blocks = np.frombuffer(self._chunk, np.uint8, self._length // BLOCK * BLOCK).reshape(-1, BLOCK)
-        for positions, add in (
-            (self._extensions, self._table.add_extensions),
-            (self._members, self._table.add),
-        ):
+        for positions, add in ((self._extensions, self._table.add_extensions), (self._members, self._table.add)):
             if positions:
                 at = np.array(positions, np.int64)
                 add(blocks[at // BLOCK], at + self._base)

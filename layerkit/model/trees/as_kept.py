@@ -27,7 +27,7 @@ from layerkit.model.acl_caps import (
     AclEntry,
     decode_acl,
     encode_acl,
-)
+)  # fmt: skip
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.tree import Tree

@@ -611,11 +611,7 @@ def _xattrs(
 
 
 def _interned(
-    column: Column,
-    layer: Column,
-    used: NDArray[np.bool_],
-    sizes: Sequence[int],
-    number: Callable[[int, int], int],
+    column: Column, layer: Column, used: NDArray[np.bool_], sizes: Sequence[int], number: Callable[[int, int], int]
 ) -> NDArray[np.int32]:
     """Return ``column`` with rows of one common table in place of rows of each layer's own; -1 if unused.
 

@@ -24,7 +24,6 @@ from layerkit.hosts.containerd.snapshots.stacks import FILES, Lowers, Stack
 from layerkit.hosts.mounts.spec import ErofsLayer
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
-from layerkit.idmap import check as check_map
 from layerkit.linux import mounts
 from layerkit.linux.durable import is_staging, remove, staging_beside, sync_path, whole_file
 from layerkit.linux.folders.reader import index_layer_folder
@@ -236,7 +235,7 @@ class Layers:
             return
         for ids, id_map in zip(note["ids"], (mapping.uid, mapping.gid), strict=True):
             if not id_map.lookup(np.array(ids, np.uint32))[1].all():
-                check_map(self._tree(stack), mapping)
+                apply_map(self._tree(stack), mapping)
 
     # What is no longer needed
 
