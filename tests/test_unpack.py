@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from in_memory import Blob, described
+from programs import wait_for
 from tar_blocks import END, folder, header, member, packed, pax
 
 from layerkit import unpack
@@ -220,8 +221,8 @@ def test_threads_that_wait_for_room_are_woken_to_end(tar: bytes, monkeypatch: py
     reader = Blob(tar)
 
     def progress(*_step: object) -> None:
-        time.sleep(0.2)
-        assert SLOTS * 4096 <= reader.given < len(tar)
+        wait_for(lambda: reader.given >= SLOTS * 4096, "the ring gets full")
+        assert reader.given < len(tar)
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):

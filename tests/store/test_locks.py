@@ -43,23 +43,28 @@ def test_shared_holds_nest_and_keep_exclusive_out(folder: Path) -> None:
 def test_exclusive_waits_for_a_thread(folder: Path) -> None:
     locks = Locks(folder)
     locks.acquire_shared()
-    threading.Timer(0.1, locks.release_shared).start()
-    start = time.monotonic()
-    with locks.exclusive(10):
-        assert 0.05 < time.monotonic() - start < 5
-        done: list[float] = []
+    released, alone = threading.Event(), threading.Event()
+
+    def release() -> None:
+        released.set()
+        locks.release_shared()
+
+    threading.Timer(0.1, release).start()
+    with locks.exclusive(120):
+        assert released.is_set(), "it had waited"
+        done: list[bool] = []
 
         def hold() -> None:
             with locks.shared():
-                done.append(time.monotonic())
+                done.append(alone.is_set())
 
         thread = threading.Thread(target=hold)
         thread.start()
         thread.join(0.1)
         assert done == []
-        left = time.monotonic()
+        alone.set()
     thread.join()
-    assert done[0] >= left
+    assert done == [True], "the other waited in turn"
 
 
 def test_named_locks_exclude_threads_and_can_be_taken_again_by_their_own(folder: Path) -> None:

@@ -255,9 +255,8 @@ def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
         run = subprocess.Popen(
             command("unpack", image, target, "--store", tmp_path / "store"), stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 30
         while not list(tmp_path.glob(".root.*.layerkit-tmp/*/new/usr")):
-            assert run.poll() is None and time.monotonic() < deadline
+            assert run.poll() is None
             time.sleep(0.002)
         with pytest.raises(StoreError, match="another process"):
             unpack(image, target, tmp_path / "store")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,11 +249,15 @@ def test_token_authentication(tmp_path: Path, tiny_archive: Callable[..., Path],
         server.close()
 
 
-def test_tokens_are_renewed(tmp_path: Path, tiny_archive: Callable[..., Path]) -> None:
+def test_tokens_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerkit.images.registry.auth import Authenticator
     from layerkit.images.registry.client import RegistryClient
     from layerkit.images.registry.options import RegistryOptions
 
-    server = TokenServer(tmp_path / "tokens", life=2)
+    passed = [0.0]
+    defaults = Authenticator.__init__.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "clock", lambda: time.monotonic() + passed[0])
+    server = TokenServer(tmp_path / "tokens", life=300)
     try:
         with docker_registry(tmp_path / "r", auth="token", realm=server.url, token_cert=server.cert) as registry:
             auth = write_auth(tmp_path / "auth.json", registry.host)
@@ -263,9 +268,7 @@ def test_tokens_are_renewed(tmp_path: Path, tiny_archive: Callable[..., Path]) -
                 repo.put_blob(oci.EMPTY_DESCRIPTOR, [b"{}"])
                 asked = len(server.asked)
                 assert repo.blob_size(oci.EMPTY_DESCRIPTOR.digest) == 2
-                import time
-
-                time.sleep(1.2)
+                passed[0] = 295.0  # before it ends, a new one
                 assert repo.blob_size(oci.EMPTY_DESCRIPTOR.digest) == 2
                 assert len(server.asked) == asked + 2
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
-from programs import answer, run, run_layerkit
+from programs import answer, run, run_layerkit, wait_for
 
 import layerkit
 from layerkit.hosts.adopted import mount as adopt
@@ -433,11 +433,12 @@ def containerd_root(app_image: Path, tmp_path_factory: pytest.TempPathFactory) -
             stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        for _ in range(100):
-            if subprocess.run(["ctr", "-a", socket, "version"], capture_output=True).returncode == 0:
-                break
+
+        def serves() -> bool:
             assert daemon.poll() is None, (state / "log").read_text()
-            subprocess.run(["sleep", "0.1"], check=True)
+            return run("ctr", "-a", socket, "version", code=None).returncode == 0
+
+        wait_for(serves)
         run(
             "ctr",
             "-a",

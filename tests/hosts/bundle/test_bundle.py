@@ -47,7 +47,7 @@ for path in ("/usr/bin/su", "/opt/app", "/opt/tools/setuid", "/opt/tools/setgid"
     st = os.stat(path)
     out[path] = [st.st_uid, st.st_gid, st.st_mode & 0o7777]
 su = subprocess.Popen(["su"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-for _ in range(200):
+while True:
     status = dict(line.split(":", 1) for line in open(f"/proc/{su.pid}/status") if ":" in line)
     if status["Name"].strip() == "su":
         break

@@ -12,8 +12,7 @@ import stat
 import struct
 import subprocess
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import runnable
 from engines import Engine, containerd, containerd_version, short_folder
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
-from programs import command, run
+from programs import command, run, wait_for
 from snapshot_client import Process, mounted, snapshotter, unmount
 
 from layerkit.hosts.containerd.config_toml import proxy_plugin
@@ -60,7 +59,7 @@ class Host:
     def again(self) -> None:
         """Start the snapshotter that was killed; containerd tries its socket again within 3 seconds."""
         self.process.start()
-        _wait(lambda: self.engine.run("snapshot", "--snapshotter", "layerkit", "ls").returncode == 0, 10)
+        wait_for(lambda: self.engine.run("snapshot", "--snapshotter", "layerkit", "ls").returncode == 0)
 
     def kill(self, *names: str) -> None:
         for name in names:
@@ -181,7 +180,7 @@ def test_two_maps_of_one_image(request: pytest.FixtureRequest, way: str, tmp_pat
         info = json.loads(host.engine("container", "info", f"c-{shift}"))
         assert info["Snapshotter"] == "layerkit"
         root = host.folder / f"state/io.containerd.runtime.v2.task/default/c-{shift}/rootfs"
-        _wait(partial(_has_group, root / "made", shift + 6))
+        wait_for(partial(_has_group, root / "made", shift + 6))
         facts = (root / "made").stat()
         assert (facts.st_uid, facts.st_gid) == (shift + 5, shift + 6)
         assert stat.S_IMODE((root / "bin/su").stat().st_mode) == 0o4755
@@ -203,13 +202,6 @@ def _usage(host: Host, key: str) -> str:
     """Return the bytes of a container's snapshot."""
     [row] = [info for info in host.process.client.walk() if info.name.endswith(f"/{key}")]
     return str(host.process.client.usage(row.name).size)
-
-
-def _wait(ready: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_stock_remap_loses_what_ours_keeps(imported: Host) -> None:
@@ -265,7 +257,7 @@ def test_many_maps_and_containers_at_once(added: Host) -> None:
         list(pool.map(start, names))
     base = host.folder / "state/io.containerd.runtime.v2.task/default"
     roots = [base / name / "rootfs" for name in names]
-    _wait(lambda: all((root / "sum").exists() and (root / "sum").stat().st_size for root in roots), 60)
+    wait_for(lambda: all((root / "sum").exists() and (root / "sum").stat().st_size for root in roots))
     assert len({(root / "sum").read_text() for root in roots}) == 1
     assert [(root / "mine").stat().st_uid for root in roots] == [100_000 * (1 + n) for n in range(_CONTAINERS)]
     # What a further map costs: no copy of anything.
@@ -286,7 +278,7 @@ def test_container_starts_again_after_the_snapshotter_came_back(added: Host) -> 
     host = added
     host.run("again", "touch /first; sleep 1000", shift=100_000, keep=True)
     root = host.folder / "state/io.containerd.runtime.v2.task/default/again/rootfs"
-    _wait(lambda: (root / "first").exists())
+    wait_for(lambda: (root / "first").exists())
     host.engine("task", "kill", "--signal", "SIGKILL", "again")
     host.engine("task", "delete", "--force", "again")
     host.process.stop(signal.SIGKILL)
@@ -294,7 +286,7 @@ def test_container_starts_again_after_the_snapshotter_came_back(added: Host) -> 
         subprocess.run(["umount", target], check=True)
     host.again()
     host.engine("task", "start", "--detach", "--null-io", "again")
-    _wait(lambda: (root / "first").exists())
+    wait_for(lambda: (root / "first").exists())
     assert (root / "first").stat().st_uid == 100_000
     host.kill("again")
 
@@ -340,7 +332,7 @@ def test_views_and_diffs(added: Host, tmp_path: Path) -> None:
     host.engine.run(*snapshots, "rm", "look")  # it has no root label: gc may have been quicker
     host.run("changed", "touch /made; sleep 1000", keep=True)
     root = host.folder / "state/io.containerd.runtime.v2.task/default/changed/rootfs"
-    _wait(lambda: (root / "made").exists())
+    wait_for(lambda: (root / "made").exists())
     diff = host.engine(*snapshots, "diff", "changed").encode(errors="surrogateescape")
     with tarfile.open(fileobj=io.BytesIO(diff)) as archive:
         assert "made" in archive.getnames() and "data" not in archive.getnames()

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 from disks import disk
 from needs import need_root
-from programs import run_layerkit
+from programs import command, run_layerkit, wait_for
 
 import layerkit
 from layerkit.hosts.adopted import mount as adopt
@@ -163,19 +162,25 @@ def test_the_command(tmp_path: Path) -> None:
         assert "--watch" in asked(target, *store, "--seconds", "1", code=2).stderr
 
 
+def watches(pid: int) -> bool:
+    """Return whether a process has told the kernel what to watch, and waits for more than it was told."""
+    marks = "".join(path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "fanotify mnt_id" in marks and state == "S"
+
+
 def test_a_watch_ends_with_an_interrupt_and_answers(tmp_path: Path) -> None:
     need_root()
     with writable(tmp_path) as target:
-        words = [sys.executable, "-m", "layerkit.cli.main", "copyups", str(target), "--watch", "--json",
-                 "--store", str(tmp_path / "store")]  # fmt: skip
+        words = command("copyups", target, "--watch", "--json", "--store", tmp_path / "store")
         watching = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert watching.stderr is not None
         assert "Ctrl-C" in watching.stderr.readline()
-        time.sleep(1.5)
+        wait_for(lambda: watches(watching.pid))
         os.close(os.open(target / "read-write", os.O_RDWR))
-        time.sleep(0.3)
+        wait_for(lambda: watches(watching.pid))
         watching.send_signal(2)
-        out, _ = watching.communicate(timeout=20)
+        out, _ = watching.communicate(timeout=120)
         assert [x["path"] for x in json.loads(out)["opened"]] == ["read-write"]
 
 

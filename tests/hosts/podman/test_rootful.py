@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engines import Engine, podman
+from programs import wait_for
 from rootless_podman import load_box, need_podman, write_program
 
 from layerkit.linux import pagecache
@@ -36,23 +37,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def _wait_until_ready(engine: Engine, name: str) -> None:
-    for _ in range(200):
-        if engine.run("exec", name, "stat", "/ready").returncode == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(engine.run("logs", name))
+    wait_for(lambda: engine.run("exec", name, "stat", "/ready").returncode == 0)
 
 
 def _remove(engine: Engine, *names: str) -> None:
     """Remove containers. podman races with its own clean-up for their /dev/shm: "device or resource busy"."""
+
+    def gone(name: str) -> bool:
+        engine.run("rm", "--force", "--time", "0", name)
+        return engine.run("container", "exists", name).returncode == 1
+
     for name in names:
-        for _ in range(100):
-            engine.run("rm", "--force", "--time", "0", name)
-            if engine.run("container", "exists", name).returncode == 1:
-                break
-            time.sleep(0.1)
-        else:
-            raise AssertionError(engine("ps", "--all"))
+        wait_for(functools.partial(gone, name), f"{name} stays")
 
 
 def test_owners_with_lowers_that_podman_has_idmapped(engine: Engine) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from engines import Engine
 from ordinary_users import SUBIDS
+from programs import wait_for
 from rootless_podman import CREATE, RUN, UID, as_user, load_box, need_podman, rootless_podman, servers
 
 MAPS = {
@@ -45,10 +46,7 @@ def engine() -> Iterator[Engine]:
         load_box(engine)
         yield engine
         engine.run("rm", "--all", "--force", "--time", "0")
-        end = time.monotonic() + 5
-        while servers() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not servers(), "servers live on without their mounts"
+        wait_for(lambda: not servers(), "servers live on without their mounts")
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +70,7 @@ def start(engine: Engine, name: str, *options: str, script: str = "true") -> Non
         *CREATE, "--name", name, "--user", "0", *options, "box", "sh", "-c", f"{script}; touch /ready; sleep 600"
     )
     engine("start", name)
-    for _ in range(100):
-        if engine.run("exec", name, "stat", "/ready").returncode == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(engine("logs", name))
+    wait_for(lambda: engine.run("exec", name, "stat", "/ready").returncode == 0)
 
 
 def last_call(engine: Engine) -> str:
@@ -249,10 +243,7 @@ def test_twenty_containers_at_once_started_and_killed(engine: Engine) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(begin, range(len(names))))
     uppers = [upper(engine, name) for name in names]
-    end = time.monotonic() + 60
-    while not all((place / "sum").exists() and (place / "sum").stat().st_size for place in uppers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: all((place / "sum").exists() and (place / "sum").stat().st_size for place in uppers))
     assert {(place / "sum").read_text().split()[0] for place in uppers} == {"b5cfa9d6c8febd618f91ac2843d50a1c"}
     # 0 of podman's namespace is the user, and what comes after are the subordinate ids.
     owners = [(place / "mine").stat().st_uid for place in uppers]
@@ -263,9 +254,7 @@ def test_twenty_containers_at_once_started_and_killed(engine: Engine) -> None:
     engine("kill", "--signal", "KILL", *names)
     engine("rm", "--force", "--time", "0", *names)
     assert folders(engine) == before
-    while servers():
-        assert time.monotonic() < end, "servers live on without their mounts"
-        time.sleep(0.05)
+    wait_for(lambda: not servers(), "servers live on without their mounts")
     assert engine(*RUN, "--uidmap", "0:1000:2000", "box", "cat", "/data/two") == "two\n"
 
 
@@ -273,8 +262,7 @@ def test_a_container_restarts_with_what_it_wrote(engine: Engine) -> None:
     start(engine, "again", "--userns=keep-id", script="echo kept >> /data/kept; chown 5:7 /data/kept")
     engine("stop", "--time", "0", "again")
     engine("start", "again")
-    time.sleep(0.3)
-    assert engine("exec", "again", "cat", "/data/kept") == "kept\nkept\n"
+    wait_for(lambda: engine("exec", "again", "cat", "/data/kept") == "kept\nkept\n")
     assert engine("exec", "again", "stat", "-c", "%u:%g", "/data/kept") == "5:7\n"
 
 
@@ -291,7 +279,7 @@ def test_killed_servers(engine: Engine) -> None:
     assert engine("exec", "c", "ls", "/gone") == "new\n"
     for pid in servers():
         os.kill(pid, 9)
-    time.sleep(0.2)
+    wait_for(lambda: not servers())
     done = engine.run("exec", "c", "stat", "/root/secret")
     assert done.returncode != 0
     said = (done.stdout + done.stderr).decode().lower()

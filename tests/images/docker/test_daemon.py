@@ -8,7 +8,6 @@ import os
 import signal
 import socketserver
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import pytest
 import runnable
 from engines import Engine
 from made_images import Layout, attach, dump, tar
-from programs import run_layerkit
+from programs import command, run_layerkit, wait_for
 
 from layerkit.images.open import open_source
 
@@ -138,20 +137,17 @@ def test_a_killed_upload_loads_nothing(docker_engine: Engine, tmp_path: Path) ->
     spool = docker_engine.folder / "data/tmp"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         process = subprocess.Popen(
-            [sys.executable, "-m", "layerkit.cli.main", "copy", tmp_path / "big", "docker-daemon:big:1"],
+            command("copy", tmp_path / "big", "docker-daemon:big:1"),
             env={**os.environ, "DOCKER_HOST": docker_engine.address}, stderr=subprocess.PIPE,
         )  # fmt: skip
-        end = time.monotonic() + 60
-        while not any(spool.rglob("*")) and process.poll() is None and time.monotonic() < end:
+        while not any(spool.rglob("*")) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(number)
         assert process.wait(60) == code, process.stderr.read() if process.stderr else ""
         if process.stderr:
             process.stderr.close()
         assert images(docker_engine) == before
-        while any(spool.rglob("*")):  # the daemon clears away what it got
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: not any(spool.rglob("*")))  # the daemon clears away what it got
 
 
 def test_what_a_daemon_has_no_place_for(cli: Callable[..., Any], docker_engine: Engine, tmp_path: Path) -> None:
