@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
-from hook_service import BEARER, MAP_A, TOKEN, call, event, hook_process
+from hook_service import BEARER, MAP_A, call, event, hook_process, write_config
 from made_images import MANIFEST
 from programs import wait_for
 from pushed_images import REMAP, ask, image, settled
@@ -15,31 +16,18 @@ from registry_fake import fake_registry
 def test_artifacts_come_by_the_referrers_api_and_once(tmp_path: Path) -> None:
     """What the hook publishes is listed by the API, no tag stands in for it, and a second hook writes nothing."""
     data, blobs, _ = image(1)
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0o600)
     with fake_registry() as fake:
         subject = fake.put("team/app", "v1", data, MANIFEST)
         fake.repo("team/app").blobs.update(blobs)
         for turn in ("first", "second"):  # each with state and store of its own: only the registry remembers
-            (tmp_path / "hook.toml").write_text(f"""
-listen = "127.0.0.1:0"
-state = "{turn}-state"
-store = "{turn}-store"
-token_file = "token"
-[[registry]]
-name = "main"
-host = "{fake.host}"
-tls_verify = false
-[[map]]
-uid_map = ["{MAP_A}"]
-""")
+            config = write_config(tmp_path, fake.host, MAP_A, name=f"{turn}-")
             writes = fake.count("PUT") + fake.count("POST") + fake.count("PATCH")
-            with hook_process(tmp_path / "hook.toml", log=tmp_path / "log") as (_, url):
+            with hook_process(config, log=tmp_path / "log") as (_, url):
                 told = {"events": [event("team/app", subject, tag="v1")]}
                 assert call(f"{url}/v1/events/main", told)[0] == 202
-                wait_for(lambda url=url: settled(url, 1))  # type: ignore[misc]
+                wait_for(partial(settled, url, 1))
                 assert call(f"{url}/v1/events/main", told)[0] in (200, 202)
-                wait_for(lambda url=url: settled(url, 1))  # type: ignore[misc]
+                wait_for(partial(settled, url, 1))
                 jobs = json.loads(call(f"{url}/v1/jobs?limit=10", headers=BEARER)[2])["jobs"]
                 assert [job["state"] for job in jobs] == ["done"], jobs
             written = fake.count("PUT") + fake.count("POST") + fake.count("PATCH") - writes

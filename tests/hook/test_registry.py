@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
-from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process
+from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process, write_config
 from made_images import INDEX, MANIFEST, digest, dump
 from programs import answer, free_port, run_layerkit, wait_for
 from pushed_images import REMAP, Pushed, artifacts, ask, image, map_of, push, settled, states
@@ -36,29 +36,15 @@ class Site:
     port: int
 
     def config(self, *maps: str, more: str = "", indexes_in: str = "") -> Path:
-        (self.folder / "token").write_text(TOKEN)
-        (self.folder / "token").chmod(0o600)
-        text = f"""
-listen = "127.0.0.1:{self.port}"
-state = "state"
-store = "store"
-token_file = "token"
-drain_seconds = 5
-{more}
-[[registry]]
-name = "main"
-host = "{self.wire.host}"
-tls_verify = false
-index_repository = "{indexes_in}"
+        registry = f"""index_repository = "{indexes_in}"
 [retry]
 first_seconds = 0.3
 most_seconds = 2
 attempts = 200
 losses = 1000
 """
-        path = self.folder / "hook.toml"
-        path.write_text(text + "".join(f'[[map]]\nuid_map = ["{each}"]\n' for each in maps))
-        return path
+        more = f"drain_seconds = 5\n{more}"
+        return write_config(self.folder, self.wire.host, *maps, port=self.port, more=more, registry=registry)
 
     def at_work(self, url: str, count: int) -> Callable[[], bool]:
         """Say whether the hook has asked for something since now, or has nothing left to do."""

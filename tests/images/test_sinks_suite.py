@@ -30,17 +30,6 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def made() -> Made:
-    return image_places.make()
-
-
-@pytest.fixture
-def places(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Places]:
-    with image_places.places(tmp_path, request) as made:
-        yield made
-
-
-@pytest.fixture
 def put(made: Made, tmp_path: Path) -> Callable[..., None]:
     """Return what puts ``made``, or another image, into a sink."""
 

@@ -6,9 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
-import image_places
 import pytest
 from image_places import INDEXED, NAME, SOURCES, Made, Places
 from in_memory import MemorySink
@@ -24,17 +22,6 @@ from layerkit.model.ports import BlobReader, ImageSource
 
 every = pytest.mark.parametrize("kind", SOURCES)
 indexed = pytest.mark.parametrize("kind", INDEXED)
-
-
-@pytest.fixture
-def made() -> Made:
-    return image_places.make()
-
-
-@pytest.fixture
-def places(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Places]:
-    with image_places.places(tmp_path, request) as made:
-        yield made
 
 
 @pytest.fixture

@@ -147,3 +147,10 @@ class Page:
     def screenshot(self, path: Path) -> None:
         """Write what the window shows as PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+
+
+def dom(page: Path, folder: Path) -> str:
+    """Return the document that a page in a file makes of itself; the browser keeps its profile in ``folder``."""
+    with Page(folder) as browser:
+        browser.open(page.as_uri())
+        return str(browser.eval("document.documentElement.outerHTML"))

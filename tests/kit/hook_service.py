@@ -47,6 +47,32 @@ def settings(folder: Path, host: str = "127.0.0.1:1", *, maps: tuple[str, ...] =
     return Config.read(Table(values | {"token_file": str(folder / "token")}, "test", folder))
 
 
+def write_config(
+    folder: Path, host: str, *maps: str, name: str = "", port: int = 0, more: str = "", registry: str = ""
+) -> Path:
+    """Write ``hook.toml`` and the file of its token: state and store are ``{name}state`` and ``{name}store``.
+
+    ``more`` is TOML of the top, ``registry`` of the registry called ``main``.
+    """
+    (folder / "token").write_text(TOKEN)
+    (folder / "token").chmod(0o600)
+    text = f"""
+listen = "127.0.0.1:{port}"
+state = "{name}state"
+store = "{name}store"
+token_file = "token"
+{more}
+[[registry]]
+name = "main"
+host = "{host}"
+tls_verify = false
+{registry}
+"""
+    path = folder / "hook.toml"
+    path.write_text(text + "".join(f'[[map]]\nuid_map = ["{each}"]\n' for each in maps))
+    return path
+
+
 def no_registry(registry: Registry, repository: str, tag: str) -> Digest:
     """A resolver that knows the tag ``v1`` only."""
     if tag != "v1":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import disk
 from needs import need_root, need_tool
 
 from layerkit.linux import mounts, tiny_erofs
@@ -27,19 +28,6 @@ def nothing_stays(tmp_path: Path) -> Iterator[None]:
     assert [m for m in mounts.mount_table() if "layerkit-probe" in m.point] == []
 
 
-def disk(tmp_path: Path, make: list[str]) -> Path:
-    """Return a folder on a new filesystem in a file, which the test must unmount."""
-    need_root()
-    need_tool(make[0])
-    image = tmp_path / "disk"
-    with image.open("wb") as f:
-        f.truncate(400 << 20)
-    subprocess.run([*make, image], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    (tmp_path / "fs").mkdir()
-    subprocess.run(["mount", "-o", "loop", image, tmp_path / "fs"], check=True)
-    return tmp_path / "fs"
-
-
 def test_the_host_of_the_tests_can_do_everything_but_what_its_disk_cannot(tmp_path: Path) -> None:
     need_root()
     features = Features(tmp_path)
@@ -50,18 +38,15 @@ def test_the_host_of_the_tests_can_do_everything_but_what_its_disk_cannot(tmp_pa
     assert features.filesystem == mounts.mount_of(tmp_path).fstype  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("make", [["mkfs.xfs", "-q"], ["mkfs.btrfs", "-q"]])
-def test_reflinks_are_found_where_they_are(tmp_path: Path, make: list[str]) -> None:
-    folder = disk(tmp_path, make)
-    try:
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_reflinks_are_found_where_they_are(tmp_path: Path, kind: str) -> None:
+    with disk(tmp_path, kind, size=400 << 20) as folder:
         features = Features(folder / "not" / "yet")
-        assert features.filesystem == make[0].removeprefix("mkfs.")
+        assert features.filesystem == kind
         assert features.reflink
         assert features.erofs_device
         assert features.erofs_directio
         assert features.store_idmap
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_what_tmpfs_cannot_do(tmp_path: Path) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import browser
 import pytest
 from needs import need_tool
 from programs import run_layerkit
@@ -167,12 +165,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     need_tool("chromium")
     page = tmp_path / "page.html"
     page.write_text(report_html(hostile_report()))
-    done = subprocess.run(
-        [shutil.which("chromium") or "", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=999",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}, check=True,
-    )  # fmt: skip
-    dom = done.stdout
+    dom = browser.dom(page, tmp_path / "profile")
     assert "<title>&lt;/title&gt;" in dom
     assert "<img" not in dom
     assert "6 paths waste 60 B" in dom

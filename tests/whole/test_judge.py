@@ -60,32 +60,15 @@ def mounted(image: Path, store: Path, target: Path, data: str, rendering: str, o
         return opened.mount(target, layerkit.mapping(MAP), rendering=rendering, own_meta=own)
 
 
+@pytest.mark.parametrize("name", ["tiny", "app"])
 @pytest.mark.parametrize(("data", "rendering", "own"), WAYS)
-def test_tiny_as_umoci_and_the_kernel_show_it(
-    tiny_image: Path,
-    judged_tiny: dict[bytes, Shown],
-    store: Path,
-    tmp_path: Path,
-    data: str,
-    rendering: str,
-    own: bool,
+def test_an_image_as_umoci_and_the_kernel_show_it(
+    name: str, data: str, rendering: str, own: bool, request: pytest.FixtureRequest, store: Path, tmp_path: Path
 ) -> None:
-    with mounted(tiny_image, store, tmp_path / "m", data, rendering, own):
-        assert differences(snapshot(tmp_path / "m"), judged_tiny, skip=UNTOLD) == []
-
-
-@pytest.mark.parametrize(("data", "rendering", "own"), WAYS)
-def test_app_as_umoci_and_the_kernel_show_it(
-    app_layout: Path,
-    judged_app: dict[bytes, Shown],
-    store: Path,
-    tmp_path: Path,
-    data: str,
-    rendering: str,
-    own: bool,
-) -> None:
-    with mounted(app_layout, store, tmp_path / "m", data, rendering, own):
-        assert differences(snapshot(tmp_path / "m"), judged_app, skip=UNTOLD) == []
+    image = request.getfixturevalue("tiny_image" if name == "tiny" else "app_layout")
+    want = request.getfixturevalue(f"judged_{name}")
+    with mounted(image, store, tmp_path / "m", data, rendering, own):
+        assert differences(snapshot(tmp_path / "m"), want, skip=UNTOLD) == []
 
 
 @pytest.mark.parametrize(("data", "rendering", "own"), WAYS)

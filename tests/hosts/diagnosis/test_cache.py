@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 from needs import need_root, need_tool
 from programs import Cli
@@ -159,12 +160,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert "<img" not in text
     page = tmp_path / "page.html"
     page.write_text(text)
-    done = subprocess.run(
-        [shutil.which("chromium") or "", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=999",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}, check=True,
-    )  # fmt: skip
-    dom = done.stdout
+    dom = browser.dom(page, tmp_path / "profile")
     assert "5 mounts against one copy: 300 kB seen, 60.0 kB of memory" in dom
     assert dom.count('class="shared"') >= 6
     assert 'aria-label="as copies: as copies 300 kB"' in dom

@@ -22,6 +22,7 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound, RegistryError
 
 PASSWORD = "sentinel-secret-51fe"
+AUTH = {"username": "u", "password": PASSWORD}
 BIG = os.urandom(6 << 20)
 """Above the size that is sent in one piece from memory."""
 
@@ -33,34 +34,6 @@ def descriptor(data: bytes, media_type: str = "application/octet-stream") -> Des
 def pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
     """Chunks that can be iterated once only."""
     yield from (data[i : i + size] for i in range(0, len(data), size))
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with fake_registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., RegistryClient]]:
-    """Return a maker of clients that wait no time between attempts, and know a password for the host given."""
-    made: list[RegistryClient] = []
-
-    def client(host: str = "", **options: object) -> RegistryClient:
-        auth = tmp_path / "auth.json"
-        auth.write_text(json.dumps({"auths": {host: {"username": "u", "password": PASSWORD}} if host else {}}))
-        settings = {"authfile": auth, "tls_verify": False, "retry": Retry(4, 0.001, 0.01), "chunk_bytes": 1 << 20}
-        made.append(RegistryClient(RegistryOptions(**{**settings, **options})))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield client
-    for each in made:
-        each.close()
-
-
-@pytest.fixture
-def repo(fake: Fake, make: Callable[..., RegistryClient]) -> Repository:
-    return make().repository(f"{fake.host}/team/app")
 
 
 def read(repo: Repository, blob: Descriptor) -> bytes:
@@ -398,7 +371,7 @@ def test_credentials_stay_with_their_host(fake: Fake, make: Callable[..., Regist
             return False
 
         fake.before = away
-        repo = make(fake.host).repository(f"{fake.host}/team/app")
+        repo = make({fake.host: AUTH}).repository(f"{fake.host}/team/app")
         assert read(repo, descriptor(b"x")) == b"x"
         assert any("Authorization" in h for _, _, h in fake.requests)
         assert other.requests and not any("Authorization" in h for _, _, h in other.requests)
@@ -419,7 +392,7 @@ def test_upload_session_on_another_host_gets_no_credentials(
 
         fake.before = away
         with pytest.raises(RegistryError):
-            make(fake.host).repository(f"{fake.host}/team/app").put_blob(descriptor(b"x"), [b"x"])
+            make({fake.host: AUTH}).repository(f"{fake.host}/team/app").put_blob(descriptor(b"x"), [b"x"])
         assert not any("Authorization" in h for _, _, h in other.requests)
 
 
@@ -438,7 +411,7 @@ def test_hostile_token_servers(fake: Fake, make: Callable[..., RegistryClient], 
 
     fake.before = ask
     with pytest.raises(RegistryError, match="nothing was sent") as caught:
-        make(fake.host).repository(f"{fake.host}/team/app").manifest("v1")
+        make({fake.host: AUTH}).repository(f"{fake.host}/team/app").manifest("v1")
     assert caught.value.exit_code == 4
 
 
@@ -456,7 +429,7 @@ def test_no_secret_in_errors_or_logs(
 
     fake.before = echo
     caplog.set_level(logging.DEBUG)
-    repo = make(fake.host).repository(f"{fake.host}/team/app")
+    repo = make({fake.host: AUTH}).repository(f"{fake.host}/team/app")
     texts = []
     for action in (lambda: repo.manifest("v1"), lambda: repo.put_blob(descriptor(b"x"), [b"x"])):
         with pytest.raises(RegistryError) as caught:
@@ -489,7 +462,7 @@ def test_no_token_in_errors_or_logs(
     fake.before = echo
     caplog.set_level(logging.DEBUG)
     with pytest.raises(RegistryError, match="denies") as caught:
-        make(fake.host).repository(f"{fake.host}/team/app").manifest("v1")
+        make({fake.host: AUTH}).repository(f"{fake.host}/team/app").manifest("v1")
     for text in (str(caught.value), caplog.text):
         assert token not in text and PASSWORD not in text
     assert fake.count("GET", "/token") == 1

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import runnable
 from engines import Engine
-from hook_service import MAP_A, MAP_B, TOKEN, hook_process
+from hook_service import MAP_A, MAP_B, hook_process, write_config
 from made_images import INDEX, MANIFEST, digest
 from programs import run_layerkit
 from pushed_images import ask
@@ -56,19 +56,6 @@ def test_pulls_before_and_after(
         assert ask(registry.host, "team/run/manifests/v1", Accept=f"{MANIFEST}, {INDEX}")[1] == data
         use(client, f"{registry.host}/team/run", digest(data))
 
-        (tmp_path / "token").write_text(TOKEN)
-        (tmp_path / "token").chmod(0o600)
-        (tmp_path / "hook.toml").write_text(f"""
-listen = "127.0.0.1:0"
-state = "state"
-store = "hook-store"
-token_file = "token"
-[[registry]]
-name = "main"
-host = "{registry.host}"
-tls_verify = false
-[[map]]
-uid_map = ["{MAP_A}"]
-""")
-        with hook_process(tmp_path / "hook.toml", "proxy", "main", log=tmp_path / "log") as (_, url):
+        config = write_config(tmp_path, registry.host, MAP_A, name="hook-")
+        with hook_process(config, "proxy", "main", log=tmp_path / "log") as (_, url):
             use(client, f"{url.removeprefix('http://')}/team/run", digest(data))

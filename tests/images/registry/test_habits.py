@@ -8,50 +8,23 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from made_images import digest as digest_of
 from programs import skopeo
-from registry_fake import Fake, Handler, fake_registry
+from registry_fake import Fake, Handler
 from registry_server import PASSWORD, USER, TokenServer, docker_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.registry.client import RegistryClient, Repository
-from layerkit.images.registry.options import RegistryOptions, Retry
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, RegistryError
 
 BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 BLOB = b"a blob" * 1000
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with fake_registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., RegistryClient]]:
-    made: list[RegistryClient] = []
-
-    def client(**auths: object) -> RegistryClient:
-        file = tmp_path / f"auth{len(made)}.json"
-        file.write_text(json.dumps({"auths": {name.replace("__", ":"): value for name, value in auths.items()}}))
-        made.append(RegistryClient(RegistryOptions(authfile=file, tls_verify=False, retry=Retry(3, 0.001, 0.01))))
-        return made[-1]
-
-    yield client
-    for each in made:
-        each.close()
-
-
-@pytest.fixture
-def repo(fake: Fake, make: Callable[..., RegistryClient]) -> Repository:
-    return make().repository(f"{fake.host}/team/app")
 
 
 def blob(data: bytes) -> Descriptor:
@@ -182,7 +155,7 @@ def test_several_challenges(fake: Fake, make: Callable[..., RegistryClient], cha
         return True
 
     fake.before = closed
-    client = make(**{fake.host.replace(":", "__"): {"username": USER, "password": PASSWORD}})
+    client = make({fake.host: {"username": USER, "password": PASSWORD}})
     assert client.repository(f"{fake.host}/team/app").manifest("v1")[1] == manifest()
 
 
@@ -200,7 +173,7 @@ def test_bearer_is_preferred_to_basic(fake: Fake, make: Callable[..., RegistryCl
             return True
 
         fake.before = closed
-        client = make(**{fake.host.replace(":", "__"): {"username": USER, "password": PASSWORD}})
+        client = make({fake.host: {"username": USER, "password": PASSWORD}})
         client.repository(f"{fake.host}/team/app").manifest("v1")
         assert tokens.asked == [["repository:team/app:pull"]]
         assert not [head for _, _, head in fake.requests if head.get("Authorization", "").startswith("Basic")]
