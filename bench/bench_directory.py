@@ -81,7 +81,7 @@ def _chown(work: Path, lower: Path) -> Callable[[int], float]:
         with contextlib.ExitStack() as stack:
             fds = [stack.enter_context(mounts.closing(mounts.open_folder(p))) for p in (lower, upper, scratch)]
             mount = stack.enter_context(
-                mounts.closing(mounts.overlay(fds[:1], upper=fds[1], work=fds[2], metacopy=True))
+                mounts.closing(mounts.overlay(mounts.Layers(fds[:1], (), *fds[1:]), metacopy=True))
             )
             mounts.attach(mount, target)
         try:

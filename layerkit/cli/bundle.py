@@ -104,7 +104,7 @@ def bundle(
 
     rootless = rootless or (remove and _is_rootless(Path(ref)))
     if rootless:
-        from layerkit.linux.rootless import enter
+        from layerkit.linux.userns import enter
 
         # Before anything that starts threads.
         enter()

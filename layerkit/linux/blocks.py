@@ -8,6 +8,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from layerkit.linux.syscalls import opened
+
 _FIEMAP = 0xC020660B
 _HEAD = struct.Struct("=QQIIII")
 _EXTENT = struct.Struct("=QQQQQIIII")
@@ -52,8 +54,5 @@ def blocks(fd: int) -> Blocks | None:
 
 def blocks_of(path: str | bytes) -> Blocks | None:
     """Return :func:`blocks` of the file at ``path``, through no link at its end."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         return blocks(fd)
-    finally:
-        os.close(fd)

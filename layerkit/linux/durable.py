@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -16,13 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.linux.syscalls import FOLDER
+from layerkit.linux.syscalls import AT_FDCWD, FOLDER, failed, opened
 from layerkit.model.errors import StoreError, UsageError
 
 _SYNC_FILE_RANGE_WRITE = 2
 _RENAME_NOREPLACE = 1
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
-_AT_FDCWD = -100
 _STAGING = ".layerkit-tmp"
 _ATTEMPTS = 100
 NEW = "new"
@@ -46,20 +46,16 @@ def sync_filesystem(fd: int) -> None:
         OSError: something could not be written.
     """
     if _libc.syncfs(ctypes.c_int(fd)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise failed(ctypes.get_errno(), "syncfs")
 
 
 def sync_path(path: str | Path, at: int | None = None) -> None:
     """Write a file, or a folder's entries, to disk; ``at`` is what a relative path starts at."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
-    try:
+    with opened(path, at=at) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
-def rename_new(source: bytes, target: bytes, source_dir: int = _AT_FDCWD, target_dir: int = _AT_FDCWD) -> bool:
+def rename_new(source: bytes, target: bytes, source_dir: int = AT_FDCWD, target_dir: int = AT_FDCWD) -> bool:
     """Rename ``source`` to ``target`` unless ``target`` exists; return whether it was done.
 
     Filesystems without RENAME_NOREPLACE get a hard link in its place (for files).
@@ -71,22 +67,19 @@ def rename_new(source: bytes, target: bytes, source_dir: int = _AT_FDCWD, target
     if number in (errno.EEXIST, errno.ENOTEMPTY):
         return False
     if number not in _NO_RENAMEAT2:
-        raise OSError(number, os.strerror(number), os.fsdecode(target))
-    at = {
-        "src_dir_fd": None if source_dir < 0 else source_dir,
-        "dst_dir_fd": None if target_dir < 0 else target_dir,
-    }
-    folder = stat.S_ISDIR(os.stat(source, dir_fd=at["src_dir_fd"], follow_symlinks=False).st_mode)
+        raise failed(number, "rename", target)
+    old, new = (None if fd < 0 else fd for fd in (source_dir, target_dir))
+    folder = stat.S_ISDIR(os.stat(source, dir_fd=old, follow_symlinks=False).st_mode)
     try:
         if folder:
-            os.rename(source, target, **at)
-            return True
-        os.link(source, target, follow_symlinks=False, **at)
+            os.rename(source, target, src_dir_fd=old, dst_dir_fd=new)
+        else:
+            os.link(source, target, src_dir_fd=old, dst_dir_fd=new, follow_symlinks=False)
+            os.unlink(source, dir_fd=old)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             return False
         raise
-    os.unlink(source, dir_fd=at["src_dir_fd"])
     return True
 
 
@@ -158,12 +151,9 @@ class Staging:
                 raise
             # Moving a folder rewrites its "..", which needs write permission on it.
             os.chmod(NEW, 0o700, dir_fd=self.fd)
-            moved = os.open(NEW, FOLDER, dir_fd=self.fd)
-            try:
+            with opened(NEW, FOLDER, self.fd) as moved:
                 os.rename(NEW, name, src_dir_fd=self.fd, dst_dir_fd=self._parent)
                 os.fchmod(moved, stat.S_IMODE(mode))
-            finally:
-                os.close(moved)
 
     def drop(self) -> None:
         """Remove it with what was not published; dropping twice is harmless."""
@@ -187,28 +177,24 @@ class Staging:
         """Remove what our killed runs left beside the same target; note whether a living one is there."""
         pattern = re.compile(re.escape(self._stem) + r"\.([0-9a-f]{32})" + re.escape(_STAGING))
         with contextlib.suppress(OSError):  # a folder that we may not list
-            above = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._parent)
-            try:
+            with opened(".", FOLDER, self._parent) as above:
                 found = [match for match in map(pattern.fullmatch, os.listdir(above)) if match]
-            finally:
-                os.close(above)
             for match in found:
                 with contextlib.suppress(OSError):  # gone meanwhile, or not to be removed: it disturbs nobody
                     self._sweep_one(match[0], match[1])
 
     def _sweep_one(self, name: str, token: str) -> None:
-        fd = os.open(name, FOLDER, dir_fd=self._parent)
-        try:
+        with opened(name, FOLDER, self._parent) as fd:
             if os.fstat(fd).st_uid != os.geteuid():
                 return
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.others = True
+                return
             if set(os.listdir(fd)) <= {token}:
                 remove(token, fd)
                 os.rmdir(name, dir_fd=self._parent)
-        except BlockingIOError:
-            self.others = True
-        finally:
-            os.close(fd)
 
 
 def is_staging(name: str) -> bool:
@@ -219,16 +205,13 @@ def is_staging(name: str) -> bool:
 @contextlib.contextmanager
 def staging_beside(target: Path, at: int | None = None) -> Iterator[Staging]:
     """Give a :class:`Staging` beside ``target``, gone after the block; ``at`` is what a relative path starts at."""
-    parent = os.open(target.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
-    staging = Staging(parent, target.name)
-    try:
-        staging.make()
-        yield staging
-    finally:
+    with opened(target.parent, os.O_PATH | os.O_DIRECTORY, at) as parent:
+        staging = Staging(parent, target.name)
         try:
-            staging.drop()
+            staging.make()
+            yield staging
         finally:
-            os.close(parent)
+            staging.drop()
 
 
 @contextlib.contextmanager
@@ -270,11 +253,8 @@ def whole_folder(target: Path) -> Iterator[int]:
         if staging.others:
             raise StoreError(f"{target}: another process writes to this place just now; wait for it")
         os.mkdir(NEW, 0o700, dir_fd=staging.fd)
-        fd = os.open(NEW, FOLDER, dir_fd=staging.fd)
-        try:
+        with opened(NEW, FOLDER, staging.fd) as fd:
             yield fd
-        finally:
-            os.close(fd)
         try:
             staging.publish(target.name)
         except OSError as error:
@@ -318,53 +298,41 @@ def remove(path: str | Path, at: int | None = None) -> None:
         if not stat.S_ISDIR(os.stat(path, dir_fd=at, follow_symlinks=False).st_mode):
             os.unlink(path, dir_fd=at)
             return
-        top = _open_folder(os.fspath(path), at)
+        _allow(path, at)
+        top = os.open(path, FOLDER, dir_fd=at)
     except FileNotFoundError:
         return
     try:
-        unique = f".removed-{uuid.uuid4().hex}-"
-        made = 0
+        moved = (f".removed-{uuid.uuid4().hex}-{number}" for number in itertools.count())
         waiting = _clear_files(top)
         while waiting:
             name = waiting.pop()
-            fd = _open_folder(name, top)
-            try:
+            with opened(name, FOLDER, top) as fd:
                 for below in _clear_files(fd):
-                    moved, made = f"{unique}{made}", made + 1
-                    _move_up(below, fd, moved, top)
-                    waiting.append(moved)
-            finally:
-                os.close(fd)
+                    waiting.append(next(moved))
+                    os.rename(below, waiting[-1], src_dir_fd=fd, dst_dir_fd=top)
             os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
     os.rmdir(path, dir_fd=at)
 
 
-def _open_folder(name: str, at: int | None) -> int:
+def _allow(name: str | Path, at: int | None) -> None:
+    """Let this user list, change and move a folder whose mode may deny that to its owner."""
     if os.geteuid() != 0:
-        # Folders of an image may deny their owner to list or change them.
         os.chmod(name, 0o700, dir_fd=at)
-    return os.open(name, FOLDER, dir_fd=at)
 
 
 def _clear_files(folder: int) -> list[str]:
-    """Unlink all in ``folder`` that is no folder; return the names of those that are."""
+    """Unlink all in ``folder`` that is no folder; return the names of those that are, which are open to us then."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_folder in found:
-        if not is_folder:
+        if is_folder:
+            _allow(name, folder)
+        else:
             os.unlink(name, dir_fd=folder)
     return [name for name, is_folder in found if is_folder]
-
-
-def _move_up(name: str, at: int, moved: str, top: int) -> None:
-    try:
-        os.rename(name, moved, src_dir_fd=at, dst_dir_fd=top)
-    except PermissionError:
-        # Moving a folder rewrites its "..", which needs write permission on it.
-        os.chmod(name, 0o700, dir_fd=at)
-        os.rename(name, moved, src_dir_fd=at, dst_dir_fd=top)
 
 
 @contextlib.contextmanager

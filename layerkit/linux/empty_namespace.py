@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 
 from layerkit.linux import syscalls as sc
 
-_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 _PLACE = "/proc"
 """Any folder that is there for sure: the new root is mounted on it, and then all else goes."""
 
@@ -25,32 +23,29 @@ def enter() -> bool:
 
     The process must have one thread.
     """
-    with contextlib.ExitStack() as stack:
-        back = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, back)
-        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, root)
+    folder = os.O_PATH | os.O_DIRECTORY
+    with sc.opened("/proc/self/ns/mnt") as back, sc.opened("/", folder) as root:
         try:
             sc.unshare(sc.CLONE_NEWNS)
         except OSError:
             return False
         try:
             # Else the new root would show in the namespace that we come from.
-            _call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
-            _call("mount", b"none", _PLACE.encode(), b"tmpfs", ctypes.c_ulong(0), b"size=4k,mode=555")
+            sc.mount("none", "/", "", sc.MS_REC | sc.MS_PRIVATE)
+            sc.mount("none", _PLACE, "tmpfs", options="size=4k,mode=555")
             os.chdir(_PLACE)
             # The old root lands on the new one, and goes from there with everything on it: pivot_root(2).
-            _call("pivot_root", b".", b".")
+            _checked("pivot_root", _libc.pivot_root(b".", b"."))
             sc.umount2(".", sc.MNT_DETACH)
             os.chdir("/")
         except OSError:
-            _call("setns", back, sc.CLONE_NEWNS)
+            _checked("setns", _libc.setns(back, sc.CLONE_NEWNS))
             os.fchdir(root)
             os.chroot(".")
             return False
     return True
 
 
-def _call(name: str, *arguments: object) -> None:
-    if getattr(_libc, name)(*arguments) != 0:
+def _checked(name: str, result: int) -> None:
+    if result != 0:
         raise sc.failed(ctypes.get_errno(), name)

@@ -5,40 +5,26 @@ The kernel resolves them as if the folder were the root (openat2(2), ``RESOLVE_I
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
-import struct
 
-from layerkit.linux.syscalls import failed
+from layerkit.linux import syscalls as sc
 from layerkit.model.errors import InvalidImage, UnsupportedHost, show_path
 
-_SYS_OPENAT2 = 437
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_IN_ROOT = 0x10
-_libc = ctypes.CDLL(None, use_errno=True)
 
-
-def open_inside(root: int, path: str | bytes, flags: int, mode: int = 0) -> int:
+def open_inside(root: int, path: str | bytes, flags: int) -> int:
     """Return a descriptor of ``path`` with the folder ``root`` (a descriptor) as the root of all names.
 
     Raises:
         OSError: as openat2(2).
         UnsupportedHost: the kernel lacks it.
     """
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-    result = int(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(root), os.fsencode(path), ctypes.c_char_p(how),
-            ctypes.c_size_t(len(how)),
-        )
-    )  # fmt: skip
+    result = sc.openat2(root, path, flags, sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS)
+    if result == -errno.ENOSYS:
+        raise UnsupportedHost("openat2(2)", "Linux 5.6 has it; seccomp may hide it")
     if result < 0:
-        number = ctypes.get_errno()
-        if number == errno.ENOSYS:
-            raise UnsupportedHost("openat2(2)", "Linux 5.6 has it; seccomp may hide it")
-        raise failed(number, "open", path)
+        raise sc.failed(-result, "open", path)
     return result
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from layerkit.linux.syscalls import opened
 from layerkit.model.errors import UnsupportedHost
 
 _LOOP_CONFIGURE = 0x4C0A
@@ -35,11 +36,8 @@ def attached(file: Path, *, direct: bool = False) -> Iterator[Path]:
         UnsupportedHost: no loop devices here.
         OSError: the file cannot be opened.
     """
-    backing = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(file) as backing:
         device, path = _configure(backing, file, direct)
-    finally:
-        os.close(backing)
     try:
         yield path
     finally:
@@ -77,12 +75,9 @@ def _configure(backing: int, file: Path, direct: bool) -> tuple[int, Path]:
 
 def _free_device() -> Path:
     try:
-        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        with opened("/dev/loop-control", os.O_RDWR) as control:
+            return Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
     except OSError as error:
         raise UnsupportedHost(
             f"loop devices ({error.strerror})", "modprobe loop, or keep the store on ext4"
         ) from error
-    try:
-        return Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
-    finally:
-        os.close(control)

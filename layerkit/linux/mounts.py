@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.linux import loop, userns
 from layerkit.linux import syscalls as sc
 from layerkit.model.errors import UnsupportedHost
@@ -151,30 +152,36 @@ def erofs_file(image: Path, device: Path | None = None, *, directio: bool = Fals
             os.close(fd)
 
 
+class Layers(NamedTuple):
+    """What an overlay is made of, as descriptors of folders or detached mounts (idmapped ones too), top first.
+
+    Attributes:
+        lower: the normal layers. data: the data-only ones below them.
+        upper: the writable layer's folder. work: an empty folder on its mount.
+    """
+
+    lower: Sequence[int]
+    data: Sequence[int] = ()
+    upper: int | None = None
+    work: int | None = None
+
+
 def overlay(
-    lower: Sequence[int],
-    data: Sequence[int] = (),
+    layers: Layers,
     *,
-    upper: int | None = None,
-    work: int | None = None,
     userxattr: bool = False,
     metacopy: bool = False,
     source: str = "overlay",
     options: Iterable[tuple[str, str | None]] = (),
-    attributes: int = 0,
 ) -> int:
     """Return a detached overlay mount.
 
     Args:
-        lower: descriptors of the normal layers, top first; folders or detached mounts, also idmapped ones.
-        data: descriptors of the data-only layers, top first.
-        upper: descriptor of the writable layer's folder; with ``work``.
-        work: descriptor of an empty folder on the mount of ``upper``.
+        layers: what it is made of.
         userxattr: read ``user.overlay.*`` and not ``trusted.overlay.*``.
         metacopy: copy up metadata alone.
         source: what mountinfo shows as the source.
         options: further options as (key, value or None for a flag).
-        attributes: ``MOUNT_ATTR_*`` of the mount.
 
     Raises:
         UnsupportedHost: no overlayfs, or none for this user.
@@ -191,22 +198,55 @@ def overlay(
         for key, value in options:
             context.flag(key) if value is None else context.text(key, value)
         try:
-            for fd in lower:
+            for fd in layers.lower:
                 context.layer("lowerdir+", fd)
-            for fd in data:
+            for fd in layers.data:
                 context.layer("datadir+", fd)
         except OSError as error:
-            if error.errno == errno.EINVAL and len(lower) + len(data) <= MAX_LAYERS:
+            if error.errno == errno.EINVAL and len(layers.lower) + len(layers.data) <= MAX_LAYERS:
                 raise UnsupportedHost(
                     f"overlay layers one by one ({error.strerror})", "Linux 6.8 has them"
                 ) from error
             raise
-        if upper is not None and work is not None:
-            context.layer("upperdir", upper)
-            context.layer("workdir", work)
+        if layers.upper is not None and layers.work is not None:
+            context.layer("upperdir", layers.upper)
+            context.layer("workdir", layers.work)
         else:
             context.flag("ro")
-        return context.mount(attributes)
+        return context.mount(0)
+
+
+def mount_overlay(
+    target: Path, layers: Layers, *, source: str, read_only: bool = True, nodev: bool = False
+) -> None:
+    """Mount an overlay of normal layers with ``metacopy=on`` at ``target``, by mount(2).
+
+    For kernels whose overlayfs takes no layers one by one (6.8), or without fsopen (5.2): all has to go into one
+    page of text, and the mount shows at its place at once.
+
+    Raises:
+        UnsupportedHost: more layers than a page of text has room for.
+        OSError: as mount(2).
+    """
+    options = _options(layers, os.readlink)
+    if not options.fits:
+        options = _options(layers, str)
+    if not options.fits:
+        raise UnsupportedHost(
+            f"an overlay of {len(layers.lower)} layers by mount(2) ({options.size} bytes of options)",
+            "Linux 6.8 or newer takes 500; flatten the image",
+        )
+    flags = (sc.MS_RDONLY if read_only else 0) | (sc.MS_NODEV if nodev else 0)
+    sc.mount(source, target, "overlay", flags, str(options))
+
+
+def _options(layers: Layers, name: Callable[[str], str]) -> OverlayOptions:
+    lower, places = (
+        tuple(name(f"/proc/self/fd/{fd}") for fd in fds if fd is not None)
+        for fds in (layers.lower, (layers.upper, layers.work))
+    )
+    upper, work = places or ("", "")
+    return OverlayOptions(lower, (), upper, work, (("metacopy", "on"),))
 
 
 def open_folder(path: Path | str) -> int:
@@ -225,9 +265,6 @@ def clone(path: Path | str | int, *, recursive: bool = False) -> int:
         OSError: as open_tree(2).
     """
     return sc.open_tree(path, clone=True, recursive=recursive)
-
-
-bind = clone
 
 
 def idmap(mount: int, userns_fd: int) -> None:

@@ -29,27 +29,9 @@ def resident_bytes(path: Path | str) -> tuple[int, int]:
     Raises:
         OSError: the file cannot be opened or mapped.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with sc.opened(path) as fd:
         size = os.fstat(fd).st_size
         return resident_of(fd, size), size
-    finally:
-        os.close(fd)
-
-
-def cached_bytes(path: Path | str) -> int:
-    """Return how many bytes of a plain file are cached, in whole pages, by cachestat(2).
-
-    Cheaper than :func:`resident_bytes` for large files, but blind through an overlay.
-
-    Raises:
-        OSError: ``ENOSYS`` before Linux 6.5.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return sc.cachestat(fd)[0] * mmap.PAGESIZE
-    finally:
-        os.close(fd)
 
 
 def resident_of(fd: int, size: int) -> int:
@@ -79,11 +61,8 @@ def drop(path: Path | str) -> None:
     Raises:
         OSError: the file cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with sc.opened(path) as fd:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def _resident(fd: int, start: int, length: int) -> int:

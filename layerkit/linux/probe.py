@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.linux import mounts, old_overlay, tiny_erofs, userns
+from layerkit.linux import mounts, tiny_erofs, userns
 from layerkit.linux import syscalls as sc
 from layerkit.metaonly import METACOPY, METACOPY_EMPTY, Namespace
 from layerkit.model.errors import LayerkitError, UnsupportedHost, UsageError
@@ -310,7 +310,7 @@ def _data_only(place: Path, stack: ExitStack, namespace: Namespace) -> bool:
     for name, value in namespace.stub(f"/{_DATA_NAME}".encode()).items():
         os.setxattr(stub, name, value)
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
-    merged = mounts.overlay(layers[:1], layers[1:], userxattr=namespace is Namespace.USER)
+    merged = mounts.overlay(mounts.Layers(layers[:1], layers[1:]), userxattr=namespace is Namespace.USER)
     return _content(_enter(stack, merged), "stub") == tiny_erofs.CONTENT
 
 
@@ -324,12 +324,12 @@ def _classic(place: Path, stack: ExitStack) -> bool:
     os.setxattr(meta / _DATA_NAME, Namespace.TRUSTED.xattr(METACOPY), METACOPY_EMPTY)
     layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
     try:
-        merged = mounts.overlay(layers, metacopy=True)
+        merged = mounts.overlay(mounts.Layers(layers), metacopy=True)
     except UnsupportedHost:
         # A kernel that has no detached overlays: it shows in the mount table for this moment.
         at = place / "at"
         at.mkdir()
-        old_overlay.mount_overlay(at, layers)
+        mounts.mount_overlay(at, mounts.Layers(layers), source="overlay")
         try:
             return (at / _DATA_NAME).read_bytes() == tiny_erofs.CONTENT
         finally:
@@ -343,7 +343,7 @@ def _shifted(place: Path, stack: ExitStack, layer: int, name: str, owner: int) -
     (place / "beside").mkdir()
     beside = _enter(stack, mounts.open_folder(place / "beside"))
     try:
-        merged = mounts.overlay([mapped], [beside])
+        merged = mounts.overlay(mounts.Layers([mapped], [beside]))
     except OSError:
         # Before 6.15 the mounter attaches the mapped copy for a moment. A probe leaves the mount table
         # alone: what it can tell is whether the copy itself shows the mapped owner.

@@ -40,8 +40,10 @@ FSCONFIG_CMD_CREATE = 6
 FSCONFIG_STRING_BYTES = 255
 """Longest string value that fsconfig(2) takes."""
 
-_RESOLVE_NO_SYMLINKS = 0x04
-_RESOLVE_BENEATH = 0x08
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
 
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
@@ -54,6 +56,8 @@ MOUNT_ATTR_NODEV = 0x04
 MOUNT_ATTR_NOEXEC = 0x08
 MOUNT_ATTR_IDMAP = 0x00100000
 
+MS_RDONLY, MS_NODEV = 0x1, 0x4
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -99,14 +103,14 @@ def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] 
     return result if result >= 0 else -ctypes.get_errno()
 
 
-def open_beneath(folder: int, path: bytes, flags: int) -> int:
-    """Open ``path`` below the descriptor ``folder``, through no link and never out of it (openat2(2)).
+def openat2(folder: int, path: PathLike, flags: int, resolve: int) -> int:
+    """Open a path below the descriptor ``folder`` by the rules ``resolve`` (``RESOLVE_*``).
 
     Returns:
         A descriptor, or minus the errno; ``-ENOSYS`` before Linux 5.6.
     """
-    how = struct.pack("=QQQ", flags, 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
-    return _syscall(SYS_OPENAT2, folder, path, how, len(how))
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    return _syscall(SYS_OPENAT2, folder, os.fsencode(path), how, len(how))
 
 
 def fsopen(fstype: str) -> int:
@@ -190,6 +194,17 @@ def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) 
     result = _syscall(SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, attributes, len(attributes))
     if result < 0:
         raise failed(-result, "mount_setattr")
+
+
+def mount(source: str, target: PathLike, fstype: str, flags: int = 0, options: str = "") -> None:
+    """Mount a filesystem by the one call of old.
+
+    Raises:
+        OSError: as mount(2).
+    """
+    names = [os.fsencode(name) for name in (source, target, fstype)]
+    if _libc.mount(*names, ctypes.c_ulong(flags), os.fsencode(options)) < 0:
+        raise failed(ctypes.get_errno(), f"mount {fstype}", target)
 
 
 def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from disks import disk
+from page_cache import cached_bytes
 
 from layerkit.linux.direct import NewFile
-from layerkit.linux.pagecache import cached_bytes
 
 PIECE = 1 << 20
 

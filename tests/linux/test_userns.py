@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from needs import need_root
+from page_cache import cached_bytes
 from programs import KIT
 
 from layerkit.linux import mounts, pagecache, userns
@@ -176,7 +177,7 @@ class TestPageCache:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             os.pread(f.fileno(), 1, 8192)
         assert pagecache.resident_bytes(path) == (4096, size)
-        assert pagecache.cached_bytes(path) == 4096
+        assert cached_bytes(path) == 4096
         path.read_bytes()
         assert pagecache.resident_bytes(path) == (size, size)
 

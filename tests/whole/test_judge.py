@@ -10,6 +10,7 @@ import pytest
 from judge import Shown, data_extents, differences, snapshot, unpacked
 from memcg import cache_bytes, memory_group, run_in
 from needs import missing, need_root, need_tool
+from page_cache import cached_bytes
 
 import layerkit
 from layerkit.linux import pagecache
@@ -139,7 +140,7 @@ def test_ten_maps_cache_the_bytes_once(app_layout: Path, store: Path, tmp_path: 
                 for mount in made[1:]:
                     run_in(group, reader(mount.target / "usr"))
                 ten_times = cache_bytes(group)
-            backing = sum(pagecache.cached_bytes(path) for path in (store / "tar").iterdir())
+            backing = sum(cached_bytes(path) for path in (store / "tar").iterdir())
         finally:
             for mount in made:
                 mount.umount()

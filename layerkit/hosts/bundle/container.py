@@ -15,7 +15,7 @@ from layerkit.hosts.bundle.folder import Bundle
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
 from layerkit.idmap import Mapping
 from layerkit.linux import mounts, userns
-from layerkit.linux.rootless import outer_maps
+from layerkit.linux.userns import outer_maps
 from layerkit.model.errors import UnmappedId, UnsupportedHost, UsageError
 from layerkit.store.layout import Layout
 

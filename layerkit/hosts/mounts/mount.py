@@ -19,13 +19,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts import served as serving
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount
 from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
-from layerkit.linux import mounts, old_overlay, userns
+from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import staging_beside
 from layerkit.metaonly import Namespace, own_mark
@@ -211,17 +210,16 @@ class _Assembly(ExitStack):
             plain, meta = meta, self._closing(mounts.clone(meta))
             _idmap(meta, namespace, plain)
         upper, work = self.enter_context(_upper(spec, meta))
-        layers = _Layers([meta, *data] if spec.classic else [meta], [] if spec.classic else data, upper, work)
+        layers = mounts.Layers([meta, *data] if spec.classic else [meta], [] if spec.classic else data, upper, work)
         try:
             overlay = self._closing(self._overlay(layers))
         except UnsupportedHost:
             if not spec.classic or spec.idmap is not None or spec.options:
                 raise
             # Normal layers can be mounted in the old way too, from Linux 4.19 on.
-            old_overlay.mount_overlay(
-                spec.target, layers.lower, upper=upper, work=work, source=record.source,
-                read_only=record.read_only, nodev=spec.nodev,
-            )  # fmt: skip
+            mounts.mount_overlay(
+                spec.target, layers, source=record.source, read_only=record.read_only, nodev=spec.nodev
+            )
             return
         attributes = sc.MOUNT_ATTR_NODEV if spec.nodev else 0
         mounts.attach(overlay, target, attributes=attributes | (sc.MOUNT_ATTR_RDONLY if record.read_only else 0))
@@ -237,16 +235,13 @@ class _Assembly(ExitStack):
                 mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
         return mounts.open_folder(place)
 
-    def _overlay(self, layers: _Layers) -> int:
+    def _overlay(self, layers: mounts.Layers) -> int:
         spec = self.spec
         user = spec.namespace is Namespace.USER
 
         def make(top: int) -> int:
             return mounts.overlay(
-                [top, *layers.lower[1:]],
-                layers.data,
-                upper=layers.upper,
-                work=layers.work,
+                layers._replace(lower=[top, *layers.lower[1:]]),
                 userxattr=user,
                 # Without it chmod and chown in the mount copy the data up; for a single META without an upper
                 # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
@@ -267,15 +262,6 @@ class _Assembly(ExitStack):
         except OSError as error:
             hint = _explain(error, layers)
             raise type(error)(error.errno, f"{error.strerror}{hint}", str(spec.target)) from error
-
-
-class _Layers(NamedTuple):
-    """Descriptors of the layers of an overlay: normal ones with META on top, data-only ones, upper and work."""
-
-    lower: list[int]
-    data: list[int]
-    upper: int | None
-    work: int | None
 
 
 @contextmanager
@@ -353,7 +339,7 @@ def like_root(folder: Path, root: int, namespace: Namespace) -> None:
     os.utime(folder, ns=(shown.st_atime_ns, shown.st_mtime_ns))
 
 
-def _explain(error: OSError, layers: _Layers) -> str:
+def _explain(error: OSError, layers: mounts.Layers) -> str:
     """Return what may be behind a refusal of overlayfs, which says most things in the kernel's log only."""
     if error.errno == errno.EINVAL:
         if any(sc.filesystem_magic(fd) == sc.OVERLAYFS_MAGIC for fd in (*layers.lower, *layers.data)):

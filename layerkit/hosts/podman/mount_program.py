@@ -213,12 +213,12 @@ class _Mount(contextlib.ExitStack):
             attributes |= _ATTRIBUTES.get(word, 0)
         try:
             fd = mounts.overlay(
-                lower, stacked.data, upper=upper, work=work, userxattr=not self.privileged, source="layerkit",
-                options=extra, attributes=attributes,
+                mounts.Layers(lower, stacked.data, upper, work), userxattr=not self.privileged, source="layerkit",
+                options=extra,
             )  # fmt: skip
         except OSError as error:
             raise _refused(error, bool(stacked.data), self.privileged) from error
-        mounts.attach(self._closing(fd), self.target)
+        mounts.attach(self._closing(fd), self.target, attributes=attributes)
 
     def _prepare_upper(self, root: tuple[int, int, int] | None) -> None:
         """Give a new container's folder the look of the image's root, which the mount shows from it alone."""

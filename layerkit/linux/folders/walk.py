@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from layerkit.linux.syscalls import FOLDER, open_beneath
+from layerkit.linux.syscalls import FOLDER, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 
 TOP_FOLDER = FOLDER & ~os.O_NOFOLLOW
 """For the folder that a person named: a link at its end is meant."""
@@ -137,7 +137,7 @@ def open_below(root: int, path: bytes, flags: int) -> int:
         OSError: as open(2); ``ELOOP`` or ``ENOTDIR`` for a link.
     """
     # In one step where the kernel can (5.6) and the path is no longer than it takes.
-    fd = open_beneath(root, path, flags)
+    fd = openat2(root, path, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
     if fd >= 0:
         return fd
     fd = os.dup(root)

@@ -232,7 +232,7 @@ def test_overlay_of_meta_over_the_tars_reads_every_byte(tmp_path: Path) -> None:
         build(tree, tmp_path / namespace, namespace)
         lower = mounts.erofs(tmp_path / namespace)
         try:
-            both = mounts.overlay([lower], data, userxattr=namespace is Namespace.USER)
+            both = mounts.overlay(mounts.Layers([lower], data), userxattr=namespace is Namespace.USER)
         finally:
             os.close(lower)
         with mounted(both) as root:

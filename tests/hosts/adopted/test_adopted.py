@@ -60,7 +60,7 @@ def judged(folders: tuple[LayerFolder, ...], work: Path) -> Iterator[Path]:
             stack.callback(os.close, fd)
         # An overlay wants two layers; the empty one lies at the bottom, where it adds nothing.
         last = stack.enter_context(mounts.closing(mounts.open_folder(empty)))
-        overlay = stack.enter_context(mounts.closing(mounts.overlay([*mapped, last])))
+        overlay = stack.enter_context(mounts.closing(mounts.overlay(mounts.Layers([*mapped, last]))))
         mounts.attach(overlay, shown)
     try:
         yield shown

@@ -89,7 +89,7 @@ def test_layers_of_an_ordinary_user(rendering: str, tmp_path: Path) -> None:
     shown.mkdir()
     layers = [mounts.idmapped_clone(tmp_path / name, extents, extents) for name in ("top", "bottom")]
     try:
-        overlay = mounts.overlay(layers, userxattr=True)
+        overlay = mounts.overlay(mounts.Layers(layers), userxattr=True)
         mounts.attach(overlay, shown)
         os.close(overlay)
         want = snapshot(shown)

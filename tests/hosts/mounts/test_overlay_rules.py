@@ -122,14 +122,13 @@ class Bench:
             def opened(path: Path) -> int:
                 return fds.enter_context(mounts.closing(mounts.open_folder(path)))
 
-            mount = mounts.overlay(
+            layers = mounts.Layers(
                 [opened(p) for p in lower],
                 [opened(p) for p in data],
                 upper=None if upper is None else opened(upper),
                 work=None if upper is None else opened(self.folder()),
-                userxattr=userxattr,
-                metacopy=metacopy,
             )
+            mount = mounts.overlay(layers, userxattr=userxattr, metacopy=metacopy)
         return self.attach(mount, self.folder())
 
     def shown(self, layer: MetadataLayer | Tree, *contents: bytes, rendering: str = "directory") -> Path:
