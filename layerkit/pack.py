@@ -6,14 +6,13 @@ one manifest must not mix them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO
 
 from layerkit.formats.compression.compress import LEVELS, ZSTD_LEVEL, all_cores, compress, compressor
 from layerkit.formats.compression.decompress import Compression
@@ -21,6 +20,7 @@ from layerkit.formats.compression.zstd_chunked import CHUNK_BYTES, ZstdChunked
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.strict_json import JsonObject, dumps
 from layerkit.formats.tar.writer import Content, Part, layer_parts, layer_tar
+from layerkit.images.oci.blobs import FileRange, file_chunks
 from layerkit.images.transfer import Chunks
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -35,7 +35,6 @@ from layerkit.unpack import index_layer
 COMPRESSOR_KEY = "io.layerkit.compressor"
 """Annotation of a layer that was made here: what packed it. With the same one the same tar gives the same blob."""
 
-_CHUNK_BYTES = 1 << 20
 _KINDS = {
     "gzip": Compression.GZIP, "zstd": Compression.ZSTD, "zstd:chunked": Compression.ZSTD, "none": Compression.NONE,
 }  # fmt: skip
@@ -182,31 +181,11 @@ def write_layer(
         descriptor = Descriptor(media_type, digest, size, annotations=annotations)
         diff_id = Digest("sha256", tar_hash.hexdigest())
         if check is not None:
-            check(index_layer(_FileReader(spool), descriptor, diff_id, limits=how.limits))
+            with contextlib.closing(FileRange(spool.fileno(), 0, size)) as blob:
+                check(index_layer(blob, descriptor, diff_id, limits=how.limits))
         if not sink.has_blob(descriptor.digest):
-            sink.put_blob(descriptor, Chunks(lambda: _file_chunks(spool)))
+            sink.put_blob(descriptor, Chunks(lambda: file_chunks(spool.fileno(), size)))
     return descriptor, diff_id
-
-
-class _FileReader:
-    """The blob in the temporary file, from its start."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._fd, self._at = file.fileno(), 0
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        got = os.preadv(self._fd, [buffer], self._at)
-        self._at += got
-        return got
-
-    def close(self) -> None:
-        """Do nothing: the file belongs to the caller."""
-
-
-def _file_chunks(file: BinaryIO) -> Iterator[memoryview]:
-    reader, buffer = _FileReader(file), memoryview(bytearray(_CHUNK_BYTES))
-    while got := reader.readinto(buffer):
-        yield buffer[:got]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.formats.compression.decompress import Compression, Decompressor
@@ -499,9 +498,7 @@ class Contents:
     def __enter__(self) -> Contents:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

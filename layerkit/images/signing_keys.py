@@ -1,6 +1,7 @@
 """Keys in files, for signatures: PEM as openssl writes it, and cosign's own encrypted form.
 
-Needs the package ``cryptography`` (the extra ``sign``). ECDSA on P-256 with SHA-256 (cosign's choice) and Ed25519.
+Needs the package ``cryptography`` (the extra ``sign``); without it the import is an UnsupportedHost. Keys are
+ECDSA on P-256 with SHA-256 (cosign's choice) or Ed25519.
 """
 
 from __future__ import annotations
@@ -9,15 +10,27 @@ import base64
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerkit.formats import secretbox
 from layerkit.formats.oci.intoto import Verifier
 from layerkit.formats.strict_json import load_object
 from layerkit.model.errors import InvalidImage, UnsupportedHost, UsageError
 
-if TYPE_CHECKING:
+try:
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_der_private_key,
+        load_pem_private_key,
+        load_pem_public_key,
+    )
+except ImportError:
+    raise UnsupportedHost("signatures", "pip install 'layerkit[sign]' brings the package cryptography") from None
 
 _COSIGN = (b"-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----", b"-----BEGIN ENCRYPTED COSIGN PRIVATE KEY-----")
 _FILE_BYTES = 1 << 20
@@ -38,17 +51,12 @@ class FileSigner:
 
         Raises:
             UsageError: no such file, a wrong password, or a key of another kind.
-            UnsupportedHost: the package ``cryptography`` is not installed.
         """
-        _need()
         self._key = _private(path)
         self.hint = _hint(self._key.public_key())
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature of ``data``."""
-        from cryptography.hazmat.primitives import hashes
-        from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-
         if isinstance(self._key, ec.EllipticCurvePrivateKey):
             return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
         assert isinstance(self._key, ed25519.Ed25519PrivateKey)
@@ -60,14 +68,7 @@ def verifier(path: Path) -> Verifier:
 
     Raises:
         UsageError: no such file, or no key of a kind that is known.
-        UnsupportedHost: the package ``cryptography`` is not installed.
     """
-    _need()
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
     try:
         key = load_pem_public_key(_read(path))
     except (ValueError, UnsupportedAlgorithm):
@@ -89,9 +90,6 @@ def verifier(path: Path) -> Verifier:
 
 
 def _private(path: Path) -> PrivateKeyTypes:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
-
     data = _read(path)
     given = next((os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ), None)
     password = None if given is None else given.encode()
@@ -134,16 +132,12 @@ def _cosign(data: bytes, password: bytes, path: Path) -> bytes:
 
 
 def _check(key: PublicKeyTypes, path: Path) -> None:
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-
     curve = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else ""
     if curve != "secp256r1" and not isinstance(key, ed25519.Ed25519PublicKey):
         raise UsageError(f"{path}: want a key of ECDSA P-256 or Ed25519")
 
 
 def _hint(key: PublicKeyTypes) -> str:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
     der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return base64.b64encode(hashlib.sha256(der).digest()).decode()
 
@@ -154,15 +148,3 @@ def _read(path: Path) -> bytes:
             return file.read(_FILE_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; want a file with a key") from None
-
-
-def _need() -> None:
-    try:
-        import cryptography  # noqa: F401
-    except ImportError:
-        raise UnsupportedHost(
-            "signatures", "pip install 'layerkit[sign]' brings the package cryptography"
-        ) from None
-
-
-__all__ = ["PASSWORD_VARIABLES", "FileSigner", "verifier"]

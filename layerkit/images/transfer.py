@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
+from layerkit.images.oci.blobs import chunks
 from layerkit.model.errors import Cancelled
 
 if TYPE_CHECKING:
     from layerkit.model.descriptor import Descriptor
     from layerkit.model.image import Image
     from layerkit.model.ports import ImageSink, ImageSource, Progress
-
-_CHUNK_BYTES = 1 << 20
 
 
 def copy_image(
@@ -92,21 +92,15 @@ class Chunks:
 
 def blob_chunks(source: ImageSource, descriptor: Descriptor, progress: Progress | None = None) -> Chunks:
     """Return a blob's bytes, NOT verified; each piece is valid until the next is asked for."""
-    return Chunks(lambda: _blob_chunks(source, descriptor, progress))
-
-
-def _blob_chunks(source: ImageSource, descriptor: Descriptor, progress: Progress | None) -> Iterator[memoryview]:
-    reader, done = source.open_blob(descriptor), 0
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(descriptor.size, 1))))
     what = f"copying {str(descriptor.digest)[:19]}"
-    try:
-        while got := reader.readinto(buffer):
-            done += got
-            if progress is not None:
-                progress(what, done, descriptor.size)
-            yield buffer[:got]
-    finally:
-        reader.close()
 
+    def pieces() -> Iterator[memoryview]:
+        done = 0
+        with contextlib.closing(source.open_blob(descriptor)) as reader:
+            for piece in chunks(reader.readinto, descriptor.size):
+                done += len(piece)
+                if progress is not None:
+                    progress(what, done, descriptor.size)
+                yield piece
 
-__all__ = ["Chunks", "blob_chunks", "copy_image", "put_blobs"]
+    return Chunks(pieces)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-if TYPE_CHECKING:  # an index brings numpy, which a copy has no need for
+if TYPE_CHECKING:
     from layerkit.model.descriptor import Descriptor, Platform
     from layerkit.model.digest import Digest
     from layerkit.model.image import Image
-    from layerkit.model.index import Index
 
 Progress = Callable[[str, int, int], None]
 """Called as (what, bytes done, bytes in all or 0); may raise ``Cancelled`` to stop the work."""
@@ -145,9 +143,7 @@ class ImageSink(Protocol):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
 
@@ -156,12 +152,4 @@ class DataSink(Protocol):
 
     def write(self, chunk: memoryview, /) -> int:
         """Take the next bytes of the tar; the buffer is reused afterwards."""
-        ...
-
-
-class IndexCache(Protocol):
-    """Where indexes are kept by diff_id."""
-
-    def load_index(self, diff_id: Digest) -> Index | None:
-        """Return the index of a layer if it is kept, checked for damage."""
         ...

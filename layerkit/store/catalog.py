@@ -467,15 +467,7 @@ def _image(digest: str, manifest: bytes, config: bytes, text: str) -> Image:
 
 
 def _descriptor_facts(descriptor: Descriptor) -> dict[str, object]:
-    return {
-        "media_type": descriptor.media_type,
-        "digest": str(descriptor.digest),
-        "size": descriptor.size,
-        "annotations": dict(descriptor.annotations),
-        "platform": None if descriptor.platform is None else asdict(descriptor.platform),
-        "artifact_type": descriptor.artifact_type,
-        "extra": dict(descriptor.extra),
-    }
+    return asdict(descriptor) | {"digest": str(descriptor.digest)}
 
 
 def _descriptor(facts: dict[str, Any]) -> Descriptor:

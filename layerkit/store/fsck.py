@@ -122,7 +122,7 @@ class Fsck:
             else:
                 self._damage(
                     self._layout.index(row.diff_id), problem, "taken out; import the image again",
-                    lambda: self._drop_layer(row),
+                    lambda: self._forget("layers", str(row.diff_id), *self._layout.layer_files(row.diff_id)),
                 )  # fmt: skip
                 if self._repair:
                     return
@@ -197,16 +197,7 @@ class Fsck:
     def _drop_tar(self, row: LayerRow) -> None:
         with self._catalog.write() as db:
             Catalog.drop_backend(db, row.diff_id, DataBackend.TAR)
-        for path in (self._layout.tar(row.diff_id), self._layout.data(row.diff_id)):
-            remove(path)
-
-    def _drop_layer(self, row: LayerRow) -> None:
-        self._forget("layers", str(row.diff_id))
-        for path in (
-            self._layout.tar(row.diff_id),
-            self._layout.data(row.diff_id),
-            self._layout.index(row.diff_id),
-        ):
+        for path in self._layout.layer_files(row.diff_id)[:2]:
             remove(path)
 
     # Objects
@@ -266,9 +257,8 @@ class Fsck:
         except (StoreError, OSError, ValueError) as error:
             problem = str(error)
         if problem:
-            self._damage(
-                path, problem, "taken out; it is made again when it is needed", lambda: self._drop_meta(key)
-            )
+            remedy = "taken out; it is made again when it is needed"
+            self._damage(path, problem, remedy, lambda: self._forget("metas", key, path))
 
     def _meta_problem(self, path: Path, text: str) -> str:
         if not path.is_dir():
@@ -300,10 +290,6 @@ class Fsck:
             if list_folder(path / ROOT_FOLDER, stubs).digest != info["listing"]:
                 return f"{ROOT_FOLDER}: an entry is not as it was written"
         return ""
-
-    def _drop_meta(self, key: str) -> None:
-        self._forget("metas", key)
-        remove(self._layout.meta(key))
 
     def _images(self) -> None:
         present = {row.diff_id for row in self._catalog.layers()}
@@ -337,9 +323,11 @@ class Fsck:
                     "the next remap or mount of the image imports it",
                 )  # fmt: skip
 
-    def _forget(self, table: str, key: str) -> None:
+    def _forget(self, table: str, key: str, *files: Path) -> None:
         with self._catalog.write() as db:
             Catalog.drop(db, table, [key])
+        for path in files:
+            remove(path)
 
     # Leftovers
 

@@ -115,8 +115,7 @@ class Collector:
     def _drop_layer(self, row: LayerRow) -> None:
         kept_as = [name for name, there in (("tar", row.tar), ("objects", row.objects)) if there] or ["index only"]
         self._removed.append(f"layer {row.diff_id} ({', '.join(kept_as)})")
-        diff_id = row.diff_id
-        for path in (self._layout.tar(diff_id), self._layout.data(diff_id), self._layout.index(diff_id)):
+        for path in self._layout.layer_files(row.diff_id):
             self._drop(path)
 
     def _drop_many(self, paths: list[Path], what: str) -> None:

@@ -24,7 +24,6 @@ import mmap
 import os
 import stat
 import uuid
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,14 +41,7 @@ FILE_MODE = 0o444
 FOLDER_MODE = 0o755
 
 _FOLDERS = ("locks", "tmp", "tar", "data", "index", "objects", "meta")
-_FILES = (
-    "version.json",
-    "version.json.new",
-    "catalog.db",
-    "catalog.db-wal",
-    "catalog.db-shm",
-    "catalog.db-journal",
-)
+_FILES = ("version.json", "version.json.new", *(f"catalog.db{end}" for end in ("", "-wal", "-shm", "-journal")))
 KNOWN_NAMES = frozenset((*_FOLDERS, *_FILES, "pins", "unproven-indexes"))
 """Every name that may stand in the root of a store (``lost+found`` aside, where it is a filesystem's root)."""
 
@@ -68,41 +60,22 @@ class DataBackend(StrEnum):
     """One file per content."""
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """The paths of the store at ``root``."""
+    """The paths of the store at ``root``.
 
-    root: Path
+    Attributes:
+        root: its folder.
+        version_file: makes a folder a store.
+        catalog: the SQLite database.
+        locks: folder of lock files.
+        tmp: folder of what is not whole yet.
+        objects: folder under which ``metaonly.data_path`` names lie: a data-only lower as it is.
+    """
 
-    @property
-    def version_file(self) -> Path:
-        """Return the file that makes a folder a store."""
-        return self.root / "version.json"
-
-    @property
-    def catalog(self) -> Path:
-        """Return the SQLite database."""
-        return self.root / "catalog.db"
-
-    @property
-    def locks(self) -> Path:
-        """Return the folder of lock files."""
-        return self.root / "locks"
-
-    @property
-    def tmp(self) -> Path:
-        """Return the folder of what is not whole yet."""
-        return self.root / "tmp"
-
-    @property
-    def objects(self) -> Path:
-        """Return the folder under which ``metaonly.data_path`` names lie: a data-only lower as it is."""
-        return self.root / "objects"
-
-    @property
-    def metas(self) -> Path:
-        """Return the folder of METAs."""
-        return self.root / "meta"
+    def __init__(self, root: Path) -> None:
+        """Nothing is made yet."""
+        self.root, self.version_file, self.catalog = root, root / "version.json", root / "catalog.db"
+        self.locks, self.tmp, self.objects = root / "locks", root / "tmp", root / "objects"
 
     def tar(self, diff_id: Digest) -> Path:
         """Return where the raw tar of a layer lies."""
@@ -115,6 +88,10 @@ class Layout:
     def index(self, diff_id: Digest) -> Path:
         """Return where the index of a layer lies."""
         return self.root / "index" / f"{diff_id.hex}.idx"
+
+    def layer_files(self, diff_id: Digest) -> tuple[Path, Path, Path]:
+        """Return where all that is kept of a layer as a tar lies: tar, DATA image, index."""
+        return self.tar(diff_id), self.data(diff_id), self.index(diff_id)
 
     def load_index(self, diff_id: Digest) -> Index | None:
         """Return the index of a layer, None if it is not kept.
@@ -153,7 +130,7 @@ class Layout:
 
     def meta(self, key: str) -> Path:
         """Return the folder of a META."""
-        return self.metas / key
+        return self.root / "meta" / key
 
     def read_version(self) -> str | None:
         """Return the store's id, None if there is no store yet.

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -116,20 +116,16 @@ class LocalStore:
         """Keep gc out while the block runs; may be nested, and taken in several threads."""
         return self._locks.shared()
 
-    @contextlib.contextmanager
-    def layer_lock(self, diff_id: Digest) -> Iterator[None]:
+    def layer_lock(self, diff_id: Digest) -> contextlib.AbstractContextManager[None]:
         """Have a layer to oneself, so that of several that import it one does the work.
 
         Look whether the layer is there again once the lock is held. Take several in rising order.
         """
-        with self._locks.named(f"layer-{diff_id.hex}"):
-            yield
+        return self._locks.named(f"layer-{diff_id.hex}")
 
-    @contextlib.contextmanager
-    def meta_lock(self, key: str) -> Iterator[None]:
+    def meta_lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Have a META to oneself; take it after layer locks, and that of a mapped META before its base's."""
-        with self._locks.named(f"meta-{key}"):
-            yield
+        return self._locks.named(f"meta-{key}")
 
     # Layers
 
@@ -146,14 +142,12 @@ class LocalStore:
             return row.objects
         return row.tar and self._layout.tar(diff_id).exists() and self._layout.data(diff_id).exists()
 
-    def begin_layer(self, backend: DataBackend | str) -> LayerWriter:
-        """Return where the raw tar of a layer goes while it is indexed."""
-        return self._begin_layer(DataBackend(backend))
-
-    def _begin_layer(self, backend: DataBackend | None) -> LayerWriter:
+    def begin_layer(self, backend: DataBackend | str | None) -> LayerWriter:
+        """Return where the raw tar of a layer goes while it is indexed; ``backend`` None keeps the index only."""
         from layerkit.store.layers import LayerWriter
 
-        return self._begin(lambda done: LayerWriter(self._spool, self._catalog, backend, done))
+        wanted = None if backend is None else DataBackend(backend)
+        return self._begin(lambda done: LayerWriter(self._spool, self._catalog, wanted, done))
 
     def _begin(self, make: Callable[[Callable[[], None]], _Writer]) -> _Writer:
         """Return the writer that ``make`` makes; the store is held until it calls what it is given."""
@@ -168,7 +162,7 @@ class LocalStore:
 
     def save_index(self, index: Index) -> None:
         """Keep the index of a layer without its data."""
-        with self._begin_layer(None) as writer:
+        with self.begin_layer(None) as writer:
             writer.commit(index)
 
     def convert_layer(self, diff_id: Digest, backend: DataBackend | str) -> bool:
@@ -202,10 +196,9 @@ class LocalStore:
 
     def open_tar(self, diff_id: Digest) -> BinaryIO | None:
         """Open the raw uncompressed tar of a layer, None where none is kept; see the port."""
-        try:
-            return open(self.tar_path(diff_id), "rb", buffering=0)  # noqa: PTH123
-        except (NotFound, FileNotFoundError):
-            return None
+        with contextlib.suppress(FileNotFoundError):
+            return self._layout.tar(diff_id).open("rb", buffering=0)
+        return None
 
     def data_image(self, diff_id: Digest) -> Path:
         """Return the EROFS image that maps the files of a layer's tar.

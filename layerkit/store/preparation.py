@@ -7,8 +7,8 @@ run needs is imported where it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
 
 import numpy as np
 
@@ -46,24 +46,17 @@ def facts_of(tree: Tree) -> TreeFacts:
     )
 
 
-class Layers(Protocol):
-    """What a preparation needs to know of an image."""
-
-    @property
-    def diff_ids(self) -> tuple[Digest, ...]:
-        """Return the layers, bottom first."""
-        ...
-
-
 class Preparation:
     """One image whose layers are in a store, on its way to a mount."""
 
     patches = True
     """Whether the META of a map is the image's own one with other owners patched in."""
 
-    def __init__(self, store: LocalStore, image: Layers, *, limits: Limits, strict: bool = False) -> None:
-        """Layers must be in the store already, see ``importing``."""
-        self._store, self._image, self._limits, self._strict = store, image, limits, strict
+    def __init__(
+        self, store: LocalStore, diff_ids: Sequence[Digest], *, limits: Limits, strict: bool = False
+    ) -> None:
+        """Layers (bottom first) must be in the store already, see ``import_layers``."""
+        self._store, self._diff_ids, self._limits, self._strict = store, diff_ids, limits, strict
         self._tree: Tree | None = None
 
     def tree(self) -> Tree:
@@ -72,7 +65,7 @@ class Preparation:
             from layerkit.model.trees.merge import merge
 
             indexes = []
-            for diff_id in self._image.diff_ids:
+            for diff_id in self._diff_ids:
                 index = self._store.load_index(diff_id)
                 assert index is not None, f"{diff_id} was not imported"
                 indexes.append(index)
@@ -81,7 +74,7 @@ class Preparation:
 
     def facts(self) -> TreeFacts:
         """Return the facts of the tree: the kept ones, or those of the tree, which are kept from then on."""
-        chain = chain_key(self._image.diff_ids)
+        chain = chain_key(self._diff_ids)
         kept = self._store.tree_facts(chain)
         facts = None if kept is None else TreeFacts.from_dict(kept)
         if facts is None:

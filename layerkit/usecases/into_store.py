@@ -46,7 +46,7 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
     # gc must not take layers between their import and the row that says who needs them.
     with store.hold():
         read = import_layers(work, store, ways.backend)
-        ready = prepare.Preparation(store, image, limits=work.limits, strict=work.strict)
+        ready = prepare.Preparation(store, image.diff_ids, limits=work.limits, strict=work.strict)
         facts = ready.facts()
         if ways.one_meta and mapping is not None:
             ready.check(mapping)

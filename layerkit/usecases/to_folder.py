@@ -137,7 +137,7 @@ def unpack(work: Work, store: LocalStore, target: Path, options: UnpackOptions) 
     with store.hold():
         backend = choose_backend(store, image, target.parent, copy, options.data)
         read = import_layers(work, store, backend)
-        tree = Preparation(store, image, limits=work.limits).tree()
+        tree = Preparation(store, image.diff_ids, limits=work.limits).tree()
         if mapping is not None:
             tree = apply_map(tree, mapping)
         with whole_folder(target) as root, Contents(store, tree, backend, copy) as contents:

@@ -40,7 +40,7 @@ from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
 from layerkit.store.local import LocalStore
 from layerkit.store.metas import meta_key
-from layerkit.store.preparation import FORMAT_VERSION, Layers, Preparation, Rendering
+from layerkit.store.preparation import FORMAT_VERSION, Preparation, Rendering
 
 _FACTS_VERSION = 1
 _STATX_BTIME = 0x800
@@ -203,10 +203,16 @@ class FolderPreparation(Preparation):
     """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
 
     def __init__(
-        self, store: LocalStore, image: Layers, stacking: Stacking, *, limits: Limits, prefix: bytes = b""
+        self,
+        store: LocalStore,
+        diff_ids: Sequence[Digest],
+        stacking: Stacking,
+        *,
+        limits: Limits,
+        prefix: bytes = b"",
     ) -> None:
         """Layers must be in the store, see :func:`adopt_layers`; ``prefix`` as in :func:`data_paths`."""
-        super().__init__(store, image, limits=limits)
+        super().__init__(store, diff_ids, limits=limits)
         self.stacking, self.prefix = stacking, prefix
         self.patches = stacking is Stacking.DATA_ONLY
 

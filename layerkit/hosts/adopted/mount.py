@@ -130,7 +130,7 @@ def mount_unpacked(
         )
     with store.hold():
         image = adopt_layers(store, unpacked.folders, limits=limits, reread=options.reread, progress=progress)
-        preparation = FolderPreparation(store, image, way, limits=limits)
+        preparation = FolderPreparation(store, image.diff_ids, way, limits=limits)
         if mapping is not None:
             preparation.check(mapping)
         facts = preparation.facts()
@@ -225,7 +225,7 @@ def write_upper(
     folder = Path(os.path.abspath(folder))
     with store.hold():
         image = adopt_layers(store, unpacked.folders, limits=limits, reread=reread, progress=progress)
-        preparation = FolderPreparation(store, image, way, limits=limits)
+        preparation = FolderPreparation(store, image.diff_ids, way, limits=limits)
         preparation.check(mapping)
         tree, facts = preparation.tree(), preparation.facts()
         data = _data_folders(image, facts.data_layers, way)

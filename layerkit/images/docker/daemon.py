@@ -18,8 +18,7 @@ from layerkit.formats.oci import docker
 from layerkit.formats.oci import documents as oci
 from layerkit.images.docker.archive import DockerArchiveSource
 from layerkit.images.oci.archive_sink import ImageTar, blob_path, is_artifact
-from layerkit.images.oci.blobs import FileRange, inflated, spool, verified
-from layerkit.images.oci.blobs import chunks as blob_pieces
+from layerkit.images.oci.blobs import file_chunks, inflated, spool, verified
 from layerkit.images.oci.outer_tar import OuterTar
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -96,14 +95,9 @@ def open_source(
     limits: Limits = DEFAULT,
     tmp: str | os.PathLike[str] | None = None,
 ) -> DockerArchiveSource:
-    """Return the image that the daemon calls ``name``: ``NAME[:TAG]``, or an id.
+    """Return the image that the daemon calls ``name``: ``NAME[:TAG]``, or an id; spooled into ``tmp``, whole.
 
-    Args:
-        where: the reference, for messages.
-        name: as ``docker save`` takes it.
-        digest: of the manifest in a registry that the daemon got the image from, instead of a tag.
-        limits: bounds.
-        tmp: folder of the spool, which holds the image once.
+    ``digest``, instead of a tag, is that of the manifest in a registry that the daemon got the image from.
 
     Raises:
         NotFound: the daemon has no such image.
@@ -219,7 +213,7 @@ class DaemonSink(ImageTar):
             size = os.fstat(tar.fileno()).st_size
             with self._lock:
                 # By this name the manifest.json looks for it; such a daemon looks at nothing else.
-                self._member(blob_path(descriptor), blob_pieces(FileRange(tar.fileno(), 0, size)), size)
+                self._member(blob_path(descriptor), file_chunks(tar.fileno(), size), size)
                 self._sizes[descriptor.digest] = descriptor.size
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, name: str = "") -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.linux.durable import naming
 from layerkit.model.descriptor import Descriptor
@@ -59,19 +60,17 @@ class BytesReader(io.BytesIO):
         return super().readinto(buffer)
 
 
-class Readable(Protocol):
-    """What :func:`chunks` reads: a part of :class:`~layerkit.model.ports.BlobReader`."""
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Fill ``buffer`` from its start; return the bytes written, 0 at the end."""
-        ...
-
-
-def chunks(reader: Readable) -> Iterator[memoryview]:
-    """Yield the rest of ``reader`` in pieces; each is valid until the next is asked for."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    while got := reader.readinto(buffer):
+def chunks(readinto: Callable[[memoryview], int], most: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Yield what ``readinto`` gives, in pieces of up to ``most`` bytes, each valid until the next is asked for."""
+    buffer = memoryview(bytearray(max(1, min(most, CHUNK_BYTES))))
+    while got := readinto(buffer):
         yield buffer[:got]
+
+
+def file_chunks(fd: int, size: int) -> Iterator[memoryview]:
+    """Yield the first ``size`` bytes of a file; see :func:`chunks`."""
+    with contextlib.closing(FileRange(fd, 0, size)) as reader:
+        yield from chunks(reader.readinto)
 
 
 def read_all(reader: BlobReader, most: int, what: str, limit: str) -> bytes:
@@ -82,7 +81,7 @@ def read_all(reader: BlobReader, most: int, what: str, limit: str) -> bytes:
     """
     out = bytearray()
     try:
-        for chunk in chunks(reader):
+        for chunk in chunks(reader.readinto):
             out += chunk
             if len(out) > most:
                 raise LimitExceeded(limit, len(out), most, what)
@@ -166,8 +165,8 @@ def inflated(reader: BlobReader, kind: str, what: str, limits: Limits) -> Iterat
         if kind:
             from layerkit.formats.compression.decompress import Decompressor
 
-            yield from chunks(Decompressor(reader, limits=limits, where=what))
+            yield from chunks(Decompressor(reader, limits=limits, where=what).readinto)
         else:
-            yield from chunks(reader)
+            yield from chunks(reader.readinto)
     finally:
         reader.close()

@@ -89,7 +89,6 @@ class OuterTar:
             self._fd = self._file.fileno()
             self._members: dict[str, Member] = {}
             self._symlinks: dict[str, str] = {}
-            self._folders: set[str] = set()
             self._read_table()
         except BaseException:
             self.close()
@@ -121,7 +120,6 @@ class OuterTar:
     def _take(self, info: tarfile.TarInfo, end: int, hardlinks: dict[str, str]) -> None:
         name = self._inside(info.name, "", info.name)
         if info.isdir():
-            self._folders.add(name)
             return
         if not name:
             raise UnsafeEntry(self.what, _raw(info.name), "a file cannot be the archive's root")
@@ -216,6 +214,3 @@ def _plain(file: BinaryIO, what: str, limits: Limits, tmp: str | os.PathLike[str
     size = os.fstat(fd).st_size
     with file:
         return spool(inflated(FileRange(fd, 0, size), kind, what, limits), tmp, limits.layer_tar_bytes, what)
-
-
-__all__ = ["Member", "OuterTar"]

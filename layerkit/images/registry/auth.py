@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from urllib.parse import urlsplit
 
 from layerkit.formats.strict_json import JsonObject
@@ -95,7 +95,7 @@ class Authenticator:
 
     def __init__(
         self, host: str, credentials: Callable[[], Credentials | None], ask: AskToken, *, secure: bool = True,
-        on_secret: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.monotonic,
+        on_secret: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """Answer for ``host``.
 
@@ -105,11 +105,9 @@ class Authenticator:
             ask: sends a request to a token server.
             secure: whether the connection is encrypted; if so the token server's must be as well.
             on_secret: told every text that must not be shown.
-            clock: seconds, for the expiry of tokens.
         """
         self._host, self._find, self._ask, self._secure = host, credentials, ask, secure
-        self._on_secret, self._clock = on_secret, clock
-        self._lock = threading.Lock()
+        self._on_secret, self._lock = on_secret, threading.Lock()
         self._looked, self._found = False, None  # type: tuple[bool, Credentials | None]
         self._challenge: Challenge | None = None
         self._tokens: dict[frozenset[str], _Token] = {}
@@ -123,7 +121,7 @@ class Authenticator:
                 held = self._credentials()
                 return held.basic if held else ""
             token = self._tokens.get(scopes)
-            if token is None or token.expires <= self._clock():
+            if token is None or token.expires <= monotonic():
                 return f"Bearer {self._new_token(scopes).value}"
             return f"Bearer {token.value}"
 
@@ -138,7 +136,7 @@ class Authenticator:
                 if challenge.scheme == "bearer" and "realm" in challenge.parameters:
                     self._challenge = challenge
                     held = self._tokens.get(scopes)
-                    if held is not None and f"Bearer {held.value}" != sent and held.expires > self._clock():
+                    if held is not None and f"Bearer {held.value}" != sent and held.expires > monotonic():
                         return f"Bearer {held.value}"  # another thread has it already
                     return f"Bearer {self._new_token(scopes).value}"
             for challenge in challenges:
@@ -203,7 +201,7 @@ class Authenticator:
             life if isinstance(life, int) and not isinstance(life, bool) and life > 0 else _DEFAULT_LIFE_SECONDS
         )
         seconds = min(seconds, _LONGEST_LIFE_SECONDS)
-        return _Token(value, self._clock() + max(seconds - _LEEWAY_SECONDS, seconds / 2))
+        return _Token(value, monotonic() + max(seconds - _LEEWAY_SECONDS, seconds / 2))
 
 
 def _printable(text: str) -> bool:
@@ -214,6 +212,3 @@ def _login(host: str) -> str:
     return (
         f"wants a login and there are no credentials for it; log in with `skopeo login {host}`, or give --authfile"
     )
-
-
-__all__ = ["Authenticator", "Challenge", "TokenRequest", "parse_challenges", "scope"]

@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import httpx2
 
@@ -118,9 +117,7 @@ class RegistryClient:
     def __enter__(self) -> RegistryClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -295,7 +292,7 @@ class Repository:
         if descriptor.size > most:
             raise InvalidImage(f"{what}: {descriptor.size} bytes, at most {most} are read here")
         with contextlib.closing(self.open_blob(descriptor)) as reader:
-            return b"".join(bytes(piece) for piece in verified(pieces_of(reader), descriptor, what))
+            return b"".join(bytes(piece) for piece in verified(pieces_of(reader.readinto), descriptor, what))
 
     def blob_range(self, descriptor: Descriptor, start: int, length: int) -> bytes:
         """Return a part of a blob, NOT verified: a part has no digest of its own.

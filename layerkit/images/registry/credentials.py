@@ -165,6 +165,3 @@ def _ask_helper(name: str, key: str) -> Credentials | None:
         return Credentials(identity_token=str(found["IdentityToken"]))
     user = str(found.get("Username") or "")
     return Credentials(user, str(found.get("Password") or "")) if user and user != _TOKEN_USER else None
-
-
-__all__ = ["Credentials", "find"]

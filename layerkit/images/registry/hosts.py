@@ -271,6 +271,3 @@ def base_url(endpoint: Endpoint, scheme: str) -> str:
     version = "" if endpoint.override_path else "/v2"
     prefix = endpoint.prefix.removesuffix("/v2") if not endpoint.override_path else endpoint.prefix
     return f"{scheme}://{api_host(endpoint.host)}{prefix}{version}"
-
-
-__all__ = ["Endpoint", "base_url", "endpoints"]

@@ -122,6 +122,3 @@ def fallback_tag(subject: Digest) -> str:
     distribution-spec 1.1, "Referrers tag schema": at most 32 characters of algorithm and 64 of digest.
     """
     return f"{subject.algorithm[:32]}-{subject.hex[:64]}"
-
-
-__all__ = ["DOCKER_HUB", "REPOSITORY", "TAG", "RegistryRef", "api_host", "fallback_tag", "is_private", "parse_host"]

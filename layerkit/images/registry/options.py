@@ -61,6 +61,3 @@ def from_settings() -> RegistryOptions:
     """
     names = ("authfile", "tls_verify", "cert_dir", "registries_conf", "hosts_dir", "mirrors")
     return RegistryOptions(**{name: configured(name) for name in names})
-
-
-__all__ = ["RegistryOptions", "Retry", "from_settings"]

@@ -250,11 +250,9 @@ class Transport:
         """Return ``https``, or ``http`` where that is allowed and the registry speaks nothing else."""
         if endpoint.scheme:
             return endpoint.scheme
-        known = self._schemes.get(endpoint.host)
-        if known is None:
-            known = self._find_scheme(endpoint)
-            self._schemes[endpoint.host] = known
-        return known
+        if endpoint.host not in self._schemes:
+            self._schemes[endpoint.host] = self._find_scheme(endpoint)
+        return self._schemes[endpoint.host]
 
     def _find_scheme(self, endpoint: Endpoint) -> str:
         """Ask by TLS; plain HTTP is taken only if what answers is no TLS at all, never after a silence."""

@@ -201,7 +201,7 @@ def test_challenges_in_linear_time() -> None:
         parse_challenges([text])
 
 
-def test_tokens_are_kept_until_they_expire() -> None:
+def test_tokens_are_kept_until_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
     now, asked = [0.0], list[TokenRequest]()
 
     def ask(request: TokenRequest) -> dict[str, object]:
@@ -209,7 +209,8 @@ def test_tokens_are_kept_until_they_expire() -> None:
         return {"token": f"t{len(asked)}", "expires_in": 100}
 
     scopes = frozenset(("repository:x:pull",))
-    auth = Authenticator("h", lambda: None, ask, clock=lambda: now[0])
+    monkeypatch.setattr("layerkit.images.registry.auth.monotonic", lambda: now[0])
+    auth = Authenticator("h", lambda: None, ask)
     assert auth.header(scopes) == ""
     challenge = parse_challenges(['Bearer realm="https://a/t",service="s"'])
     assert auth.answer(challenge, scopes, "") == "Bearer t1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.hosts.mounts.choose import MountOptions, choose
@@ -139,8 +139,7 @@ class StoreChains:
 
     def _preparation(self, image: str, diff_ids: Sequence[Digest]) -> Preparation:
         stored = self.store.stored_image(image).image
-        part = replace(stored, layers=stored.layers[: len(diff_ids)])
-        return Preparation(self.store, part, limits=self._limits)
+        return Preparation(self.store, stored.diff_ids[: len(diff_ids)], limits=self._limits)
 
     def check(self, image: str, diff_ids: Sequence[Digest], mapping: Mapping) -> None:
         """Refuse a map that leaves an owner of a chain out.
