@@ -19,6 +19,7 @@ from registry_server import PASSWORD, USER, TokenServer, docker_registry
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.options import Retry
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, RegistryError
@@ -94,7 +95,9 @@ def test_what_is_not_there(fake: Fake, repo: Repository, code: str, call: Callab
     assert len([1 for method, path, _ in fake.requests if method == "GET" and path != "/v2/"]) == 1
 
 
-def test_a_rate_limit_is_said_in_the_registrys_words(fake: Fake, repo: Repository) -> None:
+def test_a_rate_limit_is_said_in_the_registrys_words(fake: Fake, make: Callable[..., RegistryClient]) -> None:
+    repo = make(retry=Retry(3, 0.001, 0.01)).repository(f"{fake.host}/team/app")
+
     def limited(handler: Handler) -> bool:
         handler.error(429, "TOOMANYREQUESTS", "You have reached your pull rate limit", Retry_After="0",
                       RateLimit_Remaining="0;w=21600")  # fmt: skip
