@@ -163,10 +163,10 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def watches(pid: int) -> bool:
-    """Return whether a process has told the kernel what to watch, and waits for more than it was told."""
-    marks = "".join(path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "fanotify mnt_id" in marks and state == "S"
+    """Return whether a process has asked the kernel for events, and waits for more than it was told."""
+    held = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    waits_in = Path(f"/proc/{pid}/wchan").read_text()
+    return "anon_inode:[fanotify]" in held and waits_in.startswith("poll_schedule_timeout")
 
 
 def test_a_watch_ends_with_an_interrupt_and_answers(tmp_path: Path) -> None:
