@@ -188,7 +188,14 @@ def show_platforms(schema: str, report: PlatformsReport, out: Output) -> None:
         "",
         ["PLATFORM", "LAYERS", "BEFORE", "BLOBS", "BEFORE", "MANIFEST"],
         [
-            (name, x.layers_after, x.layers_before, human(x.bytes_after), human(x.bytes_before), x.manifest)
+            (
+                name,
+                x.layers_after,
+                x.layers_before,
+                "" if x.bytes_after is None else human(x.bytes_after),
+                human(x.bytes_before),
+                x.manifest,
+            )
             for name, x in zip(report.platforms, report.images, strict=True)
         ],
         right=(1, 2, 3, 4),

@@ -36,11 +36,12 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; ``env`` is added to the environment.
 
-    It must end with ``code``; None takes any. The time that it has is a bound for what hangs, not a measure.
+    It must end with ``code``; None takes any. Bytes of its output that are no text are kept. The time that it has
+    is a bound for what hangs, not a measure.
     """
     done = subprocess.run(
         list(map(str, words)), env={**os.environ, **(env or {})}, stdin=stdin, cwd=cwd, capture_output=True,
-        text=True, timeout=300, check=False,
+        encoding="utf-8", errors="surrogateescape", timeout=300, check=False,
     )  # fmt: skip
     said = f"{' '.join(map(str, words))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     assert code is None or done.returncode == code, said

@@ -121,7 +121,7 @@ def symlink(target: bytes, **more: object) -> Spec:
 
 def make_tree(specs: dict[bytes, Spec]) -> Tree:
     """Return the tree of ``specs`` by path; missing parents are made."""
-    entries = [spec.entry(path) for path, spec in specs.items()]
+    entries = [spec.entry(path) for path, spec in ({b"": directory()} | specs).items()]
     entries += [Entry(link, Kind.HARDLINK, link=path) for path, spec in specs.items() for link in spec.links]
     return tree_of(entries)
 

@@ -12,7 +12,7 @@ import pytest
 from made_images import INDEX, Layout, dump, tar
 from programs import run_layerkit
 
-written = functools.partial(run_layerkit, "--quiet", env={"SOURCE_DATE_EPOCH": ""})
+written = functools.partial(run_layerkit, env={"SOURCE_DATE_EPOCH": ""})
 
 MAP = ("--uid-map", "0:100000:65536")
 WRITERS: dict[str, tuple[str, ...]] = {
