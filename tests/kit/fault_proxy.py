@@ -14,12 +14,14 @@ Rules are looked at in order; the first that matches and is not used up acts. ``
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import random
 import re
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -145,6 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.close()
 
+    def _sent(self) -> None:
+        """Wait until the peer has all that was written: a reset drops what a slow one has had no room for yet."""
+        end = time.monotonic() + 20
+        while any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))) and time.monotonic() < end:
+            time.sleep(0.005)
+
     def _pass(self, fault: Fault) -> int:
         if fault.delay_seconds:
             time.sleep(fault.delay_seconds)
@@ -209,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             if want <= 0:
                 self.wfile.flush()
                 if fault.reset_after is not None:
-                    time.sleep(0.02)  # a reset drops what the peer has not read yet
+                    self._sent()
                     self._reset()
                 else:
                     self.close_connection = True

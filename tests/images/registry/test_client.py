@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,6 +147,24 @@ def test_download_goes_on_where_it_broke(
         assert sum(n for _, _, n in proxy.seen) < len(BIG) + 3 * (1 << 20)
         assert client.traffic.retries >= 1
     assert not fake.violations
+
+
+def test_a_reset_of_the_proxy_loses_nothing_that_was_passed_on(fake: Fake) -> None:
+    """However slow the reader: what a client of ours repeats is then its own doing."""
+    fake.repo("team/app").blobs[digest_of(BIG)] = BIG
+    with fault_proxy(fake.host) as proxy, socket.socket() as peer:
+        proxy.add(Fault("GET", "/blobs/", reset_after=5_000_000))
+        host, _, port = proxy.host.rpartition(":")
+        peer.connect((host, int(port)))
+        peer.sendall(f"GET /v2/team/app/blobs/{digest_of(BIG)} HTTP/1.1\r\nHost: {proxy.host}\r\n\r\n".encode())
+        got, rests = 0, [4_500_000, 4_000_000, 3_500_000, 3_000_000]
+        with pytest.raises(ConnectionResetError):
+            while piece := peer.recv(1 << 16):
+                got += len(piece)
+                if rests and got > rests[-1]:
+                    rests.pop()
+                    time.sleep(0.3)
+        assert got >= 5_000_000
 
 
 def test_download_without_ranges_begins_again(fake: Fake, make: Callable[..., RegistryClient]) -> None:
