@@ -250,13 +250,12 @@ def test_token_authentication(tmp_path: Path, tiny_archive: Callable[..., Path],
 
 
 def test_tokens_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerkit.images.registry.auth import Authenticator
+    from layerkit.images.registry import auth as authentication
     from layerkit.images.registry.client import RegistryClient
     from layerkit.images.registry.options import RegistryOptions
 
     passed = [0.0]
-    defaults = Authenticator.__init__.__kwdefaults__ or {}
-    monkeypatch.setitem(defaults, "clock", lambda: time.monotonic() + passed[0])
+    monkeypatch.setattr(authentication, "monotonic", lambda: time.monotonic() + passed[0])
     server = TokenServer(tmp_path / "tokens", life=300)
     try:
         with docker_registry(tmp_path / "r", auth="token", realm=server.url, token_cert=server.cert) as registry:

@@ -142,9 +142,9 @@ def test_any_map_inside_a_user_namespace(home: Path, runtime: str) -> None:
 def test_an_answer_for_those_without_subordinate_ids(home: Path) -> None:
     program = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from layerkit.linux import rootless\n"
+        "from layerkit.linux import userns\n"
         "os.setgroups([]); os.setresgid(4999, 4999, 4999); os.setresuid(4999, 4999, 4999)\n"
-        "rootless.enter()\n"
+        "userns.enter()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, timeout=60, check=False
