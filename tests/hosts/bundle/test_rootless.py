@@ -141,7 +141,7 @@ def test_any_map_inside_a_user_namespace(home: Path, runtime: str) -> None:
 
 def test_an_answer_for_those_without_subordinate_ids(home: Path) -> None:
     program = (
-        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import os, shutil, sys; sys.path.insert(0, sys.argv[1])  # while this Python can be read\n"
         "from layerkit.linux import userns\n"
         "os.setgroups([]); os.setresgid(4999, 4999, 4999); os.setresuid(4999, 4999, 4999)\n"
         "userns.enter()\n"
