@@ -69,7 +69,7 @@ class BundleOptions:
             Its host ids are those of the calling process's user namespace.
         wishes: what is to differ from what the image says.
         rootless: write a config whose first mount is the root filesystem, for a runtime that an ordinary user
-            runs outside this user namespace. It is made as root of one: ``linux.rootless.enter()``.
+            runs outside this user namespace. It is made as root of one: ``linux.userns.enter()``.
         rendering: of metadata, and ``data``, ``own_meta``: see :class:`MountOptions`.
     """
 
