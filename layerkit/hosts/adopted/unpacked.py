@@ -1,4 +1,4 @@
-"""TODO."""
+"""An image as a runtime has unpacked it: its layers as folders, and how references to such images begin."""
 
 from __future__ import annotations
 
