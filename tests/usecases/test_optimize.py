@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from judge import differences, snapshot, umoci
 from needs import need_root, need_tool
-from programs import run_layerkit
+from programs import answer, run_layerkit
 
 from layerkit.api import optimize as optimizing
 from layerkit.api.open import Settings, open_image
@@ -164,3 +164,27 @@ def test_a_stopped_run_leaves_no_output(tiny_image: Path, tmp_path: Path, settin
     with pytest.raises(Cancelled):
         optimizing.optimize_to(str(tiny_image), f"oci-archive:{dst}", settings=settings, progress=stop)
     assert list(dst.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "compared"),
+    [("gzip", "gzip", "blobs"), ("none", "gzip", "files"), ("gzip", "zstd", "files"), ("none", "none", "blobs")],
+)
+def test_what_is_saved_compares_like_with_like(
+    tiny_archive: Callable[..., Path], tmp_path: Path, before: str, after: str, compared: str
+) -> None:
+    words = ("optimize", tiny_archive("oci-archive", before), "--store", tmp_path / "store")
+    # One layer at least has to be written anew, else all keep the compression that they have.
+    report = answer(*words, f"oci:{tmp_path}/out:v1", "--compression", after)
+    assert "rewrite" in [layer["action"] for layer in report["layers"]]
+    assert report["compared"] == compared
+    what = "bytes" if compared == "blobs" else "file_bytes"
+    old, new = report[f"{what}_before"], report[f"{what}_after"]
+    assert report["saved_percent"] == round(100 * (old - new) / old, 2)
+    assert [layer["number"] for layer in report["layers"]] == list(range(1, report["layers_before"] + 1))
+
+
+def test_a_plan_does_not_tell_what_it_cannot_know(tiny_archive: Callable[..., Path], tmp_path: Path) -> None:
+    report = answer("optimize", tiny_archive(), "--dry-run", "--store", tmp_path / "store")
+    assert (report["bytes_after"], report["compared"], report["manifest"]) == (None, "files", "")
+    assert {layer["blob_bytes_after"] for layer in report["layers"] if layer["action"] == "rewrite"} == {None}
