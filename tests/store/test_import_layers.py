@@ -98,7 +98,7 @@ def test_no_more_than_one_layer_is_begun_ahead(store: LocalStore) -> None:
     source = Source(on_open=lambda _: held.append(set(source.open)))
     bring(store, source)
     # Progress would not do to tell it: a layer may be begun before the first report of the one before.
-    assert held == [set(), {0}, {1}, {2}]
+    assert all(before <= {number - 1} for number, before in enumerate(held))
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
