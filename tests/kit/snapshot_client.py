@@ -84,7 +84,7 @@ class Client:
         return self._call("Usage", pb.KeyRequest(key=key), pb.UsageReply)
 
     def cleanup(self) -> None:
-        self._call("Cleanup", pb.CleanupRequest(), pb.MountsReply)
+        self._call("Cleanup", pb.KeyRequest(), pb.MountsReply)
 
 
 @contextlib.contextmanager

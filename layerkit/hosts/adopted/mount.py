@@ -21,7 +21,7 @@ from layerkit.hosts.adopted.unpacked import Unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.hosts.mounts.records import UNPACKED
-from layerkit.hosts.mounts.spec import FolderLayer, MountSpec, meta_layer
+from layerkit.hosts.mounts.spec import MountLayer, MountSpec, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.linux import userns
 from layerkit.linux.probe import Features
@@ -143,7 +143,7 @@ def mount_unpacked(
         mounter.mount(
             MountSpec(
                 meta=meta_layer(entry, mapping),
-                data=tuple(map(FolderLayer, data)),
+                data=tuple(map(MountLayer, data)),
                 namespace=ways.namespace,
                 target=target,
                 idmap=extents,

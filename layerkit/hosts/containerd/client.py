@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,60 +57,54 @@ class Containerd:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
-    def _metadata(self) -> list[tuple[str, str]]:
-        found = [("containerd-namespace", self._namespace)]
-        return [*found, ("containerd-lease", self._lease)] if self._lease else found
+    def _call(self, method: str, *requests: Any) -> bool:
+        """Ask; return False where what is to be made exists already. Of an answer no more is read.
 
-    def _call(self, service: str, method: str, request: Any, reply: Callable[[bytes], Any]) -> Any:
-        call = self._channel.unary_unary(
-            f"/containerd.services.{service}/{method}", lambda message: message.SerializeToString(), reply
+        A stream of one message is on the wire what a method without streams gets.
+        """
+        metadata = [("containerd-namespace", self._namespace)]
+        metadata += [("containerd-lease", self._lease)] if self._lease else []
+        call = self._channel.stream_stream(
+            f"/containerd.services.{method}", lambda each: each.SerializeToString(), empty_pb2.Empty.FromString
         )
-        return call(request, metadata=self._metadata(), timeout=_SECONDS)
+        try:
+            for _ in call(iter(requests), metadata=metadata, timeout=_SECONDS):
+                pass
+        except grpc.RpcError as error:
+            if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            return False
+        return True
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
         """Keep containerd's garbage collection from what is made inside the block."""
         name = f"layerkit-{uuid.uuid4().hex}"
         labels = {"containerd.io/gc.expire": _in(_LEASE_SECONDS)}
-        self._call("leases.v1.Leases", "Create", pb.LeaseRequest(id=name, labels=labels), pb.LeaseReply.FromString)
+        self._call("leases.v1.Leases/Create", pb.LeaseRequest(id=name, labels=labels))
         self._lease = name
         try:
             yield
         finally:
             self._lease = ""
-            request = pb.LeaseDeleteRequest(id=name)
-            self._call("leases.v1.Leases", "Delete", request, empty_pb2.Empty.FromString)
+            self._call("leases.v1.Leases/Delete", pb.LeaseRequest(id=name))
 
     def write(self, descriptor: Descriptor, data: bytes, labels: dict[str, str]) -> None:
         """Put a blob into the content store; if it is there, only its labels are added to."""
         digest = str(descriptor.digest)
-        pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
-
-        def messages() -> Iterator[Any]:
-            at = 0
-            for piece in pieces:
-                last = at + len(piece) == len(data)
-                yield pb.WriteRequest(
-                    action=pb.COMMIT if last else pb.WRITE, ref=f"layerkit-{digest}", total=len(data),
-                    expected=digest, offset=at, data=piece, labels=labels if last else {},
-                )  # fmt: skip
-                at += len(piece)
-
-        call = self._channel.stream_stream(
-            "/containerd.services.content.v1.Content/Write",
-            lambda message: message.SerializeToString(), pb.WriteReply.FromString,
-        )  # fmt: skip
-        try:
-            for _ in call(messages(), metadata=self._metadata(), timeout=_SECONDS):
-                pass
-        except grpc.RpcError as error:
-            if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
-                raise
-            request = pb.ContentUpdateRequest(
-                info=pb.ContentInfo(digest=digest, labels=labels),
-                update_mask=FieldMask(paths=[f"labels.{key}" for key in labels]),
+        starts = range(0, len(data), _PIECE_BYTES)
+        pieces = [
+            pb.WriteRequest(
+                action=pb.WRITE, ref=f"layerkit-{digest}", total=len(data), expected=digest, offset=at,
+                data=data[at : at + _PIECE_BYTES],
             )
-            self._call("content.v1.Content", "Update", request, pb.ContentUpdateReply.FromString)
+            for at in starts
+        ]  # fmt: skip
+        pieces[-1].MergeFrom(pb.WriteRequest(action=pb.COMMIT, labels=labels))
+        if not self._call("content.v1.Content/Write", *pieces):
+            info = pb.ContentInfo(digest=digest, labels=labels)
+            mask = FieldMask(paths=[f"labels.{key}" for key in labels])
+            self._call("content.v1.Content/Update", pb.ContentUpdateRequest(info=info, update_mask=mask))
 
     def name(self, name: str, target: Descriptor) -> None:
         """Let ``name`` mean the image with the manifest ``target``."""
@@ -118,14 +112,9 @@ class Containerd:
             name=name,
             target=pb.Descriptor(media_type=target.media_type, digest=str(target.digest), size=target.size),
         )
-        service, reply = "images.v1.Images", pb.ImageReply.FromString
-        try:
-            self._call(service, "Create", pb.ImageRequest(image=image), reply)
-        except grpc.RpcError as error:
-            if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
-                raise
-            request = pb.ImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
-            self._call(service, "Update", request, reply)
+        if not self._call("images.v1.Images/Create", pb.ImageRequest(image=image)):
+            update = pb.ImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
+            self._call("images.v1.Images/Update", update)
 
     def adopt(self, snapshotter: str, chain: Sequence[str]) -> None:
         """Have the snapshotter take the chains, bottom first, as committed snapshots.
@@ -133,21 +122,14 @@ class Containerd:
         Raises:
             UsageError: it does not: it serves another store, or is no snapshotter of layerkit.
         """
-        service = "snapshots.v1.Snapshots"
         parent = ""
         for chain_id in chain:
             key = f"extract-layerkit-{uuid.uuid4().hex} {chain_id}"
             request = pb.CreateRequest(
                 snapshotter=snapshotter, key=key, parent=parent, labels={REF_LABEL: chain_id}
             )
-            try:
-                self._call(service, "Prepare", request, pb.MountsReply.FromString)
-            except grpc.RpcError as error:
-                if _failed(error).code() is not grpc.StatusCode.ALREADY_EXISTS:
-                    raise
-            else:
-                request = pb.KeyRequest(snapshotter=snapshotter, key=key)
-                self._call(service, "Remove", request, empty_pb2.Empty.FromString)
+            if self._call("snapshots.v1.Snapshots/Prepare", request):
+                self._call("snapshots.v1.Snapshots/Remove", pb.KeyRequest(snapshotter=snapshotter, key=key))
                 raise UsageError(
                     f"the snapshotter {snapshotter!r} does not know {chain_id}: it must be `layerkit snapshotter` "
                     "with the same --store as this command"

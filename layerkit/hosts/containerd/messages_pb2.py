@@ -26,7 +26,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(layerkit/hosts/containerd/messages.proto\x12\x19layerkit.hosts.containerd\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"F\n\x05Mount\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"\xb6\x01\n\rCreateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12\x44\n\x06labels\x18\x04 \x03(\x0b\x32\x34.layerkit.hosts.containerd.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x0bMountsReply\x12\x30\n\x06mounts\x18\x01 \x03(\x0b\x32 .layerkit.hosts.containerd.Mount\"\xc4\x01\n\rCommitRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x44\n\x06labels\x18\x04 \x03(\x0b\x32\x34.layerkit.hosts.containerd.CommitRequest.LabelsEntry\x12\x0e\n\x06parent\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\nKeyRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"%\n\x0e\x43leanupRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\"\x9f\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12-\n\x04kind\x18\x03 \x01(\x0e\x32\x1f.layerkit.hosts.containerd.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x06labels\x18\x06 \x03(\x0b\x32+.layerkit.hosts.containerd.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\tInfoReply\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.layerkit.hosts.containerd.Info\"\x84\x01\n\rUpdateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12-\n\x04info\x18\x02 \x01(\x0b\x32\x1f.layerkit.hosts.containerd.Info\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"3\n\x0bListRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t\":\n\tListReply\x12-\n\x04info\x18\x01 \x03(\x0b\x32\x1f.layerkit.hosts.containerd.Info\"*\n\nUsageReply\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0e\n\x06inodes\x18\x02 \x01(\x03\"\xbf\x01\n\nDescriptor\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12K\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32\x36.layerkit.hosts.containerd.Descriptor.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x02\n\x0cWriteRequest\x12\x36\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32&.layerkit.hosts.containerd.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x43\n\x06labels\x18\x07 \x03(\x0b\x32\x33.layerkit.hosts.containerd.WriteRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"s\n\nWriteReply\x12\x36\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32&.layerkit.hosts.containerd.WriteAction\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x9e\x01\n\x0b\x43ontentInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x42\n\x06labels\x18\x05 \x03(\x0b\x32\x32.layerkit.hosts.containerd.ContentInfo.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"}\n\x14\x43ontentUpdateRequest\x12\x34\n\x04info\x18\x01 \x01(\x0b\x32&.layerkit.hosts.containerd.ContentInfo\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"J\n\x12\x43ontentUpdateReply\x12\x34\n\x04info\x18\x01 \x01(\x0b\x32&.layerkit.hosts.containerd.ContentInfo\"\xb9\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12<\n\x06labels\x18\x02 \x03(\x0b\x32,.layerkit.hosts.containerd.Image.LabelsEntry\x12\x35\n\x06target\x18\x03 \x01(\x0b\x32%.layerkit.hosts.containerd.Descriptor\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x0cImageRequest\x12/\n\x05image\x18\x01 \x01(\x0b\x32 .layerkit.hosts.containerd.Image\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"=\n\nImageReply\x12/\n\x05image\x18\x01 \x01(\x0b\x32 .layerkit.hosts.containerd.Image\"\x8e\x01\n\x0cLeaseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x43\n\x06labels\x18\x03 \x03(\x0b\x32\x33.layerkit.hosts.containerd.LeaseRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\"=\n\nLeaseReply\x12/\n\x05lease\x18\x01 \x01(\x0b\x32 .layerkit.hosts.containerd.Lease\".\n\x12LeaseDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(layerkit/hosts/containerd/messages.proto\x12\x19layerkit.hosts.containerd\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"F\n\x05Mount\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"\xb6\x01\n\rCreateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12\x44\n\x06labels\x18\x04 \x03(\x0b\x32\x34.layerkit.hosts.containerd.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x0bMountsReply\x12\x30\n\x06mounts\x18\x01 \x03(\x0b\x32 .layerkit.hosts.containerd.Mount\"\xc4\x01\n\rCommitRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x44\n\x06labels\x18\x04 \x03(\x0b\x32\x34.layerkit.hosts.containerd.CommitRequest.LabelsEntry\x12\x0e\n\x06parent\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\nKeyRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x9f\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12-\n\x04kind\x18\x03 \x01(\x0e\x32\x1f.layerkit.hosts.containerd.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x06labels\x18\x06 \x03(\x0b\x32+.layerkit.hosts.containerd.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\tInfoReply\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.layerkit.hosts.containerd.Info\"\x84\x01\n\rUpdateRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12-\n\x04info\x18\x02 \x01(\x0b\x32\x1f.layerkit.hosts.containerd.Info\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"3\n\x0bListRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t\":\n\tListReply\x12-\n\x04info\x18\x01 \x03(\x0b\x32\x1f.layerkit.hosts.containerd.Info\"*\n\nUsageReply\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0e\n\x06inodes\x18\x02 \x01(\x03\">\n\nDescriptor\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x03\"\x86\x02\n\x0cWriteRequest\x12\x36\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32&.layerkit.hosts.containerd.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x43\n\x06labels\x18\x07 \x03(\x0b\x32\x33.layerkit.hosts.containerd.WriteRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9e\x01\n\x0b\x43ontentInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x42\n\x06labels\x18\x05 \x03(\x0b\x32\x32.layerkit.hosts.containerd.ContentInfo.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"}\n\x14\x43ontentUpdateRequest\x12\x34\n\x04info\x18\x01 \x01(\x0b\x32&.layerkit.hosts.containerd.ContentInfo\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\xb9\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12<\n\x06labels\x18\x02 \x03(\x0b\x32,.layerkit.hosts.containerd.Image.LabelsEntry\x12\x35\n\x06target\x18\x03 \x01(\x0b\x32%.layerkit.hosts.containerd.Descriptor\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x0cImageRequest\x12/\n\x05image\x18\x01 \x01(\x0b\x32 .layerkit.hosts.containerd.Image\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x8e\x01\n\x0cLeaseRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x43\n\x06labels\x18\x03 \x03(\x0b\x32\x33.layerkit.hosts.containerd.LeaseRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_INFO_LABELSENTRY']._loaded_options = None
   _globals['_INFO_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._loaded_options = None
-  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_options = b'8\001'
   _globals['_WRITEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_WRITEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CONTENTINFO_LABELSENTRY']._loaded_options = None
@@ -49,10 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_LEASEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LEASEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_KIND']._serialized_start=2970
-  _globals['_KIND']._serialized_end=3026
-  _globals['_WRITEACTION']._serialized_start=3028
-  _globals['_WRITEACTION']._serialized_end=3074
+  _globals['_KIND']._serialized_start=2413
+  _globals['_KIND']._serialized_end=2469
+  _globals['_WRITEACTION']._serialized_start=2471
+  _globals['_WRITEACTION']._serialized_end=2517
   _globals['_MOUNT']._serialized_start=138
   _globals['_MOUNT']._serialized_end=208
   _globals['_CREATEREQUEST']._serialized_start=211
@@ -67,56 +65,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITREQUEST_LABELSENTRY']._serialized_end=393
   _globals['_KEYREQUEST']._serialized_start=659
   _globals['_KEYREQUEST']._serialized_end=705
-  _globals['_CLEANUPREQUEST']._serialized_start=707
-  _globals['_CLEANUPREQUEST']._serialized_end=744
-  _globals['_INFO']._serialized_start=747
-  _globals['_INFO']._serialized_end=1034
+  _globals['_INFO']._serialized_start=708
+  _globals['_INFO']._serialized_end=995
   _globals['_INFO_LABELSENTRY']._serialized_start=348
   _globals['_INFO_LABELSENTRY']._serialized_end=393
-  _globals['_INFOREPLY']._serialized_start=1036
-  _globals['_INFOREPLY']._serialized_end=1094
-  _globals['_UPDATEREQUEST']._serialized_start=1097
-  _globals['_UPDATEREQUEST']._serialized_end=1229
-  _globals['_LISTREQUEST']._serialized_start=1231
-  _globals['_LISTREQUEST']._serialized_end=1282
-  _globals['_LISTREPLY']._serialized_start=1284
-  _globals['_LISTREPLY']._serialized_end=1342
-  _globals['_USAGEREPLY']._serialized_start=1344
-  _globals['_USAGEREPLY']._serialized_end=1386
-  _globals['_DESCRIPTOR']._serialized_start=1389
-  _globals['_DESCRIPTOR']._serialized_end=1580
-  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_start=1530
-  _globals['_DESCRIPTOR_ANNOTATIONSENTRY']._serialized_end=1580
-  _globals['_WRITEREQUEST']._serialized_start=1583
-  _globals['_WRITEREQUEST']._serialized_end=1845
+  _globals['_INFOREPLY']._serialized_start=997
+  _globals['_INFOREPLY']._serialized_end=1055
+  _globals['_UPDATEREQUEST']._serialized_start=1058
+  _globals['_UPDATEREQUEST']._serialized_end=1190
+  _globals['_LISTREQUEST']._serialized_start=1192
+  _globals['_LISTREQUEST']._serialized_end=1243
+  _globals['_LISTREPLY']._serialized_start=1245
+  _globals['_LISTREPLY']._serialized_end=1303
+  _globals['_USAGEREPLY']._serialized_start=1305
+  _globals['_USAGEREPLY']._serialized_end=1347
+  _globals['_DESCRIPTOR']._serialized_start=1349
+  _globals['_DESCRIPTOR']._serialized_end=1411
+  _globals['_WRITEREQUEST']._serialized_start=1414
+  _globals['_WRITEREQUEST']._serialized_end=1676
   _globals['_WRITEREQUEST_LABELSENTRY']._serialized_start=348
   _globals['_WRITEREQUEST_LABELSENTRY']._serialized_end=393
-  _globals['_WRITEREPLY']._serialized_start=1847
-  _globals['_WRITEREPLY']._serialized_end=1962
-  _globals['_CONTENTINFO']._serialized_start=1965
-  _globals['_CONTENTINFO']._serialized_end=2123
+  _globals['_CONTENTINFO']._serialized_start=1679
+  _globals['_CONTENTINFO']._serialized_end=1837
   _globals['_CONTENTINFO_LABELSENTRY']._serialized_start=348
   _globals['_CONTENTINFO_LABELSENTRY']._serialized_end=393
-  _globals['_CONTENTUPDATEREQUEST']._serialized_start=2125
-  _globals['_CONTENTUPDATEREQUEST']._serialized_end=2250
-  _globals['_CONTENTUPDATEREPLY']._serialized_start=2252
-  _globals['_CONTENTUPDATEREPLY']._serialized_end=2326
-  _globals['_IMAGE']._serialized_start=2329
-  _globals['_IMAGE']._serialized_end=2514
+  _globals['_CONTENTUPDATEREQUEST']._serialized_start=1839
+  _globals['_CONTENTUPDATEREQUEST']._serialized_end=1964
+  _globals['_IMAGE']._serialized_start=1967
+  _globals['_IMAGE']._serialized_end=2152
   _globals['_IMAGE_LABELSENTRY']._serialized_start=348
   _globals['_IMAGE_LABELSENTRY']._serialized_end=393
-  _globals['_IMAGEREQUEST']._serialized_start=2516
-  _globals['_IMAGEREQUEST']._serialized_end=2628
-  _globals['_IMAGEREPLY']._serialized_start=2630
-  _globals['_IMAGEREPLY']._serialized_end=2691
-  _globals['_LEASEREQUEST']._serialized_start=2694
-  _globals['_LEASEREQUEST']._serialized_end=2836
+  _globals['_IMAGEREQUEST']._serialized_start=2154
+  _globals['_IMAGEREQUEST']._serialized_end=2266
+  _globals['_LEASEREQUEST']._serialized_start=2269
+  _globals['_LEASEREQUEST']._serialized_end=2411
   _globals['_LEASEREQUEST_LABELSENTRY']._serialized_start=348
   _globals['_LEASEREQUEST_LABELSENTRY']._serialized_end=393
-  _globals['_LEASE']._serialized_start=2838
-  _globals['_LEASE']._serialized_end=2857
-  _globals['_LEASEREPLY']._serialized_start=2859
-  _globals['_LEASEREPLY']._serialized_end=2920
-  _globals['_LEASEDELETEREQUEST']._serialized_start=2922
-  _globals['_LEASEDELETEREQUEST']._serialized_end=2968
 # @@protoc_insertion_point(module_scope)

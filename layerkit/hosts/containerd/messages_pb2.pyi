@@ -95,12 +95,6 @@ class KeyRequest(_message.Message):
     key: str
     def __init__(self, snapshotter: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
 
-class CleanupRequest(_message.Message):
-    __slots__ = ("snapshotter",)
-    SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
-    snapshotter: str
-    def __init__(self, snapshotter: _Optional[str] = ...) -> None: ...
-
 class Info(_message.Message):
     __slots__ = ("name", "parent", "kind", "created_at", "updated_at", "labels")
     class LabelsEntry(_message.Message):
@@ -163,23 +157,14 @@ class UsageReply(_message.Message):
     def __init__(self, size: _Optional[int] = ..., inodes: _Optional[int] = ...) -> None: ...
 
 class Descriptor(_message.Message):
-    __slots__ = ("media_type", "digest", "size", "annotations")
-    class AnnotationsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    __slots__ = ("media_type", "digest", "size")
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    ANNOTATIONS_FIELD_NUMBER: _ClassVar[int]
     media_type: str
     digest: str
     size: int
-    annotations: _containers.ScalarMap[str, str]
-    def __init__(self, media_type: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., annotations: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, media_type: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
     __slots__ = ("action", "ref", "total", "expected", "offset", "data", "labels")
@@ -206,18 +191,6 @@ class WriteRequest(_message.Message):
     labels: _containers.ScalarMap[str, str]
     def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., ref: _Optional[str] = ..., total: _Optional[int] = ..., expected: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
-class WriteReply(_message.Message):
-    __slots__ = ("action", "offset", "total", "digest")
-    ACTION_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    TOTAL_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    action: WriteAction
-    offset: int
-    total: int
-    digest: str
-    def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
-
 class ContentInfo(_message.Message):
     __slots__ = ("digest", "size", "labels")
     class LabelsEntry(_message.Message):
@@ -242,12 +215,6 @@ class ContentUpdateRequest(_message.Message):
     info: ContentInfo
     update_mask: _field_mask_pb2.FieldMask
     def __init__(self, info: _Optional[_Union[ContentInfo, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
-
-class ContentUpdateReply(_message.Message):
-    __slots__ = ("info",)
-    INFO_FIELD_NUMBER: _ClassVar[int]
-    info: ContentInfo
-    def __init__(self, info: _Optional[_Union[ContentInfo, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("name", "labels", "target")
@@ -274,12 +241,6 @@ class ImageRequest(_message.Message):
     update_mask: _field_mask_pb2.FieldMask
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
-class ImageReply(_message.Message):
-    __slots__ = ("image",)
-    IMAGE_FIELD_NUMBER: _ClassVar[int]
-    image: Image
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
-
 class LeaseRequest(_message.Message):
     __slots__ = ("id", "labels")
     class LabelsEntry(_message.Message):
@@ -294,23 +255,3 @@ class LeaseRequest(_message.Message):
     id: str
     labels: _containers.ScalarMap[str, str]
     def __init__(self, id: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
-
-class Lease(_message.Message):
-    __slots__ = ("id",)
-    ID_FIELD_NUMBER: _ClassVar[int]
-    id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
-
-class LeaseReply(_message.Message):
-    __slots__ = ("lease",)
-    LEASE_FIELD_NUMBER: _ClassVar[int]
-    lease: Lease
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
-
-class LeaseDeleteRequest(_message.Message):
-    __slots__ = ("id", "sync")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    SYNC_FIELD_NUMBER: _ClassVar[int]
-    id: str
-    sync: bool
-    def __init__(self, id: _Optional[str] = ..., sync: bool = ...) -> None: ...

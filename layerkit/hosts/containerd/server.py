@@ -84,7 +84,7 @@ _UNARY: dict[str, tuple[Any, Handler]] = {
     "Stat": (pb.KeyRequest, lambda s, r: pb.InfoReply(info=_info(s.stat(r.key)))),
     "Update": (pb.UpdateRequest, _update),
     "Usage": (pb.KeyRequest, lambda s, r: pb.UsageReply(**asdict(s.usage(r.key)))),
-    "Cleanup": (pb.CleanupRequest, _cleanup),
+    "Cleanup": (pb.KeyRequest, _cleanup),
 }
 
 

@@ -17,13 +17,13 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts import served as serving
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount
-from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec, ServedMeta, check_stubs, checked
+from layerkit.hosts.mounts.spec import MountLayer, MountSpec, check_stubs, checked
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import staging_beside
@@ -57,10 +57,9 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
     spec = checked(spec)
     folder = RunFolder(run)
     with ExitStack() as stack:
-        namespace = None
-        if spec.idmap is not None:
-            # Before the lock, so that its child process never holds a copy of the lock's descriptor.
-            namespace = stack.enter_context(mounts.closing(userns.userns_fd(*spec.idmap)))
+        # Before the lock, so that its child process never holds a copy of the lock's descriptor.
+        opened = mounts.closing(userns.userns_fd(*spec.idmap)) if spec.idmap is not None else nullcontext()
+        namespace = stack.enter_context(opened)
         stack.enter_context(folder.locked())
         _refuse_busy(spec, folder)
         record = _record(spec)
@@ -92,8 +91,7 @@ def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
     path = os.path.realpath(target)
     folder = _folder_of(path, run)
     with folder.locked():
-        here = [m for m in mounts.mount_table() if m.point == path]
-        top = here[-1] if here else None
+        top = _top(path)
         if top is not None and top.fstype == "overlay" and top.source.startswith(SOURCE_PREFIX):
             try:
                 mounts.detach(path, lazy=lazy)
@@ -109,8 +107,7 @@ def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
 
 def _folder_of(path: str, run: Path) -> RunFolder:
     """Return the run folder where the mount at ``path`` is recorded: its shared layers are among those there."""
-    here = [m for m in mounts.mount_table() if m.point == path]
-    source = here[-1].source if here else ""
+    source = top.source if (top := _top(path)) else ""
     if source.startswith(SOURCE_PREFIX) and run.parent.is_dir():
         name = f"{source.removeprefix(SOURCE_PREFIX)}.json"
         for each in (run, *run.parent.iterdir()):
@@ -118,6 +115,10 @@ def _folder_of(path: str, run: Path) -> RunFolder:
             if (folder.records / name).exists():
                 return folder
     return RunFolder(run)
+
+
+def _top(path: str) -> mounts.Mount | None:
+    return next((m for m in reversed(mounts.mount_table()) if m.point == path), None)
 
 
 def unserved(run: Path) -> list[Record]:
@@ -198,14 +199,13 @@ class _Assembly(ExitStack):
         spec, record = self.spec, self.record
         target = self._closing(mounts.open_folder(spec.target))
         # An overlay without an upper wants two layers, and an image without data has but META.
-        data = [self._closing(self._open(layer)) for layer in spec.data or (FolderLayer(self.folder.empty),)]
-        if isinstance(spec.meta, ServedMeta):
+        data = [self._closing(self._open(layer)) for layer in spec.data or (MountLayer(self.folder.empty),)]
+        if spec.meta.mapping is not None:
             server = serving.served(spec.meta.path, spec.meta.mapping, self.folder.server(record))
-            meta, where = self.enter_context(server), spec.meta.path
+            meta = self.enter_context(server)
         else:
             meta = self._closing(self._open(spec.meta))
-            where = spec.meta.path if isinstance(spec.meta, FolderLayer) else spec.meta.image
-        check_stubs(f"/proc/self/fd/{meta}", spec.namespace, str(where))
+        check_stubs(f"/proc/self/fd/{meta}", spec.namespace, str(spec.meta.path))
         if namespace is not None:
             plain, meta = meta, self._closing(mounts.clone(meta))
             _idmap(meta, namespace, plain)
@@ -224,14 +224,14 @@ class _Assembly(ExitStack):
         attributes = sc.MOUNT_ATTR_NODEV if spec.nodev else 0
         mounts.attach(overlay, target, attributes=attributes | (sc.MOUNT_ATTR_RDONLY if record.read_only else 0))
 
-    def _open(self, layer: ErofsLayer | FolderLayer) -> int:
+    def _open(self, layer: MountLayer) -> int:
         """Return a descriptor of a layer's root; a shared one is mounted if it is not yet."""
-        if isinstance(layer, FolderLayer):
+        if layer.is_folder:
             return mounts.open_folder(layer.path)
         place = self.folder.layers / layer.name
         place.mkdir(mode=0o700, exist_ok=True)
         if not is_erofs_mount(place):
-            with mounts.closing(mounts.erofs(layer.image, layer.tar, directio=layer.tar is not None)) as fd:
+            with mounts.closing(layer.mount()) as fd:
                 mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
         return mounts.open_folder(place)
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -92,10 +91,6 @@ class Record:
         """Return the layer folders of another runtime, bottom first; none for layers in the store."""
         return tuple(path for path in self.label.get("folders", "").split("\n") if path)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        return {"version": _VERSION, **asdict(self)}
-
 
 class RunFolder:
     """The run folder of the calling process's mount namespace."""
@@ -138,7 +133,7 @@ class RunFolder:
     def write(self, record: Record) -> None:
         """Write a record, whole or not at all."""
         with whole_file(self.records / f"{record.id}.json") as file:
-            file.write(json.dumps(record.to_json(), sort_keys=True).encode())
+            file.write(json.dumps({"version": _VERSION, **asdict(record)}, sort_keys=True).encode())
 
     def server(self, record: Record) -> Path:
         """Return the file that the server of the mount's META locks."""
@@ -242,15 +237,11 @@ def _parse(data: bytes, path: Path) -> Record | None:
     """Return the record, or None for one that a crash of the machine left empty or torn."""
     try:
         fields = json.loads(data)
-        version = fields.pop("version")
-    except (ValueError, KeyError, AttributeError):
+        if fields["version"] == _VERSION:
+            return msgspec.convert(fields, Record)
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         return None
-    if version != _VERSION:
-        raise StoreError(f"{path}: a record of version {version}; unmount with the layerkit that made it")
-    try:
-        return msgspec.convert(fields, Record)
-    except msgspec.ValidationError:
-        return None
+    raise StoreError(f"{path}: a record of version {fields['version']}; unmount with the layerkit that made it")
 
 
 def is_erofs_mount(folder: Path) -> bool:

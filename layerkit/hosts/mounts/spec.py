@@ -13,10 +13,9 @@ from pathlib import Path
 from layerkit.formats.meta.fuse_tree import TREE_FILE
 from layerkit.formats.overlay_options import LAYER_KEYS
 from layerkit.idmap import Mapping
+from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
-from layerkit.linux import userns
 from layerkit.linux.folders.walk import walk, xattr_names, xattr_path
-from layerkit.linux.mounts import MAX_LAYERS, mount_id
 from layerkit.metaonly import METACOPY, Namespace
 from layerkit.model.digest import Digest
 from layerkit.model.errors import UnsupportedHost, UsageError
@@ -35,70 +34,61 @@ _OWN_OPTIONS = LAYER_KEYS | {"userxattr", "metacopy", "source"}
 
 
 @dataclass(frozen=True, slots=True)
-class ErofsLayer:
-    """An EROFS image, mounted once per ``key`` and shared: a META, or DATA over the raw tar of a layer.
+class MountLayer:
+    """A layer as the mounter takes it: a folder, an EROFS image that mounts share, or a META that is served.
 
-    The key stands for the content: what is mounted under it serves whoever comes with the same key. Make it of a
-    digest (the layer's diff_id).
+    Attributes:
+        path: the folder (a META rendered as one, an object store, a runtime's unpacked layer), or the file.
+        key: of an EROFS image, which is mounted once per key; "" for what is none. The key stands for the content:
+            what is mounted under it serves whoever comes with the same key. Make it of a digest (the diff_id).
+        tar: the layer's raw tar that such an image is over: it is DATA then, and META without.
+        mapping: of the owners in a META that a server of ours answers for; one file serves every map.
     """
 
-    key: str
-    image: Path
+    path: Path
+    key: str = ""
     tar: Path | None = None
+    mapping: Mapping | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Return whether it is a folder: nothing has to be mounted for it."""
+        return not self.key and self.mapping is None
 
     @property
     def name(self) -> str:
-        """Return the name of its mount point among the shared layers."""
+        """Return the name of an image's mount point among the shared layers."""
         return f"{'meta' if self.tar is None else 'data'}-{self.key}"
 
-    def checked(self, what: str) -> ErofsLayer:
+    def mount(self) -> int:
+        """Return a detached mount of an image."""
+        return mounts.erofs(self.path, self.tar, directio=self.tar is not None)
+
+    def checked(self, what: str) -> MountLayer:
         """Return it with its files resolved; see :func:`checked`."""
+        if self.is_folder:
+            return MountLayer(real_folder(self.path, what))
         tar = None if self.tar is None else _real_file(self.tar, "the layer's tar")
-        return replace(self, image=_real_file(self.image, f"the {what} image"), tar=tar)
+        return replace(
+            self, path=_real_file(self.path, f"the {what} image" if self.key else f"the {what}"), tar=tar
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class FolderLayer:
-    """A folder: a META rendered as one, an object store, or a runtime's unpacked layer."""
-
-    path: Path
-
-    def checked(self, what: str) -> FolderLayer:
-        """Return it with its path resolved; see :func:`checked`."""
-        return FolderLayer(real_folder(self.path, what))
-
-
-@dataclass(frozen=True, slots=True)
-class ServedMeta:
-    """A META that a server of ours answers for, with the owners of ``mapping``; one file serves every map."""
-
-    path: Path
-    mapping: Mapping
-
-    def checked(self, what: str) -> ServedMeta:
-        """Return it with its path resolved; see :func:`checked`."""
-        return replace(self, path=_real_file(self.path, f"the {what}"))
-
-
-Meta = ErofsLayer | FolderLayer | ServedMeta
-Data = ErofsLayer | FolderLayer
-
-
-def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> Meta:
+def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> MountLayer:
     """Return a META of the store as the mounter takes it; ``mapping`` is for one that is served."""
     if entry.info["rendering"] == Rendering.FUSE:
-        return ServedMeta(entry.path / TREE_FILE, mapping or Mapping.identity())
+        return MountLayer(entry.path / TREE_FILE, mapping=mapping or Mapping.identity())
     if entry.info["rendering"] == Rendering.EROFS:
-        return ErofsLayer(entry.key, entry.image_file)
-    return FolderLayer(entry.root)
+        return MountLayer(entry.image_file, entry.key)
+    return MountLayer(entry.root)
 
 
-def data_layers(store: LocalStore, backend: DataBackend, facts: TreeFacts) -> tuple[Data, ...]:
+def data_layers(store: LocalStore, backend: DataBackend, facts: TreeFacts) -> tuple[MountLayer, ...]:
     """Return the data that the stubs of a tree point at; layers whose files are all hidden are left out."""
     if backend is DataBackend.OBJECTS:
-        return (FolderLayer(store.objects_root),)
-    digests = [Digest.parse(text) for text in facts.data_layers]
-    return tuple(ErofsLayer(digest.hex, store.data_image(digest), store.tar_path(digest)) for digest in digests)
+        return (MountLayer(store.objects_root),)
+    digests = map(Digest.parse, facts.data_layers)
+    return tuple(MountLayer(store.data_image(each), each.hex, store.tar_path(each)) for each in digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +112,8 @@ class MountSpec:
         label: kept in the record for whoever lists mounts (image, map and so on).
     """
 
-    meta: Meta
-    data: tuple[Data, ...]
+    meta: MountLayer
+    data: tuple[MountLayer, ...]
     namespace: Namespace
     target: Path
     idmap: tuple[IdExtents, IdExtents] | None = None
@@ -136,14 +126,14 @@ class MountSpec:
     label: dict[str, str] = field(default_factory=dict)
 
     @property
-    def shared(self) -> tuple[ErofsLayer, ...]:
+    def shared(self) -> tuple[MountLayer, ...]:
         """Return the layers that are mounted once for all."""
-        return tuple(layer for layer in (self.meta, *self.data) if isinstance(layer, ErofsLayer))
+        return tuple(layer for layer in (self.meta, *self.data) if layer.key)
 
     @property
     def folders(self) -> tuple[Path, ...]:
         """Return the layers that are folders."""
-        return tuple(layer.path for layer in (self.meta, *self.data) if isinstance(layer, FolderLayer))
+        return tuple(layer.path for layer in (self.meta, *self.data) if layer.is_folder)
 
 
 def checked(spec: MountSpec) -> MountSpec:
@@ -153,7 +143,7 @@ def checked(spec: MountSpec) -> MountSpec:
         UsageError: it cannot mean anything, or would damage something.
         UnsupportedHost: this user or kernel cannot mount it.
     """
-    if isinstance(spec.meta, ServedMeta) and spec.idmap is not None:
+    if spec.meta.mapping is not None and spec.idmap is not None:
         raise UsageError("an idmapped mount of a META that a server answers for: it maps the owners itself")
     spec = replace(
         spec, target=real_folder(spec.target, "the target"), meta=spec.meta.checked("META"),
@@ -199,17 +189,17 @@ def _resolved(path: Path, what: str, hint: str) -> tuple[Path, int]:
 
 def _check_layers(spec: MountSpec) -> None:
     count = 1 + max(len(spec.data), 1)
-    if count > MAX_LAYERS:
+    if count > mounts.MAX_LAYERS:
         raise UsageError(
-            f"{count} layers: an overlay takes {MAX_LAYERS} with the data layers counted; "
+            f"{count} layers: an overlay takes {mounts.MAX_LAYERS} with the data layers counted; "
             "merge the data into one object store (--data objects), or flatten the image"
         )
-    images: dict[str, ErofsLayer] = {}
+    images: dict[str, MountLayer] = {}
     for layer in spec.shared:
         if not _KEY.fullmatch(layer.key):
             raise UsageError(f"layer key {layer.key!r}: want letters, digits and ._:+@- , at most 180")
         if images.setdefault(layer.name, layer) != layer:
-            raise UsageError(f"layer key {layer.key} stands for two images: {images[layer.name].image} and another")
+            raise UsageError(f"layer key {layer.key} stands for two images: {images[layer.name].path} and another")
     folders = spec.folders
     for folder in folders:
         if folders.count(folder) > 1:
@@ -266,7 +256,7 @@ def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
             raise UsageError(
                 f"{place} lies on an overlay itself, which cannot hold an upper folder; use a disk or tmpfs"
             )
-    if mount_id(places[0]) != mount_id(places[1]):
+    if len(set(map(mounts.mount_id, places))) > 1:
         raise UsageError(f"upper {upper} and work {work} lie on different mounts; overlayfs wants them on one")
     if work.exists():
         _check_work(work)

@@ -21,7 +21,7 @@ from needs import need_root, need_tool
 
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import RunFolder
-from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec
+from layerkit.hosts.mounts.spec import MountLayer, MountSpec
 from layerkit.linux import mounts
 from layerkit.metaonly import Namespace, data_path
 from layerkit.model.errors import LayerkitError, NotFound, StoreError, UnsupportedHost, UsageError
@@ -89,8 +89,8 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         subprocess.run(["mkfs.erofs", "-T0", *words], check=True, cwd=tmp_path, capture_output=True)
     (tmp_path / "mnt").mkdir()
     spec = MountSpec(
-        meta=ErofsLayer("sha256:meta", tmp_path / "meta.erofs"),
-        data=(ErofsLayer("sha256:data", tmp_path / "data.erofs", tmp_path / "data.blob"),),
+        meta=MountLayer(tmp_path / "meta.erofs", "sha256:meta"),
+        data=(MountLayer(tmp_path / "data.erofs", "sha256:data", tmp_path / "data.blob"),),
         namespace=Namespace.TRUSTED,
         target=tmp_path / "mnt",
         label={"image": "tiny"},
@@ -104,7 +104,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 def folders(lab: Lab) -> MountSpec:
-    return replace(lab.spec, meta=FolderLayer(lab.root / "meta"), data=(FolderLayer(lab.root / "data"),))
+    return replace(lab.spec, meta=MountLayer(lab.root / "meta"), data=(MountLayer(lab.root / "data"),))
 
 
 def check_shown(target: Path, uid_shift: int = 0, gid_shift: int = 0) -> None:
@@ -128,7 +128,7 @@ def test_a_mount_shows_the_data_under_metas_owners(lab: Lab, kind: str, mapped: 
     spec = {
         "erofs": lab.spec,
         "folder": folders(lab),
-        "mixed": replace(lab.spec, data=(FolderLayer(lab.root / "data"),)),
+        "mixed": replace(lab.spec, data=(MountLayer(lab.root / "data"),)),
     }[kind]
     record = mounter.mount(replace(spec, idmap=MAP if mapped else None), run=lab.run)
     check_shown(lab.target(), *((100_000, 200_000) if mapped else (0, 0)))
@@ -221,8 +221,8 @@ from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.spec import *
 from layerkit.metaonly import Namespace
 root = Path({root!r})
-spec = MountSpec(ErofsLayer("sha256:meta", root / "meta.erofs"),
-    (ErofsLayer("sha256:data", root / "data.erofs", root / "data.blob"),), Namespace.TRUSTED, root / "mnt",
+spec = MountSpec(MountLayer(root / "meta.erofs", "sha256:meta"),
+    (MountLayer(root / "data.erofs", "sha256:data", root / "data.blob"),), Namespace.TRUSTED, root / "mnt",
     idmap=(((0, 100000, 65536),), ((0, 100000, 65536),)))
 """
 
@@ -368,7 +368,7 @@ def test_names_with_spaces_commas_colons_and_newlines(lab: Lab) -> None:
 def test_paths_may_be_symbolic_links(lab: Lab) -> None:
     link = lab.root / "link"
     link.symlink_to(lab.root, target_is_directory=True)
-    spec = replace(lab.spec, target=link / "mnt", meta=ErofsLayer("m", link / "meta.erofs"))
+    spec = replace(lab.spec, target=link / "mnt", meta=MountLayer(link / "meta.erofs", "m"))
     record = mounter.mount(spec, run=link / "run")
     assert record.target == str(lab.root / "mnt")
     mounter.umount(link / "mnt", run=lab.run)
@@ -431,7 +431,7 @@ class TestUpper:
         refused("not empty", work=lab.root / "full")
         refused("beside the upper", work=lab.root / "upper/work")
         refused("overlaps the target", upper=lab.target() / "up")
-        refused("overlaps the layer", meta=FolderLayer(lab.root / "meta"), upper=lab.root / "meta/up")
+        refused("overlaps the layer", meta=MountLayer(lab.root / "meta"), upper=lab.root / "meta/up")
         refused("different mounts", work=Path("/dev/shm/layerkit-test-work"))
         refused("only with --upper", upper=None, work=lab.root / "w")
         mounter.mount(lab.spec, run=lab.run)
@@ -456,14 +456,14 @@ class TestRefusals:
         with pytest.raises(UsageError, match="would read as zeros"):
             mounter.mount(replace(lab.spec, namespace=Namespace.USER), run=lab.run)
         with pytest.raises(UsageError, match="not a META"):
-            mounter.mount(replace(lab.spec, meta=FolderLayer(lab.root / "data"), data=()), run=lab.run)
+            mounter.mount(replace(lab.spec, meta=MountLayer(lab.root / "data"), data=()), run=lab.run)
         assert lab.ours() == []
 
     def test_a_user_namespace_meta_mounts_with_userxattr(self, lab: Lab) -> None:
         meta = lab.root / "meta-user"
         meta.mkdir()
         write_meta(meta, "user")
-        spec = replace(folders(lab), meta=FolderLayer(meta), namespace=Namespace.USER)
+        spec = replace(folders(lab), meta=MountLayer(meta), namespace=Namespace.USER)
         mounter.mount(spec, run=lab.run)
         check_shown(lab.target())
 
@@ -474,12 +474,12 @@ class TestRefusals:
             mounter.mount(replace(lab.spec, options=(("metacopy", "on"),)), run=lab.run)
 
     def test_layers(self, lab: Lab) -> None:
-        data = ErofsLayer("k", lab.root / "data.erofs", lab.root / "data.blob")
+        data = MountLayer(lab.root / "data.erofs", "k", lab.root / "data.blob")
         for layers, match in (
             ((data,) * 500, "501 layers"),
-            ((data, replace(data, image=lab.root / "meta.erofs")), "two images"),
+            ((data, replace(data, path=lab.root / "meta.erofs")), "two images"),
             ((replace(data, key="../up"),), "layer key"),
-            ((FolderLayer(lab.root / "data"),) * 2, "given twice"),
+            ((MountLayer(lab.root / "data"),) * 2, "given twice"),
             ((replace(data, tar=lab.root / "gone"),), "store verify"),
         ):
             with pytest.raises(UsageError, match=match):
@@ -490,21 +490,20 @@ class TestRefusals:
         extra = []
         for number in range(498):
             (lab.root / f"d{number}").mkdir()
-            extra.append(FolderLayer(lab.root / f"d{number}"))
-        mounter.mount(replace(folders(lab), data=(*extra, FolderLayer(lab.root / "data"))), run=lab.run)
+            extra.append(MountLayer(lab.root / f"d{number}"))
+        mounter.mount(replace(folders(lab), data=(*extra, MountLayer(lab.root / "data"))), run=lab.run)
         check_shown(lab.target())
 
     def test_an_overlay_on_an_overlay_on_an_overlay_is_explained(self, lab: Lab) -> None:
         below = folders(lab).meta
-        assert isinstance(below, FolderLayer)
         for number in range(2):
             subprocess.run(
                 ["mount", "-t", "overlay", "x", "-o", f"metacopy=on,lowerdir={below.path}:{lab.root}/data",
                  lab.target(f"o{number}")], check=True,
             )  # fmt: skip
-            below = FolderLayer(lab.target(f"o{number}"))
+            below = MountLayer(lab.target(f"o{number}"))
         with pytest.raises((OSError, UsageError), match=r"stacks two|not a META"):
-            mounter.mount(replace(lab.spec, meta=below, data=(FolderLayer(below.path / "etc"),)), run=lab.run)
+            mounter.mount(replace(lab.spec, meta=below, data=(MountLayer(below.path / "etc"),)), run=lab.run)
 
     def test_an_ordinary_user_is_told_what_to_do(self, lab: Lab) -> None:
         code = (
@@ -515,7 +514,7 @@ class TestRefusals:
             "from pathlib import Path\n"
             "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "print(userns.can_mount(), userns.is_privileged())\n"
-            "spec = MountSpec(FolderLayer(Path('/usr')), (), Namespace.USER, Path('/tmp'))\n"
+            "spec = MountSpec(MountLayer(Path('/usr')), (), Namespace.USER, Path('/tmp'))\n"
             "try: mount(spec, run=Path('/tmp/x'))\n"
             "except UnsupportedHost as e: print(e)"
         )
@@ -546,8 +545,7 @@ class TestBelow:
 
     def test_data_through_loop_devices(self, lab: Lab) -> None:
         spec = lab.spec.data[0]
-        assert isinstance(spec, ErofsLayer)
-        with mounts.closing(mounts.erofs(spec.image, spec.tar, directio=True, loop_only=True)) as fd:
+        with mounts.closing(mounts.erofs(spec.path, spec.tar, directio=True, loop_only=True)) as fd:
             for data in CONTENT.values():
                 assert Path(f"/proc/self/fd/{fd}", os.fsdecode(data_path(sha(data)))).read_bytes() == data
 

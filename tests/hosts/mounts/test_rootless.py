@@ -18,12 +18,12 @@ SUBIDS = 300_000
 # One thread only, for a process with threads may not change its user namespace.
 CHILD = """
 import ctypes, hashlib, json, os, subprocess, sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 from layerkit.model.errors import LayerkitError, UnsupportedHost
 from layerkit.hosts.mounts import mount as m
-from layerkit.hosts.mounts.spec import ErofsLayer, FolderLayer, MountSpec
+from layerkit.hosts.mounts.spec import MountLayer, MountSpec
 from layerkit.linux import mounts, userns, probe
 from layerkit.metaonly import Namespace, data_path
 user, work = int(sys.argv[2]), Path(sys.argv[3])
@@ -48,12 +48,12 @@ for number, (path, data) in enumerate(CONTENT.items()):
     os.setxattr(stub, "user.overlay.redirect", b"/" + redirect)
     os.chown(stub, 1000 + number, 2000 + number); stub.chmod(0o4755)
 run = work / "run"
-spec = MountSpec(FolderLayer(work / "meta"), (FolderLayer(work / "data"),), Namespace.USER, work / "mnt")
+spec = MountSpec(MountLayer(work / "meta"), (MountLayer(work / "data"),), Namespace.USER, work / "mnt")
 out = {"privileged": userns.is_privileged(), "can_mount": userns.can_mount()}
 features = probe.Features(work)
 out["features"] = [getattr(features, x) for x in
                    ("overlay_userxattr", "overlay_unprivileged", "overlay_trusted", "erofs")]
-out["record"] = m.mount(spec, run=run).to_json()
+out["record"] = asdict(m.mount(spec, run=run))
 out["bytes"] = all((work / "mnt" / os.fsdecode(p)).read_bytes() == d for p, d in CONTENT.items())
 st = os.stat("mnt/etc/conf"); out["owner"] = [st.st_uid, st.st_gid, st.st_mode & 0o7777, st.st_size]
 (top,) = [x for x in mounts.mount_table() if x.point == str(work / "mnt")]
@@ -61,7 +61,7 @@ out["options"] = top.super_options
 out["refused"] = []
 for change in (
     {"namespace": Namespace.TRUSTED},
-    {"meta": ErofsLayer("k", work / "data" / os.fsdecode(redirect))},
+    {"meta": MountLayer(work / "data" / os.fsdecode(redirect), "k")},
     {"idmap": (((0, 1000, 10),), ((0, 1000, 10),))},
 ):
     try:

@@ -182,27 +182,21 @@ class Catalog:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self._roll_back()
+                self._db.rollback()  # SQLite has done it already where the disk is full
                 raise
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # SQLite has done it already where the disk is full
-            self._db.execute("ROLLBACK")
 
     def _all(self, query: str, *values: object) -> list[Any]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
-    def _run(self, query: str, *values: object) -> sqlite3.Cursor:
-        with self._lock:
-            return self._db.execute(query, values)
+    def _rows(self, rest: str, *values: object, first: str = "") -> list[Row]:
+        return [_row(values) for values in self._all(f"{first}{_ROWS} {rest}", *values)]
 
     # Snapshots
 
     def find(self, key: str) -> Row | None:
         """Return the snapshot called ``key``."""
-        rows = self._all(f"{_ROWS} WHERE s.key = ?", key)
-        return _row(rows[0]) if rows else None
+        return next(iter(self._rows("WHERE s.key = ?", key)), None)
 
     def get(self, key: str) -> Row:
         """Return the snapshot called ``key``.
@@ -217,21 +211,19 @@ class Catalog:
 
     def lineage(self, identity: int | None) -> list[Row]:
         """Return a snapshot and its ancestors, the nearest first."""
-        rows = self._all(
+        up = (
             "WITH RECURSIVE up (depth, i) AS (SELECT 0, ? UNION ALL SELECT depth + 1, parent FROM up "
-            f"JOIN snapshots ON id = i WHERE parent IS NOT NULL) {_ROWS} JOIN up ON s.id = i ORDER BY depth",
-            identity,
+            "JOIN snapshots ON id = i WHERE parent IS NOT NULL) "
         )
-        return [_row(row) for row in rows]
+        return self._rows("JOIN up ON s.id = i ORDER BY depth", identity, first=up)
 
     def rows(self) -> list[Row]:
         """Return all snapshots, parents before children."""
-        return [_row(row) for row in self._all(f"{_ROWS} ORDER BY s.id")]
+        return self._rows("ORDER BY s.id")
 
     def with_ref(self, ref: str) -> list[Row]:
         """Return the committed snapshots that stand for the chain_id ``ref``."""
-        query = f"{_ROWS} WHERE s.ref = ? AND s.ref != '' AND s.kind = ?"
-        return [_row(row) for row in self._all(query, ref, Kind.COMMITTED)]
+        return self._rows("WHERE s.ref = ? AND s.ref != '' AND s.kind = ?", ref, Kind.COMMITTED)
 
     def has_child(self, identity: int) -> bool:
         """Return whether any snapshot has this one as its parent."""
@@ -245,10 +237,10 @@ class Catalog:
         """
         now = time.time_ns()
         try:
-            cursor = self._run(
+            cursor = self._db.execute(
                 f"INSERT INTO snapshots ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
-                row.key, row.parent, int(row.kind), _text(row.labels), row.map, " ".join(row.chain), row.image,
-                row.ref, now, now,
+                (row.key, row.parent, int(row.kind), _text(row.labels), row.map, " ".join(row.chain), row.image,
+                 row.ref, now, now),
             )  # fmt: skip
         except sqlite3.IntegrityError as error:
             raise SnapshotError("already_exists", f"snapshot {row.key!r} exists") from error
@@ -258,20 +250,20 @@ class Catalog:
     def commit(self, identity: int, name: str, labels: Mapping[str, str], ref: str) -> None:
         """Turn an active snapshot into the committed one called ``name``, within :meth:`write`."""
         now = time.time_ns()
-        self._run(
+        self._all(
             "UPDATE snapshots SET key = ?, kind = ?, created = ?, updated = ?, labels = ?, ref = ? WHERE id = ?",
             name, int(Kind.COMMITTED), now, now, _text(labels), ref, identity,
         )  # fmt: skip
 
     def relabel(self, identity: int, labels: Mapping[str, str]) -> None:
         """Replace a snapshot's labels, within :meth:`write`."""
-        self._run(
+        self._all(
             "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", _text(labels), time.time_ns(), identity
         )
 
     def remove(self, identity: int) -> None:
         """Forget a snapshot, within :meth:`write`."""
-        self._run("DELETE FROM snapshots WHERE id = ?", identity)
+        self._all("DELETE FROM snapshots WHERE id = ?", identity)
 
     def usage(self, identity: int) -> Usage | None:
         """Return what was kept about a committed snapshot's size."""
@@ -281,31 +273,27 @@ class Catalog:
     def keep_usage(self, identity: int, usage: Usage) -> None:
         """Keep the size of a committed snapshot, which does not change any more."""
         with self.write():
-            self._run("UPDATE snapshots SET size = ?, inodes = ? WHERE id = ?", usage.size, usage.inodes, identity)
+            self._all("UPDATE snapshots SET size = ?, inodes = ? WHERE id = ?", usage.size, usage.inodes, identity)
 
     # Places
 
     def place(self, what: str) -> int:
         """Return the number of the mount point for ``what``, given out if it has none."""
-        rows = self._all("SELECT id FROM places WHERE what = ?", what)
-        if rows:
-            return int(rows[0][0])
-        with self.write():
-            self._run("INSERT INTO places (what, info) VALUES (?, '') ON CONFLICT DO NOTHING", what)
-        return int(self._all("SELECT id FROM places WHERE what = ?", what)[0][0])
+        while not (rows := self._all("SELECT id FROM places WHERE what = ?", what)):
+            with self.write():
+                self._all("INSERT INTO places (what, info) VALUES (?, '') ON CONFLICT DO NOTHING", what)
+        return int(rows[0][0])
 
     def note(self, what: str) -> dict[str, Any] | None:
         """Return what :meth:`keep_note` kept for ``what``."""
         rows = self._all("SELECT info FROM places WHERE what = ? AND info != ''", what)
-        if not rows:
-            return None
-        note: dict[str, Any] = json.loads(rows[0][0])
+        note: dict[str, Any] | None = json.loads(rows[0][0]) if rows else None
         return note
 
     def keep_note(self, what: str, note: Mapping[str, Any]) -> None:
         """Keep a JSON-able note for ``what``."""
         with self.write():
-            self._run(
+            self._all(
                 "INSERT INTO places (what, info) VALUES (?, ?) "
                 "ON CONFLICT (what) DO UPDATE SET info = excluded.info",
                 what, json.dumps(note),
@@ -318,7 +306,7 @@ class Catalog:
     def drop_place(self, what: str) -> None:
         """Forget a place; its number is not given out again."""
         with self.write():
-            self._run("DELETE FROM places WHERE what = ?", what)
+            self._all("DELETE FROM places WHERE what = ?", what)
 
 
 def _text(labels: Mapping[str, str]) -> str:

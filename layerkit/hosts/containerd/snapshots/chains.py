@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.hosts.mounts.choose import MountOptions, choose
-from layerkit.hosts.mounts.spec import Data, ErofsLayer, FolderLayer, ServedMeta, data_layers, meta_layer
+from layerkit.hosts.mounts.spec import MountLayer, data_layers, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.model.digest import Digest
-from layerkit.model.errors import NotFound, SnapshotError, StoreError
+from layerkit.model.errors import NotFound, SnapshotError, StoreError, UnsupportedHost
 from layerkit.model.image import chain_ids
 from layerkit.model.limits import Limits
 from layerkit.store.layout import DataBackend
 from layerkit.store.local import LocalStore
-from layerkit.store.preparation import Preparation
+from layerkit.store.preparation import Preparation, Rendering
 
 _log = logging.getLogger("layerkit.snapshotter")
 
@@ -137,21 +137,18 @@ class StoreChains:
                     gone.append(name)
         return gone
 
-    def _preparation(self, image: str, diff_ids: Sequence[Digest]) -> Preparation:
-        stored = self.store.stored_image(image).image
-        return Preparation(self.store, stored.diff_ids[: len(diff_ids)], limits=self._limits)
-
     def check(self, image: str, diff_ids: Sequence[Digest], mapping: Mapping) -> None:
         """Refuse a map that leaves an owner of a chain out.
 
         Raises:
             UnmappedId: the first such owner.
         """
-        self._preparation(image, diff_ids).check(mapping)
+        kept = self.store.stored_image(image).image.diff_ids[: len(diff_ids)]
+        Preparation(self.store, kept, limits=self._limits).check(mapping)
 
     def layers(
         self, image: str, diff_ids: Sequence[Digest], mapping: Mapping | None
-    ) -> tuple[ErofsLayer | FolderLayer, tuple[Data, ...]]:
+    ) -> tuple[MountLayer, tuple[MountLayer, ...]]:
         """Return META and the data of a chain, META made if it is not kept.
 
         Args:
@@ -162,6 +159,7 @@ class StoreChains:
         Raises:
             UnmappedId: the map leaves an owner out.
             SnapshotError: failed_precondition, the store lost a layer.
+            UnsupportedHost: the rendering that is configured has to be served.
         """
         store = self.store
         with store.hold():
@@ -172,13 +170,15 @@ class StoreChains:
                     f"layers of {image} are no longer in the store {self._root}: bring the image back "
                     f"(`layerkit remap REF`), or remove its snapshots",
                 )
-            work = self._preparation(image, diff_ids)
+            work = Preparation(store, diff_ids, limits=self._limits)
             ways = choose(self._root, mapping, MountOptions(data=backend, own_meta=True))
+            if ways.rendering is Rendering.FUSE:
+                raise UnsupportedHost(
+                    "rendering fuse for containerd, which mounts files", "set another `rendering`, or none"
+                )
             entry = work.meta(mapping, ways.rendering, ways.namespace)
             store.add_image(store.stored_image(image).image, [self._pin_name(image)], metas=[entry.key])
-            meta = meta_layer(entry)
-            assert not isinstance(meta, ServedMeta), "containerd mounts files, and nothing that has to be served"
-            return meta, data_layers(store, backend, work.facts())
+            return meta_layer(entry), data_layers(store, backend, work.facts())
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -8,9 +8,8 @@ folder (``hosts.adopt_index``) or lie in the store.
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from layerkit.hosts.containerd.snapshots.catalog import Catalog, Row
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.places import Places
 from layerkit.hosts.containerd.snapshots.stacks import FILES, Lowers, Stack
-from layerkit.hosts.mounts.spec import ErofsLayer
+from layerkit.hosts.mounts.spec import MountLayer
 from layerkit.idmap import Mapping, reach
 from layerkit.idmap import apply as apply_map
 from layerkit.linux import mounts
@@ -45,22 +44,15 @@ class Layers:
     def __init__(self, root: Path, catalog: Catalog, places: Places, chains: StoreChains, limits: Limits) -> None:
         """Keep METAs in ``root/meta`` and indexes in ``root/index``."""
         self._root, self._catalog, self._places = root, catalog, places
-        self._chains, self._limits = chains, limits
-        self._lock = threading.Lock()
-        self._making: dict[str, threading.Lock] = {}
+        self._chains, self._limits, self._features = chains, limits, Features(root)
         self._covered: set[tuple[str, str]] = set()
         for name in ("meta", "index"):
             (root / name).mkdir(mode=0o700, exist_ok=True)
 
     @cached_property
-    def _features(self) -> Features:
-        return Features(self._root)
-
-    @cached_property
     def idmap(self) -> bool:
         """Whether the kernel maps the owners of one META for every map."""
-        features = self._features
-        return features.erofs_idmap if features.erofs else features.store_idmap
+        return self._features.erofs_idmap if self._features.erofs else self._features.store_idmap
 
     def folder(self, identity: int) -> Path:
         """Return the folder of a snapshot."""
@@ -70,19 +62,13 @@ class Layers:
 
     def places_of(self, stack: Stack) -> list[str]:
         """Return what must stay mounted for a snapshot on ``stack``."""
-        found = [f"data:{Digest.parse(diff_id).hex}" for diff_id in stack.chain]
         base = _base(stack)
-        if base:
-            found.append(base)
-            if stack.map:
-                found += [f"map:{base}:{stack.map}", f"own:{base}:{stack.map}"]
-        return found
+        mapped = [f"{kind}:{base}:{stack.map}" for kind in ("map", "own") if stack.map]
+        return [*map(_data_place, stack.chain), base, *mapped] if base else []
 
     def places_kept(self, row: Row) -> list[str]:
         """Return what a committed snapshot keeps, so that its next use is quick."""
-        if row.chain:
-            return [f"data:{Digest.parse(diff_id).hex}" for diff_id in row.chain] + [f"meta:{row.ref}"]
-        return [f"meta:#{row.id}"]
+        return [*map(_data_place, row.chain), f"meta:{row.ref if row.chain else f'#{row.id}'}"]
 
     def lowers(self, stack: Stack) -> Lowers:
         """Return the layers of ``stack``, each mounted; hold :meth:`places_of` meanwhile.
@@ -100,33 +86,23 @@ class Layers:
         by_kernel = mapping is not None and mapping.fits_kernel and self.idmap
         own = mapping if not by_kernel else None
         what = base if own is None else f"own:{base}:{stack.map}"
-        with self._alone(what):
+        with self._places.alone(what):
             note = self._note(what, stack, own)
             if by_kernel and mapping is not None:
                 self._check(note, stack, mapping)
-        meta = self._meta(what, note)
+        meta = Path(note["folder"] or self._places.mounted(what, MountLayer(Path(note["image"])).mount))
         if by_kernel and mapping is not None:
-            extents = mapping.uid.extents, mapping.gid.extents
-            shown = meta
-            meta = self._places.mounted(f"map:{base}:{stack.map}", lambda: mounts.idmapped_clone(shown, *extents))
+            make = partial(mounts.idmapped_clone, meta, mapping.uid.extents, mapping.gid.extents)
+            meta = self._places.mounted(f"map:{base}:{stack.map}", make)
         data = [self._places.link("d", identity, self.folder(identity)) for identity in stack.below]
         data += [self._data(each) for each in note["data"]]
         return Lowers((*above, str(meta)), tuple(data), metacopy=bool(stack.map) and note["metacopy"])
-
-    def _alone(self, what: str) -> threading.Lock:
-        with self._lock:
-            return self._making.setdefault(what, threading.Lock())
-
-    def _meta(self, what: str, note: dict[str, Any]) -> Path:
-        if note["folder"]:
-            return Path(note["folder"])
-        return self._places.mounted(what, lambda: mounts.erofs(Path(note["image"])))
 
     def _data(self, data: list[str]) -> str:
         if len(data) == 1:
             return data[0]
         key, image, tar = data
-        return str(self._places.mounted(f"data:{key}", lambda: mounts.erofs(Path(image), Path(tar), directio=True)))
+        return str(self._places.mounted(f"data:{key}", MountLayer(Path(image), key, Path(tar)).mount))
 
     # META
 
@@ -139,34 +115,23 @@ class Layers:
         return note
 
     def _of_store(self, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
-        chain = [Digest.parse(text) for text in stack.chain]
-        meta, data = self._chains.layers(stack.image, chain, mapping)
-        return {
-            "image": str(meta.image) if isinstance(meta, ErofsLayer) else "",
-            "folder": "" if isinstance(meta, ErofsLayer) else str(meta.path),
-            "data": [
-                [d.key, str(d.image), str(d.tar)] if isinstance(d, ErofsLayer) else [str(d.path)] for d in data
-            ],
-            # What lies under the names of contents is in no image (``metaonly`` refuses such names).
-            "metacopy": True,
-            "ids": None,
-        }
+        meta, data = self._chains.layers(stack.image, stack.diff_ids, mapping)
+        kept = [[str(d.path)] if d.is_folder else [d.key, str(d.path), str(d.tar)] for d in data]
+        # What lies under the names of contents is in no image (``metaonly`` refuses such names).
+        return _place_of(meta) | {"data": kept, "metacopy": True, "ids": None}
 
     def _of_folders(self, what: str, stack: Stack, mapping: Mapping | None) -> dict[str, Any]:
         from layerkit.formats.erofs.meta import build_meta
 
         tree = self._tree(stack)
-        data: list[list[str]] = []
-        if stack.chain:
-            data = self._of_store(stack, None)["data"]
+        data = self._of_store(stack, None)["data"] if stack.chain else []
         found = reach(tree)
         ids = [
             sorted({*found.uid.tolist(), *found.xattr_uids}), sorted({*found.gid.tolist(), *found.xattr_gids})
         ]  # fmt: skip
         places = _places(tree, len(stack.chain))
         layer = metadata_layer(tree if mapping is None else apply_map(tree, mapping), places=places)
-        number = self._catalog.place(what)
-        target = self._root / "meta" / str(number)
+        target = self._root / "meta" / str(self._catalog.place(what))
         remove(target)
         with staging_beside(target) as staging:
             if self._features.erofs:
@@ -178,20 +143,15 @@ class Layers:
             staging.publish(target.name)
         sync_path(target.parent)
         top = {tree.name[row] for row in np.flatnonzero(tree.parent == 0).tolist()}
-        return {
-            "image": str(target) if self._features.erofs else "",
-            "folder": "" if self._features.erofs else str(target),
-            "data": data,
-            "metacopy": os.fsencode(FILES) not in top,
-            "ids": ids,
-        }
+        meta = MountLayer(target, "meta" if self._features.erofs else "")
+        return _place_of(meta) | {"data": data, "metacopy": os.fsencode(FILES) not in top, "ids": ids}
 
     def _tree(self, stack: Stack) -> Tree:
         indexes = []
-        for text in stack.chain:
-            index = self._chains.store.load_index(Digest.parse(text))
+        for diff_id in stack.diff_ids:
+            index = self._chains.store.load_index(diff_id)
             if index is None:
-                raise SnapshotError("failed_precondition", f"layer {text} is no longer in layerkit's store")
+                raise SnapshotError("failed_precondition", f"layer {diff_id} is no longer in layerkit's store")
             indexes.append(index)
         indexes += [self.index(identity) for identity in reversed(stack.below)]
         return merge(indexes, limits=self._limits)
@@ -203,7 +163,7 @@ class Layers:
             LayerkitError: the folder holds what no layer can.
         """
         path = self._root / "index" / str(identity)
-        with self._alone(f"index:{identity}"):
+        with self._places.alone(f"index:{identity}"):
             try:
                 return index_file.decode(path.read_bytes(), str(path))
             except FileNotFoundError:
@@ -225,17 +185,13 @@ class Layers:
         known = (_base(stack), stack.map)
         if known in self._covered:
             return
-        self._look(note, stack, mapping)
-        self._covered.add(known)
-
-    def _look(self, note: dict[str, Any], stack: Stack, mapping: Mapping) -> None:
         if note["ids"] is None:
-            chain = [Digest.parse(text) for text in stack.chain]
-            self._chains.check(stack.image, chain, mapping)
-            return
-        for ids, id_map in zip(note["ids"], (mapping.uid, mapping.gid), strict=True):
-            if not id_map.lookup(np.array(ids, np.uint32))[1].all():
-                apply_map(self._tree(stack), mapping)
+            self._chains.check(stack.image, stack.diff_ids, mapping)
+        else:
+            for ids, id_map in zip(note["ids"], (mapping.uid, mapping.gid), strict=True):
+                if not id_map.lookup(np.array(ids, np.uint32))[1].all():
+                    apply_map(self._tree(stack), mapping)
+        self._covered.add(known)
 
     # What is no longer needed
 
@@ -257,6 +213,16 @@ def _base(stack: Stack) -> str:
     if stack.below:
         return f"meta:#{stack.below[0]}"
     return f"meta:{stack.chain_id}" if stack.chain else ""
+
+
+def _data_place(diff_id: str) -> str:
+    return f"data:{Digest.parse(diff_id).hex}"
+
+
+def _place_of(meta: MountLayer) -> dict[str, Any]:
+    """Return the part of a note that says where META lies: ``image`` or ``folder``."""
+    path = str(meta.path)
+    return {"image": "", "folder": path} if meta.is_folder else {"image": path, "folder": ""}
 
 
 def _places(tree: Tree, stored: int) -> Strings:

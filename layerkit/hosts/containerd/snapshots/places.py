@@ -15,29 +15,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from layerkit.hosts.containerd.snapshots.catalog import Catalog
 from layerkit.linux import mounts
 from layerkit.linux import syscalls as sc
 
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-
 
 def short(number: int) -> str:
     """Return a number in base 36."""
-    text = ""
-    while True:
-        number, digit = divmod(number, 36)
-        text = _DIGITS[digit] + text
-        if not number:
-            return text
+    return np.base_repr(number, 36).lower()
 
 
 class Places:
     """Mount points by what is mounted on them; may be used from several threads."""
 
-    def __init__(self, run: Path, root: Path, catalog: Catalog) -> None:
+    def __init__(self, run: Path, catalog: Catalog) -> None:
         """Make the run folder's parts if they are not there; nothing is mounted yet."""
-        self.run, self._root, self._catalog = run, root, catalog
+        self.run, self._catalog = run, catalog
         self._lock = threading.RLock()
         self._held: Counter[str] = Counter()
         self._making: dict[str, threading.Lock] = {}
@@ -79,6 +74,11 @@ class Places:
                 self._held.subtract(whats)
                 self._held += Counter()  # drops those that are zero
 
+    def alone(self, what: str) -> threading.Lock:
+        """Return the lock of whoever makes ``what``."""
+        with self._lock:
+            return self._making.setdefault(what, threading.Lock())
+
     def mounted(self, what: str, make: Callable[[], int]) -> Path:
         """Return the place for ``what``; if nothing is mounted there, attach the mount that ``make`` returns.
 
@@ -88,9 +88,7 @@ class Places:
         place = self.path(what)
         if is_mount(place):
             return place
-        with self._lock:
-            making = self._making.setdefault(what, threading.Lock())
-        with making:
+        with self.alone(what):
             if not is_mount(place):
                 with mounts.closing(make()) as fd:
                     place.mkdir(mode=0o700, exist_ok=True)

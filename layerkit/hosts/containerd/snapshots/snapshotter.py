@@ -88,7 +88,7 @@ class Snapshotter:
             )
         (self.root / "snapshots").mkdir(mode=0o700, exist_ok=True)
         self._catalog = Catalog(self.root / "snapshots.db")
-        self._places = Places(self.run, self.root, self._catalog)
+        self._places = Places(self.run, self._catalog)
         owner = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:6]
         self._chains = StoreChains(store, owner, limits)
         self._layers = Layers(self.root, self._catalog, self._places, self._chains, limits)

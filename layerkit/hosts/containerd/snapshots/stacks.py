@@ -16,6 +16,7 @@ from pathlib import Path
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.containerd.snapshots.catalog import Row
 from layerkit.idmap import IdMap, Mapping
+from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError, UsageError
 
 UID_LABEL = "containerd.io/snapshot/uidmapping"
@@ -49,6 +50,11 @@ class Stack:
     image: str = ""
     map: str = ""
 
+    @property
+    def diff_ids(self) -> list[Digest]:
+        """Return the chain as digests."""
+        return list(map(Digest.parse, self.chain))
+
 
 def stack_of(lineage: Iterable[Row], map_text: str) -> Stack:
     """Return the layers for a snapshot over ``lineage`` (its parent first) with the map that it asks for.
@@ -80,18 +86,16 @@ def mapping_of(labels: Labels[str, str]) -> Mapping | None:
     Raises:
         SnapshotError: invalid_argument.
     """
-    texts = {side: labels.get(name, "") for side, name in (("uid", UID_LABEL), ("gid", GID_LABEL))}
+    texts = {name: labels.get(name, "") for name in (UID_LABEL, GID_LABEL)}
     if not any(texts.values()):
         return None
     if not all(texts.values()):
         raise SnapshotError("invalid_argument", f"of {UID_LABEL} and {GID_LABEL} one is missing: give both")
     try:
-        return Mapping(
-            IdMap.parse([texts["uid"]], what=f"label {UID_LABEL}"),
-            IdMap.parse([texts["gid"]], what=f"label {GID_LABEL}"),
-        )
+        uid, gid = (IdMap.parse([text], what=f"label {name}") for name, text in texts.items())
     except UsageError as error:
         raise SnapshotError("invalid_argument", str(error)) from error
+    return Mapping(uid, gid)
 
 
 @dataclass(frozen=True, slots=True)
