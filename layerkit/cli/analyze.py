@@ -33,8 +33,7 @@ def analyze(
     top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Worst paths to show.")] = 10,
     platform: o.Platform = None,
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Show where the bytes of an image go: new, held twice for a change of metadata, hidden by later layers.
 
@@ -50,7 +49,6 @@ def analyze(
     from layerkit.api.open import open_image
     from layerkit.usecases.analyze import sharing
 
-    out = Output(json, quiet)
     limit = parse_limit(fail_over) if fail_over is not None else None
     if html is not None and len(refs) > 1:
         raise UsageError(f"--html shows one image, not {len(refs)}; call it once for each")

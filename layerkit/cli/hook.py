@@ -1,7 +1,8 @@
-"""``layerkit hook``: the registry's pre-pull hook."""
+"""``layerkit hook``: the registry's pre-pull hook; ``layerkit batch``: many images, split between machines."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -56,33 +57,36 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="ENGINE", help="processes, threads or dask://HOST:PORT.")
 ]
-AllTags = Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")]
-Again = Annotated[bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")]
 LogLevel = Annotated[
     str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error; one JSON object a line.")
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Flags:
-    """What the flags of a hook command say: which file, what stands in place of one, what differs from it."""
+    """What the flags of a hook command say: which file, what stands in place of one, what differs from it.
 
-    file: Path | None
-    registries: Sequence[str] | None
-    uid_map: list[str] | None
-    gid_map: list[str] | None
-    tls_verify: str | None
-    state: Path | None
-    store: Path | None
-    workers: int | None
-    engine: str | None
+    The options that only some commands have are those of the classes below; elsewhere they are not given.
+    """
+
+    config: ConfigFile = None
+    registry: list[str] | None = None
+    uid_map: o.UidMap = None
+    gid_map: o.GidMap = None
+    tls_verify: TlsVerify = None
     listen: str | None = None
     token_file: Path | None = None
-    hold_seconds: float | None = None
-    index_repository: str | None = None
+    all_tags: bool = False
+    again: bool = False
+    state: State = None
+    store: o.StoreDir = None
+    hold: float | None = None
+    no_workers: bool = False
+    workers: Workers = None
+    engine: Engine = None
 
-    def config(self) -> Config:
-        """Return the settings that are meant.
+    def settings(self, hosts: Sequence[str] = ()) -> Config:
+        """Return the settings that are meant, for the registries ``hosts`` where flags and file name none.
 
         Raises:
             UsageError: neither a file nor what a hook cannot do without, or something that is set wrong.
@@ -90,44 +94,75 @@ class Flags:
         from layerkit.formats.toml_settings import Table
         from layerkit.hook import config as settings
 
-        if self.file is not None:
-            if self.registries or self.uid_map or self.gid_map:
+        if self.config is not None:
+            if self.registry or self.uid_map or self.gid_map:
                 raise UsageError(
                     "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
                 )
-            config = settings.Config.read(Table.load(self.file))
+            config = settings.Config.read(Table.load(self.config))
             paths = {"state": self.state, "store": self.store}
         else:
-            config = settings.Config.read(Table(self._values(), "flags", Path.cwd()))
+            config = settings.Config.read(Table(self._values(self.registry or hosts), "flags", Path.cwd()))
             paths = {}
         changes = {
             **paths, "token_file": self.token_file, "workers": self.workers, "engine": self.engine,
-            "hold_seconds": self.hold_seconds,
+            "hold_seconds": self.hold,
         }  # fmt: skip
         config = replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
-        if self.listen is not None:
-            host, port = settings.listen_address(self.listen, "--listen")
-            config = replace(config, host=host, port=port)
-        return config if self.index_repository is None else config.with_index_repository(self.index_repository)
+        if self.listen is None:
+            return config
+        host, port = settings.listen_address(self.listen, "--listen")
+        return replace(config, host=host, port=port)
 
-    def _values(self) -> dict[str, object]:
+    def _values(self, hosts: Sequence[str]) -> dict[str, object]:
         """Return what a settings file would say."""
         from layerkit.linux.configuration import SETTINGS
 
-        if not self.registries or not self.uid_map:
+        if not hosts or not self.uid_map:
             raise UsageError("give --config FILE, or --registry HOST and --uid-map C:H:N")
         more: dict[str, object] = {}
         if self.tls_verify is not None:
             more["tls_verify"] = SETTINGS["tls_verify"].read(self.tls_verify, "--tls-verify=")
         store = o.store_dir(self.store).absolute()
         return {
-            "registry": [
-                {"host": host, "name": host.replace(":", "-").lower(), **more} for host in self.registries
-            ],
+            "registry": [{"host": host, "name": host.replace(":", "-").lower(), **more} for host in hosts],
             "map": [{"uid_map": self.uid_map, **({"gid_map": self.gid_map} if self.gid_map else {})}],
             "store": str(store),
             "state": str((self.state or _state_of(store)).absolute()),
         }
+
+
+@dataclass(frozen=True)
+class ServeFlags(Flags):
+    """Of a service that registries notify."""
+
+    registry: RegistryHost = None
+    listen: Listen = None
+    token_file: TokenFile = None
+
+
+@dataclass(frozen=True)
+class ProxyFlags(Flags):
+    """Of a service that nodes pull through."""
+
+    listen: Listen = None
+    hold: Annotated[
+        float | None,
+        typer.Option("--hold", metavar="SECONDS", min=0.0, help="How long a manifest is held at most."),
+    ] = None
+    no_workers: Annotated[
+        bool, typer.Option("--no-workers", help="Leave the work to a `hook serve` with the same --state.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class OnceFlags(Flags):
+    """Of one pass over images."""
+
+    all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False
+    again: Annotated[bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")] = (
+        False
+    )
 
 
 def _state_of(store: Path) -> Path:
@@ -146,7 +181,7 @@ def _service_logs(config: Config, level: str) -> None:
     note(f"token: {path}")
 
 
-def need_extra() -> None:
+def _need_extra() -> None:
     """Raise unless the packages of the extra ``hook`` are installed."""
     try:
         import prometheus_client  # noqa: F401
@@ -156,19 +191,9 @@ def need_extra() -> None:
         raise UnsupportedHost(f"the hook's packages ({error.name})", "pip install 'layerkit[hook]'") from None
 
 
-@group.command()
+@o.command(group)
 def serve(
-    config: ConfigFile = None,
-    registry: RegistryHost = None,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    tls_verify: TlsVerify = None,
-    listen: Listen = None,
-    token_file: TokenFile = None,
-    state: State = None,
-    store: o.StoreDir = None,
-    workers: Workers = None,
-    engine: Engine = None,
+    flags: ServeFlags = ServeFlags(),
     log_level: LogLevel = "info",
 ) -> None:
     """Take a registry's notifications, and remap every image that is pushed.
@@ -181,36 +206,20 @@ def serve(
 
     `layerkit hook serve --config /etc/layerkit/hook.toml`
     """
-    need_extra()
-    flags = Flags(config, registry, uid_map, gid_map, tls_verify, state, store, workers, engine, listen, token_file)
-    chosen = flags.config()
+    _need_extra()
+    chosen = flags.settings()
     from layerkit.hook.front import http
 
     _service_logs(chosen, log_level)
     http.serve(chosen, lambda url: note(f"listening on {url}"))
 
 
-@group.command()
+@o.command(group)
 def proxy(
     upstream: Annotated[
         str, typer.Argument(metavar="REGISTRY", help="Name of a configured registry, or its host.")
     ],
-    config: ConfigFile = None,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    tls_verify: TlsVerify = None,
-    listen: Listen = None,
-    state: State = None,
-    store: o.StoreDir = None,
-    hold: Annotated[
-        float | None,
-        typer.Option("--hold", metavar="SECONDS", min=0.0, help="How long a manifest is held at most."),
-    ] = None,
-    no_workers: Annotated[
-        bool, typer.Option("--no-workers", help="Leave the work to a `hook serve` with the same --state.")
-    ] = False,
-    workers: Workers = None,
-    engine: Engine = None,
+    flags: ProxyFlags = ProxyFlags(),
     log_level: LogLevel = "info",
 ) -> None:
     """Stand before a registry: nodes pull through here, and find the first pull remapped already.
@@ -223,10 +232,8 @@ def proxy(
 
     `layerkit hook proxy main --config /etc/layerkit/hook.toml --hold 5 --no-workers`
     """
-    need_extra()
-    hosts = None if config else [upstream]
-    flags = Flags(config, hosts, uid_map, gid_map, tls_verify, state, store, workers, engine, listen, None, hold)
-    chosen = flags.config()
+    _need_extra()
+    chosen = flags.settings([upstream])
     found = chosen.registries.get(upstream) or next(
         (r for r in chosen.registries.values() if r.host == upstream), None
     )
@@ -238,27 +245,20 @@ def proxy(
 
     log_as_json(log_level)
     http.serve(
-        chosen, lambda url: note(f"listening on {url}"), lambda parts: Proxy(parts, found), workers=not no_workers
+        chosen,
+        lambda url: note(f"listening on {url}"),
+        lambda parts: Proxy(parts, found),
+        workers=not flags.no_workers,
     )
 
 
-@group.command()
+@o.command(group)
 def run(
     refs: Annotated[
         list[str], typer.Argument(metavar="REF…", help="`docker://HOST/NAME[:TAG|@DIGEST]`; several are allowed.")
     ],
-    config: ConfigFile = None,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    tls_verify: TlsVerify = None,
-    all_tags: AllTags = False,
-    again: Again = False,
-    state: State = None,
-    store: o.StoreDir = None,
-    workers: Workers = None,
-    engine: Engine = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    flags: OnceFlags = OnceFlags(),
+    out: Output = Output(),
 ) -> None:
     """Remap images in their registry once, and end: for cron and CI. Exit code 5 if part of them failed.
 
@@ -269,39 +269,140 @@ def run(
 
     `layerkit hook run docker://registry.example/app --all-tags --config hook.toml --json`
     """
-    need_extra()
+    _need_extra()
     from layerkit.hook.batch import one_pass as once
     from layerkit.hook.telemetry import log_as_json
 
     named = once.parse_refs(refs)
-    hosts = None if config else sorted({ref.host for ref in named})
-    flags = Flags(config, hosts, uid_map, gid_map, tls_verify, state, store, workers, engine)
-    out = Output(json, quiet)
     log_as_json("error")
-    done = once.run(flags.config(), once.Wanted(named, all_tags, again))
+    config = flags.settings(sorted({ref.host for ref in named}))
+    done = once.run(config, once.Wanted(named, flags.all_tags, flags.again))
     if not out.told("hook-run", {"jobs": [row.view() for row in done.rows], "failed": done.failed}):
         _show(done.rows)
-    refuse_failures(done)
-    if not json:
+    _refuse_failures(done)
+    if not out.json:
         out.note(f"{len(done.rows)} done")
 
 
-def refuse_failures(done: Pass) -> None:
-    """Raise if a part of a pass failed.
+def batch(
+    refs: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF…]", help="`docker://HOST/NAME[:TAG|@DIGEST]`.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="One reference a line; `-` is standard input.")
+    ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            envvar="LAYERKIT_SHARD",
+            help="Only part I of N, counted from 0; in a Kubernetes Indexed Job I is JOB_COMPLETION_INDEX.",
+        ),
+    ] = "0/1",
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            min=0.1,
+            help="How long another shard may show no sign of life before this one does without it.",
+        ),
+    ] = 60.0,
+    index_repository: Annotated[
+        str | None,
+        typer.Option(
+            "--index-repository",
+            metavar="NAME",
+            help="Where shards find each other's indexes of layers, in the same registry; empty for nowhere "
+            "[default: layerkit/indexes with several shards or dask].",
+        ),
+    ] = None,
+    flags: OnceFlags = OnceFlags(),
+    out: Output = Output(),
+) -> None:
+    """Remap many images in their registries; the same list with other shards does the rest of it.
 
-    Raises:
-        PartialFailure: which.
+    Which shard an image belongs to is decided by its name alone, so every machine can be given the whole list, and
+    nobody needs to talk to anybody. Each layer is read by one shard, and its index published for the others, which
+    wait for it up to `--wait`. Exit code 5 if part of the shard failed; what is done is not done again.
+
+    Examples:
+    `layerkit batch --from images.txt --uid-map 0:100000:65536 --workers 8`
+
+    `layerkit batch --from images.txt --config hook.toml --shard $JOB_COMPLETION_INDEX/16 --json`
+
+    `layerkit batch --from images.txt --config hook.toml --engine dask://scheduler:8786`
     """
+    _need_extra()
+    from layerkit.hook.batch import one_pass as once
+    from layerkit.hook.batch.shards import Shard
+    from layerkit.hook.telemetry import log_as_json
+
+    listed = [*(refs or []), *_lines(source)]
+    if not listed:
+        raise UsageError("nothing to do: name images, or give --from FILE")
+    part, parts = once.parse_shard(shard)
+    every = once.parse_refs(listed)
+    log_as_json("error")
+    wanted = once.Wanted(every, flags.all_tags, flags.again, Shard("", part, parts, wait))
+    config = flags.settings(sorted({ref.host for ref in every}))
+    if index_repository is not None:
+        config = config.with_index_repository(index_repository)
+    done = once.run(config, wanted)
+    count = len(wanted.ours)
+    body = {"shard": part, "shards": parts, "images": count, "failed": done.failed}
+    told = out.told("batch", {**body, "jobs": [row.view() for row in done.rows]})
+    _refuse_failures(done)
+    if not told:
+        out.note(f"shard {part} of {parts}: {count} images, {len(done.rows)} remaps done")
+
+
+def _lines(source: str | None) -> list[str]:
+    if source is None:
+        return []
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source}: {error}") from None
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def _refuse_failures(done: Pass) -> None:
     if done.failed:
         count = len(done.rows) + len(done.missing)
         raise PartialFailure(f"{len(done.failed)} of {count} failed: " + "; ".join(done.failed[:5]))
 
 
-@group.command()
+@dataclass(frozen=True)
+class QueuePlace:
+    """Where the queue of a hook on this machine is."""
+
+    config: ConfigFile = None
+    state: State = None
+    store: o.StoreDir = None
+
+    def open(self) -> closing[Queue]:
+        """Open the queue, which must exist."""
+        from layerkit.formats.toml_settings import Table
+        from layerkit.hook.config import Config
+        from layerkit.hook.queue import Queue
+
+        state = self.state
+        if state is None:
+            config = Config.read(Table.load(self.config)) if self.config else None
+            state = config.state if config else _state_of(o.store_dir(self.store))
+        if not (state / "queue.sqlite").exists():
+            raise UsageError(
+                f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"
+            )
+        return closing(Queue(state))
+
+
+@o.command(group)
 def jobs(
-    config: ConfigFile = None,
-    state: State = None,
-    store: o.StoreDir = None,
+    place: QueuePlace = QueuePlace(),
     only: Annotated[
         str, typer.Option("--only", metavar="STATE", help="waiting, running, done, skipped, gone, dead.")
     ] = "",
@@ -316,21 +417,19 @@ def jobs(
 
     if only and only not in STATES:
         raise UsageError(f"--only {only!r}: want one of {', '.join(STATES)}")
-    with _queue(config, state, store) as queue:
+    with place.open() as queue:
         rows = queue.jobs(only, limit)
     if not Output(json).told("hook-jobs", {"jobs": [row.view() for row in rows]}):
         _show(rows)
 
 
-@group.command()
+@o.command(group)
 def retry(
     job: Annotated[
         list[str] | None, typer.Argument(metavar="[JOB…]", help="Names, as `hook jobs` shows them.")
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All jobs that were given up.")] = False,
-    config: ConfigFile = None,
-    state: State = None,
-    store: o.StoreDir = None,
+    place: QueuePlace = QueuePlace(),
 ) -> None:
     """Let jobs that were given up run again.
 
@@ -338,23 +437,9 @@ def retry(
     """
     if bool(job) == all_:
         raise UsageError("name jobs, or give --all")
-    with _queue(config, state, store) as queue:
+    with place.open() as queue:
         count = queue.retry(job or None)
     note(f"{count} jobs wait to run again")
-
-
-def _queue(config: Path | None, state: Path | None, store: Path | None) -> closing[Queue]:
-    from layerkit.formats.toml_settings import Table
-    from layerkit.hook.config import Config
-    from layerkit.hook.queue import Queue
-
-    if state is None:
-        state = Config.read(Table.load(config)).state if config else _state_of(o.store_dir(store))
-    if not (state / "queue.sqlite").exists():
-        raise UsageError(
-            f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"
-        )
-    return closing(Queue(state))
 
 
 def _show(rows: list[JobRow]) -> None:

@@ -1,4 +1,4 @@
-"""``layerkit inspect``: an image, its layers, the ids in use, and what a map would do."""
+"""``layerkit inspect`` and ``verify``: what an image holds, what a map would do, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -13,17 +13,9 @@ if TYPE_CHECKING:
 
 def inspect(
     ref: o.Ref,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    subuid_name: o.SubuidName = None,
-    overflow_id: o.OverflowId = None,
-    squash: o.Squash = False,
-    data: o.Data = "auto",
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
-    jobs: o.Jobs = 1,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    ids: o.Map = o.Map(),
+    how: o.Bringing = o.Bringing(),
+    out: Output = Output(),
 ) -> None:
     """Show an image: layers, entries, owners, xattrs, and what a map would do to it.
 
@@ -32,11 +24,8 @@ def inspect(
 
     `layerkit inspect image.tar --uid-map 0:100000:65536 --json`
     """
-    from layerkit.api.open import open_image
-
-    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
-    settings = o.settings(store, data=data, jobs=jobs)
-    with open_image(ref, platform=platform, settings=settings) as image, out.progress() as step:
+    mapping = ids.mapping()
+    with how.open(ref) as image, out.progress() as step:
         report = image.inspect(mapping, progress=step)
     if not out.told("inspect", report.to_dict()):
         _show(report)
@@ -53,18 +42,12 @@ def _show(report: InspectReport) -> None:
         "",
         ["LAYER", "BLOB", "DIFF ID", "ENTRIES", "WHITEOUTS", "TAR"],
         [
-            (
-                row.number,
-                human(row.blob_bytes),
-                row.diff_id,
-                f"{row.entries:,}",
-                f"{row.whiteouts:,}",
-                human(row.tar_bytes),
-            )
+            (row.number, human(row.blob_bytes), row.diff_id, *map("{:,}".format, (row.entries, row.whiteouts)),
+             human(row.tar_bytes))
             for row in report.layers
         ],
         right=(0, 1, 3, 4, 5),
-    )
+    )  # fmt: skip
     table("", ["KIND", "ENTRIES"], [(k, f"{v:,}") for k, v in report.kinds.items()], right=(1,))
     width = 3 if report.map_text else 2
     for what, rows in (("users", report.uids), ("groups", report.gids)):
@@ -74,3 +57,28 @@ def _show(report: InspectReport) -> None:
         table("", ["XATTR", "INODES"], [(k, f"{v:,}") for k, v in report.xattrs.items()], right=(1,))
     for problem in report.problems:
         line(f"! {problem}")
+
+
+def verify(
+    ref: o.Ref,
+    how: o.Reading = o.Reading(),
+    out: Output = Output(),
+) -> None:
+    """Read an image whole and check it: digests, sizes, structure, and every remap artifact attached to it.
+
+    An artifact is checked by making it again from the image: the bytes must be equal. Nothing is stored.
+    What the local store keeps of an image is checked by `layerkit store verify`.
+
+    Example: `layerkit verify oci-archive:remapped.tar`
+    """
+    with how.open(ref) as image, out.progress() as step:
+        report = image.verify(progress=step)
+    if out.told("verify", report.to_dict()):
+        return
+    fields([
+        ("image", f"{report.name}  {report.manifest}"),
+        ("layers", f"{report.layers}, every digest and size is right"),
+        ("tree", f"{report.entries:,} entries, {report.tree_digest}"),
+    ])  # fmt: skip
+    for artifact in report.artifacts:
+        line(f"artifact  {artifact} agrees with the image")

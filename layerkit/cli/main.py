@@ -21,35 +21,23 @@ from layerkit import __version__
 from layerkit.cli import (
     adopt,
     analyze,
-    batch,
     bundle,
-    cache,
     config,
     containerd,
-    copy,
-    copyups,
-    doctor,
+    diagnosis,
     finalize,
-    flatten,
+    folders,
     hook,
-    index,
     inspect,
     mount,
-    mount_program,
-    optimize,
-    pack,
-    pull,
-    registry_options,
+    registry,
     remap,
+    rewrite,
     setup,
-    snapshotter,
     store,
-    unpack,
-    verify,
-    which,
 )
+from layerkit.cli import options as o
 from layerkit.cli.interrupts import INTERRUPTS
-from layerkit.cli.options import configured_defaults
 from layerkit.linux.configuration import unknown_variables
 from layerkit.model.errors import Cancelled, LayerkitError, show_lines
 
@@ -88,21 +76,20 @@ def main(
 IMAGES, HOST, REGISTRIES, SERVICES = "Images", "Host", "Registries", "Services"
 _COMMANDS = (
     (IMAGES, remap.remap), (HOST, mount.mount), (HOST, mount.umount), (HOST, mount.mounts),
-    (HOST, mount_program.mount_program), (HOST, bundle.bundle), (HOST, finalize.finalize), (IMAGES, unpack.unpack),
-    (IMAGES, pack.pack), (IMAGES, inspect.inspect), (IMAGES, analyze.analyze), (IMAGES, optimize.optimize),
-    (IMAGES, flatten.flatten), (IMAGES, copy.copy), (IMAGES, verify.verify), (REGISTRIES, pull.pull),
-    (SERVICES, batch.batch), (HOST, doctor.doctor), (HOST, snapshotter.snapshotter), (HOST, adopt.adopt),
-    (HOST, which.which), (HOST, cache.cache), (HOST, copyups.copyups), (HOST, config.config),
+    (HOST, mount.mount_program), (HOST, bundle.bundle), (HOST, finalize.finalize), (IMAGES, folders.unpack),
+    (IMAGES, folders.pack), (IMAGES, inspect.inspect), (IMAGES, analyze.analyze), (IMAGES, rewrite.optimize),
+    (IMAGES, rewrite.flatten), (IMAGES, rewrite.copy), (IMAGES, inspect.verify), (REGISTRIES, registry.pull),
+    (SERVICES, hook.batch), (HOST, diagnosis.doctor), (HOST, containerd.snapshotter), (HOST, adopt.adopt),
+    (HOST, diagnosis.which), (HOST, diagnosis.cache), (HOST, diagnosis.copyups), (HOST, config.config),
 )  # fmt: skip
 _GROUPS = (
-    (REGISTRIES, "index", index.group), (HOST, "store", store.group), (SERVICES, "hook", hook.group),
+    (REGISTRIES, "index", registry.group), (HOST, "store", store.group), (SERVICES, "hook", hook.group),
     (HOST, "setup", setup.group), (HOST, "containerd", containerd.group),
 )  # fmt: skip
 for panel, command in _COMMANDS:
-    app.command(command.__name__.replace("_", "-"), rich_help_panel=panel)(command)
+    o.command(app, panel=panel)(command)
 for panel, name, group in _GROUPS:
     app.add_typer(group, name=name, rich_help_panel=panel)
-registry_options.add_to_commands(app)
 
 
 def run() -> None:
@@ -135,7 +122,7 @@ def _run_app() -> None:
         _say(f"warning: {mistake}")
     try:
         command = typer.main.get_command(app)
-        command(default_map=configured_defaults(command))
+        command(default_map=o.configured_defaults(command))
     except SystemExit:
         # Python would write what is left at its exit, and could then only complain about a full disk.
         sys.stdout.flush()

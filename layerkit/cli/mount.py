@@ -1,4 +1,4 @@
-"""``layerkit mount`` and ``layerkit umount``."""
+"""``layerkit mount``, ``umount``, ``mounts``, and ``mount-program``, which podman runs for fuse-overlayfs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 def mount(
     ref: o.Ref,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="An existing folder to mount on.")],
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    subuid_name: o.SubuidName = None,
-    overflow_id: o.OverflowId = None,
-    squash: o.Squash = False,
+    ids: o.Map = o.Map(),
     strict: o.Strict = False,
     upper: Annotated[
         Path | None,
@@ -49,8 +45,7 @@ def mount(
     reread: adopt.Reread = False,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Mount an image with remapped owners, as a real overlay; read-only unless --upper is given.
 
@@ -68,7 +63,7 @@ def mount(
 
     if for_podman and upper is not None:
         raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
-    out, mapping = Output(json, quiet), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    mapping = ids.mapping()
     writable = "" if upper else " (read-only)"
     if ref.startswith(adopt.SCHEMES):
         if strict or platform is not None:
@@ -93,9 +88,8 @@ def mount(
             target, mapping, upper=upper, work=work, rendering=rendering, own_meta=own_meta, progress=step
         )
     result = mounted.report
-    out.warn(result.warnings)
     extra = {"podman": podman} if for_podman else {}
-    if out.told("mount", {"target": str(mounted.target), **result.to_dict(), **extra}):
+    if out.told("mount", {"target": str(mounted.target), **result.to_dict(), **extra}, result.warnings):
         return
     if for_podman:
         print(" ".join(podman))
@@ -128,8 +122,7 @@ def podman_words(target: Path, mapping: Mapping | None) -> list[str]:
 def umount(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that `layerkit mount` mounted on.")],
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Unmount what `layerkit mount` mounted; the last user of an image's data releases it too.
 
@@ -137,7 +130,6 @@ def umount(
     """
     from layerkit.api import open as api
 
-    out = Output(json, quiet)
     api.umount(target, store=o.store_dir(store))
     out.note(f"unmounted {target}")
     out.told("umount", {"target": str(target)})
@@ -162,3 +154,33 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
         if row["lost"]:
             lost = f"its runtime removed layers under it, unmount it: {row['lost'].split()}"
             out.note(f"warning: {row['target']}: {lost}")
+
+
+def mount_program(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to mount at.")],
+    option: Annotated[
+        list[str],
+        typer.Option(
+            "-o",
+            metavar="OPTIONS",
+            help="`lowerdir=TOP:…:BOTTOM[,upperdir=…,workdir=…][,uidmapping=C:H:N:…,gidmapping=…]`; also "
+            "`squash_to_root`, `squash_to_uid`, `squash_to_gid`, `overflow_id=N`, `rendering=auto|fuse|directory`, "
+            "`ro`, `volatile`, `noexec`, `nodev`, `nosuid`, `noatime`, `context=…`.",
+        ),
+    ],
+    store: o.StoreDir = None,
+    json: o.Json = False,
+) -> None:
+    """Mount a container's layers under its id map, without a copy, as podman's `mount_program`.
+
+    podman runs it; `layerkit setup podman` writes the line of storage.conf that says so. Metadata of the layers
+    is read once for each image, and served or written once for all maps; file data stays where podman has it.
+
+    Example: `layerkit mount-program -o lowerdir=TOP:BASE,upperdir=U,workdir=W,uidmapping=0:100000:65536 /mnt`
+    """
+    from layerkit.hosts.podman.mount_program import mount as mount_layers
+
+    mounted = mount_layers(",".join(option), target, o.store_dir(store))
+    out = Output(json)
+    out.note(*(f"layerkit mount-program: {text}" for text in mounted.notes))
+    out.told("mount-program", {"target": str(target), "way": mounted.way, "server": mounted.pid})

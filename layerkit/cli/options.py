@@ -1,22 +1,32 @@
-"""Options that several commands share, declared once.
+"""Options that several commands share, declared once; those that go together are fields of a dataclass.
 
 Where a flag is not given, its value is what ``layerkit config`` shows: see :func:`configured_defaults`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from layerkit.linux.configuration import configured, everything
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
+    from layerkit.api.image import OpenImage
+    from layerkit.api.rewrite import Route
     from layerkit.idmap import Mapping as IdMapping
-    from layerkit.usecases.settings import Settings
+    from layerkit.model.ports import Progress
+    from layerkit.usecases.settings import RewriteOptions, Settings
+
+F = TypeVar("F", bound=Callable[..., object])
 
 Ref = Annotated[
     str,
@@ -129,6 +139,109 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
+class Flat:
+    """A command as typer takes it: in place of a parameter that is a dataclass stand the options that it holds.
+
+    Nothing is looked at before typer builds the command: it builds one of thirty in each run.
+    """
+
+    def __init__(self, command: Callable[..., object]) -> None:
+        """Stand for ``command``."""
+        functools.update_wrapper(self, command)
+        self._command = command
+        self.__annotations__ = {}  # all that typer needs is in the signature
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, tuple[Any, list[inspect.Parameter]]]:
+        """Return for each parameter the dataclass that it is, if it is one, and what typer is to see of it."""
+        own = inspect.signature(self._command, eval_str=True).parameters.values()
+        return {
+            each.name: (each.annotation, _options(each.annotation))
+            if is_dataclass(each.annotation)
+            else (None, [each])
+            for each in own
+        }
+
+    @functools.cached_property
+    def __signature__(self) -> inspect.Signature:
+        every = [each for _, parts in self._parts.values() for each in parts]
+        return inspect.Signature([each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in every])
+
+    def __call__(self, **values: Any) -> object:
+        """Run the command."""
+        return self._command(
+            **{
+                name: kind(**{each.name: values[each.name] for each in parts}) if kind else values[name]
+                for name, (kind, parts) in self._parts.items()
+            }
+        )
+
+
+def _options(kind: Any) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass that are options."""
+    fields = inspect.signature(kind, eval_str=True).parameters.values()
+    return [each for each in fields if get_origin(each.annotation) is Annotated]
+
+
+def _setting(name: str) -> Any:
+    """Return a callback that sets the variable ``name`` for as long as the command runs."""
+
+    def callback(ctx: Any, _param: Any, value: object) -> None:
+        if value is None:
+            return
+        before = os.environ.get(name)
+
+        def restore() -> None:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+
+        ctx.call_on_close(restore)
+        os.environ[name] = str(value)
+
+    return callback
+
+
+_REGISTRIES = {
+    "--authfile": ("FILE", "Credentials, as `podman login` writes them [default: podman's, then docker's]."),
+    "--tls-verify": (
+        "true|false", "false takes any certificate of a registry, and plain HTTP if it speaks nothing else.",
+    ),
+    "--cert-dir": ("DIR", "CA (`*.crt`) and client (`*.cert`, `*.key`) certificates [default: certs.d]."),
+}  # fmt: skip
+"""They are the environment's variables under another name: a command hands nothing on, the client reads them."""
+
+
+class RegistryCommand(TyperCommand):
+    """A command that takes a reference, with the options about registries."""
+
+    def __init__(self, *args: Any, params: list[Any] | None = None, **kwargs: Any) -> None:
+        """As :class:`TyperCommand`."""
+        more = [
+            TyperOption(
+                param_decls=[flag], metavar=metavar, expose_value=False, rich_help_panel="Registries",
+                callback=_setting("LAYERKIT" + flag[1:].replace("-", "_").upper()), show_default=False, help=text,
+            )
+            for flag, (metavar, text) in _REGISTRIES.items()
+        ]  # fmt: skip
+        super().__init__(*args, params=[*(params or ()), *more], **kwargs)
+
+
+def command(group: typer.Typer, name: str = "", panel: str | None = None) -> Callable[[F], F]:
+    """Return what makes a function a command of ``group``, under its own name if none is given."""
+
+    def add(function: F) -> F:
+        takes_reference = "o.Ref" in function.__annotations__.values()
+        group.command(
+            name or function.__name__.replace("_", "-"), cls=RegistryCommand if takes_reference else None,
+            rich_help_panel=panel,
+        )(Flat(function))  # fmt: skip
+        return function
+
+    return add
+
+
 def store_dir(given: Path | None) -> Path:
     """Return the store that the flag names, else the one that is configured, or the default one."""
     from layerkit.usecases.settings import default_store
@@ -154,6 +267,88 @@ def mapping(
     from layerkit.usecases.settings import MapOptions
 
     return MapOptions(tuple(uid_map or ()), tuple(gid_map or ()), subuid_name, overflow_id, squash).mapping()
+
+
+@dataclass(frozen=True)
+class PlainMap:
+    """An id map of the kind that a user namespace can have."""
+
+    uid_map: UidMap = None
+    gid_map: GidMap = None
+    subuid_name: SubuidName = None
+
+    def mapping(self) -> IdMapping | None:
+        """Return the id map that is meant, None if none is."""
+        return mapping(**asdict(self))
+
+
+@dataclass(frozen=True)
+class Map(PlainMap):
+    """An id map."""
+
+    overflow_id: OverflowId = None
+    squash: Squash = False
+
+
+class _Reads:
+    """Flags that say how images are read: a platform, and what :class:`Settings` takes under the same names."""
+
+    platform: str | None
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings that are meant."""
+        return settings(**{name: value for name, value in vars(self).items() if name != "platform"})
+
+    def open(self, ref: str) -> OpenImage:
+        """Open the image that ``ref`` names."""
+        from layerkit.api.open import open_image
+
+        return open_image(ref, platform=self.platform, settings=self.settings)
+
+
+@dataclass(frozen=True)
+class Reading(_Reads):
+    """How images are looked at."""
+
+    platform: Platform = None
+    store: StoreDir = None
+
+
+@dataclass(frozen=True)
+class Bringing(_Reads):
+    """How images are brought into the store."""
+
+    data: Data = "auto"
+    platform: Platform = None
+    store: StoreDir = None
+    jobs: Jobs = 1
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How an image, or that of every platform, becomes another one."""
+
+    compression: Compression = "gzip"
+    level: Level = None
+    jobs: Threads = None
+    created: Created = None
+    platform: Platform = None
+    all_platforms: AllPlatforms = False
+    store: StoreDir = None
+
+    def options(self) -> RewriteOptions:
+        """Return how the result is to be written."""
+        from layerkit.usecases.settings import RewriteOptions
+
+        return RewriteOptions.of(self.compression, self.level, self.jobs, self.created)
+
+    def route(self, src: str, dst: str | None, step: Progress | None) -> Route:
+        """Return the way from ``src`` to ``dst``."""
+        from layerkit.api.rewrite import Route
+
+        platform = one_platform(self.platform, self.all_platforms)
+        return Route(src, dst, settings(self.store), platform, self.all_platforms, step)
 
 
 def one_platform(platform: str | None, all_platforms: bool) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, line, next_mount
+from layerkit.cli.render import Output, fields, human, line, next_mount, warnings_of
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ def remap(
             "`oci-archive:FILE[:TAG]`); without it the result stays in the local store, for `layerkit mount`.",
         ),
     ] = None,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    subuid_name: o.SubuidName = None,
-    overflow_id: o.OverflowId = None,
-    squash: o.Squash = False,
+    ids: o.Map = o.Map(),
     strict: o.Strict = False,
     rendering: Annotated[
         str | None,
@@ -80,8 +76,7 @@ def remap(
         ),
     ] = None,
     dry_run: o.DryRun = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:  # fmt: skip
     """Apply an id map to an image by writing metadata only.
 
@@ -100,7 +95,7 @@ def remap(
 
     `layerkit remap image.tar docker-archive:out.tar:app:remapped --form portable --uid-map 0:100000:65536`
     """
-    out, mapping = Output(json, quiet, dst), o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    out, mapping = out.toward(dst), ids.mapping()
     if form not in ("artifact", "layer", "portable"):
         raise UsageError(f"--form {form!r}: want artifact, layer or portable")
     if form != "artifact" and (dst is None or mapping is None):
@@ -151,8 +146,7 @@ def remap(
 
 
 def _show_all(whole: PlatformsReport, out: Output) -> None:
-    out.warn(warning for one in whole.images for warning in one.warnings)
-    if not out.told("remap-platforms", whole.to_dict()) and not out.holds_archive:
+    if not out.told("remap-platforms", whole.to_dict(), warnings_of(whole)) and not out.holds_archive:
         fields([
             ("index", f"{whole.name}  {whole.manifest}"), ("map", whole.images[0].map_text), ("written", out.dst),
         ])  # fmt: skip
@@ -160,8 +154,7 @@ def _show_all(whole: PlatformsReport, out: Output) -> None:
 
 
 def _show(result: RemapReport, out: Output) -> None:
-    out.warn(result.warnings)
-    if out.told("remap", result.to_dict()) or out.holds_archive:
+    if out.told("remap", result.to_dict(), result.warnings) or out.holds_archive:
         return
     fields([
         ("image", f"{result.name}  {result.manifest}"),

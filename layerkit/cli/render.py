@@ -7,9 +7,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
+from layerkit.cli.options import Json, Quiet
 from layerkit.model.errors import show_lines, show_path
 
 if TYPE_CHECKING:
@@ -28,9 +29,13 @@ class Output:
         dst: reference of the result; where that is standard output, an archive is all that goes there.
     """
 
-    json: bool = False
-    quiet: bool = False
+    json: Json = False
+    quiet: Quiet = False
     dst: str | None = None
+
+    def toward(self, dst: str | None) -> Output:
+        """Return the same for a command whose result goes to ``dst``."""
+        return replace(self, dst=dst)
 
     @property
     def holds_archive(self) -> bool:
@@ -46,8 +51,9 @@ class Output:
         """Print warnings, each once, on standard error."""
         self.note(*(f"warning: {text}" for text in dict.fromkeys(warnings)))
 
-    def told(self, schema: str, body: Mapping[str, object]) -> bool:
-        """Print ``body`` as JSON where that is wanted, and return whether no text is."""
+    def told(self, schema: str, body: Mapping[str, object], warnings: Iterable[str] = ()) -> bool:
+        """Print ``warnings``, and ``body`` as JSON where that is wanted; return whether no text is."""
+        self.warn(warnings)
         if self.json:
             emit_json(schema, body, sys.stderr if self.holds_archive else sys.stdout)
         return self.json
@@ -155,16 +161,10 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
-    bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bars:
+    with Bars(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    ) as bars:  # fmt: skip
         tasks: dict[str, object] = {}
 
         def step(what: str, done: int, total: int) -> None:
@@ -175,10 +175,14 @@ def _bars() -> Iterator[Progress]:
         yield step
 
 
+def warnings_of(report: PlatformsReport) -> Iterator[str]:
+    """Yield the warnings on the images of all platforms."""
+    return (warning for one in report.images for warning in one.warnings)
+
+
 def show_platforms(schema: str, report: PlatformsReport, out: Output) -> None:
     """Print what was made of a multi-platform image."""
-    out.warn(warning for one in report.images for warning in one.warnings)
-    if out.told(schema, report.to_dict()):
+    if out.told(schema, report.to_dict(), warnings_of(report)):
         return
     if report.manifest and out.holds_archive:
         out.note(f"{report.manifest}: {len(report.images)} platforms")
@@ -188,15 +192,9 @@ def show_platforms(schema: str, report: PlatformsReport, out: Output) -> None:
         "",
         ["PLATFORM", "LAYERS", "BEFORE", "BLOBS", "BEFORE", "MANIFEST"],
         [
-            (
-                name,
-                x.layers_after,
-                x.layers_before,
-                "" if x.bytes_after is None else human(x.bytes_after),
-                human(x.bytes_before),
-                x.manifest,
-            )
+            (name, x.layers_after, x.layers_before, "" if x.bytes_after is None else human(x.bytes_after),
+             human(x.bytes_before), x.manifest)
             for name, x in zip(report.platforms, report.images, strict=True)
         ],
         right=(1, 2, 3, 4),
-    )
+    )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
+from layerkit.cli.containerd import DEFAULT_ADDRESS, DEFAULT_ROOT
 from layerkit.cli.render import Output
-from layerkit.cli.snapshotter import DEFAULT_ADDRESS, DEFAULT_ROOT
 from layerkit.model.errors import NotFound, UsageError
 
 group = typer.Typer(
@@ -20,7 +20,7 @@ group = typer.Typer(
 )  # fmt: skip
 
 
-@group.command()
+@o.command(group)
 def podman(undo: o.Undo = False, show: o.Print = False, quiet: o.Quiet = False, json: o.Json = False) -> None:
     """Write the lines of storage.conf that let podman start containers under any id map without a copy.
 
@@ -56,7 +56,7 @@ def _mount_program() -> Path:
     return Path(found)
 
 
-@group.command()
+@o.command(group)
 def containerd(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="containerd's configuration.")] = Path(
         "/etc/containerd/config.toml"

@@ -12,7 +12,7 @@ from layerkit.cli.render import Output, human, line, note, table
 group = typer.Typer(no_args_is_help=True, help="Look after the local store.", rich_markup_mode="markdown")
 
 
-@group.command()
+@o.command(group)
 def df(store: o.StoreDir = None, json: o.Json = False) -> None:
     """Show what takes how much space: data, indexes, and metadata per map.
 
@@ -44,7 +44,7 @@ def df(store: o.StoreDir = None, json: o.Json = False) -> None:
     note(f"a full copy for each map would take {human(report.saved_bytes)} more")
 
 
-@group.command()
+@o.command(group)
 def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
     """List the images in the store, with the maps that have metadata of their own.
 
@@ -64,14 +64,13 @@ def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
     )
 
 
-@group.command()
+@o.command(group)
 def rm(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="Names or digests as `store ls` shows them.")
     ],
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Forget images; `layerkit store gc` then frees what no other image uses.
 
@@ -79,7 +78,6 @@ def rm(
     """
     from layerkit.api.open import open_store
 
-    out = Output(json, quiet)
     with open_store(o.store_dir(store)) as held:
         for name in names:
             held.remove_image(name)
@@ -87,7 +85,7 @@ def rm(
     out.told("store-rm", {"removed": names})
 
 
-@group.command()
+@o.command(group)
 def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Take out what is damaged; images can bring it back.")
@@ -114,7 +112,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@group.command()
+@o.command(group)
 def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False) -> None:
     """Free what no image and no mount uses: leftovers of killed runs, old metadata, layers.
 

@@ -1,13 +1,14 @@
-"""``layerkit index``: the indexes of layers, published beside images."""
+"""``layerkit pull``: an image from a registry, ready for a map; ``layerkit index``: what is known of layers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, table
+from layerkit.cli.render import Output, fields, human, next_mount, table
 
 group = typer.Typer(
     no_args_is_help=True, help="Publish what is known of layers, so that nobody has to read them again.",
@@ -15,8 +16,8 @@ group = typer.Typer(
 )  # fmt: skip
 
 
-@group.command()
-def push(
+@o.command(group, "push")
+def push_indexes(
     src: o.Ref,
     dst: Annotated[
         str | None,
@@ -30,8 +31,7 @@ def push(
     ] = None,
     platform: o.Platform = None,
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Attach the indexes of an image's layers to it, as an OCI artifact.
 
@@ -45,7 +45,6 @@ def push(
     """
     from layerkit.api import registry
 
-    out = Output(json, quiet)
     with out.progress() as step:
         report = registry.push_indexes(
             src, dst, platform=platform, settings=o.settings(store), mount_from=mount_from or (), progress=step
@@ -61,13 +60,12 @@ def push(
     ])  # fmt: skip
 
 
-@group.command()
-def pull(
+@o.command(group, "pull")
+def pull_indexes(
     ref: o.Ref,
     platform: o.Platform = None,
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Fetch the published indexes of an image, or its layers' own tables of contents (eStargz, zstd:chunked).
 
@@ -78,10 +76,8 @@ def pull(
     """
     from layerkit.api import registry
 
-    out = Output(json, quiet)
     report = registry.pull_indexes(ref, platform=platform, settings=o.settings(store))
-    out.warn(report.notes)
-    if out.told("index-pull", report.to_dict()):
+    if out.told("index-pull", report.to_dict(), report.notes):
         return
     table(
         "",
@@ -98,3 +94,57 @@ _ORIGINS = {
     "artifact": "a published index (unproven)",
     "toc": "its table of contents (unproven)",
 }
+
+
+def pull(
+    ref: o.Ref,
+    ids: o.Map = o.Map(),
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="FILE", help="Public key: a published remap counts only if it has signed it."
+        ),
+    ] = None,
+    require_published: Annotated[
+        bool, typer.Option("--require-published", help="Fail where no published remap is right.")
+    ] = False,
+    own_meta: o.OwnMeta = False,
+    data: o.Data = "auto",
+    platform: o.Platform = None,
+    store: o.StoreDir = None,
+    out: Output = Output(),
+) -> None:
+    """Bring an image into the local store for a map, and verify the remap that is published beside it.
+
+    Every layer is read and checked. A published remap (see `layerkit remap SRC docker://…`) is compared byte for
+    byte with what the layers make of the map; where there is none, or a wrong one, the remap is made here. Nothing
+    is ever mounted that did not verify.
+
+    Examples:
+    `layerkit pull docker://registry.example.com/team/app:v1 --uid-map 0:100000:65536`
+
+    `layerkit pull docker://registry.example.com/team/app:v1 --subuid-name alice --key cosign.pub`
+    """
+    from layerkit.api import registry
+
+    mapping = ids.mapping()
+    with out.progress() as step:
+        report = registry.pull(
+            ref, mapping, key=key, require_published=require_published, own_meta=own_meta, platform=platform,
+            settings=o.settings(store, data=data), progress=step,
+        )  # fmt: skip
+    if out.told("pull", report.to_dict(), (f"not used: {text}" for text in report.refused)):
+        return
+    made = report.remap
+    if report.published:
+        published = f"{report.published} agrees{', signed by the key' if report.signed else ''}"
+    else:
+        published = "none that is right for this map; made here"
+    fields([
+        ("image", f"{made.name}  {made.manifest}"),
+        ("map", made.map_text or "none"),
+        ("entries", f"{made.entries:,} in {made.layers} layers, {human(made.data_bytes)} of data"),
+        ("published", published if mapping is not None else "not looked for without a map"),
+        ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
+    ])  # fmt: skip
+    next_mount(made, out)
