@@ -130,18 +130,14 @@ class MetadataLayer:
 
     @property
     def is_stub(self) -> NDArray[np.bool_]:
-        """Return bool (m,): the inodes whose data lies elsewhere: regular files that are not empty."""
-        stubs: NDArray[np.bool_] = (self.tree.kind == Kind.REG) & (self.tree.size > 0)
-        return stubs
+        """Return bool (m,): the inodes whose data lies elsewhere."""
+        return self.tree.has_content
 
     @property
     def redirect_bytes(self) -> NDArray[np.int64]:
         """Return int64 (m,): the length of the redirect of each inode, 0 for one that has none."""
-        import numpy as np
-
-        if self.places is None:
-            return np.where(self.is_stub, REDIRECT_BYTES, 0).astype(np.int64)
-        return np.where(self.is_stub, self.places.lengths, 0)
+        lengths = REDIRECT_BYTES if self.places is None else self.places.lengths
+        return lengths * self.is_stub.astype("i8")
 
     def redirects_of(self, inodes: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Return uint8 (k, bytes): the redirects of stubs that are all equally long."""
@@ -187,11 +183,7 @@ def redirects(sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def encode_devices(major: NDArray[np.uint32], minor: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Return device numbers in the kernel's "new" 32-bit encoding (``new_encode_dev``), which has room for them."""
-    import numpy as np
-
-    low, high = minor & np.uint32(0xFF), minor & np.uint32(0xFFFFFF00)
-    number: NDArray[np.uint32] = low | major << np.uint32(8) | high << np.uint32(12)
-    return number
+    return (minor & 0xFF | major << 8 | (minor & 0xFFFFFF00) << 12).astype("u4")
 
 
 def data_path(sha256: bytes) -> bytes:
@@ -233,7 +225,8 @@ def metadata_layer(
         _check_top_names(tree)
         _check_names_unique(tree)
     else:
-        _check_places(tree, places)
+        beyond = tree.has_content & (places.lengths > _REDIRECT_MAX)
+        tree.refuse(beyond, f"its data lies under a path above {_REDIRECT_MAX} bytes, which no redirect can hold")
     sets = []
     for row, pairs in enumerate(tree.xattr_sets):
         try:
@@ -279,32 +272,13 @@ def _check_expressible(tree: Tree) -> None:
     import numpy as np
 
     kind = tree.kind
-    device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
     whiteout = (kind == Kind.CHAR) & (tree.major == 0) & (tree.minor == 0)
-    if whiteout.any():
-        path = tree.inode_path(int(whiteout.argmax()))
-        raise LossyResult(path, "a character device 0:0 is a whiteout to overlayfs and would be invisible")
-    beyond = device & ((tree.major > _MAJOR_MAX) | (tree.minor > _MINOR_MAX))
-    if beyond.any():
-        i = int(beyond.argmax())
-        raise LossyResult(
-            tree.inode_path(i), f"the kernel has no device {tree.major[i]}:{tree.minor[i]} (12 and 20 bits)"
-        )
+    tree.refuse(whiteout, "a character device 0:0 is a whiteout to overlayfs and would be invisible")
+    beyond = ((kind == Kind.CHAR) | (kind == Kind.BLOCK)) & ((tree.major > _MAJOR_MAX) | (tree.minor > _MINOR_MAX))
+    tree.refuse(beyond, lambda i: f"the kernel has no device {tree.major[i]}:{tree.minor[i]} (12 and 20 bits)")
     users = [row for row, pairs in enumerate(tree.xattr_sets) if any(n.startswith(b"user.") for n, _ in pairs)]
     odd = np.isin(tree.xattr, users) & (kind != Kind.REG) & (kind != Kind.DIR)
-    if odd.any():
-        path = tree.inode_path(int(odd.argmax()))
-        raise LossyResult(path, "the kernel has no user xattrs on anything but files and directories")
-
-
-def _check_places(tree: Tree, places: Strings) -> None:
-    stub = (tree.kind == Kind.REG) & (tree.size > 0)
-    beyond = stub & (places.lengths > _REDIRECT_MAX)
-    if beyond.any():
-        path = tree.inode_path(int(beyond.argmax()))
-        raise LossyResult(
-            path, f"its data lies under a path above {_REDIRECT_MAX} bytes, which no redirect can hold"
-        )
+    tree.refuse(odd, "the kernel has no user xattrs on anything but files and directories")
 
 
 def _check_top_names(tree: Tree) -> None:
@@ -325,7 +299,7 @@ def _words(sha256: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.ui
 def _check_names_unique(tree: Tree) -> None:
     import numpy as np
 
-    stubs = np.flatnonzero((tree.kind == Kind.REG) & (tree.size > 0))
+    stubs = np.flatnonzero(tree.has_content)
     high, low = _words(tree.sha256[stubs])
     # One sort of the first word leaves almost nothing: only rows that share it go through the rest.
     order = np.argsort(high)

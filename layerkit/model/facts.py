@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import msgspec
 import numpy as np
 
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage
 from layerkit.model.tree import Tree
 
@@ -41,8 +41,7 @@ class TreeFacts:
     @classmethod
     def of(cls, tree: Tree, uids: tuple[int, ...], gids: tuple[int, ...]) -> TreeFacts:
         """Return the facts of ``tree``, whose owners are ``uids`` and ``gids``."""
-        files = (tree.kind == Kind.REG) & (tree.size > 0)
-        used = np.unique(tree.layer[files])
+        used = np.unique(tree.layer[tree.has_content])
         return cls(
             tree=str(tree.digest()),
             names=len(tree),
@@ -68,26 +67,10 @@ class TreeFacts:
         """
         if value.get("version") != VERSION:
             return None
-
-        def numbers(key: str) -> tuple[int, ...]:
-            return tuple(int(str(x)) for x in items(key))
-
-        def items(key: str) -> Sequence[object]:
-            found = value[key]
-            if not isinstance(found, (list, tuple)):
-                raise TypeError(f"{key}: want a list")
-            return found
-
         try:
-            return cls(
-                tree=str(Digest.parse(str(value["tree"]))),
-                names=int(str(value["names"])),
-                inodes=int(str(value["inodes"])),
-                data_bytes=int(str(value["data_bytes"])),
-                uids=numbers("uids"),
-                gids=numbers("gids"),
-                data_layers=tuple(str(Digest.parse(str(x))) for x in items("data_layers")),
-                warnings=tuple(map(str, items("warnings"))),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            facts = msgspec.convert(value, cls)
+            for text in (facts.tree, *facts.data_layers):
+                Digest.parse(text)
+        except msgspec.ValidationError as error:
             raise InvalidImage(f"facts of a tree: {error}") from None
+        return facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Kind, XattrSet
-from layerkit.model.errors import InvalidImage
+from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.sparse import SparseMaps
 from layerkit.model.strings import Strings
 
@@ -128,6 +128,12 @@ class Tree:
         """Return the sum of the logical sizes of regular files, hard links counted once."""
         return int(self.size[self.kind == Kind.REG].sum())
 
+    @property
+    def has_content(self) -> NDArray[np.bool_]:
+        """Return bool (m,): the regular files that are not empty."""
+        files: NDArray[np.bool_] = (self.kind == Kind.REG) & (self.size > 0)
+        return files
+
     def first_name(self) -> NDArray[np.int64]:
         """Return int64 (m,): for each inode the row of its first name."""
         return np.unique(self.inode, return_index=True)[1]
@@ -152,6 +158,16 @@ class Tree:
     def inode_path(self, inode: int) -> bytes:
         """Return the path of the first name of ``inode``."""
         return self.path(int(np.argmax(self.inode == inode)))
+
+    def refuse(self, bad: NDArray[np.bool_], what: str | Callable[[int], str]) -> None:
+        """Raise if inodes are ``bad`` (m,); ``what`` may be called with the first of them, whose path is told.
+
+        Raises:
+            LossyResult: there is such an inode.
+        """
+        if bad.any():
+            inode = int(bad.argmax())
+            raise LossyResult(self.inode_path(inode), what if isinstance(what, str) else what(inode))
 
     def nodes(self) -> Iterator[Node]:
         """Yield every name with its inode as a Python value."""

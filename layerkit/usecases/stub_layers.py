@@ -128,7 +128,7 @@ def plan_stubs(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits =
 
 def _files(tree: Tree) -> dict[bytes, int]:
     """Return the inode of each name of a regular file that is not empty."""
-    regular = (tree.kind == Kind.REG) & (tree.size > 0)
+    regular = tree.has_content
     chosen: NDArray[np.bool_] = regular[tree.inode]
     pairs = zip(tree.paths(), tree.inode.tolist(), chosen.tolist(), strict=True)
     return {path: inode for path, inode, is_file in pairs if is_file}

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from layerkit.model.acl_caps import (
-    ACL_NAMES,
-    GROUP,
-    GROUP_OBJ,
-    MASK,
-    NO_ID,
-    OTHER,
-    USER,
-    USER_OBJ,
-    AclEntry,
-    encode_acl,
-)  # fmt: skip
+from layerkit.model import acl_caps as acl
 
-ACL_XATTRS = dict(zip((b"SCHILY.acl.access", b"SCHILY.acl.default"), ACL_NAMES, strict=True))
+ACL_XATTRS = dict(zip((b"SCHILY.acl.access", b"SCHILY.acl.default"), acl.ACL_NAMES, strict=True))
 
 _TAGS = {
-    b"user": (USER_OBJ, USER), b"u": (USER_OBJ, USER), b"group": (GROUP_OBJ, GROUP), b"g": (GROUP_OBJ, GROUP),
-    b"mask": (MASK, MASK), b"m": (MASK, MASK), b"other": (OTHER, OTHER), b"o": (OTHER, OTHER),
+    b"user": (acl.USER_OBJ, acl.USER), b"group": (acl.GROUP_OBJ, acl.GROUP), b"mask": (acl.MASK, acl.MASK),
+    b"other": (acl.OTHER, acl.OTHER),
 }  # fmt: skip
+_TAGS |= {word[:1]: tags for word, tags in _TAGS.items()}
 
 
 class NamedIds(ValueError):
@@ -47,7 +37,7 @@ def from_text(text: bytes) -> bytes:
             raise ValueError(f"not an ACL entry: {entry!r}")
         own, named = _TAGS[fields[0]]
         qualifier = fields[1]
-        ident = NO_ID
+        ident = acl.NO_ID
         tag = own
         if qualifier:
             if own == named:
@@ -58,20 +48,20 @@ def from_text(text: bytes) -> bytes:
             raise ValueError(f"two entries for {entry!r}")
         entries[tag, ident] = _permissions(fields[2])
     tags = [tag for tag, _ in entries]
-    if any(tags.count(tag) != 1 for tag in (USER_OBJ, GROUP_OBJ, OTHER)):
+    if any(tags.count(tag) != 1 for tag in (acl.USER_OBJ, acl.GROUP_OBJ, acl.OTHER)):
         raise ValueError("an ACL needs one entry each for the owner, the group and all others")
-    if (USER in tags or GROUP in tags) and MASK not in tags:
+    if (acl.USER in tags or acl.GROUP in tags) and acl.MASK not in tags:
         raise ValueError("an ACL with named entries needs a mask")
     if len(entries) == 3:
         return b""
-    return encode_acl(AclEntry(tag, entries[tag, ident], ident) for tag, ident in sorted(entries))
+    return acl.encode_acl(acl.AclEntry(tag, entries[tag, ident], ident) for tag, ident in sorted(entries))
 
 
 def _id(text: bytes) -> int:
     if not text.isdigit():
         raise NamedIds(f"the ACL names {text!r} without its number")
     value = int(text[:12])
-    if value >= NO_ID:
+    if value >= acl.NO_ID:
         raise ValueError(f"the ACL has id {value}")
     return value
 

@@ -32,7 +32,6 @@ from layerkit.linux.folders.reader import LayerFolder, index_layer_folder, read_
 from layerkit.linux.syscalls import FOLDER
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
-from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage, NotFound, StoreError, show_path
 from layerkit.model.limits import Limits
 from layerkit.model.ports import Progress
@@ -259,7 +258,7 @@ def data_paths(tree: Tree, prefix: bytes = b"") -> Strings:
             NAME that none of them has: overlayfs looks for a redirect in normal layers first.
     """
     paths = tree.paths()
-    stub = ((tree.kind == Kind.REG) & (tree.size > 0)).tolist()
+    stub = tree.has_content.tolist()
     first = tree.first_name().tolist()
     return Strings.of(
         [prefix + b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)]

@@ -15,26 +15,15 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.model.acl_caps import (
-    ACL_NAMES,
-    GROUP,
-    GROUP_OBJ,
-    MASK,
-    NO_ID,
-    OTHER,
-    USER,
-    USER_OBJ,
-    AclEntry,
-    decode_acl,
-    encode_acl,
-)  # fmt: skip
+from layerkit.model import acl_caps as acl
+from layerkit.model.acl_caps import ACL_NAMES, AclEntry
 from layerkit.model.entry import Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult
 from layerkit.model.tree import Tree
 
 _ACCESS, _DEFAULT = ACL_NAMES
 _PERMISSIONS = np.uint32(0o777)
-_ORDER = (USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER)
+_ORDER = (acl.USER_OBJ, acl.USER, acl.GROUP_OBJ, acl.GROUP, acl.MASK, acl.OTHER)
 
 
 def as_kept(tree: Tree) -> Tree:
@@ -67,7 +56,7 @@ def _kept(pairs: XattrSet) -> tuple[XattrSet, int | None]:
     kept, bits = list[tuple[bytes, bytes]](), None
     for name, value in pairs:
         if name in ACL_NAMES:
-            entries = decode_acl(value)
+            entries = acl.decode_acl(value)
             if not entries:  # how an ACL is removed
                 continue
             _check_valid(entries)
@@ -75,32 +64,34 @@ def _kept(pairs: XattrSet) -> tuple[XattrSet, int | None]:
                 bits = _permissions(entries)
                 if len(entries) == 3:
                     continue
-            value = encode_acl(e if e.tag in (USER, GROUP) else e._replace(id=NO_ID) for e in entries)
+            value = acl.encode_acl(
+                e if e.tag in (acl.USER, acl.GROUP) else e._replace(id=acl.NO_ID) for e in entries
+            )
         kept.append((name, value))
     return tuple(kept), bits
 
 
 def _check_valid(entries: Sequence[AclEntry]) -> None:
     tags = [entry.tag for entry in entries]
-    if tags != sorted(tags, key=_ORDER.index) or any(tags.count(t) != 1 for t in (USER_OBJ, GROUP_OBJ, OTHER)):
+    if tags != sorted(tags, key=_ORDER.index) or any(
+        tags.count(t) != 1 for t in (acl.USER_OBJ, acl.GROUP_OBJ, acl.OTHER)
+    ):
         raise InvalidImage("an ACL without one entry each for owner, group and others, in this order")
-    named = [entry for entry in entries if entry.tag in (USER, GROUP)]
-    if tags.count(MASK) > 1 or (named and MASK not in tags):
+    named = [entry for entry in entries if entry.tag in (acl.USER, acl.GROUP)]
+    if tags.count(acl.MASK) > 1 or (named and acl.MASK not in tags):
         raise InvalidImage("an ACL with named entries and not one mask")
-    if any(entry.id == NO_ID for entry in named):
-        raise InvalidImage(f"an ACL for the id {NO_ID}, which is none")
+    if any(entry.id == acl.NO_ID for entry in named):
+        raise InvalidImage(f"an ACL for the id {acl.NO_ID}, which is none")
 
 
 def _permissions(entries: Sequence[AclEntry]) -> int:
     """Return the permission bits that an access ACL stands for (acl(5), "Correspondence")."""
     by_tag = {entry.tag: entry.perm for entry in entries}
-    return by_tag[USER_OBJ] << 6 | by_tag.get(MASK, by_tag[GROUP_OBJ]) << 3 | by_tag[OTHER]
+    return by_tag[acl.USER_OBJ] << 6 | by_tag.get(acl.MASK, by_tag[acl.GROUP_OBJ]) << 3 | by_tag[acl.OTHER]
 
 
 def _check_kinds(tree: Tree, kept: XattrSet, users: NDArray[np.bool_]) -> None:
-    is_link = users & (tree.kind == Kind.SYMLINK)
-    wrong = is_link | (users & (tree.kind != Kind.DIR)) if _DEFAULT in dict(kept) else is_link
-    if wrong.any():
-        inode = int(np.argmax(wrong))
-        what = "a symlink" if is_link[inode] else "what is no directory"
-        raise LossyResult(tree.inode_path(inode), f"has an ACL that the kernel does not take on {what}")
+    said = "has an ACL that the kernel does not take on "
+    tree.refuse(users & (tree.kind == Kind.SYMLINK), said + "a symlink")
+    if _DEFAULT in dict(kept):
+        tree.refuse(users & (tree.kind != Kind.DIR), said + "what is no directory")
