@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from layerkit.formats.tar.writer import BLOCK, END, SPARSE_1_0, blank_header, record, seal, xattr_records
+from layerkit.formats.tar.header import BLOCK
+from layerkit.formats.tar.writer import END, SPARSE_1_0, blank_header, record, seal, xattr_records
 from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, REDIRECT_BYTES, MetadataLayer, redirects
 from layerkit.model.acl_caps import CAPABILITY_NAME
 from layerkit.model.entry import Entry, Kind

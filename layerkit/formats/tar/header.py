@@ -23,13 +23,16 @@ SIZE, MTIME, CHKSUM, LINK = (124, 136), (136, 148), (148, 156), (157, 257)
 TYPE, MAGIC, MAJOR, MINOR = 156, (257, 263), (329, 337), (337, 345)
 PREFIX, STAR_PREFIX, STAR_TRAILER = (345, 500), (345, 476), (508, 512)
 
+TYPEFLAG = {
+    Kind.REG: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.CHAR: b"3", Kind.BLOCK: b"4", Kind.DIR: b"5",
+    Kind.FIFO: b"6",
+}  # fmt: skip
+"""The type flag that each kind is written with."""
+
 KIND_OF_FLAG = np.zeros(256, np.uint8)
 """Kind of each type flag; 0 for those that layers must not hold (or that are not members)."""
-for _flag, _kind in (
-    (b"\0", Kind.REG), (b"0", Kind.REG), (b"7", Kind.REG), (b"S", Kind.REG), (b"1", Kind.HARDLINK),
-    (b"2", Kind.SYMLINK), (b"3", Kind.CHAR), (b"4", Kind.BLOCK), (b"5", Kind.DIR), (b"6", Kind.FIFO),
-):  # fmt: skip
-    KIND_OF_FLAG[_flag[0]] = _kind
+KIND_OF_FLAG[[flag[0] for flag in TYPEFLAG.values()]] = list(TYPEFLAG)
+KIND_OF_FLAG[list(b"\x007S")] = Kind.REG
 
 _NUL, _SPACE, _ZERO = 0, 0x20, 0x30
 _POWERS = 8 ** np.arange(20, -1, -1, dtype=np.int64)
@@ -91,12 +94,8 @@ def column(blocks: NDArray[np.uint8], field: tuple[int, int], what: str, where: 
         InvalidImage: a field that is no number, or one beyond 64 bits.
     """
     raw = blocks[:, slice(*field)]
-    width = raw.shape[1] - 1
-    digit = raw[:, :width] - _ZERO  # uint8: everything below "0" wraps to a large value
-    last = raw[:, width]
-    plain = ((last == _NUL) | (last == _SPACE)) & (digit < 8).all(axis=1)
+    value, plain = _octal(raw, raw.shape[1] - 1)
     # Several writers end the digits with a space AND a NUL.
-    value = digit.astype(np.int64) @ _POWERS[-width:]
     for row in np.flatnonzero(~plain).tolist():
         try:
             value[row] = number(raw[row].tobytes())
@@ -104,6 +103,14 @@ def column(blocks: NDArray[np.uint8], field: tuple[int, int], what: str, where: 
             name = blocks[row, slice(*NAME)].tobytes().partition(b"\0")[0]
             raise UnsafeEntry(where, name, f"its header's {what} is damaged or out of range: {e}") from e
     return value
+
+
+def _octal(raw: NDArray[np.uint8], width: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the values of fields whose first ``width`` bytes are digits, and for which that holds."""
+    digit = raw[:, :width] - _ZERO  # uint8: everything below "0" wraps to a large value
+    tail = raw[:, width:]
+    plain = (digit < 8).all(axis=1) & ((tail == _NUL) | (tail == _SPACE)).all(axis=1)
+    return digit.astype(np.int64) @ _POWERS[-width:], plain
 
 
 def verify_checksums(blocks: NDArray[np.uint8], offsets: NDArray[np.int64], where: str) -> None:
@@ -139,10 +146,7 @@ def _verify(blocks: NDArray[np.uint8], offsets: NDArray[np.int64], where: str) -
 
 def _checksum_fields(raw: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return int64 (k,): the stated sums, -1 for one that is no number."""
-    digit = raw[:, :6] - _ZERO
-    tail = raw[:, 6:]
-    plain = (digit < 8).all(axis=1) & ((tail == _NUL) | (tail == _SPACE)).all(axis=1)
-    value = digit.astype(np.int64) @ _POWERS[-6:]
+    value, plain = _octal(raw, 6)
     for row in np.flatnonzero(~plain).tolist():
         try:
             value[row] = number(raw[row].tobytes())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from layerkit.formats.tar import acl as tar_acl
+from layerkit.formats.tar.acl import ACL_XATTRS, NamedIds, from_text
 from layerkit.model.entry import XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult, UnsafeEntry
 from layerkit.model.limits import Limits
@@ -48,7 +49,7 @@ def parse(body: bytes, where: str, limits: Limits) -> Records:
     """
     records = _lines(body)
     if records is None:
-        records = _records(body, where)
+        records = dict(_records(body, where))
     if b"GNU.sparse.numbytes=" in body:
         # Version 0.0 repeats two keywords, which a dict cannot hold: keep them in 0.1's form.
         records[SPARSE_MAP] = _pairs_as_map(body, where, limits)
@@ -72,8 +73,7 @@ def _lines(body: bytes) -> Records | None:
     return records
 
 
-def _records(body: bytes, where: str) -> Records:
-    records: Records = {}
+def _records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
     pos, size = 0, len(body)
     while pos < size:
         space = body.find(b" ", pos, pos + _DIGITS_OF_LENGTH)
@@ -84,23 +84,17 @@ def _records(body: bytes, where: str) -> Records:
         equals = body.find(b"=", space, end)
         if end > size or equals <= space + 1 or body[end - 1] != 0x0A:
             raise InvalidImage(f"{where}: a PAX record of the wrong form or length: {body[pos : pos + 40]!r}")
-        records[body[space + 1 : equals]] = body[equals + 1 : end - 1]
+        yield body[space + 1 : equals], body[equals + 1 : end - 1]
         pos = end
-    return records
 
 
 def _pairs_as_map(body: bytes, where: str, limits: Limits) -> bytes:
     numbers: list[bytes] = []
-    pos = 0
-    while pos < len(body):
-        space = body.index(b" ", pos)
-        end = pos + int(body[pos:space])
-        key, _, value = body[space + 1 : end - 1].partition(b"=")
+    for key, value in _records(body, where):
         if key in (_SPARSE_OFFSET, _SPARSE_LENGTH):
             if (key == _SPARSE_LENGTH) != (len(numbers) % 2 == 1) or b"," in value:
                 raise InvalidImage(f"{where}: the sparse map's offsets and lengths do not alternate")
             numbers.append(value)
-        pos = end
     limits.check("sparse_extents_per_file", len(numbers) // 2, f"{where}: sparse extents")
     return b",".join(numbers)
 
@@ -205,21 +199,14 @@ def xattrs(records: Records, layer: str, path: bytes, limits: Limits) -> XattrSe
             name = _PERCENT.sub(lambda m: bytes((int(m[1], 16),)), key[len(LIBARCHIVE_XATTR) :])
             if name not in found:
                 found[name] = _base64(value, name, layer, path)
-        elif (
-            (name := tar_acl.ACL_XATTRS.get(key, b""))
-            and name not in found
-            and (acl := _acl(key, value, layer, path))
-        ):
+        elif (name := ACL_XATTRS.get(key, b"")) and name not in found and (acl := _acl(key, value, layer, path)):
             found[name] = acl
     where = f"{layer}: an xattr"
     limits.check("xattrs_per_entry", len(found), where + "s of one entry")
     for name, value in found.items():
         if b"\0" in name or not name.startswith(_NAMESPACES) or (name.endswith(b".") and name in _NAMESPACES):
-            raise UnsafeEntry(
-                layer,
-                path,
-                f"the xattr name {name[:80]!r} is in none of the namespaces user, trusted, security, system",
-            )
+            why = f"the xattr name {name[:80]!r} is in none of the namespaces user, trusted, security, system"
+            raise UnsafeEntry(layer, path, why)
         limits.check("xattr_name_bytes", len(name), where + " name")
         limits.check("xattr_value_bytes", len(value), where + " value")
     return tuple(sorted(found.items()))
@@ -234,8 +221,8 @@ def _base64(value: bytes, name: bytes, layer: str, path: bytes) -> bytes:
 
 def _acl(key: bytes, value: bytes, layer: str, path: bytes) -> bytes:
     try:
-        return tar_acl.from_text(value)
-    except tar_acl.NamedIds as e:
+        return from_text(value)
+    except NamedIds as e:
         raise LossyResult(path, f"{key.decode()} in {layer}: {e}; write the layer with numeric ids") from e
     except ValueError as e:
         raise UnsafeEntry(layer, path, f"{key.decode()}: {e}") from e

@@ -17,9 +17,9 @@ import numpy as np
 
 from layerkit.formats.tar import header as tar_header
 from layerkit.formats.tar import pax as tar_pax
-from layerkit.formats.tar import sparse as tar_sparse
 from layerkit.formats.tar.header import BLOCK, ZERO_BLOCK
 from layerkit.formats.tar.pax import Records
+from layerkit.formats.tar.sparse import PREFIX, SparseFile
 from layerkit.formats.tar.table import Table
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Extent
@@ -186,7 +186,7 @@ class TarReader:
         regular = flag in (_NUL, _REG, _CONTIGUOUS)
         if self._extended:
             records = self._take_records()
-            if any(key.startswith(tar_sparse.PREFIX) for key in records):
+            if any(key.startswith(PREFIX) for key in records):
                 raise self._refused("sparse, but not a regular file")
             if records.get(b"size"):
                 size = tar_pax.number(records[b"size"], "size", self._layer)
@@ -212,30 +212,30 @@ class TarReader:
         if records.get(b"size"):
             size = tar_pax.number(records[b"size"], "size", layer)
         limits.check("file_bytes", size, f"{layer}: {show_path(path)}: bytes of a file")
-        form = tar_sparse.version(records, layer, path)
+        file = SparseFile(layer, path, limits)
+        form = file.version(records)
         self._pos += BLOCK
         pairs: list[Extent] = []
         logical = size
         if flag == _OLD_SPARSE:
             if form is not None or block[slice(*tar_header.MAGIC)] != b"ustar ":
                 raise self._refused("of GNU tar's sparse type in a header of another kind", block, path)
-            pairs, more, logical = tar_sparse.old_first(block, layer, path)
+            pairs, more, logical = file.old_first(block)
             while more:
-                found, more = tar_sparse.old_more(self._take(BLOCK), layer, path)
+                found, more = file.old_more(self._take(BLOCK))
                 pairs += found
-                limits.check("sparse_extents_per_file", len(pairs), f"{layer}: sparse extents of a file")
+                file.check_runs(len(pairs))
         elif form is not None:
-            logical = tar_sparse.real_size(records, layer, path)
+            logical = file.real_size(records)
             if form == (1, 0):
-                pairs, used = self._map_in_data(size, path)
+                pairs, used = self._map_in_data(size, file)
                 size -= used
             else:
-                pairs = tar_sparse.pairs_of_map(records.get(tar_pax.SPARSE_MAP, b""), layer, path, limits)
-                tar_sparse.check_count(records, len(pairs), layer, path)
+                pairs = file.pairs_of_map(records)
         else:
             pairs = [(0, size)]
         limits.check("file_bytes", logical, f"{layer}: {show_path(path)}: bytes of a file")
-        runs = tar_sparse.checked(pairs, size, logical, layer, path)
+        runs = file.checked(pairs, size, logical)
         # The map may lie across chunks, so this row cannot wait for the end of a chunk as the others do.
         self._gather()
         self._hold(records)
@@ -244,21 +244,20 @@ class TarReader:
         digest = self._hash(size) if runs is None else self._hash_sparse(runs, logical, size)
         self._table.digests.append(digest)
 
-    def _map_in_data(self, size: int, path: bytes) -> tuple[list[Extent], int]:
+    def _map_in_data(self, size: int, file: SparseFile) -> tuple[list[Extent], int]:
         """Read the map of GNU.sparse 1.0 off the beginning of the data; return it and its padded length."""
         data = bytearray()
         lines, want = 0, -1
         while want < 0 or lines <= want:
             # One number has at most 20 digits: what goes on without newlines is no map.
             if len(data) >= min(size, (want + 2) * 21 + BLOCK):
-                raise UnsafeEntry(self._layer, path, "its sparse map does not end where it should")
+                raise file.refused("its sparse map does not end where it should")
             block = self._take(BLOCK)
             data += block
             lines += block.count(b"\n")
             if want < 0 and lines:
-                want = tar_sparse.line_count(bytes(data.partition(b"\n")[0]), self._layer, path, self._limits)
-        numbers = bytes(data).split(b"\n", want + 1)[1 : want + 1]
-        return tar_sparse.pairs_of_lines(numbers, self._layer, path), len(data)
+                want = file.line_count(bytes(data.partition(b"\n")[0]))
+        return file.pairs(bytes(data).split(b"\n", want + 1)[1 : want + 1]), len(data)
 
     # --- the bytes of the tar as they come, chunk by chunk ------------------------------------------------
 
@@ -373,7 +372,7 @@ class TarReader:
         records = tar_pax.parse(body, self._layer, self._limits)
         records.pop(b"comment", None)
         for key in records:
-            if key in _LOCAL_ONLY or key.startswith(tar_sparse.PREFIX):
+            if key in _LOCAL_ONLY or key.startswith(PREFIX):
                 raise InvalidImage(f"{self._layer}: a global PAX header sets {show_path(key)} for all entries")
         if records:
             names = ", ".join(show_path(key[:40]) for key in list(records)[:5])

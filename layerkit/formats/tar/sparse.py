@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from layerkit.formats.tar import header as tar_header
 from layerkit.formats.tar.pax import SPARSE_MAP, Records
@@ -17,146 +18,141 @@ _PAIR = 24
 _MAX_DIGITS = 20
 
 
-def version(records: Records, layer: str, path: bytes) -> tuple[int, int] | None:
-    """Return the sparse format's version that ``records`` name, None for a plain file.
+@dataclass(frozen=True, slots=True)
+class SparseFile:
+    """A sparse file whose map is read.
 
-    Raises:
-        UnsafeEntry: a version that is not known.
+    Attributes:
+        layer: of the file, and its ``path``, for errors.
+        limits: bounds.
     """
-    stated = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
-    if stated == (b"1", b"0"):
-        return 1, 0
-    if stated in ((b"0", b"0"), (b"0", b"1")) or (stated == (b"", b"") and records.get(SPARSE_MAP)):
-        return 0, 1
-    if stated != (b"", b"") or any(key.startswith(PREFIX) for key in records):
-        raise UnsafeEntry(
-            layer, path, f"a sparse file of an unknown format {b'.'.join(stated).decode('ascii', 'replace')}"
-        )
-    return None
 
+    layer: str
+    path: bytes
+    limits: Limits
 
-def real_size(records: Records, layer: str, path: bytes) -> int:
-    """Return the logical size that ``records`` give a sparse file, in bytes.
+    def refused(self, why: str) -> UnsafeEntry:
+        """Return the error that says ``why`` the file is refused."""
+        return UnsafeEntry(self.layer, self.path, why)
 
-    Raises:
-        UnsafeEntry: none, or two that differ.
-    """
-    stated = {records[key] for key in (b"GNU.sparse.realsize", b"GNU.sparse.size") if records.get(key)}
-    if len(stated) != 1:
-        raise UnsafeEntry(layer, path, "a sparse file without one clear real size")
-    return _number(stated.pop(), layer, path)
+    def check_runs(self, count: int) -> None:
+        """Raise if the file has more than the allowed number of runs."""
+        self.limits.check("sparse_extents_per_file", count, f"{self.layer}: sparse extents of a file")
 
+    def version(self, records: Records) -> tuple[int, int] | None:
+        """Return the sparse format's version that ``records`` name, None for a plain file.
 
-def pairs_of_map(text: bytes, layer: str, path: bytes, limits: Limits) -> list[Extent]:
-    """Return the (offset, length) pairs of version 0.1's ``offset,length,...``."""
-    limits.check("sparse_extents_per_file", (text.count(b",") + 1) // 2, f"{layer}: sparse extents of a file")
-    return _pairs(text.split(b",") if text else [], layer, path)
+        Raises:
+            UnsafeEntry: a version that is not known.
+        """
+        stated = records.get(b"GNU.sparse.major", b""), records.get(b"GNU.sparse.minor", b"")
+        if stated == (b"1", b"0"):
+            return 1, 0
+        if stated in ((b"0", b"0"), (b"0", b"1")) or (stated == (b"", b"") and records.get(SPARSE_MAP)):
+            return 0, 1
+        if stated != (b"", b"") or any(key.startswith(PREFIX) for key in records):
+            raise self.refused(f"a sparse file of an unknown format {b'.'.join(stated).decode('ascii', 'replace')}")
+        return None
 
+    def real_size(self, records: Records) -> int:
+        """Return the logical size that ``records`` give the file, in bytes.
 
-def check_count(records: Records, count: int, layer: str, path: bytes) -> None:
-    """Check that a version 0.0 or 0.1 map of ``count`` pairs has as many as it says.
+        Raises:
+            UnsafeEntry: none, or two that differ.
+        """
+        stated = {records[key] for key in (b"GNU.sparse.realsize", b"GNU.sparse.size") if records.get(key)}
+        if len(stated) != 1:
+            raise self.refused("a sparse file without one clear real size")
+        return self._number(stated.pop())
 
-    Raises:
-        UnsafeEntry: it does not.
-    """
-    if records.get(b"GNU.sparse.numblocks") != b"%d" % count:
-        raise UnsafeEntry(layer, path, f"a sparse map of {count} runs that claims another number")
+    def pairs_of_map(self, records: Records) -> list[Extent]:
+        """Return the (offset, length) pairs of version 0.1's ``offset,length,...``.
 
+        Raises:
+            UnsafeEntry: they are not numbers, or not as many as ``records`` say.
+        """
+        text = records.get(SPARSE_MAP, b"")
+        self.check_runs((text.count(b",") + 1) // 2)
+        found = self.pairs(text.split(b",") if text else [])
+        if records.get(b"GNU.sparse.numblocks") != b"%d" % len(found):
+            raise self.refused(f"a sparse map of {len(found)} runs that claims another number")
+        return found
 
-def pairs_of_lines(lines: Sequence[bytes], layer: str, path: bytes) -> list[Extent]:
-    """Return the pairs of version 1.0's numbers, one a line."""
-    return _pairs(lines, layer, path)
+    def pairs(self, numbers: Sequence[bytes]) -> list[Extent]:
+        """Return the pairs that ``numbers`` are, an offset and a length by turns."""
+        if len(numbers) % 2:
+            raise self.refused("a sparse map with an odd number of values")
+        values = [self._number(text) for text in numbers]
+        return list(zip(values[::2], values[1::2], strict=True))
 
+    def line_count(self, first: bytes) -> int:
+        """Return how many lines follow the ``first`` one of a version 1.0 map."""
+        count = self._number(first)
+        self.check_runs(count)
+        return 2 * count
 
-def line_count(first: bytes, layer: str, path: bytes, limits: Limits) -> int:
-    """Return how many lines follow the ``first`` one of a version 1.0 map."""
-    count = _number(first, layer, path)
-    limits.check("sparse_extents_per_file", count, f"{layer}: sparse extents of a file")
-    return 2 * count
+    def old_first(self, block: bytes) -> tuple[list[Extent], bool, int]:
+        """Return an old GNU header's pairs, whether more blocks of them follow, and the file's real size."""
+        pairs, more = self._old_pairs(block, _OLD_FIRST, _OLD_FIRST_COUNT, _OLD_EXTENDED)
+        return pairs, more, self._old_number(block[slice(*_OLD_REAL_SIZE)])
 
+    def old_more(self, block: bytes) -> tuple[list[Extent], bool]:
+        """Return the pairs of an old GNU extension block, and whether another one follows."""
+        return self._old_pairs(block, 0, _OLD_MORE_COUNT, _OLD_MORE_EXTENDED)
 
-def old_first(block: bytes, layer: str, path: bytes) -> tuple[list[Extent], bool, int]:
-    """Return an old GNU header's pairs, whether more blocks of them follow, and the file's real size."""
-    pairs, ended = _old_pairs(block, _OLD_FIRST, _OLD_FIRST_COUNT, layer, path)
-    more = block[_OLD_EXTENDED] != 0
-    if more and ended:
-        raise UnsafeEntry(layer, path, "a sparse map that ends and goes on")
-    return pairs, more, _old_number(block[slice(*_OLD_REAL_SIZE)], layer, path)
+    def checked(self, pairs: list[Extent], stored: int, size: int) -> tuple[Extent, ...] | None:
+        """Return ``pairs`` without empty ones, neighbours joined; None if they leave no hole.
 
+        Args:
+            pairs: (offset, length) as written.
+            stored: bytes of data in the archive.
+            size: the file's logical size.
 
-def old_more(block: bytes, layer: str, path: bytes) -> tuple[list[Extent], bool]:
-    """Return the pairs of an old GNU extension block, and whether another one follows."""
-    pairs, ended = _old_pairs(block, 0, _OLD_MORE_COUNT, layer, path)
-    more = block[_OLD_MORE_EXTENDED] != 0
-    if more and ended:
-        raise UnsafeEntry(layer, path, "a sparse map that ends and goes on")
-    return pairs, more
+        Raises:
+            UnsafeEntry: runs that overlap, fall, reach beyond ``size`` or do not add up to ``stored``.
+        """
+        runs: list[Extent] = []
+        end = total = 0
+        for offset, length in pairs:
+            if offset < end or offset + length > size:
+                raise self.refused(
+                    f"a sparse run of {length} bytes at {offset} overlaps the one before or ends beyond {size}"
+                )
+            total += length
+            if length and runs and offset == end:
+                runs[-1] = (runs[-1][0], runs[-1][1] + length)
+            elif length:
+                runs.append((offset, length))
+            end = offset + length
+        if total != stored:
+            raise self.refused(f"a sparse map of {total} bytes for {stored} bytes of data")
+        return None if runs == [(0, size)] or size == 0 else tuple(runs)
 
+    def _old_pairs(self, block: bytes, start: int, count: int, extended: int) -> tuple[list[Extent], bool]:
+        pairs: list[Extent] = []
+        more = block[extended] != 0
+        for at in range(start, start + count * _PAIR, _PAIR):
+            if block[at] == 0:  # an unused pair ends the map
+                if more:
+                    raise self.refused("a sparse map that ends and goes on")
+                break
+            half = at + _PAIR // 2
+            pairs.append((self._old_number(block[at:half]), self._old_number(block[half : at + _PAIR])))
+        return pairs, more
 
-def checked(pairs: list[Extent], stored: int, size: int, layer: str, path: bytes) -> tuple[Extent, ...] | None:
-    """Return ``pairs`` without empty ones, neighbours joined; None if they leave no hole.
+    def _old_number(self, field: bytes) -> int:
+        try:
+            value = tar_header.number(field)
+        except ValueError as e:
+            raise self.refused(f"a damaged sparse map: {e}") from e
+        return self._in_range(value)
 
-    Args:
-        pairs: (offset, length) as written.
-        stored: bytes of data in the archive.
-        size: the file's logical size.
-        layer: for errors.
-        path: for errors.
+    def _number(self, text: bytes) -> int:
+        if not text.isdigit() or len(text) > _MAX_DIGITS:
+            raise self.refused(f"a sparse map with the value {text[:40]!r}")
+        return self._in_range(int(text))
 
-    Raises:
-        UnsafeEntry: runs that overlap, fall, reach beyond ``size`` or do not add up to ``stored``.
-    """
-    runs: list[Extent] = []
-    end = total = 0
-    for offset, length in pairs:
-        if offset < end or offset + length > size:
-            raise UnsafeEntry(
-                layer,
-                path,
-                f"a sparse run of {length} bytes at {offset} overlaps the one before or ends beyond {size}",
-            )
-        total += length
-        if length and runs and offset == end:
-            runs[-1] = (runs[-1][0], runs[-1][1] + length)
-        elif length:
-            runs.append((offset, length))
-        end = offset + length
-    if total != stored:
-        raise UnsafeEntry(layer, path, f"a sparse map of {total} bytes for {stored} bytes of data")
-    return None if runs == [(0, size)] or size == 0 else tuple(runs)
-
-
-def _pairs(numbers: Sequence[bytes], layer: str, path: bytes) -> list[Extent]:
-    if len(numbers) % 2:
-        raise UnsafeEntry(layer, path, "a sparse map with an odd number of values")
-    values = [_number(text, layer, path) for text in numbers]
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _old_pairs(block: bytes, start: int, count: int, layer: str, path: bytes) -> tuple[list[Extent], bool]:
-    pairs: list[Extent] = []
-    for at in range(start, start + count * _PAIR, _PAIR):
-        if block[at] == 0:  # an unused pair ends the map
-            return pairs, True
-        half = at + _PAIR // 2
-        pairs.append((_old_number(block[at:half], layer, path), _old_number(block[half : at + _PAIR], layer, path)))
-    return pairs, False
-
-
-def _old_number(field: bytes, layer: str, path: bytes) -> int:
-    try:
-        value = tar_header.number(field)
-    except ValueError as e:
-        raise UnsafeEntry(layer, path, f"a damaged sparse map: {e}") from e
-    if not 0 <= value < 1 << 63:
-        raise UnsafeEntry(layer, path, f"a sparse map with the value {value}")
-    return value
-
-
-def _number(text: bytes, layer: str, path: bytes) -> int:
-    if not text.isdigit() or len(text) > _MAX_DIGITS:
-        raise UnsafeEntry(layer, path, f"a sparse map with the value {text[:40]!r}")
-    value = int(text)
-    if value >= 1 << 63:
-        raise UnsafeEntry(layer, path, f"a sparse map with the value {value}")
-    return value
+    def _in_range(self, value: int) -> int:
+        if not 0 <= value < 1 << 63:
+            raise self.refused(f"a sparse map with the value {value}")
+        return value

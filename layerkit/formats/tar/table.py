@@ -161,8 +161,8 @@ class Table:
         self._check_numbers(columns, paths)
         kept = self._whiteouts(columns, paths)
         self._resolve_links(header, columns, paths)
-        if b"" in paths:
-            self._check_root(columns, paths)
+        if b"" in paths and any(not p and k not in (_DIR, Kind.OPAQUE) for p, k in zip(paths, kind, strict=True)):
+            raise UnsafeEntry(layer, b"", "the root is not a folder")
         self._keys += [path.replace(b"/", b"\0") for path in paths]
         self._metadata_bytes += sum(map(len, paths))
         limits.check("metadata_bytes_per_layer", self._metadata_bytes, f"{layer}: bytes of names and xattrs")
@@ -187,27 +187,19 @@ class Table:
 
     def _apply_overrides(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
         layer = self._layer
-        mtime, mtime_ns = columns["mtime"], columns["mtime_ns"]
-        rows: list[int] = []
-        seconds: list[int] = []
-        nanoseconds: list[int] = []
+        rows, seconds, nanoseconds = list[int](), list[int](), list[int]()
         for row, records in self.overrides.items():
             i = row - first
             extended = False
             for key, value in records.items():
                 if key == b"mtime":
                     if value:
-                        whole, _, fraction = value.partition(b".")
-                        if whole.isdigit() and len(whole) < 18 and len(fraction) == 9 and fraction.isdigit():
-                            seconds.append(int(whole))
-                            nanoseconds.append(int(fraction))
-                        else:
-                            s, ns = tar_pax.time(value, layer)
-                            if abs(s) > _MAX_SECONDS:
-                                raise UnsafeEntry(layer, header.name[i], f"the mtime {s} is out of range")
-                            seconds.append(s)
-                            nanoseconds.append(ns)
+                        s, ns = tar_pax.time(value, layer)
+                        if abs(s) > _MAX_SECONDS:
+                            raise UnsafeEntry(layer, header.name[i], f"the mtime {s} is out of range")
                         rows.append(i)
+                        seconds.append(s)
+                        nanoseconds.append(ns)
                 elif key in (b"atime", b"ctime"):
                     pass
                 elif key == b"path":
@@ -235,8 +227,7 @@ class Table:
                     self._metadata_bytes += sum(len(name) + len(value) for name, value in pairs)
                 columns["xattr"][i] = number
         self.overrides.clear()
-        mtime[rows] = seconds
-        mtime_ns[rows] = nanoseconds
+        columns["mtime"][rows], columns["mtime_ns"][rows] = seconds, nanoseconds
 
     def _apply_places(self, columns: dict[str, NDArray[Any]], first: int) -> None:
         for row, (offset, size, runs) in self.placed.items():
@@ -309,11 +300,6 @@ class Table:
                 number = links[link] = len(links)
                 self._metadata_bytes += len(link)
             columns["link"][i] = number
-
-    def _check_root(self, columns: dict[str, NDArray[Any]], paths: list[bytes]) -> None:
-        for i, path in enumerate(paths):
-            if not path and columns["kind"][i] not in (_DIR, Kind.OPAQUE):
-                raise UnsafeEntry(self._layer, b"", "the root is not a folder")
 
     # --- the index ---------------------------------------------------------------------------------------
 

@@ -19,18 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from layerkit.formats.tar.header import BLOCK, TYPEFLAG
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Kind, XattrSet
 from layerkit.model.errors import InvalidImage, LossyResult, show_path
 from layerkit.model.index import Index
 
-BLOCK = 512
 END = bytes(2 * BLOCK)
 """What every archive ends with."""
-
-TYPEFLAG = {
-    Kind.REG: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.CHAR: b"3", Kind.BLOCK: b"4", Kind.DIR: b"5",
-    Kind.FIFO: b"6",
-}  # fmt: skip
 
 Content = Callable[[int], Iterable[memoryview]]
 """Gives the stored bytes of a row (a sparse file's runs one after the other); a piece is good until the next."""
@@ -108,8 +103,11 @@ def blank_header(entry: Entry, size: int, records: bytes = b"") -> bytes:
         pax = record(b"path", name)
     if link and (len(link) > _NAME_BYTES or not link.isascii()):
         pax += record(b"linkpath", link)
-    if pax and not (_is_utf8(name) and _is_utf8(link)):
-        pax = record(b"hdrcharset", b"BINARY") + pax
+    if pax:
+        try:
+            (name + b"/" + link).decode()
+        except UnicodeDecodeError:
+            pax = record(b"hdrcharset", b"BINARY") + pax
     if uid >= _OCTAL_7:
         pax, uid = pax + record(b"uid", b"%d" % uid), 0
     if gid >= _OCTAL_7:
@@ -146,14 +144,6 @@ def seal(headers: Sequence[bytes], data: Sequence[bytes]) -> bytearray:
     field[:, 6:] = (0, ord(" "))
     blocks[rows, 148:156] = field
     return sealed
-
-
-def _is_utf8(name: bytes) -> bool:
-    try:
-        name.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 SPARSE_1_0 = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
