@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import page_cache
 import pytest
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
@@ -105,6 +106,13 @@ def no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def caches_stay() -> Iterator[None]:
+    """Keep other tests from emptying the caches of the machine while this one looks at what is in them."""
+    with page_cache.left_alone():
+        yield
 
 
 @pytest.fixture

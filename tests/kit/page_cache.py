@@ -1,14 +1,50 @@
-"""What of a file is in the page cache, by cachestat(2)."""
+"""The page cache, which all processes of the machine share: what of a file is in it, and how to have it alone."""
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from layerkit.linux import pagecache
 from layerkit.linux import syscalls as sc
+
+PAGES, NAMES, ALL = 1, 2, 3
+"""What :func:`drop_all` drops: pages; names and inodes that no page holds; both."""
 
 
 def cached_bytes(path: Path) -> int:
     """Return how many bytes of a plain file are cached, in whole pages."""
     with sc.opened(path) as fd:
         return sc.cachestat(fd)[0] * mmap.PAGESIZE
+
+
+def drop(*paths: Path) -> None:
+    """Take files out of the page cache, also those that were just written: a dirty page would stay."""
+    os.sync()
+    for path in paths:
+        pagecache.drop(path)
+
+
+def drop_all(what: int) -> None:
+    """Empty the caches of the whole machine, when no test counts on them."""
+    with _held(fcntl.LOCK_EX):
+        Path("/proc/sys/vm/drop_caches").write_text(str(what))
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """Hold back every :func:`drop_all`, of all test processes, while a test looks at what is cached."""
+    with _held(fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _held(how: int) -> Iterator[None]:
+    with open(f"{tempfile.gettempdir()}/layerkit-test-page-cache.{os.geteuid()}", "w") as lock:
+        fcntl.flock(lock, how)
+        yield

@@ -42,6 +42,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield target
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_whole_pieces_leave_nothing_in_the_page_cache(small: Path) -> None:
     path = small / "file"
     want = _written(path, [_aligned(b"ab"), _aligned(b"cd"), _aligned(b"ef")])

@@ -164,6 +164,7 @@ def test_copy_run(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_bytes() == data + data[5:1005]
 
 
+@pytest.mark.usefixtures("caches_stay")
 class TestPageCache:
     def test_residency_follows_what_was_read(self, tmp_path: Path) -> None:
         path = tmp_path / "f"

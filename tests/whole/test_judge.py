@@ -10,7 +10,7 @@ import pytest
 from judge import Shown, data_extents, differences, snapshot, unpacked
 from memcg import cache_bytes, memory_group, run_in
 from needs import missing, need_root, need_tool
-from page_cache import cached_bytes
+from page_cache import cached_bytes, drop
 
 import layerkit
 from layerkit.linux import pagecache
@@ -95,6 +95,7 @@ def test_holes_stay_holes(
 
 @pytest.mark.parametrize("data", ["tar", "objects"])
 @pytest.mark.parametrize("own", [False, True], ids=["idmapped", "own"])
+@pytest.mark.usefixtures("caches_stay")
 def test_second_map_reads_the_cache_of_the_first(
     app_layout: Path, store: Path, tmp_path: Path, data: str, own: bool
 ) -> None:
@@ -109,7 +110,7 @@ def test_second_map_reads_the_cache_of_the_first(
         ):
             program = next(p for p in (first / "usr/bin").glob("python3.*") if not p.is_symlink())
             there = second / program.relative_to(first)
-            drop_caches()
+            drop(there)
             assert pagecache.resident_bytes(there)[0] == 0
             program.read_bytes()
             resident, size = pagecache.resident_bytes(there)
@@ -120,6 +121,7 @@ def test_second_map_reads_the_cache_of_the_first(
 
 
 @pytest.mark.parametrize("data", ["tar", "objects"])
+@pytest.mark.usefixtures("caches_stay")
 def test_ten_maps_cache_the_bytes_once(app_layout: Path, store: Path, tmp_path: Path, data: str) -> None:
     settings = layerkit.Settings(store=store, data=data)
     made: list[layerkit.Mounted] = []
@@ -128,10 +130,9 @@ def test_ten_maps_cache_the_bytes_once(app_layout: Path, store: Path, tmp_path: 
             for i in range(10):
                 (tmp_path / str(i)).mkdir()
                 made.append(opened.mount(tmp_path / str(i), layerkit.mapping([f"0:{100000 * (i + 1)}:65536"])))
-            drop_caches()
-            read = sum(
-                p.lstat().st_size for p in (made[0].target / "usr").rglob("*") if p.is_file() and not p.is_symlink()
-            )
+            files = [p for p in (made[0].target / "usr").rglob("*") if p.is_file() and not p.is_symlink()]
+            read = sum(p.lstat().st_size for p in files)
+            drop(*files, *(store / "tar").iterdir())
             with memory_group(data) as group:
                 if group is None:
                     missing("needs a memory cgroup")
@@ -205,8 +206,3 @@ def test_two_stores_make_the_same_bytes(app_layout: Path, tmp_path: Path) -> Non
         )
     assert len(images[0]) == 2
     assert images[0] == images[1]
-
-
-def drop_caches() -> None:
-    subprocess.run(["sync"], check=True)
-    Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
+from page_cache import drop
 from programs import answer, run, run_layerkit, wait_for
 
 import layerkit
@@ -372,6 +373,7 @@ def test_a_ready_upper_is_mounted_with_the_printed_line(
         run("umount", tmp_path / "m")
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_the_page_cache_is_the_runtimes_own(podman_store: tuple[Path, Path], store: Path, tmp_path: Path) -> None:
     from layerkit.linux import pagecache
 
@@ -380,7 +382,7 @@ def test_the_page_cache_is_the_runtimes_own(podman_store: tuple[Path, Path], sto
         shown = next(p for p in (tmp_path / "m/usr/bin").iterdir() if p.is_file() and p.stat().st_size > 1 << 20)
         path = shown.relative_to(tmp_path / "m")
         below = next(f.path / path for f in reversed(unpacked.folders) if (f.path / path).is_file())
-        pagecache.drop(below)
+        drop(below)
         assert pagecache.resident_bytes(shown)[0] < shown.stat().st_size
         below.read_bytes()
         assert pagecache.resident_bytes(shown) == (shown.stat().st_size,) * 2

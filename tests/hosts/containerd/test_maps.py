@@ -23,6 +23,7 @@ import pytest
 from engines import short_folder
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
+from page_cache import drop
 from programs import run_layerkit
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
 
@@ -187,6 +188,7 @@ def test_several_ranges_and_maps_that_cannot_be(client: Client, tmp_path: Path) 
         assert root.stat().st_uid == 100_000
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_page_cache_grows_once(client: Client, tmp_path: Path) -> None:
     base = committed(client, tmp_path / "m", "base")
     with ExitStack() as stack:
@@ -194,8 +196,7 @@ def test_page_cache_grows_once(client: Client, tmp_path: Path) -> None:
         for shift in (100_000, 300_000):
             found = client.prepare(f"c{shift}", base, labels(f"0:{shift}:65536"))
             roots.append(stack.enter_context(mounted(found, tmp_path / str(shift))))
-        os.sync()
-        pagecache.drop(roots[0] / "big")
+        drop(roots[0] / "big")
         assert pagecache.resident_bytes(roots[1] / "big")[0] == 0
         (roots[0] / "big").read_bytes()
         assert pagecache.resident_bytes(roots[1] / "big") == (len(_BIG), len(_BIG))

@@ -13,6 +13,7 @@ from typing import Any
 import browser
 import pytest
 from needs import need_root, need_tool
+from page_cache import drop
 from programs import Cli
 
 import layerkit
@@ -55,15 +56,14 @@ def big(tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_bytes(os.urandom(SIZE))
     (path.parent / "small").write_bytes(b"x" * 5000)
-    os.sync()
     return path
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_one_memory_for_three_mounts(store_dir: Path, tmp_path: Path, big: Path) -> None:
     need_root()
     with three(store_dir, tmp_path, big) as targets:
-        for path in big.parent.iterdir():
-            pagecache.drop(path)
+        drop(*big.parent.iterdir())
         cold = asked(store_dir, *targets)
         assert (cold["seen"], cold["memory"]) == (0, 0)
         # Read through one mount, it is in memory for all.
@@ -78,6 +78,7 @@ def test_one_memory_for_three_mounts(store_dir: Path, tmp_path: Path, big: Path)
         assert pagecache.resident_bytes(big.parent / "small")[0] == 0
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_copies_share_nothing(store_dir: Path, tmp_path: Path, big: Path) -> None:
     need_root()
     copy = tmp_path / "copy"
@@ -90,6 +91,7 @@ def test_copies_share_nothing(store_dir: Path, tmp_path: Path, big: Path) -> Non
     assert found["memory"] >= 2 * SIZE
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_the_overlays_of_others_are_looked_through(store_dir: Path, tmp_path: Path, big: Path) -> None:
     need_root()
     (tmp_path / "empty").mkdir()
@@ -113,6 +115,7 @@ def test_the_overlays_of_others_are_looked_through(store_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("data", ["tar", "objects"])
+@pytest.mark.usefixtures("caches_stay")
 def test_mounts_of_images(tiny_image: Path, store_dir: Path, tmp_path: Path, data: str) -> None:
     need_root()
     (tmp_path / "one").mkdir()

@@ -135,6 +135,7 @@ def test_names_owners_and_bytes_are_the_images(image: Image, mount: Mount, tmp_p
     assert mounts_below(tmp_path) == []
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_two_maps_share_the_pages_of_the_data(image: Image, mount: Mount) -> None:
     with mount("one") as one, mount("two", 300_000) as two:
         assert (one / "etc/big").read_bytes() == BIG

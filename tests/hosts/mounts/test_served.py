@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import page_cache
 import pytest
 from kernel_mounts import mounts_below
 from needs import missing, need_root
@@ -136,13 +137,13 @@ def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path
     # A worker alone is replaced.
     os.kill(max(servers(lock)), signal.SIGKILL)
     wait_for(lambda: len([pid for pid in servers(lock) if not gone(pid)]) == 3, "no other took its place")
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+    page_cache.drop_all(page_cache.ALL)
     assert file.read_bytes() == want
     for pid in sorted(servers(lock)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not served.is_served(lock), "the lock stays")
-    Path("/proc/sys/vm/drop_caches").write_text("2")
+    page_cache.drop_all(page_cache.NAMES)
     # What is open goes on; what is asked for anew is an error, and never zeros.
     assert os.pread(open_file, len(want), 0) == want
     os.close(open_file)
@@ -185,7 +186,7 @@ def test_gc_keeps_what_is_served_and_frees_it_afterwards(tiny_image: Path, store
         held.remove_image(mounted.report.name)
     api.collect_garbage(store)
     assert [path.name for path in store.glob("meta/*/tree.fuse")] == ["tree.fuse"]
-    Path("/proc/sys/vm/drop_caches").write_text("2")
+    page_cache.drop_all(page_cache.NAMES)
     assert sum(1 for _ in (tmp_path / "m").rglob("*")) > 5
     mounted.umount()
     api.collect_garbage(store)

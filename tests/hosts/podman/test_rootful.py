@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, podman
+from page_cache import drop
 from programs import wait_for
 from rootless_podman import load_box, need_podman, write_program
 
@@ -78,6 +79,7 @@ def test_owners_on_the_host_and_in_a_commit(engine: Engine) -> None:
     assert shown == "5:7\n"
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_two_maps_share_data_and_page_cache(engine: Engine) -> None:
     # Without what only shows the same layers again.
     words = ["du", "-s", "--block-size=1", "--exclude=mapped", "--exclude=merged"]
@@ -110,7 +112,7 @@ def test_two_maps_share_data_and_page_cache(engine: Engine) -> None:
         )
         pages = data.stat().st_size // os.sysconf("SC_PAGE_SIZE")
         for name in ("one", "two"):
-            pagecache.drop(data)
+            drop(data)
             engine("exec", name, "md5sum", "/data/big")
             assert pagecache.resident_bytes(data)[0] == pages * os.sysconf("SC_PAGE_SIZE")
     finally:

@@ -106,6 +106,7 @@ def test_owners_modes_capabilities_and_writes(engine: Engine, kind: str) -> None
     assert disk(engine) - used < 300_000
 
 
+@pytest.mark.usefixtures("caches_stay")
 def test_two_maps_share_data_and_page_cache(engine: Engine, tmp_path: Path) -> None:
     start(engine, "one", "--uidmap", "0:1000:2000", script="echo 1 > /data/made; chown 5:7 /data/made")
     start(engine, "two", "--userns=keep-id", script="echo 2 > /data/made; chown 5:7 /data/made")
