@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from layerkit.model.errors import UsageError
@@ -51,9 +50,7 @@ class Mounted:
     def __enter__(self) -> Mounted:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.umount()
 
 
@@ -79,9 +76,7 @@ class OpenImage:
     def __enter__(self) -> OpenImage:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -155,14 +150,9 @@ class OpenImage:
         own_meta: bool = False,
         progress: Progress | None = None,
     ) -> RemapReport:
-        """Bring the image into the store and make what a mount under ``mapping`` needs.
+        """Bring the image into the store and make what a mount under ``mapping`` needs; None keeps the owners.
 
-        Args:
-            mapping: the id map; None keeps the owners.
-            rendering: ``auto``, ``erofs``, ``directory`` or ``fuse``; None is what is configured.
-            namespace: ``auto``, ``trusted`` or ``user``.
-            own_meta: write META for this map even where an idmapped mount of the shared one would do.
-            progress: told about the bytes read.
+        The other arguments are those of :class:`~layerkit.hosts.mounts.choose.MountOptions`.
 
         Raises:
             UnmappedId: an owner outside the map.
@@ -187,7 +177,7 @@ class OpenImage:
     ) -> Mounted:
         """Mount the image under ``mapping`` at ``target``; read-only unless ``upper`` is given.
 
-        See :meth:`remap` for the other arguments.
+        The other arguments are those of :class:`~layerkit.hosts.mounts.choose.MountOptions`.
 
         Raises:
             UnsupportedHost: this host or user cannot mount it so; the hint says what can.
@@ -208,14 +198,9 @@ class OpenImage:
         copy: str = "auto",
         progress: Progress | None = None,
     ) -> UnpackReport:
-        """Write the root filesystem under ``mapping`` to the new folder ``target``, whole or not at all.
+        """Write the root filesystem under ``mapping`` to the new or empty folder ``target``, whole or not at all.
 
-        Args:
-            target: does not exist yet, or is an empty folder.
-            mapping: the id map; None keeps the owners.
-            copy: ``auto`` shares blocks with the store where the filesystem can, ``reflink`` insists on it,
-                ``bytes`` shares none.
-            progress: told about bytes read and entries written; may raise ``Cancelled``.
+        ``copy`` is one of :class:`~layerkit.usecases.to_folder.Copy`; ``progress`` may raise ``Cancelled``.
 
         Raises:
             LossyResult: the filesystem, or a process without privileges, cannot hold an entry exactly.
@@ -241,16 +226,9 @@ class OpenImage:
     ) -> PackReport:
         """Write this image with what changed in ``folder`` since it as one more layer to ``dst``.
 
-        Args:
-            folder: a root filesystem that was unpacked from this image.
-            dst: reference of the result.
-            mapping: the id map that it was unpacked with.
-            packing: compression of the layer; None is gzip.
-            created: time of the result, RFC 3339 or seconds since 1970; None takes ``SOURCE_DATE_EPOCH``, and
-                without that the time of the image stays.
-            message: for the history.
-            checksum: read every file, also those whose size and time did not change.
-            progress: told of entries and bytes; may raise ``Cancelled``.
+        ``packing`` is gzip if None; ``created`` is that of :meth:`~layerkit.usecases.settings.RewriteOptions.of`;
+        the others are those of :class:`~layerkit.usecases.from_folder.PackOptions`. ``progress`` may raise
+        ``Cancelled``.
 
         Raises:
             UnmappedId: an owner in the folder that is outside the map.
@@ -278,17 +256,9 @@ class OpenImage:
     ) -> RemapReport:
         """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
 
-        Indexes that are published are taken at their word; the report's warnings say so.
-
-        Args:
-            mapping: the id map.
-            dst: ``docker://…``, ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard
-                output.
-            rendering: ``auto`` (erofs), ``erofs`` or ``tar``.
-            namespace: ``auto`` (trusted), ``trusted`` or ``user``.
-            statement: attach an in-toto statement of what was done to the artifact.
-            sign_key: a private key; the statement is then signed, in a sigstore bundle.
-            progress: told about the bytes read.
+        Indexes that are published are taken at their word; the report's warnings say so. ``dst`` is ``docker://…``,
+        ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard output; the other
+        arguments are those of :class:`~layerkit.usecases.attach.AttachOptions`.
 
         Raises:
             UnmappedId: an owner outside the map.

@@ -13,16 +13,15 @@ What the layers hold is read once, for the plan.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING
 
-from layerkit.api.rewrite import Rewriting, base_of, rewriting
+from layerkit.api.rewrite import base_of
 from layerkit.model.work import NOWHERE, Destination
 from layerkit.usecases.settings import RewriteOptions
 
 if TYPE_CHECKING:
     from layerkit.api.open import OpenImage
     from layerkit.model.ports import ImageSink, Progress
-    from layerkit.usecases.each_platform import PlatformsReport
     from layerkit.usecases.optimize import OptimizeOptions, OptimizeReport, Planned
 
 
@@ -64,15 +63,11 @@ class Plan:
     ) -> OptimizeReport:
         """Write the result; it is read back and compared before any of it becomes visible.
 
-        Args:
-            dst: a reference, or a sink of your own, which is committed (aborted on an error).
-            name: of the image there; "" is what ``dst`` says, else the image's own.
-            stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
-            compression: see :meth:`~layerkit.usecases.settings.RewriteOptions.of`.
-            level: see there.
-            jobs: see there.
-            created: see there.
-            progress: told of bytes read and written; raises :class:`layerkit.Cancelled` to stop.
+        ``dst`` is a reference, or a sink of your own, which is committed (aborted on an error). ``name`` is that of
+        the image there; "" is what ``dst`` says, else the image's own. ``stock_media_type`` gives layers with stubs
+        the standard media type, dangerous on most runtimes. For ``compression``, ``level``, ``jobs`` and
+        ``created`` see :meth:`~layerkit.usecases.settings.RewriteOptions.of`; ``progress`` raises
+        :class:`layerkit.Cancelled` to stop.
 
         Raises:
             InvalidImage: a blob is damaged, or the result is not right; nothing is written then.
@@ -119,47 +114,3 @@ def optimize(
     with image.kept(progress) as work:
         planned = use_case.plan_optimize(work, options)
         return Plan(image, use_case.optimize(work, NOWHERE, options, planned), planned, options)
-
-
-@overload
-def optimize_to(
-    src: str, dst: str | None, *, keep_base: str | int | None = None, metadata_only: bool = False,
-    stock_media_type: bool = False, all_platforms: Literal[False] = False, **how: Unpack[Rewriting],
-) -> OptimizeReport: ...  # fmt: skip
-@overload
-def optimize_to(
-    src: str, dst: str | None, *, keep_base: str | int | None = None, metadata_only: bool = False,
-    stock_media_type: bool = False, all_platforms: Literal[True], **how: Unpack[Rewriting],
-) -> PlatformsReport: ...  # fmt: skip
-def optimize_to(
-    src: str,
-    dst: str | None,
-    *,
-    keep_base: str | int | None = None,
-    metadata_only: bool = False,
-    stock_media_type: bool = False,
-    all_platforms: bool = False,
-    **how: Unpack[Rewriting],
-) -> OptimizeReport | PlatformsReport:
-    """Write the image ``src`` to ``dst`` without the bytes that its layers hold twice or hide.
-
-    Args:
-        src: reference of the image.
-        dst: reference of the result; None makes the plan and writes nothing.
-        keep_base: reference of an image whose layers are not touched (or their number).
-        metadata_only: make stubs of the files that a layer repeats, for hosts that mount with ``metacopy=on``.
-        stock_media_type: give layers with stubs the standard media type, dangerous on most runtimes.
-        all_platforms: do it to the image of every platform; ``images`` of the report are the reports on each.
-        how: see :class:`~layerkit.api.rewrite.Rewriting`.
-
-    Raises:
-        UsageError: a base that is not the image's, a compression that does not exist.
-        UnsafeEntry: ``metadata_only``, and a layer brings overlay xattrs of its own.
-        InvalidImage: a damaged image.
-    """
-    from layerkit.usecases import optimize as use_case
-
-    route, rewrite = rewriting(src, dst, all_platforms, how)
-    base = base_of(keep_base, route.settings)
-    options = use_case.OptimizeOptions(rewrite, base, metadata_only, stock_media_type)
-    return route.go(lambda work, to: use_case.optimize(work, to, options))

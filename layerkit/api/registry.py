@@ -38,15 +38,9 @@ def push_indexes(
 ) -> PublishReport:
     """Attach the indexes of an image's layers to it as an OCI artifact.
 
-    Layers whose index the local store keeps are not read.
-
-    Args:
-        src: reference of the image.
-        dst: where image and artifact go; None attaches the artifact where the image is.
-        platform: ``os/arch[/variant]``; None takes this host's.
-        settings: store, limits, registry options.
-        mount_from: repositories of the same registry that may have some of the indexes.
-        progress: told of the bytes of layers that are read.
+    Layers whose index the local store keeps are not read. Image and artifact go to ``dst``; without it the artifact
+    is attached where the image is. ``mount_from`` are repositories of the same registry that may have some of the
+    indexes. For ``src``, ``platform`` and ``settings`` see :func:`~layerkit.api.open.open_image`.
 
     Raises:
         UsageError: a place that nothing can be attached in.
@@ -88,12 +82,8 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
 def pull_indexes(src: str, *, platform: str | None = None, settings: Settings | None = None) -> IndexPullReport:
     """Fetch what is published of the indexes of an image's layers, and keep it for later remaps.
 
-    No layer is read. What comes is unproven, and kept apart from the store, so nothing of it is ever mounted.
-
-    Args:
-        src: reference of the image.
-        platform: ``os/arch[/variant]``; None takes this host's.
-        settings: store, limits, registry options.
+    No layer is read. What comes is unproven, and kept apart from the store, so nothing of it is ever mounted. For
+    the arguments see :func:`~layerkit.api.open.open_image`.
 
     Raises:
         NotFound: nothing is published of a layer, neither an index nor a table of contents.

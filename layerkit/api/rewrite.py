@@ -57,7 +57,8 @@ class Route:
         dst: reference of the result; None writes nothing.
         settings: store and limits.
         platform: ``os/arch[/variant]``; None takes this host's.
-        all_platforms: do it to the image of every platform; one index of the results goes to ``dst``.
+        all_platforms: do it to the image of every platform; one index of the results goes to ``dst``, and
+            ``images`` of the report are the reports on each.
         progress: told of bytes read and written; what it raises ends the work.
     """
 
@@ -152,14 +153,9 @@ def flatten(
 ) -> FlattenReport | PlatformsReport:
     """Merge layers of the image ``src`` into one, and write the image to ``dst``.
 
-    Args:
-        src: reference of the image.
-        dst: reference of the result.
-        from_layer: lowest layer to merge, a number from 1 or a digest; None is the lowest of all.
-        to_layer: topmost one; None is the top.
-        keep_base: reference of an image whose layers stay as they are (or their number).
-        all_platforms: do it to the image of every platform; ``images`` of the report are the reports on each.
-        how: see :class:`Rewriting`.
+    The first layer that is meant and the last are numbers from 1 or digests, see :class:`.flatten.FlattenOptions`;
+    ``keep_base`` is the reference of an image whose layers stay as they are (or their number). For
+    ``all_platforms`` see :class:`Route`, and for the others :class:`Rewriting`.
 
     Raises:
         UsageError: layers that are not there, or a base that is not the image's.
@@ -195,16 +191,9 @@ def remap(
 ) -> RemapReport | PlatformsReport:
     """Write the image ``src`` under ``mapping`` to ``dst`` in a form that needs no layerkit to run.
 
-    The form ``artifact`` is :meth:`OpenImage.attach`.
-
-    Args:
-        src: reference of the image.
-        dst: reference of the result.
-        mapping: the id map.
-        form: ``portable`` (every layer written anew) or ``layer`` (META as one more layer).
-        stock_media_type: for the form ``layer``: its standard media type, dangerous on most runtimes.
-        all_platforms: do it to the image of every platform; ``images`` of the report are the reports on each.
-        how: see :class:`Rewriting`.
+    The form ``artifact`` is :meth:`OpenImage.attach`. ``form`` and ``stock_media_type`` are those of
+    :class:`~layerkit.usecases.remap.RemapOptions`; for ``all_platforms`` see :class:`Route`, and for the others
+    :class:`Rewriting`.
 
     Raises:
         UnmappedId: an owner outside the map.
@@ -228,13 +217,8 @@ def copy(
 ) -> CopyReport:
     """Copy the image ``src`` to ``dst`` byte for byte, with the artifacts that are attached to it.
 
-    Args:
-        src: reference of the image.
-        dst: reference of the copy.
-        all_platforms: copy the whole index where ``src`` names one, and what is attached to any part of it.
-        platform: ``os/arch[/variant]``; None takes this host's.
-        settings: store and limits.
-        progress: told of each blob; what it raises ends the work.
+    ``all_platforms`` copies the whole index where ``src`` names one, and what is attached to any part of it; see
+    :class:`Route` for the other arguments.
 
     Raises:
         NotFound: no such image, or none for the platform.

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optimizing
 import pytest
 from made_images import INDEX, Layout, dump, tar
 
 import layerkit
 from layerkit import errors
-from layerkit.api import optimize
 from layerkit.model import errors as model_errors
 
 
@@ -38,9 +38,9 @@ def test_every_platform_by_one_word(multi: str, tmp_path: Path, settings: layerk
     assert mapping is not None
     both = ("linux/amd64", "linux/arm64")
     flat = layerkit.flatten(multi, f"oci:{tmp_path}/flat:v1", all_platforms=True, settings=settings)
-    small = optimize.optimize_to(multi, f"oci:{tmp_path}/small:v1", all_platforms=True, settings=settings)
+    small = optimizing.optimize_to(multi, f"oci:{tmp_path}/small:v1", all_platforms=True, settings=settings)
     mapped = layerkit.remap(multi, f"oci:{tmp_path}/mapped:v1", mapping, all_platforms=True, settings=settings)
-    plan = optimize.optimize_to(multi, None, all_platforms=True, settings=settings)
+    plan = optimizing.optimize_to(multi, None, all_platforms=True, settings=settings)
     assert {each.platforms for each in (flat, small, mapped, plan)} == {both}
     assert [one.layers_after for one in flat.images] == [1, 1]
     assert [one.file_bytes_after for one in small.images] == [9000 * len(arch) for arch in ("amd64", "arm64")]
@@ -64,7 +64,7 @@ def test_arguments_that_mean_nothing_are_errors(multi: str, tmp_path: Path) -> N
     with pytest.raises(errors.UsageError, match="say where to begin"):
         layerkit.flatten(multi, dst, from_layer="1", keep_base=1)
     with pytest.raises(errors.UsageError, match="means something only with"):
-        optimize.optimize_to(multi, dst, stock_media_type=True)
+        optimizing.optimize_to(multi, dst, stock_media_type=True)
     with layerkit.open_image(multi) as image, pytest.raises(errors.UsageError, match="means something only with"):
         layerkit.optimize(image).apply(dst, stock_media_type=True)
     assert not (tmp_path / "none").exists()

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import judge
 import oci_schemas
+import optimizing
 import pytest
 import runnable
 from engines import Engine, podman_run
@@ -23,7 +24,6 @@ from needs import need_root, need_tool
 from programs import run, skopeo
 
 import layerkit
-from layerkit.api import optimize as optimizing
 from layerkit.api import rewrite as rewrites
 
 SHIFT = 100000

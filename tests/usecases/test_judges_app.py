@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import oci_schemas
+import optimizing
 import pytest
 from engines import Engine, podman_run
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
 from programs import run
 
-from layerkit.api import optimize as optimizing
 from layerkit.api import rewrite as rewrites
 
 # As the image's own user, who may not look into everything.

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optimizing
 import pytest
 from judge import differences, snapshot, umoci
 from needs import need_root, need_tool
 from programs import answer, run_layerkit
 
-from layerkit.api import optimize as optimizing
 from layerkit.api.open import Settings, open_image
 from layerkit.model.errors import Cancelled, InvalidImage, UsageError
 
