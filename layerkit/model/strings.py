@@ -11,6 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def offsets_of(lengths: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return int64 (n + 1,): where each of n runs of these ``lengths`` begins, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Strings(Sequence[bytes]):
     """``n`` byte strings held as ``blob[offsets[i]:offsets[i + 1]]``.
@@ -27,10 +34,7 @@ class Strings(Sequence[bytes]):
     def of(cls, items: Iterable[bytes]) -> Strings:
         """Return the column that holds ``items`` in order."""
         rows = items if isinstance(items, list) else list(items)
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        if rows:
-            np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
-        return cls(b"".join(rows), offsets)
+        return cls(b"".join(rows), offsets_of(np.fromiter(map(len, rows), np.int64, len(rows))))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -41,8 +45,7 @@ class Strings(Sequence[bytes]):
         """Return the column of the strings at ``rows`` (any order, repeats allowed)."""
         starts = self.offsets[:-1][rows]
         lengths = self.lengths[rows]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = offsets_of(lengths)
         # Position of each output byte in the old blob: its string's start plus its place in the string.
         places = np.arange(int(offsets[-1]), dtype=np.int64)
         places += np.repeat(starts - offsets[:-1], lengths)

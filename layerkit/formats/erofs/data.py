@@ -279,25 +279,26 @@ def _folders(plan: dirs.DirPlan, dirs_at: int) -> bytes:
     return out.tobytes()
 
 
-def _files(index: Index, rows: NDArray[np.int64]) -> memoryview:
-    out = np.zeros(len(rows), _COMPACT)
-    out["format"] = f.inode_format(f.Layout.CHUNK_BASED, extended=False)
+def _inodes(dtype: np.dtype[np.void], size: NDArray[np.int64], chunk_bits: int) -> NDArray[np.void]:
+    """Return the inodes of regular files of these sizes, compact or extended, but for where their chunks are."""
+    out = np.zeros(len(size), dtype)
+    out["format"] = f.inode_format(f.Layout.CHUNK_BASED, extended=dtype == f.EXTENDED)
     out["mode"] = stat.S_IFREG | 0o444
     out["nlink"] = 1
-    out["size"] = index.size[rows]
-    out["u"] = f.CHUNK_INDEXES | f.MAX_CHUNK_BITS
+    out["size"] = size
+    out["u"] = f.CHUNK_INDEXES | chunk_bits
+    return out
+
+
+def _files(index: Index, rows: NDArray[np.int64]) -> memoryview:
+    out = _inodes(_COMPACT, index.size[rows], f.MAX_CHUNK_BITS)
     out["device"] = _TAR
     out["block"] = index.offset[rows] >> _BITS
     return out.view(np.uint8).data
 
 
 def _odd_inode(item: _Odd) -> bytes:
-    out = np.zeros(1, f.EXTENDED)
-    out["format"] = f.inode_format(f.Layout.CHUNK_BASED)
-    out["mode"] = stat.S_IFREG | 0o444
-    out["nlink"] = 1
-    out["size"] = item.size
-    out["u"] = f.CHUNK_INDEXES | item.bits
+    out = _inodes(f.EXTENDED, np.array([item.size]), item.bits)
     raw = out.tobytes() + item.indexes().tobytes()
     return raw + bytes(-len(raw) % f.SLOT_BYTES)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerkit.formats.erofs import format as f
-from layerkit.model.strings import Strings
+from layerkit.model.strings import Strings, offsets_of
 
 _DOT, _DOTDOT = -1, -2
 _ROWS_AT_ONCE = 1 << 15
@@ -157,8 +157,7 @@ def plan(names: Strings, parent: NDArray[np.int32], is_dir: NDArray[np.bool_], b
     width = names.lengths.take(row, mode="clip")
     width[first + before_dot] = 1
     width[first + before_dot + between + 1] = 2
-    ends = np.zeros(len(row) + 1, np.int64)
-    np.cumsum(width + f.DIRENT_BYTES, out=ends[1:])
+    ends = offsets_of(width + f.DIRENT_BYTES)
     bounds = np.append(first, len(row))
     block_first, dir_first = _cut(ends, bounds, 1 << block_bits)
     last = dir_first[1:] - 1
@@ -204,8 +203,6 @@ def _cut(
             at = min(end, at + int(np.searchsorted(window, window[0] + block, "right")) - 1)
         counts[place] = len(firsts)
         cuts.append(np.array(firsts[1:], np.int64))
-    dir_first = np.zeros(len(bounds), np.int64)
-    np.cumsum(counts, out=dir_first[1:])
     block_first = np.concatenate([bounds, *cuts])
     block_first.sort()
-    return block_first, dir_first
+    return block_first, offsets_of(counts)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 import numpy as np
+from numpy.typing import NDArray
 
 SUPER_OFFSET = 1024
 """Where the superblock lies, in bytes, whatever the block size."""
@@ -136,9 +137,9 @@ def inode_format(layout: Layout, *, extended: bool = True) -> int:
     return layout << 1 | extended
 
 
-def xattr_icount(body_bytes: int) -> int:
-    """Return ``i_xattr_icount`` for an inline xattr area of ``body_bytes`` (a multiple of 4)."""
-    return (body_bytes - XATTR_BODY_BYTES) // 4 + 1 if body_bytes else 0
+def xattr_icount(body_bytes: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    """Return ``i_xattr_icount`` for inline xattr areas of ``body_bytes`` (multiples of 4; 0 for none)."""
+    return np.where(body_bytes, (body_bytes - XATTR_BODY_BYTES) // 4 + 1, 0)
 
 
 def align(value: int, unit: int) -> int:
@@ -207,16 +208,9 @@ def xxh32(data: bytes, seed: int) -> int:
     return h ^ h >> 16
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_CRC_TABLE = _crc_table()
+_CRC_TABLE = list(range(256))
+for _ in range(8):
+    _CRC_TABLE = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in _CRC_TABLE]
 
 
 def crc32c(data: bytes | bytearray | memoryview) -> int:

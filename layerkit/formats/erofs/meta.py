@@ -28,8 +28,9 @@ from layerkit.formats.erofs import format as f
 from layerkit.formats.erofs.patch import Fixups, XattrFixup
 from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, MetadataLayer, encode_devices
 from layerkit.model.acl_caps import ID_NAMES
-from layerkit.model.entry import Kind, XattrSet
+from layerkit.model.entry import Kind
 from layerkit.model.errors import LossyResult
+from layerkit.model.strings import offsets_of
 from layerkit.model.tree import Tree
 
 _BLOCK = 1 << f.META_BLOCK_BITS
@@ -38,8 +39,6 @@ _CLASS_ALIGN = 128
 """The usual stub is one record of 128 bytes: so aligned, none spans two blocks."""
 
 _INODES_AT_ONCE = 1 << 15
-
-
 _LIST_MAX = 65536
 """What listxattr(2) can return at most (``XATTR_LIST_MAX``)."""
 
@@ -109,10 +108,10 @@ class _Image:
         odd = (kind == Kind.DIR) | (kind == Kind.SYMLINK) | (self.inline_bytes > 0)[tree.xattr]
         self.loose = np.flatnonzero(odd)
         self.position = np.zeros(tree.inodes, np.int64)
+        self.chunks = np.where(self.is_stub, -(-tree.size >> _CHUNK_BITS), 0)
         end = self._place_loose()
-        chunks = np.where(self.is_stub, (tree.size + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS, 0)
         own = np.where(self.is_stub, self.own_bytes, 0)
-        key = np.where(odd, -1, ((self.shared[tree.xattr] * 2 + self.is_stub) << 24 | chunks) << 12 | own)
+        key = np.where(odd, -1, ((self.shared[tree.xattr] * 2 + self.is_stub) << 24 | self.chunks) << 12 | own)
         self.classes: list[tuple[NDArray[np.int64], int, int]] = []
         for shape in np.unique(key[~odd]).tolist():
             rows = np.flatnonzero(key == shape)
@@ -138,7 +137,7 @@ class _Image:
         tails[self.kind == Kind.SYMLINK] = self.tree.size[self.kind == Kind.SYMLINK]
         tails[self.dir_inodes] = self.dirs.tail
         heads = f.EXTENDED_INODE_BYTES + self.body[rows]
-        chunks = np.where(self.is_stub[rows], 4 * (-(-self.tree.size[rows] >> _CHUNK_BITS)), 0)
+        chunks = 4 * self.chunks[rows]
         at = self.inodes_at
         places, inline = [], []
         for head, tail, more in zip(heads.tolist(), tails[rows].tolist(), chunks.tolist(), strict=True):
@@ -166,10 +165,8 @@ class _Image:
         apart[(self.dirs.dir_first[1:] - 1)[self.inline[self.dir_inodes]]] = False
         self.dir_blocks = np.flatnonzero(apart)
         self.long_links = np.flatnonzero((self.kind == Kind.SYMLINK) & ~self.inline)
-        before = np.zeros(len(apart) + 1, np.int64)
-        np.cumsum(apart, out=before[1:])
         self.block = np.zeros(tree.inodes, np.int64)
-        self.block[self.dir_inodes] = self.blocks_at + before[self.dirs.dir_first[:-1]]
+        self.block[self.dir_inodes] = self.blocks_at + offsets_of(apart)[self.dirs.dir_first[:-1]]
         links_at = self.blocks_at + len(self.dir_blocks)
         self.block[self.long_links] = links_at + np.arange(len(self.long_links))
         self.blocks = links_at + len(self.long_links)
@@ -203,7 +200,7 @@ class _Image:
         for block in self.dirs.blocks(self.dir_blocks, self._name_nid, self._name_type):
             yield block.ljust(_BLOCK, b"\0")
         for link in self.long_links.tolist():
-            yield self._target(link).ljust(_BLOCK, b"\0")
+            yield self.tree.targets[int(self.tree.target[link])].ljust(_BLOCK, b"\0")
 
     def _headers(self, rows: NDArray[np.int64], out: NDArray[np.void]) -> None:
         """Fill the fields of an inode in ``out`` for the inodes ``rows``."""
@@ -214,8 +211,7 @@ class _Image:
         stub = self.is_stub[rows]
         layout[stub] = f.inode_format(f.Layout.CHUNK_BASED)
         out["format"] = layout
-        body = self.body[rows]
-        out["xattr_icount"] = np.where(body > 0, (body - f.XATTR_BODY_BYTES) // 4 + 1, 0)
+        out["xattr_icount"] = f.xattr_icount(self.body[rows])
         out["mode"] = tree.mode[rows]
         out["size"] = self.size[rows]
         out["u"] = np.where(stub, f.MAX_CHUNK_BITS, self.block[rows] | self.devices[rows])
@@ -234,7 +230,8 @@ class _Image:
         stub = bool(self.is_stub[rows[0]])
         shared = int(self.shared[sets[0]])
         body = int(self.body[rows[0]])
-        own = self._own_entry(int(self.own_bytes[rows[0]])) if stub else b""
+        own_bytes = int(self.own_bytes[rows[0]]) if stub else 0
+        own = f.xattr_entry(*self.own, bytes(own_bytes)) if own_bytes else b""
         if body:
             fields["filter"] = (head, "<u4")
             fields["count"] = (head + 4, "u1")
@@ -256,9 +253,7 @@ class _Image:
             if own:
                 entry = out["own"]
                 entry[:] = np.frombuffer(own, np.uint8)
-                entry[:, self.own_value_at : self.own_value_at + int(self.own_bytes[rows[0]])] = (
-                    self.meta.redirects_of(rows)
-                )
+                entry[:, self.own_value_at : self.own_value_at + own_bytes] = self.meta.redirects_of(rows)
             out["chunks"] = f.NULL_BLOCK
         return out.view(np.uint8).data
 
@@ -305,16 +300,9 @@ class _Image:
             filters = self.stub_filters
             if self.own_bytes[row]:
                 own = f.xattr_entry(*self.own, self.meta.redirects_of(np.array([row])).tobytes())
-            chunks = (int(self.tree.size[row]) + (1 << _CHUNK_BITS) - 1) >> _CHUNK_BITS
-            own += b"\xff" * (4 * chunks)
+            own += b"\xff" * (4 * int(self.chunks[row]))
         head = int(filters[xattr_set]).to_bytes(4, "little") + bytes((len(ids),)) + bytes(7)
         return head + np.array(ids, "<u4").tobytes() + plan.inline[xattr_set] + own
-
-    def _own_entry(self, length: int) -> bytes:
-        return f.xattr_entry(*self.own, bytes(length)) if length else b""
-
-    def _target(self, row: int) -> bytes:
-        return self.tree.targets[int(self.tree.target[row])]
 
     def fixups(self) -> Fixups:
         """Return where the owners are, inodes in the order of the file."""
@@ -341,8 +329,7 @@ def _check(tree: Tree, kind: NDArray[np.uint8], is_stub: NDArray[np.bool_]) -> N
         "a directory, device or fifo with a size": ~link & (kind != Kind.REG) & (tree.size != 0),
     }  # fmt: skip
     for problem, found in problems.items():
-        if found.any():
-            raise LossyResult(tree.inode_path(int(np.argmax(found))), problem)
+        tree.refuse(found, problem)
     too_long = tree.name.lengths > f.NAME_MAX
     if too_long.any():
         row = int(np.argmax(too_long))
@@ -353,10 +340,7 @@ def _devices(tree: Tree, kind: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """Return uint32 (m,): device numbers as they are stored, 0 for all that is no device."""
     device = (kind == Kind.CHAR) | (kind == Kind.BLOCK)
     beyond = device & ((tree.major >= 1 << 12) | (tree.minor >= 1 << 20))
-    if beyond.any():
-        row = int(np.argmax(beyond))
-        what = f"device {tree.major[row]}:{tree.minor[row]}; EROFS holds 4095:1048575 at most"
-        raise LossyResult(tree.inode_path(row), what)
+    tree.refuse(beyond, lambda i: f"device {tree.major[i]}:{tree.minor[i]}; EROFS holds 4095:1048575 at most")
     return np.where(device, encode_devices(tree.major, tree.minor), np.uint32(0))
 
 
@@ -436,7 +420,10 @@ def _plan_xattrs(tree: Tree, extra: tuple[bytes, bytes], extra_bytes: int) -> _X
     for row, pairs in enumerate(tree.xattr_sets):
         names, inline = [], bytearray()
         if used[row]:
-            _check_list(tree, row, pairs, extra_bytes)
+            total = sum(len(name) + 1 for name, _ in pairs) + extra_bytes
+            if total > _LIST_MAX:
+                what = f"names of xattrs that take {total} bytes; listxattr(2) returns no more than {_LIST_MAX}"
+                raise LossyResult(_path(tree, row), what)
             # Ids first: so they are always shared, and patching never looks into inodes.
             ordered = sorted(pairs, key=lambda pair: pair[0] not in ID_NAMES)
             for place, (name, value) in enumerate(ordered):
@@ -473,13 +460,6 @@ def _add(area: bytearray, parts: tuple[int, bytes], value: bytes) -> tuple[int, 
 
 def _path(tree: Tree, row: int) -> bytes:
     return tree.inode_path(int(np.argmax(tree.xattr == row)))
-
-
-def _check_list(tree: Tree, row: int, pairs: XattrSet, extra_bytes: int) -> None:
-    total = sum(len(name) + 1 for name, _ in pairs) + extra_bytes
-    if total > _LIST_MAX:
-        what = f"names of xattrs that take {total} bytes; listxattr(2) returns no more than {_LIST_MAX}"
-        raise LossyResult(_path(tree, row), what)
 
 
 def _why(name: bytes, value: bytes) -> str:

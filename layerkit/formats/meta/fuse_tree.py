@@ -16,6 +16,7 @@ that it takes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import struct
@@ -41,7 +42,8 @@ NONE = 0xFFFF_FFFF
 
 HEAD = struct.Struct("<8sIIQQQQQQ")
 """magic, version, bytes of facts, inodes, names; offsets of the four tables."""
-INODE = struct.Struct("<IIIIqqIIIIIII4x")
+_INODE_TYPES = "IIIIqqIIIIIII"
+INODE = struct.Struct(f"<{_INODE_TYPES}4x")
 NAME = struct.Struct("<III")
 _COUNT = struct.Struct("<I")
 
@@ -92,9 +94,7 @@ class Facts:
 
 def _encode_strings(strings: Sequence[bytes]) -> bytes:
     """Return a table of strings: how many, the offset of each and of the end, then their bytes."""
-    offsets = [0]
-    for text in strings:
-        offsets.append(offsets[-1] + len(text))
+    offsets = list(itertools.accumulate(map(len, strings), initial=0))
     return struct.pack(f"<{len(offsets) + 1}I", len(strings), *offsets) + b"".join(strings)
 
 
@@ -129,14 +129,7 @@ def write_tree(meta: MetadataLayer, out: BinaryIO, more: Mapping[str, Any] | Non
 
     from layerkit.metaonly import encode_devices
 
-    # As INODE and NAME have them.
-    inode_dtype = np.dtype(
-        [
-            ("mode", "<u4"), ("uid", "<u4"), ("gid", "<u4"), ("nlink", "<u4"), ("size", "<i8"), ("mtime", "<i8"),
-            ("mtime_ns", "<u4"), ("rdev", "<u4"), ("xattr", "<u4"), ("link", "<u4"), ("first", "<u4"),
-            ("begin", "<u4"), ("count", "<u4"), ("pad", "<u4"),
-        ]
-    )  # fmt: skip
+    inode_dtype = np.dtype([*zip(Inode._fields, map("<".__add__, _INODE_TYPES), strict=True), ("pad", "<u4")])
     name_dtype = np.dtype([("inode", "<u4"), ("parent", "<u4"), ("start", "<u4")])
     tree = meta.tree
     n, m = len(tree), tree.inodes
@@ -160,7 +153,7 @@ def write_tree(meta: MetadataLayer, out: BinaryIO, more: Mapping[str, Any] | Non
     begins = np.flatnonzero(np.r_[True, parents[1:] != parents[:-1]]) + 1 if n > 1 else np.zeros(0, np.int64)
     folders = tree.inode[parents[begins - 1]]
     inodes["begin"][folders] = begins
-    inodes["count"][folders] = np.diff(np.r_[begins, n])
+    inodes["entries"][folders] = np.diff(np.r_[begins, n])
     inodes["link"], strings = _links(meta)
     owners = {"uids": np.unique(tree.uid).tolist(), "gids": np.unique(tree.gid).tolist()}
     said = {"namespace": meta.namespace.value, **owners, "more": dict(more or {})}

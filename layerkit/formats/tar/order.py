@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from layerkit.model.entry import Kind
 from layerkit.model.errors import UnsafeEntry, show_path
 from layerkit.model.index import path_key
-from layerkit.model.strings import Strings
+from layerkit.model.strings import Strings, offsets_of
 
 _JOIN_ROWS = 1 << 16
 _DIR, _HARDLINK, _WHITEOUT, _OPAQUE = map(int, (Kind.DIR, Kind.HARDLINK, Kind.WHITEOUT, Kind.OPAQUE))
@@ -58,8 +58,7 @@ def arrange(
         order = np.array(rows, np.int64)
         keys = [keys[row] for row in rows]
         del rows
-    offsets = np.zeros(len(keys) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, keys), np.int64, len(keys)), out=offsets[1:])
+    offsets = offsets_of(np.fromiter(map(len, keys), np.int64, len(keys)))
     # bytes.join needs 80 bytes for each of its items while it runs.
     blob = b"".join([b"".join(keys[i : i + _JOIN_ROWS]) for i in range(0, len(keys), _JOIN_ROWS)])
     # Millions of small objects: they must not be there next to two copies of what they say.

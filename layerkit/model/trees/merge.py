@@ -34,7 +34,7 @@ from layerkit.model.errors import InvalidImage, LimitExceeded, UnsafeEntry, show
 from layerkit.model.index import COLUMNS, Index
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.sparse import SparseMaps
-from layerkit.model.strings import Strings
+from layerkit.model.strings import Strings, offsets_of
 from layerkit.model.tree import Tree
 
 _NAMES_AT_ONCE = 1 << 16
@@ -317,9 +317,7 @@ class _Paths:
                 places = zip(rows[part].tolist(), listed[part].tolist(), strict=True)
                 names = [next(known) if is_listed else self.added[row] for row, is_listed in places]
             blobs.append("".join(names).encode("latin-1"))
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        return Strings(b"".join(blobs), offsets)
+        return Strings(b"".join(blobs), offsets_of(lengths))
 
 
 def _sort_rows(indexes: Sequence[Index], limits: Limits) -> tuple[_Paths, _Rows]:
