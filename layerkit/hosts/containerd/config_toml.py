@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from layerkit.model.errors import UsageError
 
 BEGIN = "# BEGIN layerkit setup containerd: take out with --undo"
 END = "# END layerkit setup containerd"
-
+_OURS = re.compile(rf"(?ms)(?:^[^\S\n]*\n)*^{re.escape(BEGIN)}$.*?(?:^{re.escape(END)}$\n?|\Z)")
 
 _TRANSFER = "io.containerd.transfer.v1.local"
 _CONFIG_OF_2 = 3
@@ -119,14 +120,6 @@ def remove(path: Path) -> Change:
 
 
 def _without(text: str) -> str:
-    kept, skipping = list[str](), False
-    for line in text.splitlines():
-        if line == BEGIN:
-            skipping = True
-            while kept and not kept[-1].strip():
-                kept.pop()
-        if not skipping:
-            kept.append(line)
-        if line == END:
-            skipping = False
-    return "\n".join(kept) + "\n" if kept else ""
+    """Return ``text`` without our tables and the empty lines before them."""
+    rest = _OURS.sub("", text)
+    return rest + "\n" * (bool(rest) and not rest.endswith("\n"))

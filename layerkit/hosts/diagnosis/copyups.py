@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -112,9 +112,10 @@ class CopyUpReport(Report):
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
-        sums = (self.copied_bytes, self.cloned_bytes, self.needless_bytes)
-        names = ("copied_bytes", "cloned_bytes", "needless_bytes")
-        return Report.to_dict(self) | dict(zip(names, sums, strict=True))
+        return Report.to_dict(self) | {
+            "copied_bytes": self.copied_bytes, "cloned_bytes": self.cloned_bytes,
+            "needless_bytes": self.needless_bytes,
+        }  # fmt: skip
 
 
 class Below(NamedTuple):
@@ -256,7 +257,14 @@ def _writable(target: Path, store: Path) -> _Writable:
 def _report(found: _Writable) -> CopyUpReport:
     files = []
     warnings = []
-    for path, full, st in _upper_files(found.upper):
+    upper = (
+        (folder.below(name), xattr_path(folder.fd, name), st)
+        for folder in walk(found.upper)
+        for name, st in folder.names
+    )
+    for path, full, st in upper:
+        if not stat.S_ISREG(st.st_mode):
+            continue
         if is_stub(full, found.namespace):
             files.append(CopyUp(show_path(path), METADATA, st.st_size, st.st_blocks * 512, 0, False))
             continue
@@ -277,10 +285,3 @@ def _report(found: _Writable) -> CopyUpReport:
         files=tuple(sorted(files, key=lambda file: (-file.allocated, file.path))),
         warnings=tuple(warnings),
     )
-
-
-def _upper_files(upper: Path) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    for folder in walk(upper):
-        for name, st in folder.names:
-            if stat.S_ISREG(st.st_mode):
-                yield folder.below(name), xattr_path(folder.fd, name), st

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import stat
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from layerkit.hosts.diagnosis.mounted import Layers, in_upper, layers_of, load_index, record_of
+from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, load_index, record_of
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import UNPACKED, Record
 from layerkit.linux import mounts
@@ -144,8 +144,12 @@ def _of_path(path: Path, store: LocalStore) -> Which:
         asked=str(path), kind="path", mount=mount.point, map=record.map, size=shown.st_size,
         file=_KINDS.get(kind, "file") if kind is not None else "socket",
         upper=_upper_state(record, relative, row >= 0),
-        place=_place_of(image, relative, row) if row >= 0 else None,
     )  # fmt: skip
+    if row >= 0:
+        # Of the topmost layer that has an entry there; of a file with data, the one that has the data.
+        at = _source_layer(tree, row, relative, image.indexes)
+        digests = image.manifest, at + 1, image.diff_ids[at], image.blobs[at]
+        answer = replace(answer, place=Place(image.image, *digests, show_path(relative), True))
     regular = stat.S_ISREG(shown.st_mode)
     if answer.place is None or answer.upper in ("made", "data"):
         return replace(answer, data=f"{record.upper}/{os.fsdecode(relative)}" if regular else "")
@@ -171,15 +175,9 @@ def _of_path(path: Path, store: LocalStore) -> Which:
         if other.backend == DataBackend.TAR:
             return str(image.indexes[layer].diff_id) in other.indexes
         indexes = (store.load_index(Digest.parse(text)) for text in other.indexes)
-        return any(len(_rows_with(index, _exact(sha256))) for index in indexes if index is not None)
+        return any(len(_rows_with(index, _mask(sha256))) for index in indexes if index is not None)
 
-    return answer.of_content(sha256, data, _places_of(store, _exact(sha256)), _sharers(store, shares))
-
-
-def _place_of(image: Layers, path: bytes, row: int) -> Place:
-    """Return the topmost layer that has an entry at ``path``; for a file with data, the one that has the data."""
-    at = _source_layer(image.tree, row, path, image.indexes)
-    return Place(image.image, image.manifest, at + 1, image.diff_ids[at], image.blobs[at], show_path(path), True)
+    return answer.of_content(sha256, data, _places_of(store, _mask(sha256)), _sharers(store, shares))
 
 
 def _upper_state(record: Record, path: bytes, in_layer: bool) -> str:
@@ -201,13 +199,9 @@ def _source_layer(tree: Tree, row: int, path: bytes, indexes: Sequence[Index]) -
 
 
 def _has_entry(index: Index, path: bytes) -> bool:
-    row = bisect_left(index.path, path_key(path), key=path_key)
     # Marks of a deletion come before the entry of the same path.
-    while row < len(index) and index.path[row] == path:
-        if index.kind[row] <= Kind.HARDLINK:
-            return True
-        row += 1
-    return False
+    first, end = (cut(index.path, path_key(path), key=path_key) for cut in (bisect_left, bisect_right))
+    return bool((index.kind[first:end] <= Kind.HARDLINK).any())
 
 
 def _in_tar(store: LocalStore, diff_id: Digest, offset: int) -> str:
@@ -223,10 +217,6 @@ def _sharers(store: LocalStore, shares: Callable[[Record], bool]) -> tuple[Share
 # A content
 
 
-def _exact(sha256: bytes) -> Mask:
-    return np.frombuffer(sha256, np.uint8), np.full(32, 255, np.uint8)
-
-
 def _content_mask(text: str) -> Mask | None:
     """Return which bits of a digest ``text`` tells, None if it is no name of a content."""
     short = _SHORT.fullmatch(text)
@@ -238,7 +228,7 @@ def _content_mask(text: str) -> Mask | None:
     return None
 
 
-def _mask(value: bytes, bits: int) -> Mask:
+def _mask(value: bytes, bits: int = 256) -> Mask:
     known = ((1 << bits) - 1 << 256 - bits).to_bytes(32, "big")
     return np.frombuffer(value, np.uint8), np.frombuffer(known, np.uint8)
 
@@ -261,8 +251,7 @@ def _places_of(store: LocalStore, mask: Mask) -> tuple[Place, ...]:
         for diff_id in image.diff_ids:
             if diff_id not in hits:
                 index = store.load_index(diff_id)
-                rows = [] if index is None else _rows_with(index, mask).tolist()
-                hits[diff_id] = [] if index is None else [index.path[row] for row in rows]
+                hits[diff_id] = [] if index is None else index.path.take(_rows_with(index, mask)).tolist()
         if not any(hits[diff_id] for diff_id in image.diff_ids):
             continue
         indexes = [load_index(store, diff_id) for diff_id in image.diff_ids]

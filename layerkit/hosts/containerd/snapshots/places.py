@@ -40,10 +40,6 @@ class Places:
         for name in ("m", "l", "d"):
             (run / name).mkdir(mode=0o700, exist_ok=True)
 
-    def path(self, what: str) -> Path:
-        """Return the mount point for ``what``, mounted or not."""
-        return self.run / "m" / short(self._catalog.place(what))
-
     def link(self, kind: str, identity: int, target: Path) -> str:
         """Return a short name (``l`` or ``d``) for a folder of snapshot ``identity``."""
         name = self.run / kind / short(identity)
@@ -85,7 +81,7 @@ class Places:
         Raises:
             OSError: the system refuses it.
         """
-        place = self.path(what)
+        place = self.run / "m" / short(self._catalog.place(what))
         if is_mount(place):
             return place
         with self.alone(what):

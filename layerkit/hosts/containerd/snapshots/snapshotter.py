@@ -27,12 +27,12 @@ from layerkit.hosts.containerd.snapshots.stacks import (
     Lowers,
     Mount,
     Stack,
-    active_mounts,
     mapping_of,
+    mounts_of,
     stack_of,
-    view_mounts,
 )
 from layerkit.hosts.mounts.mount import like_root
+from layerkit.idmap import Mapping as IdMapping
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
 from layerkit.linux.folders.walk import TOP_FOLDER, disk_usage
@@ -143,7 +143,8 @@ class Snapshotter:
             raise SnapshotError("failed_precondition", f"snapshot {key!r} is neither active nor a view")
         stack = stack_of(self._catalog.lineage(row.parent), row.map)
         with self._places.held(self._layers.places_of(stack)):
-            return self._answer(row.kind, row.id, self._layers.lowers(stack))
+            lowers = self._layers.lowers(stack)
+        return mounts_of(self._layers.folder(row.id), lowers, writable=row.kind is Kind.ACTIVE)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make the active snapshot ``key`` the committed one ``name``; ``key`` is gone then.
@@ -244,17 +245,13 @@ class Snapshotter:
         row = self._catalog.get(key)
         if row.chain:
             return Usage(0, 0)
-        if row.kind is not Kind.COMMITTED:
-            return self._measured(row.id)
         usage = self._catalog.usage(row.id)
         if usage is None:
-            usage = self._measured(row.id)
-            self._catalog.keep_usage(row.id, usage)
+            found = disk_usage(self._layers.folder(row.id) / FILES)
+            usage = Usage(found.allocated_bytes, found.inodes)
+            if row.kind is Kind.COMMITTED:
+                self._catalog.keep_usage(row.id, usage)
         return usage
-
-    def _measured(self, identity: int) -> Usage:
-        found = disk_usage(self._layers.folder(identity) / FILES)
-        return Usage(found.allocated_bytes, found.inodes)
 
     def cleanup(self) -> list[str]:
         """Remove folders, mounts, METAs and indexes that no snapshot needs; return what went, as text."""
@@ -283,23 +280,20 @@ class Snapshotter:
     def _stands_for(self, ref: str, parent: str, labels: Mapping[str, str]) -> bool:
         """Return whether a committed snapshot stands for ``ref``, made now if layerkit's store has the chain."""
         above = self._catalog.find(parent) if parent else None
-        for row in self._catalog.with_ref(ref):
-            if row.parent == (above.id if above else None) and row.labels.get(REF_LABEL) == ref:
-                return True
+        number = above.id if above else None
+        if any(r.parent == number and r.labels.get(REF_LABEL) == ref for r in self._catalog.with_ref(ref)):
+            return True
         chain = self._chains.find(ref)
         if chain is None or (parent and above is None) or (above.ref if above else "") != chain.below:
             return False
         self._chains.pin(chain.image)
         with self._catalog.write():
             # Its name must be new; containerd finds it by its label.
-            key = f"layerkit/{above.id if above else 0}/{ref}"
+            key = f"layerkit/{number or 0}/{ref}"
             if self._catalog.find(key) is None:
-                self._catalog.insert(
-                    Row(
-                        key, above.id if above else None, Kind.COMMITTED, {**labels, REF_LABEL: ref},
-                        chain=tuple(map(str, chain.diff_ids)), image=chain.image, ref=ref,
-                    )
-                )  # fmt: skip
+                diff_ids = tuple(map(str, chain.diff_ids))
+                labels = {**labels, REF_LABEL: ref}
+                self._catalog.insert(Row(key, number, Kind.COMMITTED, labels, "", diff_ids, chain.image, ref))
         return True
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -320,7 +314,7 @@ class Snapshotter:
                 row = Row(key, above.id if above else None, kind, labels, stack.map)
                 identity = self._catalog.insert(row)
                 self._make_folder(identity, stack, lowers, with_work=kind is Kind.ACTIVE)
-        return self._answer(kind, identity, lowers)
+        return mounts_of(self._layers.folder(identity), lowers, writable=kind is Kind.ACTIVE)
 
     def _parent(self, parent: str) -> Row | None:
         if not parent:
@@ -346,7 +340,8 @@ class Snapshotter:
                 files.mkdir()
                 files.chmod(0o755)
                 if stack.map:
-                    os.chown(files, *_mapped_root(stack.map))
+                    mapping = IdMapping.parse_canonical(stack.map)
+                    os.chown(files, mapping.host_of("uid", 0), mapping.host_of("gid", 0))
             if with_work:
                 (new / WORK).mkdir(mode=0o711)
             # A transaction that a full disk undid leaves its folder, and gives its number back.
@@ -355,10 +350,6 @@ class Snapshotter:
         except BaseException:
             remove(new)
             raise
-
-    def _answer(self, kind: Kind, identity: int, lowers: Lowers) -> list[Mount]:
-        folder = self._layers.folder(identity)
-        return active_mounts(folder, lowers) if kind is Kind.ACTIVE else view_mounts(folder, lowers)
 
     def _needed(self) -> set[str]:
         needed: set[str] = set()
@@ -378,10 +369,3 @@ class Snapshotter:
                 row = self._catalog.lineage(identity)[:1]
                 if row and not self._closed and not row[0].map:
                     self._layers.index(identity)
-
-
-def _mapped_root(map_text: str) -> tuple[int, int]:
-    from layerkit.idmap import Mapping as IdMapping
-
-    mapping = IdMapping.parse_canonical(map_text)
-    return mapping.host_of("uid", 0), mapping.host_of("gid", 0)

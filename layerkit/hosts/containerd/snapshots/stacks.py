@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Mapping as Labels
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -121,39 +121,25 @@ class Lowers:
     metacopy: bool = False
 
 
-def active_mounts(folder: Path, lowers: Lowers) -> list[Mount]:
-    """Return how to mount an active snapshot whose folder is ``folder``.
+def mounts_of(folder: Path, lowers: Lowers, *, writable: bool) -> list[Mount]:
+    """Return how to mount the snapshot whose folder is ``folder``: an active one ``writable``, a view not.
 
     Raises:
         SnapshotError: failed_precondition, more layers than a mount can name.
     """
-    files = folder / FILES
-    if not lowers.normal:
-        return [Mount("bind", str(files), ("rw", "rbind"))]
-    return [_overlay(replace(_options(lowers), upper=str(files), work=str(folder / WORK)))]
-
-
-def view_mounts(folder: Path, lowers: Lowers) -> list[Mount]:
-    """Return how to mount a view, read-only; see :func:`active_mounts`."""
-    if not lowers.normal:
-        return [Mount("bind", str(folder / FILES), ("ro", "rbind"))]
-    if len(lowers.normal) == 1 and not lowers.data:
-        return [Mount("bind", os.path.realpath(lowers.normal[0]), ("ro", "rbind"))]
+    files = os.fspath(folder / FILES)
+    if not lowers.normal or (not writable and len(lowers.normal) == 1 and not lowers.data):
+        source = os.path.realpath(lowers.normal[0]) if lowers.normal else files
+        return [Mount("bind", source, ("rw" if writable else "ro", "rbind"))]
     # Without an upper an absolute redirect needs no metacopy, and must not walk META first.
-    plain = Lowers(lowers.normal, lowers.data)
-    return [_overlay(_options(lowers if lowers.metacopy and len(lowers.normal) > 1 else plain))]
-
-
-def _options(lowers: Lowers) -> OverlayOptions:
+    metacopy = lowers.metacopy and (writable or len(lowers.normal) > 1)
     # Each is said, because a host may have set another default for all overlays.
-    said = {"index": "off", "nfs_export": "off", "metacopy": "on" if lowers.metacopy else "off"}
-    if not lowers.metacopy:
+    said = {"index": "off", "nfs_export": "off", "metacopy": "on" if metacopy else "off"}
+    if not metacopy:
         # A layer that is committed must hold its files whole, and folders under their own names.
         said["redirect_dir"] = "off"
-    return OverlayOptions(lowers.normal, lowers.data, more=tuple(said.items()))
-
-
-def _overlay(options: OverlayOptions) -> Mount:
+    upper, work = (files, os.fspath(folder / WORK)) if writable else ("", "")
+    options = OverlayOptions(lowers.normal, lowers.data, upper, work, tuple(said.items()))
     # containerd makes long lists of plain layers shorter itself; it cannot with data-only ones.
     if options.data and not options.fits:
         raise SnapshotError(
@@ -161,4 +147,4 @@ def _overlay(options: OverlayOptions) -> Mount:
             f"its mount options take {options.size} bytes and mount(2) takes {PAGESIZE}: merge some of the image's "
             "layers (`layerkit flatten`), or choose a shorter --root and --run",
         )
-    return Mount("overlay", "overlay", options.texts)
+    return [Mount("overlay", "overlay", options.texts)]
