@@ -372,6 +372,14 @@ def mount_id(path: Path | str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("mnt_id:")))
 
 
+def is_mount(place: Path) -> bool:
+    """Return whether something is mounted on ``place`` itself; not if it is not there."""
+    try:
+        return mount_id(place) != mount_id(place.parent)
+    except FileNotFoundError:
+        return False
+
+
 def mount_of(path: Path | str) -> Mount | None:
     """Return the mount that ``path`` lies on, None where it is not in our mount table."""
     wanted = mount_id(path)

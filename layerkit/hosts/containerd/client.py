@@ -80,7 +80,8 @@ class Containerd:
     def lease(self) -> Iterator[None]:
         """Keep containerd's garbage collection from what is made inside the block."""
         name = f"layerkit-{uuid.uuid4().hex}"
-        labels = {"containerd.io/gc.expire": _in(_LEASE_SECONDS)}
+        end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=_LEASE_SECONDS)
+        labels = {"containerd.io/gc.expire": end.strftime("%Y-%m-%dT%H:%M:%SZ")}
         self._call("leases.v1.Leases/Create", pb.LeaseRequest(id=name, labels=labels))
         self._lease = name
         try:
@@ -156,11 +157,6 @@ class Containerd:
         except grpc.RpcError as error:
             raise LayerkitError(f"containerd at {self._address}: {_failed(error).details()}") from error
         return top
-
-
-def _in(seconds: int) -> str:
-    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _failed(error: grpc.RpcError) -> grpc.Call:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,16 +168,15 @@ def _sums(
         shared = sum(page.resident for page in own if len(page.mounts) > 1)
         size, resident = sum(page.size for page in own), sum(page.resident for page in own)
         rows.append(MountCache(str(root), image, mapping, len(own), size, resident, shared))
-    sharers: dict[int, int] = {}
+    sharers = Counter[int]()
     for page in pages.values():
-        if page.resident:
-            sharers[len(page.mounts)] = sharers.get(len(page.mounts), 0) + page.resident
+        sharers[len(page.mounts)] += page.resident
     largest = sorted(pages.values(), key=lambda page: (-page.resident * len(page.mounts), page.path))
     return CacheReport(
         mounts=tuple(rows),
         seen=sum(row.resident for row in rows),
         memory=sum(page.resident for page in pages.values()),
-        by_sharers=tuple(sorted(sharers.items())),
+        by_sharers=tuple(sorted(each for each in sharers.items() if each[1])),
         top=tuple(
             CachedFile(page.path, page.layer, page.size, page.resident, len(page.mounts))
             for page in largest[:top]

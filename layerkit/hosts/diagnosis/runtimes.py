@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerkit.hosts.podman.storage_conf import storage_conf
 from layerkit.linux import userns
 from layerkit.linux.probe import Features
 from layerkit.model.errors import UsageError
@@ -218,28 +219,26 @@ def _at_least(version: str, *wanted: int) -> bool:
 
 def storage_root(*, rootful: bool) -> Path:
     """Return the graph root of containers-storage that storage.conf names, or the default one."""
-    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "containers/storage.conf"
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "containers/storage"
-    if rootful:
-        candidates = [Path("/etc/containers/storage.conf"), Path("/usr/share/containers/storage.conf")]
-        root, keys = Path("/var/lib/containers/storage"), ["graphroot"]
-    else:
-        candidates = [own, *(Path(p) for p in ("/etc/containers/storage.conf",))]
-        # Only a user's own file may name a graphroot for rootless podman.
-        root, keys = data, ["rootless_storage_path"]
+    system, ours = Path("/etc/containers/storage.conf"), "graphroot"
     if named := os.environ.get("CONTAINERS_STORAGE_CONF"):
-        candidates, keys = [Path(named)], ["graphroot"]
-    for path in candidates:
+        candidates = {Path(named): [ours]}
+    elif rootful:
+        candidates = {each: [ours] for each in (system, Path("/usr/share/containers/storage.conf"))}
+    else:
+        # Only a user's own file may name a graphroot for rootless podman.
+        keys = ["rootless_storage_path"]
+        candidates = {storage_conf(privileged=False): [*keys, ours], system: keys}
+    for path, keys in candidates.items():
         try:
             storage = tomllib.loads(path.read_text()).get("storage", {})
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
             continue
-        for key in (*keys, *(["graphroot"] if path == own else [])):
-            value = storage.get(key) if isinstance(storage, dict) else None
+        for value in map(storage.get, keys) if isinstance(storage, dict) else ():
             if isinstance(value, str) and value and "$" not in value:
                 return Path(value)
         break
-    return root
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+    return Path("/var/lib/containers/storage") if rootful else data / "containers/storage"
 
 
 def _has_subids() -> bool:

@@ -32,7 +32,7 @@ from layerkit.store.local import LocalStore
 
 _SHORT = re.compile(r"/?:([A-Za-z0-9_-])/([A-Za-z0-9_-]{20})")
 _HEX = re.compile(r"[0-9a-f]{8,128}")
-_KINDS = {
+_KINDS: dict[int, str] = {
     Kind.REG: "regular file", Kind.DIR: "folder", Kind.SYMLINK: "symbolic link", Kind.FIFO: "fifo",
     Kind.CHAR: "character device", Kind.BLOCK: "block device",
 }  # fmt: skip
@@ -139,10 +139,9 @@ def _of_path(path: Path, store: LocalStore) -> Which:
     shown = full.lstat()
     image = layers_of(record, store)
     tree, row = image.tree, image.rows.get(relative, -1)
-    kind = Kind(shown.st_mode >> 12) if shown.st_mode >> 12 in list(Kind) else None
     answer = Which(
         asked=str(path), kind="path", mount=mount.point, map=record.map, size=shown.st_size,
-        file=_KINDS.get(kind, "file") if kind is not None else "socket",
+        file=_KINDS.get(shown.st_mode >> 12, "socket"),
         upper=_upper_state(record, relative, row >= 0),
     )  # fmt: skip
     if row >= 0:
@@ -234,7 +233,6 @@ def _mask(value: bytes, bits: int = 256) -> Mask:
 
 
 def _rows_with(index: Index, mask: Mask) -> NDArray[np.intp]:
-    """Return the rows of an index whose content fits ``mask``."""
     value, known = mask
     # One column tells nearly all rows apart, the others are looked at where it is equal.
     some = np.flatnonzero((index.sha256[:, 0] & known[0] == value[0]) & (index.kind == Kind.REG))
@@ -257,7 +255,7 @@ def _places_of(store: LocalStore, mask: Mask) -> tuple[Place, ...]:
         indexes = [load_index(store, diff_id) for diff_id in image.diff_ids]
         tree = merge(indexes, limits=store.limits)
         shown = {path: row for row, path in enumerate(tree.paths())}
-        name = stored.names[0] if stored.names else manifest
+        name = (*stored.names, manifest)[0]
         for at, layer in enumerate(image.layers):
             digests = str(layer.diff_id), str(layer.descriptor.digest)
             for path in hits[layer.diff_id]:
@@ -267,12 +265,6 @@ def _places_of(store: LocalStore, mask: Mask) -> tuple[Place, ...]:
 
 
 def _of_content(asked: str, mask: Mask, store: LocalStore) -> Which:
-    """Answer for a content of which ``mask`` is known.
-
-    Raises:
-        NotFound: no image has it.
-        UsageError: several contents fit.
-    """
     places = _places_of(store, mask)
     contents: dict[bytes, int] = {}
     in_tar = ""
@@ -304,11 +296,7 @@ def _users(store: LocalStore, diff_ids: set[str]) -> tuple[Sharer, ...]:
 
 
 def _of_digest(asked: str, store: LocalStore) -> Which | None:
-    """Answer for the (beginning of a) digest of an image, config, layer or blob; None where it is none.
-
-    Raises:
-        UsageError: several layers fit.
-    """
+    """Answer for the (beginning of a) digest of an image, config, layer or blob; None where it is none."""
     wanted = asked.removeprefix("sha256:")
     if not _HEX.fullmatch(wanted):
         return None

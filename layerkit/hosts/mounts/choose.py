@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.idmap import Mapping
-from layerkit.linux import userns
 from layerkit.linux.configuration import configured
 from layerkit.linux.probe import Features
 from layerkit.metaonly import Namespace
@@ -72,12 +71,10 @@ def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
     wanted_rendering = _word(options.rendering or configured("rendering"), "--rendering", ("auto", *Rendering))
     wanted_data = _word(options.data, "--data", ("auto", *DataBackend))
     wanted_namespace = _word(options.namespace, "--namespace", ("auto", *Namespace))
-    privileged = userns.is_privileged()
     features = Features(store)
-
-    spaces = Namespace(wanted_namespace) if wanted_namespace != "auto" else None
-    if spaces is None:
-        spaces = Namespace.TRUSTED if privileged else Namespace.USER
+    privileged = features.privileged
+    if wanted_namespace == "auto":
+        wanted_namespace = Namespace.TRUSTED if privileged else Namespace.USER
     erofs = privileged and ("auto" in (wanted_rendering, wanted_data) or "tar" in wanted_data) and features.erofs
     if wanted_data == DataBackend.TAR and not (privileged and features.erofs_device):
         raise UnsupportedHost("EROFS over layer tars (--data tar)", _hint(privileged))
@@ -104,7 +101,7 @@ def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
         and mapping.fits_kernel
         and (features.erofs_idmap if form is Rendering.EROFS else features.store_idmap)
     )
-    return Ways(form, backend, spaces, idmapped)
+    return Ways(form, backend, Namespace(wanted_namespace), idmapped)
 
 
 def _word(value: str, flag: str, choices: tuple[str, ...]) -> str:

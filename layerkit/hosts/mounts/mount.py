@@ -22,7 +22,7 @@ from pathlib import Path
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.mounts import served as serving
-from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder, is_erofs_mount
+from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record, RunFolder
 from layerkit.hosts.mounts.spec import MountLayer, MountSpec, check_stubs, checked
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
@@ -230,7 +230,7 @@ class _Assembly(ExitStack):
             return mounts.open_folder(layer.path)
         place = self.folder.layers / layer.name
         place.mkdir(mode=0o700, exist_ok=True)
-        if not is_erofs_mount(place):
+        if not mounts.is_mount(place):
             with mounts.closing(layer.mount()) as fd:
                 mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
         return mounts.open_folder(place)

@@ -21,7 +21,6 @@ from pathlib import Path
 import msgspec
 
 from layerkit.linux import mounts, userns
-from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import whole_file
 from layerkit.model.errors import StoreError
 from layerkit.store.locks import open_lock, try_lock
@@ -122,8 +121,9 @@ class RunFolder:
                 self.empty.mkdir(mode=0o555)
             lock = open_lock(self.base / "lock")
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if _same_file(lock, self.base / "lock"):
-                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), (self.base / "lock").stat()):
+                    break
             os.close(lock)  # clear_stale of another namespace took the folder away while we waited
         try:
             yield
@@ -200,10 +200,14 @@ class RunFolder:
         user namespaces, where most processes cannot be seen.
         """
         others = [p for p in self.run.glob("mnt-*") if p != self.base] if self.run.is_dir() else []
-        alive = _living_namespaces() if others else None
-        if alive is None:
+        whole = Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE and userns.is_privileged()
+        if not (others and whole):
             return []
-        cleared = []
+        alive, cleared = set[str](), []
+        for process in Path("/proc").glob("[0-9]*"):
+            # Some processes hide even from root; what a wrong guess costs is a record, see above.
+            with suppress(OSError):
+                alive.add(str((process / "ns" / "mnt").stat().st_ino))
         for folder in others:
             if folder.name.removeprefix("mnt-") in alive:
                 continue
@@ -212,25 +216,6 @@ class RunFolder:
                     shutil.rmtree(folder)
                     cleared.append(f"folder {folder.name}")
         return cleared
-
-
-def _living_namespaces() -> set[str] | None:
-    whole = Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE and userns.is_privileged()
-    if not whole:
-        return None
-    alive = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        # Some processes hide even from root; what a wrong guess costs is a record, see above.
-        with suppress(OSError):
-            alive.add(str((process / "ns" / "mnt").stat().st_ino))
-    return alive
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _parse(data: bytes, path: Path) -> Record | None:
@@ -242,11 +227,3 @@ def _parse(data: bytes, path: Path) -> Record | None:
     except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         return None
     raise StoreError(f"{path}: a record of version {fields['version']}; unmount with the layerkit that made it")
-
-
-def is_erofs_mount(folder: Path) -> bool:
-    """Return whether an EROFS is mounted on ``folder`` itself."""
-    try:
-        return folder.stat().st_dev != folder.parent.stat().st_dev and sc.filesystem_magic(folder) == sc.EROFS_MAGIC
-    except FileNotFoundError:
-        return False

@@ -87,7 +87,6 @@ def answers(tree: FuseTree, mapping: Mapping, data: int | None = None) -> fuse.A
 
 
 def _with_path(error: UnmappedId, tree: FuseTree) -> UnmappedId:
-    """Return ``error`` with the first path that has the owner."""
     for row in range(tree.inodes):
         inode = tree.inode(row)
         if (inode.gid if error.kind == "gid" else inode.uid) == error.value:
@@ -151,7 +150,11 @@ def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) 
             os.dup2(null, fd)
         for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sent, signal.SIG_DFL)
-        _close_others({0, 1, 2, device, ready, *needed})
+        kept = {0, 1, 2, device, ready, *needed}
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         syslog.openlog("layerkit-fuse", syslog.LOG_PID | syslog.LOG_NDELAY)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
         queues = [fuse.open_device() for _ in range(_WORKERS - 1)]
@@ -193,7 +196,6 @@ def _supervise(device: int, queues: Sequence[int], answers: fuse.Answers) -> Non
 
 
 def _work(device: int, answers: fuse.Answers) -> int:
-    """Start a worker and return its pid."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -203,13 +205,6 @@ def _work(device: int, answers: fuse.Answers) -> int:
             os._exit(1)
         os._exit(0)
     return pid
-
-
-def _close_others(keep: set[int]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
 
 
 def _say(text: str) -> None:
@@ -230,12 +225,18 @@ def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
         StoreError: the server did not start; the message says why.
         UnsupportedHost, OSError: no FUSE for this user.
     """
+    import subprocess
+
+    home = str(Path(__file__).resolve().parents[3])
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(contextlib.ExitStack())
         device = ours.enter_context(mounts.closing(fuse.open_device()))
         held = stack.enter_context(mounts.closing(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)))
         fcntl.flock(held, fcntl.LOCK_EX)
-        server = stack.enter_context(_start(device, held))
+        # Isolated, and without site: nothing of the caller's surroundings, and a quick start.
+        words = [sys.executable, "-I", "-S", "-c", _PROGRAM, home, str(device), str(held)]
+        server = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(device, held))
+        stack.enter_context(server)
         # While the other starts. It answers from the moment on that it knows what.
         mount = stack.enter_context(mounts.closing(fuse.mount(device)))
         _tell(server, tree, mapping)
@@ -251,15 +252,6 @@ def is_served(lock: Path) -> bool:
             return not try_lock(fd, shared=True)
     except FileNotFoundError:
         return False
-
-
-def _start(device: int, lock: int) -> subprocess.Popen[bytes]:
-    import subprocess
-
-    home = str(Path(__file__).resolve().parents[3])
-    # Isolated, and without site: nothing of the caller's surroundings, and a quick start.
-    words = [sys.executable, "-I", "-S", "-c", _PROGRAM, home, str(device), str(lock)]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(device, lock))
 
 
 def _tell(server: subprocess.Popen[bytes], tree: Path, mapping: Mapping) -> None:

@@ -141,12 +141,9 @@ def _mark(path: bytes) -> bytes:
 
 
 def _write_marks(root: Path, marks: Sequence[Deleted], meta: MetadataLayer) -> tuple[int, ...] | None:
-    """Write the folders into the new folder ``root``; return the places of the layers that have one below them.
+    """Return the places of the layers (top first) that got a folder of marks below them, written into ``root``.
 
-    Args:
-        root: made if there is anything to write; None is returned where there is not.
-        marks: of each layer, top first.
-        meta: what the layers show together.
+    Where nothing is to be written ``root`` is not made, and None returned. ``meta``: what the layers show together.
     """
     tree, namespace = meta.tree, meta.namespace
     if not any(removed or opaque for removed, opaque in marks):
@@ -187,7 +184,6 @@ def _whiteout(path: bytes) -> None:
 
 
 def _look_like(path: bytes, tree: Tree, inode: int) -> None:
-    """Give a folder the attributes of an inode of ``tree``."""
     os.chown(path, int(tree.uid[inode]), int(tree.gid[inode]))
     os.chmod(path, int(tree.mode[inode]) & 0o7777)
     for name, value in tree.xattr_sets[int(tree.xattr[inode])]:

@@ -143,14 +143,6 @@ def folder_key(layers: Sequence[StorageLayer], namespace: Namespace, mapping: Ma
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def meta_path(store: Path, key: str) -> Path:
-    """Return the folder of the META with this key in a store, made or not.
-
-    A META appears in a store by rename, whole; so the folder itself says that it may be used.
-    """
-    return store / "meta" / key
-
-
 def with_marks(layers: Sequence[StorageLayer], meta: Path, below: Iterable[int] | None) -> list[Path]:
     """Return the folders of ``layers`` (top first) with those between them that ``build`` wrote for deletions.
 

@@ -73,17 +73,15 @@ def mount(options: str, target: Path, store: Path) -> Mounted:
 
 @dataclass(frozen=True, slots=True)
 class _Stacked:
-    """Layers for overlayfs: descriptors of normal and of data-only ones, and what :class:`Mounted` says of them.
+    """Layers for overlayfs: descriptors of normal and of data-only ones, and what is said of them.
 
     ``root`` is (uid, gid, mode) of the mount's root folder, None where a new upper need not be made like it.
     """
 
-    way: str
+    mounted: Mounted
     lower: list[int]
     data: list[int]
     root: tuple[int, int, int] | None = None
-    pid: int = 0
-    note: str = ""
 
 
 class _Mount(contextlib.ExitStack):
@@ -111,7 +109,7 @@ class _Mount(contextlib.ExitStack):
         over = list(map(self._view, views))
         stacked = self._base(layers[len(views) :], bool(over))
         self._overlay([*over, *stacked.lower], stacked)
-        return Mounted("snapshot" if views else stacked.way, stacked.pid, (stacked.note,) if stacked.note else ())
+        return replace(stacked.mounted, way="snapshot") if views else stacked.mounted
 
     def _closing(self, fd: int) -> int:
         return self.enter_context(mounts.closing(fd))
@@ -120,11 +118,7 @@ class _Mount(contextlib.ExitStack):
         return [self._closing(mounts.open_folder(path)) for path in paths]
 
     def _shows_snapshot(self) -> bool:
-        """Return whether the container's folder has to be shown with its owners mapped back.
-
-        Raises:
-            UsageError: it was written under another map.
-        """
+        """Return whether the container's folder has to be shown with its owners mapped back."""
         # Written again: an earlier version may have had more words for the same map.
         shifted = mount_options.shift_text(mount_options.parse_shift(sl.marker(self.upper, self.namespace)))
         wanted = self.shift
@@ -163,29 +157,29 @@ class _Mount(contextlib.ExitStack):
     def _base(self, layers: Sequence[sl.StorageLayer], under: bool) -> _Stacked:
         """Return how the layers of the image are stacked; ``under`` says that something lies over them."""
         data = [layer.path for layer in layers]
-        rendering, why = self.options.rendering, ""
+        rendering, why = self.options.rendering, tuple[str, ...]()
         if rendering != "directory":
             meta = self._built(layers, sl.tree_key(layers, self.namespace), served=True)
             tree = open_tree(self.enter_context((meta / TREE_FILE).open("rb")))
             # overlayfs wants two layers at least; META and data are two.
             enough = bool(self.upper) or under or len(layers) > 1
             if rendering == "auto" and not self.shift and enough:
-                return _Stacked(
-                    "overlay", self._opened(sl.with_marks(layers, meta, tree.facts.more["marks_below"])), []
-                )
+                marked = sl.with_marks(layers, meta, tree.facts.more["marks_below"])
+                return _Stacked(Mounted("overlay"), self._opened(marked), [])
             try:
                 keeper = self.enter_context(Keeper(answers(tree, self.mapping)))
                 top, inode = self._closing(keeper.mount()), tree.inode(0)
                 owner = self.mapping.host_of("uid", inode.uid), self.mapping.host_of("gid", inode.gid)
-                return _Stacked("fuse", [top], self._opened(data), (*owner, inode.mode), keeper.pid)
+                return _Stacked(Mounted("fuse", keeper.pid), [top], self._opened(data), (*owner, inode.mode))
             except OSError as error:
                 if rendering == "fuse" or error.filename != fuse.DEVICE:
                     raise
-                why = f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map"
+                why = (f"{fuse.DEVICE}: {error.strerror}; metadata is written as files instead, once for each map",)
         key = sl.folder_key(layers, self.namespace, self.mapping)
         top = self._closing(mounts.open_folder(self._built(layers, key, served=False) / "root"))
         seen = os.fstat(top)
-        return _Stacked("directory", [top], self._opened(data), (seen.st_uid, seen.st_gid, seen.st_mode), note=why)
+        owner = seen.st_uid, seen.st_gid
+        return _Stacked(Mounted("directory", 0, why), [top], self._opened(data), (*owner, seen.st_mode))
 
     def _built(self, layers: Sequence[sl.StorageLayer], key: str, *, served: bool) -> Path:
         """Return the META of ``layers`` in the store, made if it is not there."""
@@ -195,7 +189,8 @@ class _Mount(contextlib.ExitStack):
 
             build_meta(self.store, layers, self.namespace, None if served else self.mapping)
 
-        path = sl.meta_path(self.store, key)
+        path = self.store / "meta" / key
+        # It appears there by rename, whole; so the folder itself says that it may be used.
         if not path.is_dir():
             _in_child(make)
         return path
@@ -244,11 +239,7 @@ class BuildFailed(LayerkitError):
 
 
 def _in_child(work: Callable[[], object]) -> None:
-    """Run ``work`` in a process of its own: numpy and its threads must not be in one that forks servers.
-
-    Raises:
-        BuildFailed: it failed.
-    """
+    """Run ``work`` in a process of its own: numpy and its threads must not be in one that forks servers."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -2,5 +2,5 @@
 
 ``snapshotter`` are the operations, ``catalog`` what is on disk for sure and what goes in and out, ``filters``
 containerd's filter syntax, ``stacks`` how a chain of snapshots becomes mounts, ``chains`` the layers that lie in
-layerkit's own store, ``layers`` what snapshots stand on, ``places`` where that is mounted.
+layerkit's own store, ``layers`` what snapshots stand on and where that is mounted.
 """

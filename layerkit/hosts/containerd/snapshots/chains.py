@@ -29,12 +29,11 @@ class Chain:
     Attributes:
         image: manifest digest of the image.
         diff_ids: of the layers, bottom first.
-        chain_id: of them all. below: of all but the top one, "" if there is no other.
+        below: chain_id of all but the top one, "" if there is no other.
     """
 
     image: str
     diff_ids: tuple[Digest, ...]
-    chain_id: str
     below: str
 
 
@@ -99,9 +98,7 @@ class StoreChains:
             diff_ids = stored.image.diff_ids
             below = ""
             for count, chain_id in enumerate(chain_ids(diff_ids), 1):
-                self._chains[chain_id] = Chain(
-                    str(stored.image.descriptor.digest), tuple(diff_ids[:count]), chain_id, below
-                )
+                self._chains[chain_id] = Chain(str(stored.image.descriptor.digest), tuple(diff_ids[:count]), below)
                 below = chain_id
         self._seen = seen
 
@@ -125,16 +122,13 @@ class StoreChains:
         """Let go of every image that is not among ``images``; return the names that went."""
         wanted = {self._pin_name(image) for image in images}
         prefix = f"snapshotter-{self._owner}/"
-        gone: list[str] = []
         try:
-            stored = self.store.images()
+            names = [name for stored in self.store.images() for name in stored.names]
         except NotFound:
-            return gone
-        for each in stored:
-            for name in each.names:
-                if name.startswith(prefix) and name not in wanted:
-                    self.store.remove_image(name)
-                    gone.append(name)
+            return []
+        gone = [name for name in names if name.startswith(prefix) and name not in wanted]
+        for name in gone:
+            self.store.remove_image(name)
         return gone
 
     def check(self, image: str, diff_ids: Sequence[Digest], mapping: Mapping) -> None:

@@ -22,7 +22,7 @@ _VALUE = re.compile(r"[^\s,\"/|=!~.][^\s,]*")
 _QUOTED = re.compile(r"([\"/|])((?:\\.|(?!\1)[^\\\n])*)\1", re.DOTALL)
 _ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{3}|.)", re.DOTALL)
 _PLAIN = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\"}
-_SPACE = re.compile(r"\s*")
+_COMMA, _DOT = re.compile(","), re.compile(r"\.")
 _REGEX_CHARACTERS = 4096
 
 
@@ -65,28 +65,25 @@ class _Parser:
         self._text, self._at = text, 0
 
     def selectors(self) -> list[_Selector]:
-        if not self._text:
-            return []
-        found = [self._selector()]
-        while self._skip_space() < len(self._text):
-            if self._text[self._at] != ",":
+        found = [self._selector()] if self._text else []
+        while self._peek():
+            if not self._take(_COMMA):
                 raise self._error("want a comma or the end")
-            self._at += 1
             found.append(self._selector())
         return found
 
     def _selector(self) -> _Selector:
-        path = [self._field()]
-        while self._peek() == ".":
-            self._at += 1
-            path.append(self._field())
+        path = [self._word(_FIELD, '"', "a field")]
+        while self._take(_DOT):
+            path.append(self._word(_FIELD, '"', "a field"))
         if self._peek() in ("", ","):
             return _Selector(tuple(path), "", "", None)
         operator = self._take(_OPERATOR)
         if operator not in ("==", "!=", "~="):
             raise self._error("want ==, != or ~=")
-        value = self._value(regex=operator == "~=")
-        pattern = None
+        if operator != "~=" and self._peek() in ("/", "|"):
+            raise self._error("only values of ~= may be quoted with / or |")
+        value, pattern = self._word(_VALUE, '"/|', "a value"), None
         if operator == "~=":
             if len(value) > _REGEX_CHARACTERS:
                 raise self._error(f"a pattern above {_REGEX_CHARACTERS} characters")
@@ -96,28 +93,19 @@ class _Parser:
                 raise self._error(f"not a regular expression: {error}") from None
         return _Selector(tuple(path), operator, value, pattern)
 
-    def _field(self) -> str:
-        if self._peek() == '"':
-            return self._quoted(regex=False)
-        return self._take(_FIELD) or self._fail("want a field")
-
-    def _value(self, *, regex: bool) -> str:
-        quote = self._peek()
-        if quote and quote in '"/|':
-            if quote != '"' and not regex:
-                raise self._error("only values of ~= may be quoted with / or |")
-            return self._quoted(regex=regex)
-        return self._take(_VALUE) or self._fail("want a value")
-
-    def _quoted(self, *, regex: bool) -> str:
-        self._skip_space()
-        found = _QUOTED.match(self._text, self._at)
-        if found is None:
+    def _word(self, plain: re.Pattern[str], quotes: str, what: str) -> str:
+        if self._peek() not in tuple(quotes):
+            found = self._take(plain)
+            if not found:
+                raise self._error(f"want {what}")
+            return found
+        quoted = _QUOTED.match(self._text, self._at)
+        if quoted is None:
             raise self._error("a quote that does not end")
-        self._at = found.end()
-        return _ESCAPE.sub(lambda m: self._unescaped(m[1], found[1], regex), found[2])
+        self._at = quoted.end()
+        return _ESCAPE.sub(lambda m: self._unescaped(m[1], quoted[1]), quoted[2])
 
-    def _unescaped(self, code: str, quote: str, regex: bool) -> str:
+    def _unescaped(self, code: str, quote: str) -> str:
         if code[0] in "xuU" and len(code) > 1:
             return chr(int(code[1:], 16))
         if code.isdigit() and len(code) == 3:
@@ -126,12 +114,12 @@ class _Parser:
             return code
         if code in _PLAIN:
             return _PLAIN[code]
-        if regex and quote != '"':
+        if quote != '"':  # of a regular expression, whose escapes stay
             return "\\" + code
         raise self._error(f"the escape \\{code} is none")
 
     def _take(self, pattern: re.Pattern[str]) -> str:
-        self._skip_space()
+        self._peek()
         found = pattern.match(self._text, self._at)
         if found is None:
             return ""
@@ -139,15 +127,9 @@ class _Parser:
         return found[0]
 
     def _peek(self) -> str:
-        return self._text[self._skip_space() :][:1]
-
-    def _skip_space(self) -> int:
-        found = _SPACE.match(self._text, self._at)
-        self._at = found.end() if found else self._at
-        return self._at
-
-    def _fail(self, what: str) -> str:
-        raise self._error(what)
+        """Go on to the next character that is no space and return it, "" at the end."""
+        self._at = len(self._text) - len(self._text[self._at :].lstrip())
+        return self._text[self._at :][:1]
 
     def _error(self, what: str) -> SnapshotError:
         return SnapshotError("invalid_argument", f"filter {self._text!r}, at {self._at}: {what}")

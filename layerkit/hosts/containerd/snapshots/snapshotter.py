@@ -16,21 +16,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from layerkit.hosts.containerd.snapshots import stacks
 from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Kind, Row, Usage, check_labels
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.filters import Filter
-from layerkit.hosts.containerd.snapshots.layers import Layers
-from layerkit.hosts.containerd.snapshots.places import Places
-from layerkit.hosts.containerd.snapshots.stacks import (
-    FILES,
-    WORK,
-    Lowers,
-    Mount,
-    Stack,
-    mapping_of,
-    mounts_of,
-    stack_of,
-)
+from layerkit.hosts.containerd.snapshots.layers import Layers, Places
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.idmap import Mapping as IdMapping
 from layerkit.linux import userns
@@ -112,7 +102,7 @@ class Snapshotter:
 
     # Operations
 
-    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[stacks.Mount]:
         """Make an active snapshot over ``parent`` ("" for none); return how to mount it.
 
         Raises:
@@ -127,12 +117,12 @@ class Snapshotter:
             raise SnapshotError("already_exists", f"target snapshot {ref!r} lies in layerkit's store")
         return self._create(Kind.ACTIVE, key, parent, labels)
 
-    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[stacks.Mount]:
         """Make a read-only view of ``parent``; see :meth:`prepare`."""
         check_labels(labels)
         return self._create(Kind.VIEW, key, parent, labels)
 
-    def mounts(self, key: str) -> list[Mount]:
+    def mounts(self, key: str) -> list[stacks.Mount]:
         """Return how to mount an active snapshot or a view; what it stands on is mounted if a reboot took it.
 
         Raises:
@@ -141,10 +131,10 @@ class Snapshotter:
         row = self._catalog.get(key)
         if row.kind is Kind.COMMITTED:
             raise SnapshotError("failed_precondition", f"snapshot {key!r} is neither active nor a view")
-        stack = stack_of(self._catalog.lineage(row.parent), row.map)
+        stack = stacks.stack_of(self._catalog.lineage(row.parent), row.map)
         with self._places.held(self._layers.places_of(stack)):
             lowers = self._layers.lowers(stack)
-        return mounts_of(self._layers.folder(row.id), lowers, writable=row.kind is Kind.ACTIVE)
+        return stacks.mounts_of(self._layers.folder(row.id), lowers, writable=row.kind is Kind.ACTIVE)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make the active snapshot ``key`` the committed one ``name``; ``key`` is gone then.
@@ -173,7 +163,7 @@ class Snapshotter:
                     f"snapshot {key!r} was not prepared on {parent!r}; this snapshotter does not rebase",
                 )
             self._catalog.commit(row.id, name, labels, labels.get(REF_LABEL, "") if not row.map else "")
-        remove(self._layers.folder(row.id) / WORK)
+        remove(self._layers.folder(row.id) / stacks.WORK)
         self._indexing.put(row.id)
 
     def remove(self, key: str) -> None:
@@ -247,7 +237,7 @@ class Snapshotter:
             return Usage(0, 0)
         usage = self._catalog.usage(row.id)
         if usage is None:
-            found = disk_usage(self._layers.folder(row.id) / FILES)
+            found = disk_usage(self._layers.folder(row.id) / stacks.FILES)
             usage = Usage(found.allocated_bytes, found.inodes)
             if row.kind is Kind.COMMITTED:
                 self._catalog.keep_usage(row.id, usage)
@@ -296,27 +286,25 @@ class Snapshotter:
                 self._catalog.insert(Row(key, number, Kind.COMMITTED, labels, "", diff_ids, chain.image, ref))
         return True
 
-    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[stacks.Mount]:
         if not key:
             raise SnapshotError("invalid_argument", "a snapshot needs a key")
-        mapping = mapping_of(labels)
+        mapping = stacks.mapping_of(labels)
         above = self._parent(parent)
-        stack = stack_of(self._catalog.lineage(above.id if above else None), mapping.canonical() if mapping else "")
+        stack = stacks.stack_of(self._catalog.lineage(above), mapping.canonical() if mapping else "")
         if self._catalog.find(key) is not None:
             # Before the layers are looked at, which may take long; the transaction below looks again.
             raise SnapshotError("already_exists", f"snapshot {key!r} exists")
         with self._places.held(self._layers.places_of(stack)):
             lowers = self._layers.lowers(stack)
             with self._catalog.write():
-                again = self._parent(parent)
-                if (again and again.id) != (above and above.id):
+                if self._parent(parent) != above:
                     raise SnapshotError("not_found", f"parent snapshot {parent!r} was replaced meanwhile")
-                row = Row(key, above.id if above else None, kind, labels, stack.map)
-                identity = self._catalog.insert(row)
+                identity = self._catalog.insert(Row(key, above, kind, labels, stack.map))
                 self._make_folder(identity, stack, lowers, with_work=kind is Kind.ACTIVE)
-        return mounts_of(self._layers.folder(identity), lowers, writable=kind is Kind.ACTIVE)
+        return stacks.mounts_of(self._layers.folder(identity), lowers, writable=kind is Kind.ACTIVE)
 
-    def _parent(self, parent: str) -> Row | None:
+    def _parent(self, parent: str) -> int | None:
         if not parent:
             return None
         row = self._catalog.find(parent)
@@ -324,14 +312,14 @@ class Snapshotter:
             raise SnapshotError("not_found", f"parent snapshot {parent!r} does not exist")
         if row.kind is not Kind.COMMITTED:
             raise SnapshotError("invalid_argument", f"parent {parent!r} is not a committed snapshot")
-        return row
+        return row.id
 
-    def _make_folder(self, identity: int, stack: Stack, lowers: Lowers, *, with_work: bool) -> None:
+    def _make_folder(self, identity: int, stack: stacks.Stack, lowers: stacks.Lowers, *, with_work: bool) -> None:
         new = self.root / "snapshots" / f"new-{identity}"
         remove(new)
         new.mkdir(mode=0o700)
         try:
-            files = new / FILES
+            files = new / stacks.FILES
             if lowers.normal:
                 # An overlay shows the root of its upper: owner, mode and xattrs are those of the layer below.
                 with closing(os.open(lowers.normal[0], TOP_FOLDER)) as top:
@@ -343,7 +331,7 @@ class Snapshotter:
                     mapping = IdMapping.parse_canonical(stack.map)
                     os.chown(files, mapping.host_of("uid", 0), mapping.host_of("gid", 0))
             if with_work:
-                (new / WORK).mkdir(mode=0o711)
+                (new / stacks.WORK).mkdir(mode=0o711)
             # A transaction that a full disk undid leaves its folder, and gives its number back.
             remove(self._layers.folder(identity))
             new.rename(self._layers.folder(identity))
@@ -357,7 +345,7 @@ class Snapshotter:
             if row.kind is Kind.COMMITTED:
                 needed.update(self._layers.places_kept(row))
             else:
-                stack = stack_of(self._catalog.lineage(row.parent), row.map)
+                stack = stacks.stack_of(self._catalog.lineage(row.parent), row.map)
                 needed.update(self._layers.places_of(stack))
         return needed
 
