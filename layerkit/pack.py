@@ -227,12 +227,8 @@ def rewrite_image(
     config_descriptor = Descriptor(
         oci.CONFIG, Digest.of(config), len(config), annotations=image.config_descriptor.annotations
     )
-    kept = [
-        replace(
-            layer.descriptor, media_type=_OCI_LAYERS.get(layer.descriptor.media_type, layer.descriptor.media_type)
-        )
-        for layer in layers
-    ]
+    blobs = [layer.descriptor for layer in layers]
+    kept = [replace(blob, media_type=_OCI_LAYERS.get(blob.media_type, blob.media_type)) for blob in blobs]
     annotations = dict(old.annotations)
     if len(layers) == 0 or places[0] != [0] or not isinstance(layers[0], Layer):
         # What it says of the image below is no longer so.
@@ -240,15 +236,9 @@ def rewrite_image(
     manifest = oci.manifest_json(
         config_descriptor, kept, artifact_type=old.artifact_type, subject=old.subject, annotations=annotations
     )
-    return Image(
-        name=image.name,
-        manifest=manifest,
-        descriptor=Descriptor.of(oci.MANIFEST, manifest, platform=image.descriptor.platform),
-        config=config,
-        config_descriptor=config_descriptor,
-        layers=tuple(Layer(descriptor, layer.diff_id) for descriptor, layer in zip(kept, layers, strict=True)),
-        platform=image.platform,
-    )
+    descriptor = Descriptor.of(oci.MANIFEST, manifest, platform=image.descriptor.platform)
+    pairs = tuple(Layer(blob, layer.diff_id) for blob, layer in zip(kept, layers, strict=True))
+    return Image(image.name, manifest, descriptor, config, config_descriptor, pairs, image.platform)
 
 
 def _places(image: Image, layers: Sequence[Layer | NewLayer]) -> list[list[int]]:
@@ -283,11 +273,9 @@ def _config(
     assert isinstance(rootfs, dict)
     document["rootfs"] = {**rootfs, "diff_ids": [str(layer.diff_id) for layer in layers]}
     if "history" in document:
-        history = _history(document, image, layers, places)
-        if history is None:
+        document["history"] = _history(document, image, layers, places)
+        if document["history"] is None:
             del document["history"]
-        else:
-            document["history"] = history
     return dumps(document)
 
 

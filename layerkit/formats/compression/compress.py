@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import zstandard
 from isal import isal_zlib
@@ -36,6 +37,7 @@ _ISAL_LEVELS = 3
 # Huffman codes are made for fewer symbols at once than by default: 1 % smaller for layers, and no slower.
 _MEMORY_LEVEL = 7
 # No name, mtime 0, "unknown" system: nothing of the moment or the machine gets into the bytes.
+_T = TypeVar("_T")
 _HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 
 
@@ -101,39 +103,51 @@ def compress(
     yield encoder.flush()
 
 
+def in_order(tasks: Iterable[Callable[[], _T]], jobs: int, name: str) -> Iterator[_T]:
+    """Yield the results of ``tasks`` in their order; ``jobs`` are done at once, in threads called ``name``."""
+    with ThreadPoolExecutor(jobs, thread_name_prefix=name) as pool:
+        running: deque[Future[_T]] = deque()
+        try:
+            for task in tasks:
+                running.append(pool.submit(task))
+                # One task waits for each that runs, so that no thread is ever idle.
+                while len(running) > 2 * jobs:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def _gzip(chunks: Iterable[bytes | bytearray | memoryview], level: int, jobs: int) -> Iterator[bytes]:
     yield _HEADER
     crc = size = 0
-    # The data of one task lies behind the window before it.
-    room = memoryview(bytearray(_WINDOW_BYTES + _AT_ONCE_BYTES))
-    start = at = _WINDOW_BYTES
-    with ThreadPoolExecutor(jobs, thread_name_prefix="deflate") as pool:
-        running: deque[Future[list[bytes]]] = deque()
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                crc = isal_zlib.crc32(view, crc)
-                size += len(view)
-                while view:
-                    if at == len(room):
-                        # Full, and more to come: whether a task is the last one is known only now.
-                        running.append(pool.submit(_deflated, room, start, at, level, last=False))
-                        tail = room[-_WINDOW_BYTES:]
-                        room = memoryview(bytearray(len(room)))
-                        room[:_WINDOW_BYTES] = tail
-                        start, at = 0, _WINDOW_BYTES
-                        # One task waits for each that runs, so that no thread is ever idle.
-                        while len(running) > 2 * jobs:
-                            yield from running.popleft().result()
-                    step = min(len(view), len(room) - at)
-                    room[at : at + step] = view[:step]
-                    at += step
-                    view = view[step:]
-            running.append(pool.submit(_deflated, room, start, at, level, last=True))
-            while running:
-                yield from running.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    def tasks() -> Iterator[Callable[[], list[bytes]]]:
+        nonlocal crc, size
+        # The data of one task lies behind the window before it.
+        room = memoryview(bytearray(_WINDOW_BYTES + _AT_ONCE_BYTES))
+        start = at = _WINDOW_BYTES
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            crc = isal_zlib.crc32(view, crc)
+            size += len(view)
+            while view:
+                if at == len(room):
+                    # Full, and more to come: whether a task is the last one is known only now.
+                    yield partial(_deflated, room, start, at, level, last=False)
+                    tail = room[-_WINDOW_BYTES:]
+                    room = memoryview(bytearray(len(room)))
+                    room[:_WINDOW_BYTES] = tail
+                    start, at = 0, _WINDOW_BYTES
+                step = min(len(view), len(room) - at)
+                room[at : at + step] = view[:step]
+                at += step
+                view = view[step:]
+        yield partial(_deflated, room, start, at, level, last=True)
+
+    for blocks in in_order(tasks(), jobs, "deflate"):
+        yield from blocks
     yield crc.to_bytes(4, "little") + (size & 0xFFFFFFFF).to_bytes(4, "little")
 
 

@@ -18,14 +18,14 @@ import hashlib
 import itertools
 import json
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import zstandard
 
+from layerkit.formats.compression.compress import in_order
 from layerkit.formats.tar.writer import Part, marker
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import LossyResult
@@ -39,16 +39,16 @@ POSITION_KEY = "io.github.containers.zstd-chunked.manifest-position"
 # Not also by the names of before 2023 (without "github"): the readers that know those, such as podman 4.3, look for
 # the owners and times under keys that nobody writes, and give all files to root.
 
-FOOTER_BYTES = 64
 FOOTER_MAGIC = b"GNUlInUx"
 
 _SKIPPABLE = b"\x50\x2a\x4d\x18"
 _TYPE_CRFS = 1
 _TASK_BYTES = 1 << 20
-_TYPES = {
+TYPES = {
     Kind.REG: "reg", Kind.HARDLINK: "hardlink", Kind.SYMLINK: "symlink", Kind.CHAR: "char", Kind.BLOCK: "block",
     Kind.DIR: "dir", Kind.FIFO: "fifo",
 }  # fmt: skip
+"""What tables of contents call each kind."""
 
 
 @dataclass(slots=True)
@@ -95,25 +95,22 @@ class ZstdChunked:
         Raises:
             LossyResult: a name, link or time that the table of contents cannot hold.
         """
-        with ThreadPoolExecutor(self._jobs, thread_name_prefix="zstd") as pool:
-            running: deque[Future[list[_Frame]]] = deque()
-            task: list[_Frame] = []
-            held = 0
-            try:
-                for frame in self._frames(parts):
-                    task.append(frame)
-                    held += len(frame.data)
-                    if held >= _TASK_BYTES:
-                        running.append(pool.submit(self._pack, task))
-                        task, held = [], 0
-                        while len(running) > 2 * self._jobs:
-                            yield from self._placed(running.popleft().result())
-                running.append(pool.submit(self._pack, task))
-                while running:
-                    yield from self._placed(running.popleft().result())
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        tasks = (partial(self._pack, task) for task in self._tasks(parts))
+        for frames in in_order(tasks, self._jobs, "zstd"):
+            yield from self._placed(frames)
         yield from self._table()
+
+    def _tasks(self, parts: Iterable[Part]) -> Iterator[list[_Frame]]:
+        """Yield the frames, so many at once as one thread packs."""
+        task: list[_Frame] = []
+        held = 0
+        for frame in self._frames(parts):
+            task.append(frame)
+            held += len(frame.data)
+            if held >= _TASK_BYTES:
+                yield task
+                task, held = [], 0
+        yield task
 
     def _frames(self, parts: Iterable[Part]) -> Iterator[_Frame]:
         """Yield the frames before they are packed; what lies between two files is one."""
@@ -193,7 +190,7 @@ class ZstdChunked:
             ]
         name = _text(entry.path, entry.path)
         main: dict[str, Any] = {
-            "type": _TYPES[entry.kind],
+            "type": TYPES[entry.kind],
             "name": (name + "/" if name else "./") if entry.kind is Kind.DIR else name,
             "linkName": _text(entry.link, entry.path),
             "mode": entry.perm, "size": entry.size if entry.kind is Kind.REG else 0, "uid": entry.uid,

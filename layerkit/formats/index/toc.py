@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 
 import zstandard
 
+from layerkit.formats.compression.zstd_chunked import TYPES
 from layerkit.formats.index.check import check_index, mark_unproven
 from layerkit.formats.strict_json import JsonObject, load_object
 from layerkit.formats.tar import names as tar_names
@@ -41,10 +42,7 @@ _TOC_NAME = b"stargz.index.json"
 _MOST_BYTES = 128 << 20
 _MOST_PLAIN_BYTES = 1 << 30
 _POSITION = re.compile(r"(\d{1,18}):(\d{1,18}):(\d{1,18}):1")
-_KINDS = {
-    "dir": Kind.DIR, "reg": Kind.REG, "symlink": Kind.SYMLINK, "hardlink": Kind.HARDLINK,
-    "char": Kind.CHAR, "block": Kind.BLOCK, "fifo": Kind.FIFO,
-}  # fmt: skip
+_KINDS = {text: kind for kind, text in TYPES.items()}
 _EMPTY = bytes.fromhex(Digest.of(b"").hex)
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

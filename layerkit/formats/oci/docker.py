@@ -186,14 +186,8 @@ def to_image(
             f"{what}: {len(layers)} layers, but the config lists {len(parsed.diff_ids)} rootfs.diff_ids; "
             "they must be as many"
         )
-    config_descriptor = Descriptor.of(oci.CONFIG, config)
-    manifest = oci.manifest_json(config_descriptor, layers)
-    return Image(
-        name=name,
-        manifest=manifest,
-        descriptor=Descriptor.of(oci.MANIFEST, manifest, platform=parsed.platform),
-        config=config,
-        config_descriptor=config_descriptor,
-        layers=tuple(Layer(*pair) for pair in zip(layers, parsed.diff_ids, strict=True)),
-        platform=parsed.platform,
-    )
+    described = Descriptor.of(oci.CONFIG, config)
+    manifest = oci.manifest_json(described, layers)
+    descriptor = Descriptor.of(oci.MANIFEST, manifest, platform=parsed.platform)
+    pairs = tuple(map(Layer, layers, parsed.diff_ids))
+    return Image(name, manifest, descriptor, config, described, pairs, parsed.platform)

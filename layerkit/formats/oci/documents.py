@@ -7,7 +7,7 @@ something else and then one digest stands for two images. Fields that are not kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, TypeVar
 
@@ -107,6 +107,21 @@ def _shape(value: object, kind: type[_T], what: str, where: str = "") -> _T:
         raise InvalidImage(f"{what}: {(where + path.rstrip('`')).lstrip('.') or 'top level'}: {reason}") from None
 
 
+def digests(texts: Iterable[str], what: str, where: str) -> tuple[Digest, ...]:
+    """Return the digests that ``texts`` spell, at ``where`` in ``what``; ``{}`` stands for their place.
+
+    Raises:
+        InvalidImage: one is none.
+    """
+    found = []
+    for place, text in enumerate(texts):
+        try:
+            found.append(Digest.parse(text))
+        except InvalidImage as error:
+            raise InvalidImage(f"{what}: {where.format(place)}: {error}") from None
+    return tuple(found)
+
+
 def descriptor(value: object, what: str, where: str = "") -> Descriptor:
     """Return the descriptor that the decoded JSON ``value`` spells, at ``where`` in the document ``what``.
 
@@ -117,14 +132,10 @@ def descriptor(value: object, what: str, where: str = "") -> Descriptor:
     assert isinstance(value, dict)
     if found.platform is not None:
         _shape(value["platform"], _PlatformShape, what, f"{where}.platform")
-    try:
-        digest = Digest.parse(found.digest)
-    except InvalidImage as error:
-        raise InvalidImage(f"{what}: {where}.digest: {error}") from None
     p = found.platform
     return Descriptor(
         media_type=found.mediaType,
-        digest=digest,
+        digest=digests([found.digest], what, f"{where}.digest")[0],
         size=found.size,
         annotations=found.annotations or {},
         platform=None if p is None else Platform(p.os or "", p.architecture or "", p.variant or ""),
@@ -144,11 +155,9 @@ def descriptor_json(value: Descriptor) -> JsonObject:
         out["artifactType"] = value.artifact_type
     if value.annotations:
         out["annotations"] = dict(value.annotations)
-    if value.platform is not None and "platform" not in value.extra:
-        p = value.platform
-        out["platform"] = {"architecture": p.architecture, "os": p.os} | (
-            {"variant": p.variant} if p.variant else {}
-        )
+    if (p := value.platform) is not None and "platform" not in value.extra:
+        variant = {"variant": p.variant} if p.variant else {}
+        out["platform"] = {"architecture": p.architecture, "os": p.os, **variant}
     return out | dict(value.extra)
 
 
@@ -191,7 +200,9 @@ class Config:
     document: JsonObject
 
 
-def _open(data: bytes, what: str, limits: Limits, default: str, allowed: frozenset[str]) -> tuple[JsonObject, str]:
+def _open(
+    data: bytes, what: str, limits: Limits, default: str, allowed: frozenset[str]
+) -> tuple[JsonObject, str, _IndexShape]:
     limits.check("manifest_bytes", len(data), what)
     document = load_object(data, what, limits)
     version, media_type = document.get("schemaVersion"), document.get("mediaType")
@@ -202,20 +213,21 @@ def _open(data: bytes, what: str, limits: Limits, default: str, allowed: frozens
         )
     if version != 2:
         raise InvalidImage(f"{what}: schemaVersion: want 2, found {version!r}")
-    _shape(document, _IndexShape, what)
+    head = _shape(document, _IndexShape, what)
     found = media_type if isinstance(media_type, str) and media_type else default
     if found not in allowed:
         raise InvalidImage(f"{what}: mediaType: want one of {', '.join(sorted(allowed))}, found {found!r}")
-    return document, found
+    return document, found, head
 
 
-def _descriptors(document: JsonObject, name: str, what: str) -> list[object]:
+def _descriptors(document: JsonObject, name: str, what: str, limit: str, limits: Limits) -> tuple[Descriptor, ...]:
     found = document.get(name)
     if found is None:  # Go writes an empty list as null
-        return []
+        return ()
     if not isinstance(found, list):
         raise InvalidImage(f"{what}: {name}: Expected `array`, got `{type(found).__name__}`")
-    return found
+    limits.check(limit, len(found), f"{what}: {name}")
+    return tuple(descriptor(value, what, f"{name}[{i}]") for i, value in enumerate(found))
 
 
 def _no_confusion(document: JsonObject, names: Sequence[str], foreign: Sequence[str], what: str, kind: str) -> None:
@@ -235,19 +247,16 @@ def parse_manifest(data: bytes, what: str, *, media_type: str = MANIFEST, limits
         InvalidImage: malformed, an index, docker schema 1; the message names ``what`` and the field.
         LimitExceeded: too long, too deep or too many layers.
     """
-    document, found = _open(data, what, limits, media_type, MANIFEST_TYPES)
+    document, found, head = _open(data, what, limits, media_type, MANIFEST_TYPES)
     known = ("schemaVersion", "mediaType", "artifactType", "config", "layers", "subject", "annotations")
     _no_confusion(document, known, ("manifests", "fsLayers"), what, "a manifest")
-    layers = _descriptors(document, "layers", what)
-    limits.check("layers_per_image", len(layers), f"{what}: layers")
     if "config" not in document:
         raise InvalidImage(f"{what}: config: missing")
-    head = _shape(document, _IndexShape, what)
     subject = document.get("subject")
     return Manifest(
         media_type=found,
         config=descriptor(document["config"], what, "config"),
-        layers=tuple(descriptor(value, what, f"layers[{i}]") for i, value in enumerate(layers)),
+        layers=_descriptors(document, "layers", what, "layers_per_image", limits),
         artifact_type=head.artifactType or "",
         subject=None if subject is None else descriptor(subject, what, "subject"),
         annotations=head.annotations or {},
@@ -256,14 +265,10 @@ def parse_manifest(data: bytes, what: str, *, media_type: str = MANIFEST, limits
 
 def parse_index(data: bytes, what: str, *, media_type: str = INDEX, limits: Limits = DEFAULT) -> ImageIndex:
     """Return the image index or manifest list in ``data``; as :func:`parse_manifest`."""
-    document, found = _open(data, what, limits, media_type, INDEX_TYPES)
+    document, found, _ = _open(data, what, limits, media_type, INDEX_TYPES)
     known = ("schemaVersion", "mediaType", "artifactType", "manifests", "subject", "annotations")
     _no_confusion(document, known, ("layers", "config", "fsLayers"), what, "an index")
-    entries = _descriptors(document, "manifests", what)
-    limits.check("manifests_per_index", len(entries), f"{what}: manifests")
-    return ImageIndex(
-        found, tuple(descriptor(value, what, f"manifests[{i}]") for i, value in enumerate(entries)), document
-    )
+    return ImageIndex(found, _descriptors(document, "manifests", what, "manifests_per_index", limits), document)
 
 
 def parse_config(data: bytes, what: str, *, limits: Limits = DEFAULT) -> Config:
@@ -276,17 +281,8 @@ def parse_config(data: bytes, what: str, *, limits: Limits = DEFAULT) -> Config:
         raise InvalidImage(f"{what}: rootfs.type: want 'layers', found {found.rootfs.type!r}")
     texts = found.rootfs.diff_ids or []
     limits.check("layers_per_image", len(texts), f"{what}: rootfs.diff_ids")
-    diff_ids = []
-    for i, text in enumerate(texts):
-        try:
-            diff_ids.append(Digest.parse(text))
-        except InvalidImage as error:
-            raise InvalidImage(f"{what}: rootfs.diff_ids[{i}]: {error}") from None
-    return Config(
-        Platform(found.os or "unknown", found.architecture or "unknown", found.variant or ""),
-        tuple(diff_ids),
-        document,
-    )
+    platform = Platform(found.os or "unknown", found.architecture or "unknown", found.variant or "")
+    return Config(platform, digests(texts, what, "rootfs.diff_ids[{}]"), document)
 
 
 def check_layout(data: bytes, what: str, *, limits: Limits = DEFAULT) -> None:
@@ -380,12 +376,15 @@ def add_entry(entries: list[Descriptor], entry: Descriptor, name: str) -> None:
     As skopeo does: an older entry of that name stays, but loses the name, and an entry of the same manifest
     that has no name becomes the new one.
     """
-    annotations = {key: value for key, value in entry.annotations.items() if key not in (REF_NAME, CONTAINERD_NAME)}
-    new = replace(entry, annotations=annotations | ({REF_NAME: name} if name else {}))
+
+    def named(old: Descriptor, name: str) -> Descriptor:
+        kept = {key: value for key, value in old.annotations.items() if key not in (REF_NAME, CONTAINERD_NAME)}
+        return replace(old, annotations=kept | ({REF_NAME: name} if name else {}))
+
+    new = named(entry, name)
     for i, old in enumerate(entries):
         if name and old.annotations.get(REF_NAME) == name:
-            kept = {key: value for key, value in old.annotations.items() if key not in (REF_NAME, CONTAINERD_NAME)}
-            entries[i] = replace(old, annotations=kept)
+            entries[i] = named(old, "")
     for i, old in enumerate(entries):
         if old.digest == new.digest and (REF_NAME not in old.annotations or not name):
             # A manifest that has a name already is listed; it needs no second entry without one.

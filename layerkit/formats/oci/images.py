@@ -64,15 +64,9 @@ class Reading:
             )
         for layer in parsed.layers:
             limits.check("layer_blob_bytes", layer.size, f"{what}: layer {layer.digest}")
-        return Image(
-            name=name,
-            manifest=manifest,
-            descriptor=replace(entry, platform=entry.platform or config.platform),
-            config=data,
-            config_descriptor=parsed.config,
-            layers=tuple(Layer(*pair) for pair in zip(parsed.layers, config.diff_ids, strict=True)),
-            platform=config.platform,
-        )
+        descriptor = replace(entry, platform=entry.platform or config.platform)
+        layers = tuple(map(Layer, parsed.layers, config.diff_ids))
+        return Image(name, manifest, descriptor, data, parsed.config, layers, config.platform)
 
     def every(self, entries: Sequence[Descriptor], name: str) -> list[Image]:
         """Return the images of all platforms among ``entries`` and the indexes they lead to, each once.
@@ -163,15 +157,12 @@ def wanted(data: bytes, entry: Descriptor, platforms: Sequence[str], limits: Lim
     """Return the manifests of the index ``data`` that are to be remapped, nested indexes among them."""
     index = oci.parse_index(data, str(entry.digest), media_type=entry.media_type, limits=limits)
     asked = [Platform.parse(text) for text in platforms]
-    found: dict[Digest, None] = {}
-    for each in index.manifests:
-        platform = each.platform
-        if not oci.is_image(each):
-            continue
-        if platform is not None and (platform.os != "linux" if not asked else platform not in asked):
-            continue
-        found[each.digest] = None
-    return tuple(found)
+
+    def fits(platform: Platform | None) -> bool:
+        return platform is None or (platform in asked if asked else platform.os == "linux")
+
+    chosen = (each.digest for each in index.manifests if oci.is_image(each) and fits(each.platform))
+    return tuple(dict.fromkeys(chosen))
 
 
 # Which entry of an index fits a platform (image-spec, image-index.md, "platform").

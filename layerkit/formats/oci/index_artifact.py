@@ -96,10 +96,7 @@ def needs(blob: Descriptor, what: str) -> list[Digest]:
         InvalidImage: the annotation is malformed.
     """
     texts = blob.annotations.get(BELOW_KEY, "")
-    try:
-        return [Digest.parse(text) for text in texts.split(",")] if texts else []
-    except InvalidImage as error:
-        raise InvalidImage(f"{what}: annotations[{BELOW_KEY!r}]: {error}") from None
+    return list(oci.digests(texts.split(",") if texts else (), what, f"annotations[{BELOW_KEY!r}]"))
 
 
 def _contents(below: Sequence[Index]) -> zstandard.ZstdCompressionDict | None:

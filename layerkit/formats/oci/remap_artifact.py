@@ -112,18 +112,14 @@ def parse(data: bytes, what: str, *, limits: Limits = DEFAULT) -> RemapArtifact:
             f"{what}: annotations[{VERSION_KEY!r}]: this layerkit reads version {FORMAT_VERSION}, "
             f"found {version!r}; use a newer one"
         )
-    try:
-        texts = said.get(LAYERS_KEY, "")
-        diff_ids = tuple(Digest.parse(text) for text in texts.split(",")) if texts else ()
-    except InvalidImage as error:
-        raise InvalidImage(f"{what}: annotations[{LAYERS_KEY!r}]: {error}") from None
+    texts = said.get(LAYERS_KEY, "")
     return RemapArtifact(
         subject=manifest.subject,
         blobs=manifest.layers,
         mapping=need(MAP_KEY),
         namespace=one_of(NAMESPACE_KEY, NAMESPACES),
         rendering=one_of(RENDERING_KEY, RENDERINGS),
-        diff_ids=diff_ids,
+        diff_ids=oci.digests(texts.split(",") if texts else (), what, f"annotations[{LAYERS_KEY!r}]"),
         annotations=said,
     )
 
