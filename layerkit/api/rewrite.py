@@ -232,6 +232,7 @@ def copy(
     route = Route(src, dst, chosen, platform, all_platforms, progress)
     if all_platforms and reference.parse(src).transport != "store":
         with closing(open_source(src, limits=chosen.bounds, registry=chosen.registry)) as source:
-            return use_case.copy_whole(source, chosen.destination(dst, source), chosen.bounds, progress)
+            return use_case.copy(source, None, chosen.destination(dst, source), chosen.bounds, progress)
     with open_image(src, platform=route.platform, settings=chosen) as opened:
-        return use_case.copy(opened.work(progress), chosen.destination(dst, opened.source))
+        to = chosen.destination(dst, opened.source)
+        return use_case.copy(opened.source, opened.image, to, chosen.bounds, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, line, note, table
+from layerkit.cli.render import Output, analysis_page, fields, human, line, note, table, write_page
 from layerkit.model.errors import UsageError, show_path
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def analyze(
             held.append((report.name, indexes))
     shared = sharing(held) if len(refs) > 1 else None
     if html is not None:
-        from layerkit.cli import pages
-
-        pages.write(html, pages.analysis(reports[0]))
+        write_page(html, analysis_page(reports[0]))
     images = [report.to_dict() for report in reports]
     if not out.told("analyze", {"images": images, "sharing": shared.to_dict() if shared else None}):
         for report in reports:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, line, table
+from layerkit.cli.render import Output, fields, human, line, page, table, write_page
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ def cache(
     with out.progress() as step:
         report = cache_report(mounts, o.store_dir(store), top=top, progress=step)
     if html is not None:
-        from layerkit.cli import pages
-
-        pages.write(html, pages.page("cache.html", report.to_dict()))
+        write_page(html, page("cache.html", report.to_dict()))
         out.note(f"wrote {html}")
     if out.told("cache", report.to_dict(), report.warnings):
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human
+from layerkit.cli.render import Output, human
 
 
 def unpack(
@@ -43,16 +43,14 @@ def unpack(
     mapping = ids.mapping()
     with how.open(src) as image, out.progress() as step:
         result = image.unpack(folder, mapping, copy=copy, progress=step)
-    if out.told("unpack", result.to_dict(), result.warnings):
-        return
     shared = f", {human(result.shared_bytes)} shared with the store" if result.shared_bytes else ""
-    fields([
+    out.answered("unpack", result, [
         ("image", f"{result.name}  {result.manifest}"),
         ("map", result.map_text or "none"),
         ("folder", result.target),
         ("entries", f"{result.entries:,}, {human(result.data_bytes)} of data{shared}"),
         ("made in", f"{result.seconds:.2f} s, {result.layers_read} of {result.layers} layers read"),
-    ])  # fmt: skip
+    ], result.warnings)  # fmt: skip
 
 
 def pack(
@@ -93,12 +91,10 @@ def pack(
     options = PackOptions(rewrite, ids.mapping(), message, checksum)
     with how.open(base) as image, out.progress() as step, image.kept(step) as work:
         result = use_case(folder, work, image.settings.destination(dst, image.source), options)
-    if out.told("pack", result.to_dict(), result.warnings) or out.holds_archive:
-        return
-    fields([
+    out.answered("pack", result, [
         ("image", f"{dst}  {result.manifest}"),
         ("base", f"{result.name}  {result.base}"),
         ("layer", f"{result.layer}  {human(result.layer_bytes)}"),
         ("changes", f"{result.added:,} added, {result.changed:,} changed, {result.removed:,} removed"),
         ("made in", f"{result.seconds:.2f} s, {human(result.hashed_bytes)} compared"),
-    ])  # fmt: skip
+    ], result.warnings)  # fmt: skip

@@ -17,7 +17,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from layerkit.linux.configuration import configured, everything
-from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
     from layerkit.api.image import OpenImage
@@ -352,17 +351,8 @@ class Rewriting:
 
 
 def one_platform(platform: str | None, all_platforms: bool) -> str | None:
-    """Return the platform that is meant, None for this host's or all.
-
-    Raises:
-        UsageError: --all-platforms stands beside --platform.
-    """
-    # What is configured is a default, which --all-platforms overrides.
-    if all_platforms and platform == configured("platform"):
-        return None
-    if all_platforms and platform is not None:
-        raise UsageError("--all-platforms and --platform exclude each other; give one of them")
-    return platform
+    """Return the platform that was asked for: what is configured is a default, which --all-platforms overrides."""
+    return None if all_platforms and platform == configured("platform") else platform
 
 
 _CONFIGURED = {

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import Output, fields, human, next_mount, table
+from layerkit.cli.render import Output, human, next_mount, table
 
 group = typer.Typer(
     no_args_is_help=True, help="Publish what is known of layers, so that nobody has to read them again.",
@@ -49,10 +49,8 @@ def push_indexes(
         report = registry.push_indexes(
             src, dst, platform=platform, settings=o.settings(store), mount_from=mount_from or (), progress=step
         )
-    if out.told("index-push", report.to_dict()):
-        return
     share = 100 * report.bytes / report.image_bytes if report.image_bytes else 0
-    fields([
+    out.answered("index-push", report, [
         ("image", f"{report.name}  {report.manifest}"),
         ("artifact", report.artifact),
         ("indexes", f"{human(report.bytes)} for {report.layers} layers, {share:.2f} % of the image's bytes"),
@@ -133,18 +131,17 @@ def pull(
             ref, mapping, key=key, require_published=require_published, own_meta=own_meta, platform=platform,
             settings=o.settings(store, data=data), progress=step,
         )  # fmt: skip
-    if out.told("pull", report.to_dict(), (f"not used: {text}" for text in report.refused)):
-        return
     made = report.remap
     if report.published:
         published = f"{report.published} agrees{', signed by the key' if report.signed else ''}"
     else:
         published = "none that is right for this map; made here"
-    fields([
+    refused = [f"not used: {text}" for text in report.refused]
+    if out.answered("pull", report, [
         ("image", f"{made.name}  {made.manifest}"),
         ("map", made.map_text or "none"),
         ("entries", f"{made.entries:,} in {made.layers} layers, {human(made.data_bytes)} of data"),
         ("published", published if mapping is not None else "not looked for without a map"),
         ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
-    ])  # fmt: skip
-    next_mount(made, out)
+    ], refused):  # fmt: skip
+        next_mount(made, out)

@@ -154,9 +154,7 @@ def _show_all(whole: PlatformsReport, out: Output) -> None:
 
 
 def _show(result: RemapReport, out: Output) -> None:
-    if out.told("remap", result.to_dict(), result.warnings) or out.holds_archive:
-        return
-    fields([
+    if out.answered("remap", result, [
         ("image", f"{result.name}  {result.manifest}"),
         ("map", result.map_text or "none"),
         ("entries", f"{result.entries:,} in {result.layers} layers, {human(result.data_bytes)} of data"),
@@ -164,8 +162,7 @@ def _show(result: RemapReport, out: Output) -> None:
         ("made in", f"{result.seconds:.2f} s, {result.layers_read} layers read"),
         *([("artifact", result.artifact)] if result.artifact else []),
         *([("written", out.dst)] if out.dst is not None else []),
-    ])  # fmt: skip
-    if out.dst is None:
+    ], result.warnings) and out.dst is None:  # fmt: skip
         next_mount(result, out)
 
 

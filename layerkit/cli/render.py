@@ -1,4 +1,7 @@
-"""The one renderer: results on standard output, progress and notes on standard error."""
+"""The one renderer: results on standard output, progress and notes on standard error, reports as HTML pages.
+
+A page needs nothing but itself: no network, no other file.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from layerkit.cli.options import Json, Quiet
@@ -15,7 +19,8 @@ from layerkit.model.errors import show_lines, show_path
 
 if TYPE_CHECKING:
     from layerkit.model.ports import Progress
-    from layerkit.model.reports import RemapReport
+    from layerkit.model.reports import RemapReport, Report
+    from layerkit.usecases.analyze import AnalyzeReport
     from layerkit.usecases.each_platform import PlatformsReport
 
 
@@ -57,6 +62,27 @@ class Output:
         if self.json:
             emit_json(schema, body, sys.stderr if self.holds_archive else sys.stdout)
         return self.json
+
+    def answered(
+        self,
+        schema: str,
+        report: Report,
+        pairs: Sequence[tuple[str, object]],
+        warnings: Iterable[str] = (),
+        archived: str = "",
+    ) -> bool:
+        """Tell a report: as JSON, else as ``pairs``, else, beside an archive, in the line ``archived`` if any.
+
+        Returns:
+            Whether ``pairs`` were printed.
+        """
+        if self.told(schema, report.to_dict(), warnings):
+            return False
+        if not self.holds_archive:
+            fields(pairs)
+        elif archived:
+            self.note(archived)
+        return not self.holds_archive  # fmt: skip
 
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
@@ -198,3 +224,41 @@ def show_platforms(schema: str, report: PlatformsReport, out: Output) -> None:
         ],
         right=(1, 2, 3, 4),
     )  # fmt: skip
+
+
+PATHS_SHOWN = 50_000
+"""The worst paths that a page holds: more of them only make it slow to open."""
+
+
+def analysis_page(report: AnalyzeReport) -> str:
+    """Return the page of an analysis, the same bytes for the same report."""
+    body = report.to_dict()
+    body["name"] = show_path(report.name)
+    body["paths"] = [path.to_dict() for path in report.paths[:PATHS_SHOWN]]
+    body["paths_left_out"] = max(0, len(report.paths) - PATHS_SHOWN)
+    return page("report.html", body)
+
+
+def page(template: str, body: Mapping[str, object]) -> str:
+    """Return the page ``template`` of this package with ``body`` as its data, which cannot break out of it.
+
+    Every name in it comes from an image and may be made to do so. The data is JSON in a script element that is
+    never run, with all that HTML could take for markup escaped (WHATWG HTML, 4.12.1.3, restrictions for contents of
+    script elements), and the page's script writes names as text only.
+    """
+    from importlib import resources
+
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    html = resources.files("layerkit.cli").joinpath(template).read_text("utf-8")
+    before, _, after = html.partition("@DATA@")
+    return before + text + after
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page, so that it is there whole or not at all."""
+    from layerkit.linux.durable import whole_file
+
+    with whole_file(path) as file:
+        file.write(text.encode("ascii"))

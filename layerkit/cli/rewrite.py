@@ -57,12 +57,8 @@ def flatten(
     if isinstance(report, PlatformsReport):
         show_platforms("flatten-platforms", report, out)
         return
-    if out.told("flatten", report.to_dict(), report.warnings):
-        return
-    if out.holds_archive:
-        out.note(f"{report.manifest}: {report.layers_after} layers, before {report.layers_before}")
-        return
-    fields([
+    short = f"{report.manifest}: {report.layers_after} layers, before {report.layers_before}"
+    out.answered("flatten", report, [
         ("image", f"{report.name or dst}  {report.manifest}"),
         ("layers", f"{report.layers_after}, before {report.layers_before}"),
         ("merged", f"{report.merged[0]} to {report.merged[-1]} into {report.layer or 'nothing: no difference'}"),
@@ -70,7 +66,7 @@ def flatten(
         ("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}"),
         ("tree", f"{report.tree_digest}, as before"),
         ("made in", f"{report.seconds:.2f} s"),
-    ])  # fmt: skip
+    ], report.warnings, short)  # fmt: skip
 
 
 def optimize(
@@ -195,15 +191,10 @@ def copy(
             src, dst, all_platforms=all_platforms, platform=o.one_platform(platform, all_platforms),
             settings=o.settings(store), progress=step,
         )  # fmt: skip
-    if out.told("copy", report.to_dict()):
-        return
-    if out.holds_archive:
-        out.note(f"copied {report.manifest}")
-        return
-    fields([
+    out.answered("copy", report, [
         ("image", f"{report.name or dst}  {report.manifest}"),
         ("platforms", len(report.images)),
         ("attached", report.attached or "nothing"),
         *([("left behind", report.left)] if report.left else []),
         ("copied", f"{report.blobs} blobs, {human(report.bytes)}, in {report.seconds:.2f} s"),
-    ])  # fmt: skip
+    ], archived=f"copied {report.manifest}")  # fmt: skip

@@ -8,7 +8,17 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Base of all answers."""
+    """Base of all answers.
+
+    Fields that have one meaning wherever they are, unless an answer says otherwise: ``name``: what the source calls
+    the image. ``manifest``: digest of the manifest, of a new image its own; ``source``: that of the image that it
+    was made from. ``map_text``: the id map in canonical form, "" for none. ``layers``: of the image.
+    ``layers_read``: blobs that had to be read; 0 when all was in the store. ``data_bytes``: logical bytes of the
+    files, hard links counted once. ``data_backend``: where the data is kept, ``tar`` or ``objects``.
+    ``meta_bytes``: bytes of metadata that exist for this map alone. ``tree_digest``: of the root filesystem, the
+    same before and after. ``compressor``: of the layers that were written: name, version and settings; "" for none.
+    ``seconds``: wall time. ``warnings``: what the user must know, or what was odd but harmless.
+    """
 
     def to_dict(self) -> dict[str, object]:
         """Return the answer as JSON-able values under the names of its fields."""
@@ -20,22 +30,12 @@ class RemapReport(Report):
     """What a remap or mount made.
 
     Attributes:
-        name: what the source calls the image.
-        manifest: digest of its manifest.
-        map_text: the id map in canonical form, "" for none.
         map_flags: the flags that ask for this map again.
         next_ref: the reference under which the result can be mounted.
         entries: names in the root filesystem.
-        layers: of the image.
-        layers_read: blobs that had to be read; 0 when all was in the store.
-        data_bytes: logical bytes of the files, hard links counted once.
-        data_backend: ``tar`` or ``objects``.
         rendering: ``erofs``, ``directory`` or ``tar``.
         how: ``idmapped`` (one META for every map), ``own META``, or ``unmapped``.
-        meta_bytes: bytes of metadata that exist for this map alone.
         shared_meta_bytes: bytes of the META that all maps share.
-        seconds: wall time.
-        warnings: what was odd but harmless.
         artifact: digest of the artifact's manifest, "" where none was made.
     """
 

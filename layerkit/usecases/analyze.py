@@ -136,12 +136,7 @@ def analyze(
 ) -> AnalyzeReport:
     """Return where the bytes of ``image`` go, from the ``indexes`` of its layers alone.
 
-    Args:
-        name: what the image is called.
-        image: whose layers are meant.
-        indexes: bottom layer first.
-        history: what made each layer, as text; may be shorter.
-        limits: bounds on the merge.
+    ``history`` says what made each layer, as text; it may be shorter.
 
     Raises:
         UnsafeEntry: the layers cannot be merged.

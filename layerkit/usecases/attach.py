@@ -84,12 +84,7 @@ class AttachOptions:
 def attach(work: Work, places: Sequence[Destination], options: AttachOptions, found: Found) -> RemapReport:
     """Make META for the map once and attach it to the image in each of ``places``; the image keeps its digest.
 
-    Args:
-        work: the image.
-        places: where it all goes, one after the other; the image is copied where it is not there yet. On an error
-            nothing of it is visible in the place, and in those that follow.
-        options: the artifact.
-        found: the indexes of the image's layers.
+    It is copied where it is not there yet. On an error nothing is visible in the place, and in those that follow.
 
     Raises:
         UnmappedId: the map does not cover an owner.

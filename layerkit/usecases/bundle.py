@@ -32,16 +32,11 @@ class BundleReport(Report):
 
     Attributes:
         folder: of the bundle.
-        name, manifest: of the image.
-        map_text: the id map in canonical form, "" for none.
         user: uid:gid of the process, in the container.
         args: its words.
         how: as :class:`~layerkit.model.reports.RemapReport` has it.
-        meta_bytes: bytes of metadata that exist for this map alone.
-        layers_read: blobs that had to be read.
         rootless: the runtime mounts the root filesystem itself.
         reused: the folder was a bundle already, and kept what was written in it.
-        seconds: wall time.
         warnings: what the image asked for and does not get, and what was odd but harmless.
     """
 
@@ -82,13 +77,9 @@ class BundleOptions:
 
 
 def bundle(work: Work, store: LocalStore, folder: Path, options: BundleOptions) -> BundleReport:
-    """Make an OCI runtime bundle of the image.
+    """Make an OCI runtime bundle of the image, which is brought into ``store``.
 
-    Args:
-        work: the image.
-        store: it is brought into.
-        folder: a new or empty folder, or a bundle of the same image and map that is not mounted.
-        options: what the bundle is to be like.
+    ``folder`` is new or empty, or a bundle of the same image and map that is not mounted.
 
     Raises:
         UsageError: no command, a folder in use, a map that no namespace can have.

@@ -26,7 +26,7 @@ from layerkit.model.image import Image
 from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSink, ImageSource, Progress
 from layerkit.model.reports import Report
-from layerkit.model.work import Destination, Work
+from layerkit.model.work import Destination
 from layerkit.usecases.each_platform import PassingSink, nameless
 
 
@@ -42,7 +42,6 @@ class CopyReport(Report):
         left: digests of those that did not: attached to what was not copied, or not to be kept in the destination.
         blobs: that were copied; those the destination had are not.
         bytes: of these.
-        seconds: wall time.
     """
 
     name: str
@@ -55,29 +54,17 @@ class CopyReport(Report):
     seconds: float
 
 
-def copy(work: Work, dst: Destination) -> CopyReport:
-    """Copy the image byte for byte, with what is attached to it.
-
-    Raises:
-        InvalidImage: a blob is missing or not what its descriptor promises.
-    """
-    return _copied(work.source, work.image, dst, work.limits, work.progress)
-
-
-def copy_whole(source: ImageSource, dst: Destination, limits: Limits, progress: Progress | None) -> CopyReport:
-    """Copy all that the reference of ``source`` names, an index with all its platforms, and what is attached to it.
-
-    Raises:
-        InvalidImage: a blob is missing or not what its descriptor promises.
-    """
-    # A docker archive has no index: there is one image to copy.
-    return _copied(source, None if source.chosen() else source.image(), dst, limits, progress)
-
-
-def _copied(
-    source: ImageSource, image: Image | None, dst: Destination, limits: Limits, progress: Progress | None
+def copy(
+    source: ImageSource, image: Image | None, dst: Destination, limits: Limits, progress: Progress | None = None
 ) -> CopyReport:
+    """Copy ``image`` byte for byte, or all that the reference of ``source`` names, with what is attached to it.
+
+    Raises:
+        InvalidImage: a blob is missing or not what its descriptor promises.
+    """
     start = time.monotonic()
+    if image is None and not source.chosen():
+        image = source.image()  # a docker archive has no index: there is one image to copy
     with dst.sink() as sink:
         work = _Copy(source, sink, limits, progress)
         if image is not None:

@@ -32,7 +32,6 @@ class PlatformsReport(Report):
         manifest: digest of the new index, "" where nothing was written.
         platforms: of the images, as ``os/arch[/variant]``.
         images: for each of them what was done to it.
-        seconds: wall time.
     """
 
     name: str
@@ -45,13 +44,7 @@ class PlatformsReport(Report):
 def each_platform(
     source: ImageSource, dst: Destination, do: Callable[[Image, Destination], object], limits: Limits
 ) -> PlatformsReport:
-    """Do ``do`` to the image of every platform that the reference of ``source`` names.
-
-    Args:
-        source: with an index.
-        dst: gets one index of the results.
-        do: writes what becomes of an image to a destination.
-        limits: bounds on input.
+    """Do ``do`` to the image of every platform that ``source`` was opened for; one index of all goes to ``dst``.
 
     Raises:
         UsageError: no index, or a destination without room for one.

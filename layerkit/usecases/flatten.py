@@ -33,8 +33,6 @@ class FlattenReport(Report):
 
     Attributes:
         name: of the image in the output.
-        manifest: digest of the new manifest.
-        source: digest of the manifest it was made from.
         layers_before, layers_after: of the image.
         merged: places of the layers that were merged, from 1, bottom first.
         layer: digest of the new layer, "" where nothing was left to write.
@@ -42,10 +40,6 @@ class FlattenReport(Report):
         bytes_before, bytes_after: of all blobs of layers.
         entries: rows in the new layer.
         whiteouts: of these, names taken away from the layers below.
-        tree_digest: of the root filesystem, the same before and after.
-        compressor: of the layer: name, version and settings; "" for none.
-        seconds: wall time.
-        warnings: what the user must know of the result.
     """
 
     name: str

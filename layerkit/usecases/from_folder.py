@@ -41,14 +41,11 @@ class PackReport(Report):
         layer: digest of the new layer's blob.
         diff_id: of the new layer.
         layer_bytes: size of the blob.
-        map_text: the id map in canonical form, "" for none.
         entries: names in the folder.
         added: new names in the layer.
         changed: names in it that the base has as well.
         removed: whiteouts in it.
         hashed_bytes: how much of the folder was read to see what changed.
-        seconds: wall time.
-        warnings: what was left out, or odd but harmless.
     """
 
     name: str
@@ -87,13 +84,8 @@ class PackOptions:
 def pack(folder: Path, work: Work, dst: Destination, options: PackOptions) -> PackReport:
     """Put the image with the changes in ``folder`` as one more layer to ``dst``.
 
-    The blob is read back before anything is visible: the base with it on top is the folder, or it is an error.
-
-    Args:
-        folder: a root filesystem, as ``unpack`` writes it.
-        work: the image that the folder was made from.
-        dst: where the result goes.
-        options: what the layer is to be like.
+    ``folder`` is a root filesystem, as ``unpack`` writes it. The blob is read back before anything is visible: the
+    base with it on top is the folder, or it is an error.
 
     Raises:
         UnmappedId: an owner in the folder that is outside the map.

@@ -32,11 +32,7 @@ class Brought(NamedTuple):
 def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: MountOptions) -> Brought:
     """Bring the image into ``store`` under its name, and make META for ``mapping`` if it needs one of its own.
 
-    Args:
-        work: the image; only those of its blobs are read that the store lacks.
-        store: where to.
-        mapping: the id map; None keeps the owners.
-        options: what the mount will be like.
+    Only those blobs are read that the store lacks.
 
     Raises:
         UnmappedId: an owner outside the map.
@@ -85,7 +81,7 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
 def mount(
     work: Work, store: LocalStore, target: Path, mapping: Mapping | None, options: MountOptions
 ) -> RemapReport:
-    """Mount the image under ``mapping`` at ``target``; see :func:`bring` for the other arguments.
+    """Mount the image under ``mapping`` at ``target``.
 
     Raises:
         UnmappedId: an owner outside the map.

@@ -55,7 +55,6 @@ class OptimizeReport(Report):
     Attributes:
         name: of the image in the output.
         manifest: digest of the new manifest, "" for a dry run.
-        source: digest of the manifest it was made from.
         layers: one for each layer of the source, bottom first.
         layers_before, layers_after: of the image.
         bytes_before, bytes_after: of all layer blobs; ``bytes_after`` is None for a dry run.
@@ -65,10 +64,6 @@ class OptimizeReport(Report):
         file_bytes_before, file_bytes_after: stored bytes of all regular files, uncompressed.
         kept_base: layers from the bottom that were not to be touched.
         base_cost_bytes: file bytes that could go besides if the base were touched.
-        tree_digest: of the root filesystem, the same before and after.
-        compressor: of the layers that were written: name, version and settings; "" for none.
-        seconds: wall time.
-        warnings: what the user must know of the result.
     """
 
     name: str

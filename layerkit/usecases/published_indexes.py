@@ -14,6 +14,7 @@ from typing import NamedTuple
 from layerkit.formats.index import toc
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import index_artifact
+from layerkit.images.oci.blobs import read_all
 from layerkit.images.transfer import copy_image
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
@@ -24,10 +25,9 @@ from layerkit.model.ports import ImageSink
 from layerkit.model.reports import Report
 from layerkit.model.work import Destination, Others, Work
 from layerkit.store.unproven import UnprovenIndexes
-from layerkit.unpack import VerifiedBlob, find_indexes
+from layerkit.unpack import find_indexes
 
 _BLOB_BYTES = 1 << 30
-_CHUNK_BYTES = 1 << 20
 
 
 class PublishedIndexes(Others):
@@ -88,16 +88,9 @@ class PublishedIndexes(Others):
     def _read(self, blob: Descriptor, what: str) -> bytes:
         if blob.size > _BLOB_BYTES:
             raise InvalidImage(f"{what}: {blob.size} bytes")
-        reader = self._source.open_blob(blob)
-        out, buffer = bytearray(), memoryview(bytearray(_CHUNK_BYTES))
-        try:
-            verified = VerifiedBlob(reader, blob, self._limits)
-            while got := verified.readinto(buffer):
-                out += buffer[:got]
-            verified.finish()
-        finally:
-            reader.close()
-        return bytes(out)
+        self._limits.check("layer_blob_bytes", blob.size, f"{what}: bytes of the blob")
+        data = read_all(self._source.open_blob(blob), blob.size, what, "layer_blob_bytes")
+        return oci.verify(data, blob, what)
 
     def _from_toc(self, layer: Layer) -> Index | None:
         place, ranges = toc.locate(layer.descriptor), self._source.ranges(layer.descriptor)
@@ -115,10 +108,7 @@ class PublishReport(Report):
     """What was published.
 
     Attributes:
-        name: of the image.
-        manifest: of the image.
         artifact: digest of the index artifact.
-        layers: of the image.
         layers_read: blobs that were read because no index was kept.
         blobs: indexes that were sent or mounted; those that were there already are not.
         bytes: of all indexes of the image.
@@ -207,8 +197,6 @@ class IndexPullReport(Report):
     """What :func:`pull_indexes` found.
 
     Attributes:
-        name: of the image.
-        manifest: of the image.
         layers: bottom first; the origin is ``store``, ``cache``, ``artifact`` or ``toc``.
         bytes: that were read from the registry for it, manifests included.
         image_bytes: of the layers' blobs, for comparison.

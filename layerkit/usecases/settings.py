@@ -191,16 +191,11 @@ class RewriteOptions:
         return cls(how, creation_time(created, os.environ.get("SOURCE_DATE_EPOCH")))
 
 
-def usable_store(path: Path) -> bool:
-    """Return whether there is a store at ``path``, of this user and to be written to."""
-    # Even to read from one takes writing: locks, and the catalog's log.
-    return os.access(path / "version.json", os.R_OK | os.W_OK)
-
-
 @contextlib.contextmanager
 def kept(settings: Settings) -> Iterator[Kept]:
     """Give what the store keeps of layers, and hold it; looking at an image makes no store, and needs none."""
-    if not usable_store(settings.store_path):
+    # Even to read from a store takes writing: locks, and the catalog's log.
+    if not os.access(settings.store_path / "version.json", os.R_OK | os.W_OK):
         yield NOTHING_KEPT
         return
     with settings.open_store(create=False) as store, store.hold():

@@ -48,9 +48,7 @@ _LEAST_BYTES = 2048
 def as_stubs(index: Index, rows: Mapped[int, bytes]) -> Index:
     """Return ``index`` with stubs at ``rows``, which are regular files.
 
-    Args:
-        index: of the layer.
-        rows: for each row its redirect, an absolute path, or b"" where the data is at the same path.
+    Each row has its redirect, an absolute path, or b"" where the data is at the same path.
     """
     sets: dict[XattrSet, int] = {pairs: at for at, pairs in reversed(list(enumerate(index.xattr_sets)))}
     all_sets = list(index.xattr_sets)
@@ -97,12 +95,8 @@ def filled(index: Index, below: Tree) -> Index:
 def plan_stubs(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits = DEFAULT) -> Plan:
     """Return the plan that makes stubs of the files which a layer repeats with other metadata.
 
-    The layers below keep their bytes, so that they stay shared; nothing that is hidden goes away.
-
-    Args:
-        indexes: of the layers, bottom first.
-        keep_base: layers from the bottom that are left alone.
-        limits: bounds.
+    The layers below keep their bytes, so that they stay shared; nothing that is hidden goes away, and ``keep_base``
+    layers from the bottom are left alone.
 
     Raises:
         UsageError: fewer layers than ``keep_base``.

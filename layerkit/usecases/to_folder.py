@@ -63,19 +63,10 @@ class UnpackReport(Report):
     """What an unpacking made.
 
     Attributes:
-        name: what the source calls the image.
-        manifest: digest of its manifest.
         target: the folder.
-        map_text: the id map in canonical form, "" for none.
         entries: names in the root filesystem.
-        layers: of the image.
-        layers_read: blobs that had to be read; 0 when all was in the store.
-        data_bytes: logical bytes of the files, hard links counted once.
-        shared_bytes: of these, bytes whose blocks are the store's.
+        shared_bytes: of ``data_bytes``, bytes whose blocks are the store's.
         copied_bytes: bytes that were written.
-        data_backend: where the data came from, ``tar`` or ``objects``.
-        seconds: wall time.
-        warnings: what was odd but harmless.
     """
 
     name: str
@@ -116,13 +107,8 @@ class UnpackOptions:
 def unpack(work: Work, store: LocalStore, target: Path, options: UnpackOptions) -> UnpackReport:
     """Bring the layers of the image into ``store`` and write its root filesystem to the new folder ``target``.
 
-    The layers stay in the store until its next gc, unless an image with a name needs them.
-
-    Args:
-        work: the image.
-        store: takes the layers that it lacks.
-        target: a folder that does not exist yet, or is empty; it appears whole or not at all.
-        options: what it is to be like.
+    The layers stay in the store until its next gc, unless an image with a name needs them. ``target`` is new or
+    empty; it appears whole or not at all.
 
     Raises:
         UsageError: ``target`` or a word is not to be had.

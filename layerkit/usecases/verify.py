@@ -65,10 +65,8 @@ class Published(NamedTuple):
 def find_published(work: Work, mapping: Mapping, key: Path | None) -> Published:
     """Return the remap artifact for ``mapping`` that is attached to the image and right, byte for byte.
 
-    Args:
-        work: the image; indexes that are kept were read from its layers.
-        mapping: the id map.
-        key: public key; only artifacts with a statement that it has signed count.
+    Indexes that are kept were read from its layers. With a public ``key`` only artifacts count that have a
+    statement which it has signed.
     """
     verifier = None
     if key is not None:
@@ -97,13 +95,9 @@ def find_published(work: Work, mapping: Mapping, key: Path | None) -> Published:
 
 
 def check_artifact(work: Work, tree: Tree, descriptor: Descriptor, data: bytes) -> artifact.RemapArtifact:
-    """Raise unless a remap artifact is, byte for byte, what layerkit makes of the image and its map.
+    """Raise unless a remap artifact, whose manifest is ``data``, is byte for byte what layerkit makes of the image.
 
-    Args:
-        work: the image that the artifact is attached to.
-        tree: of the image, from indexes that were read from its layers.
-        descriptor: of the artifact.
-        data: its manifest.
+    ``tree`` is of the image, from indexes that were read from its layers.
 
     Raises:
         InvalidImage: it is about another image, or its META is not the right one.

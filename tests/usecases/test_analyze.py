@@ -14,7 +14,7 @@ from programs import run_layerkit
 from trees import file, folder
 
 from layerkit.cli.analyze import parse_limit
-from layerkit.cli.pages import analysis as report_html
+from layerkit.cli.render import analysis_page as report_html
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.entry import Entry, Kind

@@ -17,7 +17,7 @@ from page_cache import drop
 from programs import Cli
 
 import layerkit
-from layerkit.cli import pages
+from layerkit.cli import render
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report
@@ -157,7 +157,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         seen=300_000, memory=60_000, by_sharers=((5, 60_000),),
         top=(CachedFile(hostile, "sha256:1", 100_000, 60_000, 5),), warnings=(hostile,),
     )  # fmt: skip
-    text = pages.page("cache.html", report.to_dict())
+    text = render.page("cache.html", report.to_dict())
     assert text.isascii()
     assert text.count("</script>") == 2
     assert "<img" not in text
