@@ -72,7 +72,7 @@ class Route:
     def __post_init__(self) -> None:
         """Refuse one platform and all of them."""
         if self.all_platforms and self.platform is not None:
-            raise UsageError("--all-platforms and --platform exclude each other; give one of them")
+            raise UsageError("--all-platforms and --platform cannot be used together; give one of them")
 
     def go(self, do: Callable[[Work, Destination], R]) -> R | PlatformsReport:
         """Do ``do`` to the image, or to each, and return what it returns; of several a report on all of them.

@@ -21,7 +21,7 @@ Stacking = Annotated[
     str,
     typer.Option(
         "--stacking", metavar="auto|data-only|classic",
-        help="For unpacked layers: how metadata lies over them; auto takes what the kernel can do.",
+        help="For unpacked layers: how metadata is put over them; auto takes what the kernel supports.",
     ),
 ]  # fmt: skip
 Reread = Annotated[bool, typer.Option("--reread", help="For unpacked layers: accept folders that changed.")]
@@ -37,7 +37,7 @@ def adopt(
         ),
     ],
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A new folder; gets `upper`, `work` and maybe `meta`.")
+        Path, typer.Argument(metavar="DIR", help="A new folder for `upper`, `work` and, if needed, `meta`.")
     ],
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
@@ -50,10 +50,10 @@ def adopt(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write an upper that shows a runtime's unpacked layers under an id map, to be mounted without layerkit.
+    """Write an upper that shows a runtime's unpacked layers under an id map; mount it with any tool.
 
     Only what the map changes is written, as stubs without data. `layerkit mount` takes the same references and
-    mounts them itself.
+    also mounts them.
 
     Example: `layerkit adopt containers-storage:app /srv/app-upper --uid-map 0:100000:65536 --stacking classic`
     """
@@ -63,7 +63,7 @@ def adopt(
     out, settings = Output(json, quiet), o.settings(store)
     mapping = o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
     if mapping is None:
-        raise UsageError("adopt without a map would write nothing: add --uid-map C:H:N or --subuid-name NAME")
+        raise UsageError("adopt needs a map: add --uid-map C:H:N or --subuid-name NAME")
     with settings.open_store() as held, out.progress() as step:
         report = adopting.write_upper(
             find_unpacked(ref), folder, mapping, held, stacking=stacking, reread=reread, limits=settings.bounds,

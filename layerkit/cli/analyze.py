@@ -18,26 +18,24 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 
 def analyze(
-    refs: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="One image or several; as for `layerkit inspect`.")
-    ],
+    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Images, as for `layerkit inspect`.")],
     html: o.Html = None,
     fail_over: Annotated[
         str | None,
         typer.Option(
             "--fail-over",
             metavar="SIZE|PERCENT",
-            help="Exit 1 if an image wastes more than this: 50MB, 20MiB, 5% of its files' bytes.",
+            help="Exit 1 if an image wastes more than this: 50MB, 20MiB, or 5% of its stored bytes.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Worst paths to show.")] = 10,
+    top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="How many worst paths to show.")] = 10,
     platform: o.Platform = None,
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Show where the bytes of an image go: new, held twice for a change of metadata, hidden by later layers.
+    """Show what each layer of an image adds, duplicates for a metadata change, and hides.
 
-    Of several images it also says what they share, and what they could.
+    For several images it also shows what they share and what they could share.
 
     Examples:
     `layerkit analyze image.tar`
@@ -51,7 +49,7 @@ def analyze(
 
     limit = parse_limit(fail_over) if fail_over is not None else None
     if html is not None and len(refs) > 1:
-        raise UsageError(f"--html shows one image, not {len(refs)}; call it once for each")
+        raise UsageError(f"--html shows one image, not {len(refs)}; run the command once for each image")
     settings = o.settings(store)
     reports, held = [], []
     with out.progress() as step:

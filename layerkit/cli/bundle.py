@@ -19,7 +19,7 @@ def bundle(
     ] = None,
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[COMMAND]...", help="In place of the image's command.", show_default=False),
+        typer.Argument(metavar="[COMMAND]...", help="Replaces the image's command.", show_default=False),
     ] = None,
     uid_map: o.UidMap = None,
     gid_map: o.GidMap = None,
@@ -28,32 +28,28 @@ def bundle(
         bool,
         typer.Option(
             "--rootless",
-            help="For an ordinary user's runc: host ids of the maps are those of your user namespace, "
-            "0 yourself and 1 and up your subordinate ids; the container's root is you.",
+            help="For runc as an ordinary user. You are the container's root. Host ids in the maps are those of "
+            "your user namespace: 0 is you, 1 and up are your subordinate ids.",
         ),
     ] = False,
     entrypoint: Annotated[
         str | None,
-        typer.Option(
-            "--entrypoint", metavar="WORD", help="In place of the image's; a JSON list for several words."
-        ),
+        typer.Option("--entrypoint", metavar="WORD", help="Replaces the image's; a JSON list for several words."),
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Set a variable; NAME unsets it.")
     ] = None,
     user: Annotated[
-        str | None, typer.Option("--user", "-u", metavar="USER[:GROUP]", help="Names are the image's own.")
+        str | None, typer.Option("--user", "-u", metavar="USER[:GROUP]", help="Names are looked up in the image.")
     ] = None,
     workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="PATH", help="Made if missing.")] = None,
     hostname: Annotated[str, typer.Option("--hostname", metavar="NAME", help="[default: the folder's name]")] = "",
     terminal: Annotated[bool, typer.Option("--tty", "-t", help="Give the process a terminal.")] = False,
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="A root filesystem that cannot be written.")
-    ] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Make the root filesystem read-only.")] = False,
     network: Annotated[
         str,
         typer.Option(
-            "--network", metavar="none|host", help="A network of its own with nothing in it, or the host's."
+            "--network", metavar="none|host", help="A network namespace with nothing in it, or the host's."
         ),
     ] = "none",
     volume: Annotated[
@@ -71,14 +67,14 @@ def bundle(
         typer.Option(
             "--seccomp",
             metavar="auto|unconfined|FILE",
-            help="Which system calls are open: auto takes the profile that podman uses on this host.",
+            help="Which system calls are allowed; auto takes the profile that podman uses on this host.",
         ),
     ] = "auto",
     annotation: Annotated[
         list[str] | None, typer.Option("--annotation", metavar="KEY=VALUE", help="Add an annotation.")
     ] = None,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Unmount and delete a bundle, named in the place of REF.")
+        bool, typer.Option("--remove", help="Unmount and delete a bundle; give its folder instead of REF.")
     ] = False,
     own_meta: o.OwnMeta = False,
     strict: o.Strict = False,
@@ -114,12 +110,12 @@ def bundle(
     out = Output(json, quiet)
     if remove:
         if folder is not None:
-            raise UsageError("--remove takes one folder and nothing else")
+            raise UsageError("--remove takes one folder and nothing else: layerkit bundle --remove DIR")
         bundling.remove(ref)
         out.note(f"removed {ref}")
         return
     if folder is None:
-        raise UsageError("a folder for the bundle is missing: layerkit bundle REF DIR")
+        raise UsageError("DIR is missing, the folder for the bundle: layerkit bundle REF DIR")
     mapping = o.mapping(uid_map, gid_map, subuid_name)
     from layerkit.formats.runtime.config import Wishes
 
@@ -136,10 +132,10 @@ def bundle(
         )
     out.warn(result.warnings)
     if mapping is None and not rootless and userns.in_initial_userns():
-        out.note("warning: no id map, so root in the container is root of the host; --uid-map C:H:N")
+        out.note("warning: no id map, so root in the container is root of the host; add --uid-map C:H:N")
     if out.told("bundle", result.to_dict()):
         return
-    kept = " (kept what was written in it)" if result.reused else ""
+    kept = " (earlier changes are kept)" if result.reused else ""
     fields([
         ("bundle", f"{result.folder} of {result.name}{kept}"),
         ("map", result.map_text or "none"),

@@ -11,14 +11,13 @@ from layerkit.cli.render import emit_json, table
 
 
 def config(
-    every: Annotated[
-        bool, typer.Option("--all", help="Bounds on input too that have their default value.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also show limits that have their default value.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Show every setting, its value, and where that comes from.
+    """Show every setting, its value, and where the value comes from.
 
-    A value comes from the flag, else the variable, else the user's config.toml, else that of the machine.
+    A value comes from the flag, else from the variable, else from the user's config.toml, else from
+    /etc/layerkit/config.toml.
 
     Examples:
     `layerkit config`

@@ -24,7 +24,7 @@ group = typer.Typer(no_args_is_help=True, help="Make images of the store known t
 def add(
     ref: o.Ref,
     name: Annotated[
-        str, typer.Option("--name", metavar="NAME", help="What containerd is to call it [default: its own name].")
+        str, typer.Option("--name", metavar="NAME", help="Name of the image in containerd [default: its own name].")
     ] = "",
     address: Annotated[
         Path,
@@ -41,10 +41,10 @@ def add(
     jobs: o.Jobs = 1,
     out: Output = Output(),
 ) -> None:
-    """Make an image known to containerd without download and without unpacking; then `ctr run` starts it.
+    """Make an image known to containerd without a download and without unpacking; `ctr run` can then start it.
 
-    Its layers are brought into layerkit's store if they are not there, and used where they lie. containerd gets
-    the manifest, the config and the names, some kilobytes; it cannot push or export such an image.
+    Its layers are read into layerkit's store if they are not there yet, and used from there. containerd gets only
+    the manifest, the config and the names, a few kilobytes, so it cannot push or export such an image.
 
     Examples:
     `layerkit containerd add image.tar --name example.com/app:1`
@@ -82,22 +82,22 @@ def add(
 
 def snapshotter(
     address: Annotated[
-        Path, typer.Option("--address", metavar="SOCKET", help="The unix socket that containerd is to talk to.")
+        Path, typer.Option("--address", metavar="SOCKET", help="The unix socket that containerd connects to.")
     ] = DEFAULT_ADDRESS,
     root: Annotated[
-        Path, typer.Option("--root", metavar="DIR", help="Where snapshots lie; one process for each root.")
+        Path, typer.Option("--root", metavar="DIR", help="Folder of the snapshots; one process for each.")
     ] = DEFAULT_ROOT,
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="DIR", help="Where mounts lie, a short path [default: below /run/layerkit]."),
+        typer.Option("--run", metavar="DIR", help="Folder of the mounts; a short path [default: in /run/layerkit]"),
     ] = None,
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Serve containerd as a snapshotter: owners mapped by metadata, images of the store without unpacking.
+    """Serve containerd as a snapshotter that maps owners by metadata and unpacks no image of the store.
 
-    It runs until it gets SIGTERM or SIGINT; containers go on without it. `layerkit setup containerd` prints what
-    containerd's config.toml needs, and a unit for systemd.
+    It runs until it gets SIGTERM or SIGINT; containers keep running without it. `layerkit setup containerd` sets
+    it up in containerd's config.toml and writes a systemd unit.
 
     Examples:
     `layerkit snapshotter`

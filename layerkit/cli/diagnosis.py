@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 _UPPER = {
-    "metadata": "only its metadata was copied up; the data is the layer's",
-    "data": "copied up with its data: it is shared with nobody",
-    "made": "made in this mount; it is in no layer",
+    "metadata": "only its metadata was copied up; its data is still the layer's",
+    "data": "copied up with its data; no other mount shares it",
+    "made": "made in this mount; no layer has it",
 }
 
 
 def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
     """Probe this host and the store's filesystem, and say which way of remapping fits best.
 
-    Then, for each container runtime: whether the kernel's idmapped mounts do the job (use them), or layerkit does
-    and how to switch it on, or neither and why; and whether an open for writing copies data there. Nothing is
-    decided by the kernel's version: every feature is tried.
+    For each container runtime it says what to use: the kernel's idmapped mounts, or layerkit and how to switch
+    it on, or neither and why. It also says whether opening a file for writing copies its data there. Every
+    feature is tried; the kernel's version decides nothing.
 
     Example: `layerkit doctor --store /srv/layerkit`
     """
@@ -49,7 +49,7 @@ def doctor(store: o.StoreDir = None, json: o.Json = False) -> None:
         [
             (
                 r.name + (f" {r.version}" if r.version else " (not installed)"),
-                r.answer, r.why, r.how, "not known" if r.clone is None else "a clone" if r.clone else "a copy",
+                r.answer, r.why, r.how, "unknown" if r.clone is None else "a clone" if r.clone else "a copy",
             )
             for r in report.runtimes
         ],
@@ -61,14 +61,14 @@ def which(
         str,
         typer.Argument(
             metavar="PATH|OBJECT",
-            help="A path in a mount of layerkit; or a content, layer or image: `sha256:HEX`, its first 8 or more "
-            "digits, or the short name of data, `/:x/NAME`.",
+            help="A path in a mount of layerkit. Or a file content, layer or image: `sha256:HEX`, the first 8 or "
+            "more digits of it, or the short name of data, `/:x/NAME`.",
         ),
     ],
     store: o.StoreDir = None,
     json: o.Json = False,
 ) -> None:
-    """Say which image, layer and blob a file comes from, where its bytes lie, and which mounts share them.
+    """Show which image, layer and blob a file comes from, where its bytes are, and which mounts share them.
 
     Examples:
     `layerkit which /mnt/usr/bin/python3`
@@ -123,16 +123,16 @@ def _layer(place: Place) -> str:
 
 
 def cache(
-    mounts: Annotated[list[Path], typer.Argument(metavar="MOUNT...", help="Mount points, ours or anybody's.")],
+    mounts: Annotated[list[Path], typer.Argument(metavar="MOUNT...", help="Mount points of any runtime.")],
     html: o.Html = None,
-    top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Files to name.")] = 10,
+    top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="Files to list.")] = 10,
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Say how much of each mount is in the page cache, and how much of that is one memory for several of them.
+    """Show how much of each mount is in the page cache, and how much of that several mounts share.
 
-    Nothing is read for it, so nothing comes into the cache. Each mount is asked file by file through its own path;
-    of another runtime's overlays the layers are found by their mount options.
+    No file is read for this, so the cache stays as it is. Each file is looked up through its own mount. For
+    overlays of other runtimes, the mount options tell where the layers are.
 
     Example: `layerkit cache /srv/one /srv/two /srv/three --html cache.html`
     """
@@ -152,7 +152,7 @@ def cache(
     table("", ["MOUNT", "IMAGE", "SIZE", "IN MEMORY", "SHARED", "ITS OWN"], rows, right=(2, 3, 4, 5))
     fields([
         ("seen by all", human(report.seen)),
-        ("memory", f"{human(report.memory)} (as copies for each mount it would be {human(report.seen)})"),
+        ("memory", f"{human(report.memory)} (with a copy for each mount: {human(report.seen)})"),
         ("saved", human(report.saved)),
     ])  # fmt: skip
     if report.top:
@@ -161,21 +161,21 @@ def cache(
 
 
 def copyups(
-    mount: Annotated[Path, typer.Argument(metavar="MOUNT", help="A writable overlay, ours or anybody's.")],
+    mount: Annotated[Path, typer.Argument(metavar="MOUNT", help="A writable overlay of any runtime.")],
     watch: Annotated[
         bool,
-        typer.Option("--watch", help="Watch who opens files for writing, and who writes, until Ctrl-C (as root)."),
+        typer.Option("--watch", help="As root: watch who opens files for writing and who writes, until Ctrl-C."),
     ] = False,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0, metavar="N", help="With --watch: for so long.")
+        float | None, typer.Option("--seconds", min=0, metavar="N", help="With --watch: how long.")
     ] = None,
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Say what is in the upper of a mount: copied up without data, with it (as a clone or in bytes), or made there.
+    """Show what is in a mount's upper: files copied up with or without their data, and files made there.
 
-    A file that was opened for writing and never written to was copied for nothing: a copy at the first write would
-    have saved it. Where the upper's filesystem can share blocks with the layers', copying up is a clone and free.
+    A file that was opened for writing but never written to was copied up for nothing. Where the upper's
+    filesystem can share blocks with the layers' filesystem, a copy-up is a clone and costs nothing.
 
     Examples:
     `layerkit copyups /srv/root`
@@ -185,7 +185,7 @@ def copyups(
     from layerkit.hosts.diagnosis import copyups as looking
 
     if seconds is not None and not watch:
-        raise UsageError("--seconds means something only with --watch")
+        raise UsageError("--seconds needs --watch")
     where = o.store_dir(store)
     if watch:
         out.note(f"watching {mount}" + ("; Ctrl-C ends it" if seconds is None else f" for {seconds:g} s"))
@@ -219,7 +219,7 @@ def _show_copyups(report: CopyUpReport) -> None:
         ("with data", f"{report.count(DATA)} files, {human(report.copied_bytes)} copied, "
                       f"{human(report.cloned_bytes)} shared as clones"),
         ("made there", f"{report.count(MADE)} files"),
-        ("for nothing", f"{human(report.needless_bytes)} of the copies were never written to"),
+        ("for nothing", f"{human(report.needless_bytes)} were copied and never written to"),
     ])  # fmt: skip
     rows = [
         (_way(file), "yes" if file.written else "no", human(file.size), human(file.copied), file.path)
@@ -237,12 +237,12 @@ def _show_copyups(report: CopyUpReport) -> None:
         head = ["OPENS", "WRITTEN", "COPIED UP", "SIZE", "BY", "PATH"]
         table("opened for writing while watched", head, opened, right=(0, 3))
         lazy = sum(x.size for x in report.opened if x.copied_up and not x.written)
-        fields([("a lazy copy-up", f"would not have touched {human(lazy)} of these")])
+        fields([("for nothing", f"{human(lazy)} of these were copied up and not written to")])
 
 
 def _way(file: CopyUp) -> str:
     if file.shared < 0:
-        return "not told"
+        return "unknown"
     if not file.size:
         return "empty"
     return "bytes" if not file.shared else "clone" if file.shared >= file.allocated else "part clone"

@@ -19,32 +19,30 @@ def finalize(
     upper: Annotated[Path, typer.Argument(metavar="UPPER", help="The upperdir of an overlay that is not mounted.")],
     lower: Annotated[
         str | None,
-        typer.Option("--lower", metavar="DIR[:DIR…][::DATA…]", help="What it was mounted over, top first."),
+        typer.Option("--lower", metavar="DIR[:DIR…][::DATA…]", help="The lower folders of UPPER, top first."),
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit 1 if something would have to be.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 if a change is needed.")] = False,
     undo: Annotated[
-        Path | None, typer.Option("--undo", metavar="FILE", help="Take back what FILE says was done.")
+        Path | None, typer.Option("--undo", metavar="FILE", help="Undo the changes that FILE lists.")
     ] = None,
     stacking: Annotated[
         str,
         typer.Option(
             "--for",
             metavar="classic|data-only",
-            help="How it will be mounted: `UPPER:DIR` keeps whiteouts in the root, `UPPER::DIR` has none.",
+            help="How it will be mounted: `UPPER:DIR` (classic; keeps whiteouts in the root) or `UPPER::DIR`.",
         ),
     ] = "classic",
     namespace: Annotated[
-        str, typer.Option("--namespace", metavar="trusted|user", help="Of the overlay xattrs.")
+        str, typer.Option("--namespace", metavar="trusted|user", help="Namespace of the overlay xattrs.")
     ] = "trusted",
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Make an upper that was chowned under metacopy opaque to its lower: only data is read from there.
+    """Complete an upper that was chowned with metacopy=on, so that its lower is read for data only.
 
-    Every folder becomes complete and opaque, every stub says where its data is. Done offline, whole or not at
-    all: after a kill, the same command goes on and `--undo` goes back.
+    Every folder becomes complete and opaque, and every stub says where its data is. The upper must not be mounted.
+    If the command is killed, run it again to go on, or use `--undo` to go back.
 
     Examples:
     `layerkit finalize upper --lower base --check`
@@ -60,13 +58,13 @@ def finalize(
     out = Output(json, quiet)
     if undo is not None:
         if lower is not None or check:
-            raise UsageError("--undo stands alone: layerkit finalize UPPER --undo FILE")
+            raise UsageError("--undo takes no --lower and no --check: layerkit finalize UPPER --undo FILE")
         steps = work.undo(upper, undo)
         if not out.told("finalize-undo", {"upper": str(upper), "steps": steps}):
-            out.note(f"taken back: {steps:,} changes in {upper}")
+            out.note(f"undone: {steps:,} changes in {upper}")
         return
     if lower is None:
-        raise UsageError("--lower is missing: the layers that UPPER was mounted over, top first")
+        raise UsageError("--lower is missing: give the folders that UPPER was mounted over, top first")
     if stacking not in ("classic", "data-only"):
         raise UsageError(f"--for {stacking!r}: want classic or data-only")
     if namespace not in tuple(Namespace):
@@ -85,7 +83,7 @@ def finalize(
 def _show(result: FinalizeReport, would: str) -> None:
     rows = [("upper", result.upper)]
     if result.final:
-        rows.append(("state", "final already: nothing to do"))
+        rows.append(("state", "already final: nothing to do"))
     else:
         rows += [
             (f"{would}make", f"{result.made:,} entries that only the lower layers have"),

@@ -22,7 +22,7 @@ def unpack(
         typer.Option(
             "--copy",
             metavar="auto|reflink|bytes",
-            help="Share blocks with the store where the filesystem can (auto), insist on it (reflink), or never.",
+            help="Share blocks with the store if the filesystem can (auto), always (reflink), or never (bytes).",
         ),
     ] = "auto",
     how: o.Bringing = o.Bringing(),
@@ -30,8 +30,8 @@ def unpack(
 ) -> None:
     """Write an image as a plain root filesystem, with mapped owners if a map is given.
 
-    DIR appears whole or not at all. The layers are read into the local store, so that a second time is
-    faster; `layerkit store gc` takes them away again.
+    DIR appears whole or not at all. The layers are read into the local store, so a second run is faster;
+    `layerkit store gc` removes them again.
 
     Examples:
     `layerkit unpack image.tar rootfs`
@@ -62,21 +62,19 @@ def pack(
     ids: o.PlainMap = o.PlainMap(),
     checksum: Annotated[
         bool,
-        typer.Option(
-            "--checksum", help="Read every file; else those with the size and time of the base count as it."
-        ),
+        typer.Option("--checksum", help="Read every file, also those whose size and time are the same as in SRC."),
     ] = False,
-    message: Annotated[str, typer.Option("--message", metavar="TEXT", help="What the history says of it.")] = "",
+    message: Annotated[str, typer.Option("--message", metavar="TEXT", help="Comment in the history.")] = "",
     compression: o.Compression = "gzip",
     level: o.Level = None,
     created: o.Created = None,
     how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
-    """Write an image with what changed in DIR since SRC as one more layer.
+    """Write SRC with the changes in DIR as one more layer.
 
-    What was removed becomes whiteouts. Of a folder that was unpacked with a map, give the same map: owners are
-    mapped back. Without a change the layer is empty. Sockets and the host's security labels are left out.
+    Removed files become whiteouts. If DIR was unpacked with a map, give the same map, so that owners are mapped
+    back. Without changes the layer is empty. Sockets and the host's security labels are left out.
 
     Examples:
     `layerkit pack rootfs oci:images:app-2 --base oci:images:app`

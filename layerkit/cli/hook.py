@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 group = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
-    help="Remap images in a registry before nodes pull them; the signed originals stay as they are.",
+    help="Remap images in a registry before nodes pull them; the original images stay as they are.",
 )  # fmt: skip
 
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", metavar="FILE", envvar="LAYERKIT_HOOK_CONFIG", help="Settings, see docs/hook.md."
+        "--config", "-c", metavar="FILE", envvar="LAYERKIT_HOOK_CONFIG", help="Settings file; see docs/hook.md."
     ),
 ]
 RegistryHost = Annotated[
@@ -38,22 +38,22 @@ RegistryHost = Annotated[
 State = Annotated[
     Path | None,
     typer.Option(
-        "--state", metavar="DIR", help="Folder of the queue [default: the local store's name with -hook]."
+        "--state", metavar="DIR", help="Folder of the queue [default: the local store's path plus -hook]."
     ),
 ]
 Listen = Annotated[str | None, typer.Option("--listen", metavar="ADDRESS:PORT", help="[default: 127.0.0.1:8765]")]
 TokenFile = Annotated[
     Path | None,
-    typer.Option("--token-file", metavar="FILE", help="The token clients must show; without it one is made."),
+    typer.Option("--token-file", metavar="FILE", help="The token that clients must send [default: a new one]."),
 ]
 TlsVerify = Annotated[
     str | None,
     typer.Option(
         "--tls-verify", metavar="true|false",
-        help="With --registry: false takes any certificate, and plain HTTP if it speaks nothing else.",
+        help="With --registry: false accepts any certificate, and plain HTTP if the registry has no TLS.",
     ),
 ]  # fmt: skip
-Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Images at the same time.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Images to work on at once.")]
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="ENGINE", help="processes, threads or dask://HOST:PORT.")
 ]
@@ -97,7 +97,7 @@ class Flags:
         if self.config is not None:
             if self.registry or self.uid_map or self.gid_map:
                 raise UsageError(
-                    "--config says which registries and maps; leave --registry, --uid-map and --gid-map out"
+                    "--config names the registries and maps; leave out --registry, --uid-map and --gid-map"
                 )
             config = settings.Config.read(Table.load(self.config))
             paths = {"state": self.state, "store": self.store}
@@ -148,7 +148,7 @@ class ProxyFlags(Flags):
     listen: Listen = None
     hold: Annotated[
         float | None,
-        typer.Option("--hold", metavar="SECONDS", min=0.0, help="How long a manifest is held at most."),
+        typer.Option("--hold", metavar="SECONDS", min=0.0, help="Longest time that a manifest is held."),
     ] = None
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Leave the work to a `hook serve` with the same --state.")
@@ -160,9 +160,7 @@ class OnceFlags(Flags):
     """Of one pass over images."""
 
     all_tags: Annotated[bool, typer.Option("--all-tags", help="Every tag of each repository.")] = False
-    again: Annotated[bool, typer.Option("--again", help="Make the artifacts anew, also those that are there.")] = (
-        False
-    )
+    again: Annotated[bool, typer.Option("--again", help="Make artifacts again even if they exist.")] = False
 
 
 def _state_of(store: Path) -> Path:
@@ -196,9 +194,9 @@ def serve(
     flags: ServeFlags = ServeFlags(),
     log_level: LogLevel = "info",
 ) -> None:
-    """Take a registry's notifications, and remap every image that is pushed.
+    """Receive a registry's notifications, and remap every image that is pushed.
 
-    Point the registry's notifications at `http://ADDRESS:PORT/v1/events/NAME`, with the token as a Bearer header.
+    Let the registry notify `http://ADDRESS:PORT/v1/events/NAME`, with the token as a Bearer header.
     The page at `/` shows jobs and images; `/metrics` is for Prometheus.
 
     Examples:
@@ -222,10 +220,10 @@ def proxy(
     flags: ProxyFlags = ProxyFlags(),
     log_level: LogLevel = "info",
 ) -> None:
-    """Stand before a registry: nodes pull through here, and find the first pull remapped already.
+    """Proxy a registry, so that nodes find even the first pull of an image remapped.
 
-    A request for a manifest is held until its image is remapped, at most `--hold` seconds, and answered then
-    whatever has become of that. Everything else passes through. Nodes log in as they would at the registry.
+    A request for a manifest waits until its image is remapped, for at most `--hold` seconds; then it is answered,
+    remapped or not. Everything else passes through. Nodes log in as they do at the registry.
 
     Examples:
     `layerkit hook proxy registry.example:5000 --uid-map 0:100000:65536 --listen 0.0.0.0:5001`
@@ -238,7 +236,7 @@ def proxy(
         (r for r in chosen.registries.values() if r.host == upstream), None
     )
     if found is None:
-        raise UsageError(f"{upstream}: not among the configured registries: {', '.join(chosen.registries)}")
+        raise UsageError(f"{upstream} is not a configured registry; choose one of {', '.join(chosen.registries)}")
     from layerkit.hook.front import http
     from layerkit.hook.front.proxy import Proxy
     from layerkit.hook.telemetry import log_as_json
@@ -260,9 +258,9 @@ def run(
     flags: OnceFlags = OnceFlags(),
     out: Output = Output(),
 ) -> None:
-    """Remap images in their registry once, and end: for cron and CI. Exit code 5 if part of them failed.
+    """Remap images in their registry once, for cron and CI. Exit code 5 if some of them failed.
 
-    What is there already costs a few small requests. With the state of an interrupted run it goes on from there.
+    An image that is done already costs a few small requests. With the --state of an interrupted run, it goes on.
 
     Examples:
     `layerkit hook run docker://registry.example/app:v1 --uid-map 0:100000:65536`
@@ -289,7 +287,7 @@ def batch(
         list[str] | None, typer.Argument(metavar="[REF…]", help="`docker://HOST/NAME[:TAG|@DIGEST]`.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="FILE", help="One reference a line; `-` is standard input.")
+        str | None, typer.Option("--from", metavar="FILE", help="One reference per line; `-` is standard input.")
     ] = None,
     shard: Annotated[
         str,
@@ -297,7 +295,7 @@ def batch(
             "--shard",
             metavar="I/N",
             envvar="LAYERKIT_SHARD",
-            help="Only part I of N, counted from 0; in a Kubernetes Indexed Job I is JOB_COMPLETION_INDEX.",
+            help="Do part I of N, counted from 0; in a Kubernetes Indexed Job I is JOB_COMPLETION_INDEX.",
         ),
     ] = "0/1",
     wait: Annotated[
@@ -306,7 +304,7 @@ def batch(
             "--wait",
             metavar="SECONDS",
             min=0.1,
-            help="How long another shard may show no sign of life before this one does without it.",
+            help="How long another shard may give no sign of life before this one goes on without it.",
         ),
     ] = 60.0,
     index_repository: Annotated[
@@ -314,18 +312,18 @@ def batch(
         typer.Option(
             "--index-repository",
             metavar="NAME",
-            help="Where shards find each other's indexes of layers, in the same registry; empty for nowhere "
+            help="Repository in the same registry where shards share their indexes of layers; empty for none "
             "[default: layerkit/indexes with several shards or dask].",
         ),
     ] = None,
     flags: OnceFlags = OnceFlags(),
     out: Output = Output(),
 ) -> None:
-    """Remap many images in their registries; the same list with other shards does the rest of it.
+    """Remap many images in their registries; give every machine the same list and another shard.
 
-    Which shard an image belongs to is decided by its name alone, so every machine can be given the whole list, and
-    nobody needs to talk to anybody. Each layer is read by one shard, and its index published for the others, which
-    wait for it up to `--wait`. Exit code 5 if part of the shard failed; what is done is not done again.
+    An image's name alone decides which shard it belongs to, so no machine needs to talk to another. Each layer is
+    read by one shard, which publishes the layer's index for the others; they wait for it up to `--wait`. Exit
+    code 5 if part of the shard failed. A second run does only what is missing.
 
     Examples:
     `layerkit batch --from images.txt --uid-map 0:100000:65536 --workers 8`
@@ -341,7 +339,7 @@ def batch(
 
     listed = [*(refs or []), *_lines(source)]
     if not listed:
-        raise UsageError("nothing to do: name images, or give --from FILE")
+        raise UsageError("no images are named: give references, or --from FILE")
     part, parts = once.parse_shard(shard)
     every = once.parse_refs(listed)
     log_as_json("error")
@@ -395,7 +393,7 @@ class QueuePlace:
             state = config.state if config else _state_of(o.store_dir(self.store))
         if not (state / "queue.sqlite").exists():
             raise UsageError(
-                f"{state}: no queue of a hook; name its folder with --state, or its settings with --config"
+                f"{state} holds no queue of a hook; name its folder with --state, or its settings with --config"
             )
         return closing(Queue(state))
 
@@ -406,10 +404,10 @@ def jobs(
     only: Annotated[
         str, typer.Option("--only", metavar="STATE", help="waiting, running, done, skipped, gone, dead.")
     ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")] = 100,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="How many to list at most.")] = 100,
     json: o.Json = False,
 ) -> None:
-    """List the jobs of a hook on this machine, what happened last first.
+    """List the jobs of a hook on this machine, the latest first.
 
     Example: `layerkit hook jobs --only dead`
     """
@@ -428,10 +426,10 @@ def retry(
     job: Annotated[
         list[str] | None, typer.Argument(metavar="[JOB…]", help="Names, as `hook jobs` shows them.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="All jobs that were given up.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every job that the hook has given up.")] = False,
     place: QueuePlace = QueuePlace(),
 ) -> None:
-    """Let jobs that were given up run again.
+    """Run jobs again that the hook has given up.
 
     Example: `layerkit hook retry --all`
     """
@@ -439,7 +437,7 @@ def retry(
         raise UsageError("name jobs, or give --all")
     with place.open() as queue:
         count = queue.retry(job or None)
-    note(f"{count} jobs wait to run again")
+    note(f"{count} jobs will run again")
 
 
 def _show(rows: list[JobRow]) -> None:

@@ -17,7 +17,7 @@ def inspect(
     how: o.Bringing = o.Bringing(),
     out: Output = Output(),
 ) -> None:
-    """Show an image: layers, entries, owners, xattrs, and what a map would do to it.
+    """Show an image's layers, entries, owners and xattrs, and what a map would do to it.
 
     Examples:
     `layerkit inspect image.tar`
@@ -64,10 +64,10 @@ def verify(
     how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
-    """Read an image whole and check it: digests, sizes, structure, and every remap artifact attached to it.
+    """Check an image: digests, sizes, structure, and every remap artifact attached to it.
 
-    An artifact is checked by making it again from the image: the bytes must be equal. Nothing is stored.
-    What the local store keeps of an image is checked by `layerkit store verify`.
+    The whole image is read. An artifact is made again from the image, and its bytes must be equal. Nothing is
+    stored. To check the local store, use `layerkit store verify`.
 
     Example: `layerkit verify oci-archive:remapped.tar`
     """

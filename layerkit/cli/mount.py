@@ -29,7 +29,7 @@ def mount(
     ] = None,
     work: Annotated[
         Path | None,
-        typer.Option("--work", metavar="DIR", help="overlayfs's work folder [default: beside DIR, as DIR.work]."),
+        typer.Option("--work", metavar="DIR", help="overlayfs's work folder [default: DIR.work, beside DIR]."),
     ] = None,
     rendering: Annotated[
         str | None, typer.Option("--rendering", metavar="auto|erofs|directory|fuse", help="Form of the metadata.")
@@ -37,7 +37,7 @@ def mount(
     own_meta: o.OwnMeta = False,
     for_podman: Annotated[
         bool,
-        typer.Option("--for-podman", help="Print what `podman run` takes to run it: maps and --rootfs TARGET:O."),
+        typer.Option("--for-podman", help="Print the options for `podman run`: maps and --rootfs TARGET:O."),
     ] = False,
     data: o.Data = "auto",
     platform: o.Platform = None,
@@ -47,15 +47,15 @@ def mount(
     jobs: o.Jobs = 1,
     out: Output = Output(),
 ) -> None:
-    """Mount an image with remapped owners, as a real overlay; read-only unless --upper is given.
+    """Mount an image with mapped owners as a real overlay, read-only unless --upper is given.
 
     Examples:
     `layerkit mount image.tar /mnt --uid-map 0:100000:65536`
 
     `layerkit mount oci:images:app /srv/root --subuid-name alice --upper /srv/changes`
 
-    `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses the layers as podman unpacked them;
-    so do `containerd:NAME`, `docker-storage:NAME` and `folders:UPPER:...:LOWEST`.
+    `layerkit mount containers-storage:app /mnt --uid-map 0:100000:65536` uses layers that podman has unpacked.
+    `containerd:NAME`, `docker-storage:NAME` and `folders:UPPER:...:LOWEST` work in the same way.
 
     `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """
@@ -67,9 +67,9 @@ def mount(
     writable = "" if upper else " (read-only)"
     if ref.startswith(adopt.SCHEMES):
         if strict or platform is not None:
-            raise UsageError(f"{ref}: --strict and --platform mean nothing for layers that are unpacked already")
+            raise UsageError(f"{ref}: leave out --strict and --platform; these layers are unpacked already")
         if for_podman:
-            raise UsageError("--for-podman: podman has these layers itself; give it the map, or name an image file")
+            raise UsageError("--for-podman: podman has these layers; give podman the map, or name an image file")
         with out.progress() as step:
             adopted = api.mount_unpacked(
                 ref, target, mapping, stacking=stacking, rendering=rendering, own_meta=own_meta, upper=upper,
@@ -79,7 +79,7 @@ def mount(
         return
     if stacking != "auto" or reread:
         raise UsageError(
-            "--stacking and --reread are for layers that a runtime unpacked (containers-storage:NAME, ...)"
+            "--stacking and --reread are only for layers that a runtime unpacked (containers-storage:NAME, ...)"
         )
     podman = podman_words(target, mapping) if for_podman else []
     settings = o.settings(store, data=data, jobs=jobs, strict=strict)
@@ -93,7 +93,7 @@ def mount(
         return
     if for_podman:
         print(" ".join(podman))
-        out.note("podman takes nothing else from the image: name the command, and --user, --env, --workdir")
+        out.note("podman reads nothing else from the image: give the command, --user, --env and --workdir yourself")
         return
     fields([
         ("mounted", f"{result.name} on {mounted.target}{writable}"),
@@ -110,9 +110,9 @@ def podman_words(target: Path, mapping: Mapping | None) -> list[str]:
     """
     place = os.path.realpath(target)
     if not place.isascii() or shlex.quote(place) != place or ":" in place:
-        raise UsageError(f"--for-podman: podman's --rootfs cannot be given {place}; take a plain name")
+        raise UsageError(f"--for-podman: podman's --rootfs does not accept {place}; use a path of plain characters")
     if mapping is not None and not mapping.fits_kernel:
-        raise UsageError("--for-podman: a user namespace takes neither --squash nor --overflow-id")
+        raise UsageError("--for-podman: a user namespace supports neither --squash nor --overflow-id; omit them")
     words = []
     for flag, one in (("--uidmap", mapping.uid), ("--gidmap", mapping.gid)) if mapping else ():
         words += [f"{flag}={c}:{h}:{n}" for c, h, n in one.extents]
@@ -124,7 +124,7 @@ def umount(
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Unmount what `layerkit mount` mounted; the last user of an image's data releases it too.
+    """Unmount what `layerkit mount` mounted; the last mount of an image releases its data as well.
 
     Example: `layerkit umount /mnt`
     """
@@ -136,7 +136,7 @@ def umount(
 
 
 def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
-    """List the mounts that layerkit made over this store.
+    """List the mounts that layerkit made from this store.
 
     Example: `layerkit mounts --json`
     """
@@ -149,15 +149,15 @@ def mounts(store: o.StoreDir = None, json: o.Json = False) -> None:
     table("", ["TARGET", "IMAGE", "MAP"], [(r["target"], r["image"], r["map"] or "none") for r in rows])
     for row in rows:
         if row["server"]:
-            killed = "the processes that serve its metadata were killed; unmount it, and mount it again"
+            killed = "the processes that serve its metadata were killed; unmount it and mount it again"
             out.note(f"warning: {row['target']}: {killed}")
         if row["lost"]:
-            lost = f"its runtime removed layers under it, unmount it: {row['lost'].split()}"
+            lost = f"the runtime removed layers that it uses; unmount it: {row['lost'].split()}"
             out.note(f"warning: {row['target']}: {lost}")
 
 
 def mount_program(
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to mount at.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to mount on.")],
     option: Annotated[
         list[str],
         typer.Option(
@@ -171,10 +171,10 @@ def mount_program(
     store: o.StoreDir = None,
     json: o.Json = False,
 ) -> None:
-    """Mount a container's layers under its id map, without a copy, as podman's `mount_program`.
+    """Mount a container's layers under its id map without a copy, as podman's `mount_program`.
 
-    podman runs it; `layerkit setup podman` writes the line of storage.conf that says so. Metadata of the layers
-    is read once for each image, and served or written once for all maps; file data stays where podman has it.
+    podman runs this command; `layerkit setup podman` sets it in storage.conf. The layers' metadata is read once
+    for each image, and served or written once for all maps. File data stays where podman has it.
 
     Example: `layerkit mount-program -o lowerdir=TOP:BASE,upperdir=U,workdir=W,uidmapping=0:100000:65536 /mnt`
     """

@@ -41,24 +41,24 @@ Dst = Annotated[
     typer.Argument(
         metavar="DST",
         help="Where the result goes: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE[:NAME]`, "
-        "`docker-daemon:NAME[:TAG]`; `-` is an archive on standard output.",
+        "`docker-daemon:NAME[:TAG]`, `docker://HOST/NAME[:TAG]`; `-` is an archive on standard output.",
     ),
 ]
 UidMap = Annotated[
     list[str] | None,
-    typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it or use commas."),
+    typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it, or use commas."),
 ]
 GidMap = Annotated[
     list[str] | None,
-    typer.Option("--gid-map", metavar="C:H:N", help="The same for groups; without it the uid map is used."),
+    typer.Option("--gid-map", metavar="C:H:N", help="The same for groups [default: the uid map]."),
 ]
 SubuidName = Annotated[
     str | None,
-    typer.Option("--subuid-name", metavar="NAME", help="Take the map from /etc/subuid and /etc/subgid for NAME."),
+    typer.Option("--subuid-name", metavar="NAME", help="Take NAME's map from /etc/subuid and /etc/subgid."),
 ]
 OverflowId = Annotated[
     int | None,
-    typer.Option("--overflow-id", metavar="N", help="Give owners outside the map this host id, not an error."),
+    typer.Option("--overflow-id", metavar="N", help="Host id for owners outside the map [default: an error]."),
 ]
 Squash = Annotated[
     bool, typer.Option("--squash", help="Allow several container ids to share one host id (many-to-one).")
@@ -67,13 +67,13 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse overlay xattrs that the image brings, instead of escaping them.")
 ]
 OwnMeta = Annotated[
-    bool, typer.Option("--own-meta", help="Write metadata for this map even where an idmapped mount needs none.")
+    bool, typer.Option("--own-meta", help="Write metadata for this map even if an idmapped mount would do.")
 ]
 StoreDir = Annotated[
     Path | None,
     typer.Option(
         "--store", metavar="DIR",
-        help="The local store [default: /var/lib/layerkit for root, else $XDG_DATA_HOME/layerkit].",
+        help="The local store [default: /var/lib/layerkit for root, else layerkit in $XDG_DATA_HOME].",
     ),
 ]  # fmt: skip
 Data = Annotated[
@@ -86,38 +86,36 @@ Data = Annotated[
 Platform = Annotated[
     str | None,
     typer.Option("--platform", metavar="OS/ARCH[/VARIANT]",
-                 help="Which image of a multi-platform one [default: this host's]."),
+                 help="Which image of an image index [default: this host's platform]."),
 ]  # fmt: skip
 AllPlatforms = Annotated[
-    bool, typer.Option("--all-platforms", help="Do it to the images of all platforms, under one index.")
+    bool, typer.Option("--all-platforms", help="Work on the images of all platforms, under one image index.")
 ]
 KeepBase = Annotated[
     str | None,
     typer.Option(
         "--keep-base", metavar="REF|N",
-        help="Leave the layers of this image, or the lowest N, as they are: who has the base shares it.",
+        help="Leave the layers of this image, or the lowest N layers, as they are, so that they stay shared.",
     ),
 ]  # fmt: skip
 StockMediaType = Annotated[
     bool,
     typer.Option(
         "--stock-media-type",
-        help="For layers of stubs: the standard media type. DANGEROUS: most runtimes show files of zeros.",
+        help="Give layers of stubs the standard media type. DANGEROUS: most runtimes then show zeros.",
     ),
 ]
 Compression = Annotated[
     str,
-    typer.Option(
-        "--compression", metavar="gzip|zstd|zstd:chunked|none", help="Compression of layers that are written."
-    ),
+    typer.Option("--compression", metavar="gzip|zstd|zstd:chunked|none", help="How new layers are compressed."),
 ]
 Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
 Created = Annotated[
     str | None,
     typer.Option(
         "--created", metavar="TIME",
-        help="Time written into the result, RFC 3339 or seconds since 1970 "
-        "[default: SOURCE_DATE_EPOCH, else that of the image].",
+        help="Time written into the result: RFC 3339, or seconds since 1970 "
+        "[default: SOURCE_DATE_EPOCH, else the time in the image].",
     ),
 ]  # fmt: skip
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, max=64, help="Layers read at the same time.")]
@@ -125,17 +123,17 @@ Threads = Annotated[
     int | None,
     typer.Option(
         "--jobs", "-j", min=1, max=64,
-        help="Threads that compress; the result does not depend on it [default: all cores].",
+        help="Threads that compress; the result is the same with any number [default: all cores].",
     ),
 ]  # fmt: skip
 Html = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that opens in a browser from disk.")
+    Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML page that any browser opens from disk.")
 ]
-Undo = Annotated[bool, typer.Option("--undo", help="Take out what this command put in.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Undo what this command did.")]
 Print = Annotated[bool, typer.Option("--print", help="Print what would be written; change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 
 
 class Flat:
@@ -203,11 +201,11 @@ def _setting(name: str) -> Any:
 
 
 _REGISTRIES = {
-    "--authfile": ("FILE", "Credentials, as `podman login` writes them [default: podman's, then docker's]."),
+    "--authfile": ("FILE", "Credentials file, as `podman login` writes it [default: podman's, then docker's]."),
     "--tls-verify": (
-        "true|false", "false takes any certificate of a registry, and plain HTTP if it speaks nothing else.",
+        "true|false", "false accepts any certificate, and plain HTTP if the registry has no TLS.",
     ),
-    "--cert-dir": ("DIR", "CA (`*.crt`) and client (`*.cert`, `*.key`) certificates [default: certs.d]."),
+    "--cert-dir": ("DIR", "Folder of CA (`*.crt`) and client (`*.cert`, `*.key`) certificates [default: certs.d]."),
 }  # fmt: skip
 """They are the environment's variables under another name: a command hands nothing on, the client reads them."""
 

@@ -11,7 +11,7 @@ from layerkit.cli import options as o
 from layerkit.cli.render import Output, human, next_mount, table
 
 group = typer.Typer(
-    no_args_is_help=True, help="Publish what is known of layers, so that nobody has to read them again.",
+    no_args_is_help=True, help="Publish indexes of layers, so that nobody has to read the layers again.",
     rich_markup_mode="markdown",
 )  # fmt: skip
 
@@ -21,13 +21,11 @@ def push_indexes(
     src: o.Ref,
     dst: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[DST]", help="Where image and indexes go; without it they are attached where it is."
-        ),
+        typer.Argument(metavar="[DST]", help="Where the image and its indexes go [default: to SRC itself]."),
     ] = None,
     mount_from: Annotated[
         list[str] | None,
-        typer.Option("--mount-from", metavar="REPOSITORY", help="One of DST's registry that may have some."),
+        typer.Option("--mount-from", metavar="REPOSITORY", help="A repository there that may have some."),
     ] = None,
     platform: o.Platform = None,
     store: o.StoreDir = None,
@@ -35,8 +33,8 @@ def push_indexes(
 ) -> None:
     """Attach the indexes of an image's layers to it, as an OCI artifact.
 
-    With them a remap for a registry reads no layer, and layers that images share are indexed once. Layers whose
-    index the local store keeps are not read for it.
+    With them a remap for a registry reads no layer, and a layer that images share is indexed once. A layer is not
+    read if the local store has its index.
 
     Examples:
     `layerkit index push docker://registry.example.com/team/app:v1`
@@ -67,8 +65,8 @@ def pull_indexes(
 ) -> None:
     """Fetch the published indexes of an image, or its layers' own tables of contents (eStargz, zstd:chunked).
 
-    No layer is read. What comes this way is unproven: it serves `inspect` and remaps that are published, and is
-    kept apart from the store. What is mounted here is always read from the layers themselves.
+    No layer is read. Such indexes are unproven: only `inspect` and published remaps use them, and they are kept
+    apart from the store. Mounts here always use what was read from the layers themselves.
 
     Example: `layerkit index pull docker://registry.example.com/team/app:v1`
     """
@@ -100,11 +98,11 @@ def pull(
     key: Annotated[
         Path | None,
         typer.Option(
-            "--key", metavar="FILE", help="Public key: a published remap counts only if it has signed it."
+            "--key", metavar="FILE", help="Public key; a published remap must be signed with it to be used."
         ),
     ] = None,
     require_published: Annotated[
-        bool, typer.Option("--require-published", help="Fail where no published remap is right.")
+        bool, typer.Option("--require-published", help="Fail if no published remap is correct.")
     ] = False,
     own_meta: o.OwnMeta = False,
     data: o.Data = "auto",
@@ -112,11 +110,11 @@ def pull(
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Bring an image into the local store for a map, and verify the remap that is published beside it.
+    """Fetch an image into the local store for a map, and verify the remap published for it.
 
     Every layer is read and checked. A published remap (see `layerkit remap SRC docker://…`) is compared byte for
-    byte with what the layers make of the map; where there is none, or a wrong one, the remap is made here. Nothing
-    is ever mounted that did not verify.
+    byte with a remap made from the layers. If there is none, or a wrong one, the remap is made here. Only what
+    was verified is ever mounted.
 
     Examples:
     `layerkit pull docker://registry.example.com/team/app:v1 --uid-map 0:100000:65536`
@@ -135,13 +133,13 @@ def pull(
     if report.published:
         published = f"{report.published} agrees{', signed by the key' if report.signed else ''}"
     else:
-        published = "none that is right for this map; made here"
+        published = "no correct one for this map; made here"
     refused = [f"not used: {text}" for text in report.refused]
     if out.answered("pull", report, [
         ("image", f"{made.name}  {made.manifest}"),
         ("map", made.map_text or "none"),
         ("entries", f"{made.entries:,} in {made.layers} layers, {human(made.data_bytes)} of data"),
-        ("published", published if mapping is not None else "not looked for without a map"),
+        ("published", published if mapping is not None else "not looked for: no map given"),
         ("made in", f"{made.seconds:.2f} s, {made.layers_read} layers read"),
     ], refused):  # fmt: skip
         next_mount(made, out)

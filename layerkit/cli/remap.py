@@ -23,7 +23,7 @@ def remap(
         typer.Argument(
             metavar="[DST]",
             help="Where the image and its remap artifact go (`docker://…`, `oci:DIR[:TAG]`, "
-            "`oci-archive:FILE[:TAG]`); without it the result stays in the local store, for `layerkit mount`.",
+            "`oci-archive:FILE[:TAG]`). Without DST the result stays in the local store, for `layerkit mount`.",
         ),
     ] = None,
     ids: o.Map = o.Map(),
@@ -32,14 +32,14 @@ def remap(
         str | None,
         typer.Option(
             "--rendering", metavar="auto|erofs|directory|fuse|tar",
-            help="Form of the metadata: tar is for artifacts only.",
+            help="Rendering of the metadata; tar is for artifacts only.",
         ),
     ] = None,
     namespace: Annotated[
         str,
         typer.Option(
             "--namespace", metavar="auto|trusted|user",
-            help="Xattr namespace of the stubs: user for userxattr mounts.",
+            help="Namespace of the stubs' xattrs; user is for mounts with userxattr.",
         ),
     ] = "auto",
     own_meta: o.OwnMeta = False,
@@ -47,18 +47,18 @@ def remap(
         str,
         typer.Option(
             "--form", metavar="artifact|layer|portable",
-            help="What DST gets: the image with META attached, META as a layer of it, or all layers written anew.",
+            help="What DST gets: the image with META attached, META as one more layer, or all layers rewritten.",
         ),
     ] = "artifact",
     stock_media_type: o.StockMediaType = False,
     statement: Annotated[
-        bool, typer.Option("--statement", help="Attach an in-toto statement of what was done to the artifact.")
+        bool, typer.Option("--statement", help="Attach an in-toto statement that says what was done.")
     ] = False,
     sign_key: Annotated[
         Path | None,
         typer.Option(
             "--sign-key", metavar="FILE",
-            help="Sign that statement with this private key (PEM or cosign's; password in LAYERKIT_KEY_PASSWORD).",
+            help="Sign the statement with this private key (PEM or cosign's; password: LAYERKIT_KEY_PASSWORD).",
         ),
     ] = None,
     compression: o.Compression = "gzip",
@@ -80,9 +80,9 @@ def remap(
 ) -> None:  # fmt: skip
     """Apply an id map to an image by writing metadata only.
 
-    The image stays as it is. Without DST the result is kept in the local store and can be mounted at once;
-    with DST the image is copied there byte for byte, and the metadata is attached to it as an OCI artifact.
-    `--form portable` writes every layer anew instead, for runtimes without any support.
+    The image stays as it is. Without DST the result is kept in the local store and can be mounted at once.
+    With DST the image is copied there byte for byte, and the metadata is attached to it as an OCI artifact.
+    `--form portable` instead rewrites every layer as plain OCI, which any runtime can use.
 
     Examples:
     `layerkit remap image.tar --uid-map 0:100000:65536`
@@ -101,12 +101,12 @@ def remap(
     if form != "artifact" and (dst is None or mapping is None):
         raise UsageError(f"--form {form} writes an image: give DST and a map")
     if stock_media_type and form != "layer":
-        raise UsageError("--stock-media-type means something only with --form layer")
+        raise UsageError("--stock-media-type needs --form layer")
     if all_platforms and (form == "artifact" or dry_run):
-        raise UsageError("--all-platforms goes with --form portable or layer; else choose with --platform")
+        raise UsageError("--all-platforms needs --form portable or layer; else name one image with --platform")
     if (statement or sign_key) and (dst is None or form != "artifact"):
         raise UsageError(
-            "--statement and --sign-key are about what is attached to an image: give DST, --form artifact"
+            "--statement and --sign-key need an artifact to be attached to: give DST and --form artifact"
         )
     settings = o.settings(store, data=data, jobs=jobs or 1, strict=strict)
     if form != "artifact" and dst is not None and mapping is not None and not dry_run:

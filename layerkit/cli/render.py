@@ -131,7 +131,7 @@ def line(text: object) -> None:
 
 
 def next_mount(result: RemapReport, out: Output) -> None:
-    """Tell how to mount what ``result`` is about."""
+    """Say how to mount what ``result`` is about."""
     name = show_path(result.next_ref)
     # A name of the image's own choice, to be pasted into a shell: one that cannot be typed gives way to the digest.
     ref = shlex.quote(name) if name == result.next_ref else f"store:{result.manifest}"

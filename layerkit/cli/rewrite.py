@@ -20,11 +20,11 @@ def flatten(
     from_layer: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="LAYER", help="Lowest layer to merge: a number (1 is the lowest) or digest."
+            "--from", metavar="LAYER", help="Lowest layer to merge: a number (1 is the lowest) or a digest."
         ),
     ] = None,
     to_layer: Annotated[
-        str | None, typer.Option("--to", metavar="LAYER", help="Topmost layer to merge [default: the top].")
+        str | None, typer.Option("--to", metavar="LAYER", help="Topmost layer to merge [default: the topmost].")
     ] = None,
     keep_base: o.KeepBase = None,
     how: o.Rewriting = o.Rewriting(),
@@ -32,8 +32,8 @@ def flatten(
 ) -> None:
     """Merge layers of an image into one standard layer.
 
-    What later layers replace or delete is gone, hard links stay, and config, labels and annotations are
-    untouched. The result is read back and compared with the source before it becomes visible.
+    Files that later layers replace or delete are dropped. Hard links, config, labels and annotations stay.
+    The result is read back and compared with the source before it becomes visible.
 
     Examples:
     `layerkit flatten image.tar oci-archive:flat.tar`
@@ -73,14 +73,14 @@ def optimize(
     src: o.Ref,
     dst: Annotated[
         str | None,
-        typer.Argument(metavar="[DST]", help="Where the result goes, as for `flatten`. Not needed with --dry-run."),
+        typer.Argument(metavar="[DST]", help="Where the result goes, as for `flatten`; not needed with --dry-run."),
     ] = None,
     keep_base: o.KeepBase = None,
     metadata_only: Annotated[
         bool,
         typer.Option(
             "--metadata-only",
-            help="Make stubs of doubled files instead, for hosts that mount with metacopy=on and for no others.",
+            help="Replace duplicated files by stubs. Only for hosts that mount with metacopy=on.",
         ),
     ] = False,
     stock_media_type: o.StockMediaType = False,
@@ -88,10 +88,10 @@ def optimize(
     dry_run: o.DryRun = False,
     out: Output = Output(),
 ) -> None:
-    """Take out the bytes that chown and chmod layers duplicate, and those that later layers hide.
+    """Remove the bytes that chown and chmod layers duplicate, and those that later layers hide.
 
-    The layers stay apart, the root filesystem stays what it is (the result is read back before it becomes
-    visible), and layers that need no change keep their digests. It is a standard image for every runtime.
+    The layers stay separate, the root filesystem stays the same (the result is read back before it becomes
+    visible), and layers that need no change keep their digests. The result is a standard image for any runtime.
 
     Examples:
     `layerkit optimize image.tar --dry-run`
@@ -108,7 +108,7 @@ def optimize(
     from layerkit.usecases.optimize import optimize as use_case
 
     if dst is None and not dry_run:
-        raise UsageError("where to? give DST, for example oci-archive:small.tar, or --dry-run for the plan alone")
+        raise UsageError("DST is missing: give one, such as oci-archive:small.tar, or --dry-run to see the plan")
     to = None if dry_run else dst
     out = out.toward(to)
     with out.progress() as step:
@@ -143,7 +143,7 @@ def _show(report: OptimizeReport, dst: str) -> None:
         rows.append(("blobs", f"{human(report.bytes_after)}, before {human(report.bytes_before)}"))
     rows.append(("saved", _saved(report)))
     if report.kept_base:
-        base = f"{report.kept_base} layers kept; touching them would save {human(report.base_cost_bytes)} of files"
+        base = f"{report.kept_base} layers kept; changing them would save {human(report.base_cost_bytes)} of files"
         rows.append(("base", base))
     fields([*rows, ("tree", f"{report.tree_digest}, as before")])
     table(
@@ -171,8 +171,8 @@ def copy(
 ) -> None:
     """Copy an image between any two references, byte for byte.
 
-    Manifests keep their digests. Artifacts attached to what is copied (remaps, signatures, attestations) come
-    along; those attached to an index come only with `--all-platforms`, none of them into a docker daemon.
+    Manifests keep their digests. Artifacts attached to the image (remaps, signatures, attestations) are copied
+    too. Those attached to an image index need `--all-platforms`. A docker daemon gets no artifacts.
 
     Examples:
     `layerkit copy image.tar oci:images:app`

@@ -15,17 +15,17 @@ from layerkit.cli.render import Output
 from layerkit.model.errors import NotFound, UsageError
 
 group = typer.Typer(
-    no_args_is_help=True, help="Make a container runtime use layerkit, and take it back with --undo.",
+    no_args_is_help=True, help="Make a container runtime use layerkit; --undo reverts it.",
     rich_markup_mode="markdown",
 )  # fmt: skip
 
 
 @o.command(group)
 def podman(undo: o.Undo = False, show: o.Print = False, quiet: o.Quiet = False, json: o.Json = False) -> None:
-    """Write the lines of storage.conf that let podman start containers under any id map without a copy.
+    """Set up storage.conf so that podman starts containers under any id map without a copy.
 
-    For an ordinary user that is `~/.config/containers/storage.conf`, for root `/etc/containers/storage.conf`.
-    Containers that run go on as they are; those started later use it.
+    The file is `~/.config/containers/storage.conf`, or `/etc/containers/storage.conf` for root. Running
+    containers are not affected; those started later use layerkit.
 
     Example: `layerkit setup podman --print`
     """
@@ -40,7 +40,7 @@ def podman(undo: o.Undo = False, show: o.Print = False, quiet: o.Quiet = False, 
         return
     changed = change.apply()
     if not out.told("setup-podman", {"file": str(path), "changed": changed, "notes": list(change.notes)}):
-        said = ("taken back" if undo else "written") if changed else "nothing to do"
+        said = ("undone" if undo else "written") if changed else "nothing to do"
         out.note(*change.notes, f"{path}: {said}")
 
 
@@ -64,12 +64,12 @@ def containerd(
     unit: Annotated[Path, typer.Option("--unit", metavar="FILE", help="The systemd unit to write.")] = Path(
         "/etc/systemd/system/layerkit-snapshotter.service"
     ),
-    name: Annotated[str, typer.Option("--name", help="What containerd is to call the snapshotter.")] = "layerkit",
+    name: Annotated[str, typer.Option("--name", help="Name of the snapshotter in containerd.")] = "layerkit",
     address: Annotated[
         Path, typer.Option("--address", metavar="SOCKET", help="The snapshotter's socket.")
     ] = DEFAULT_ADDRESS,
     root: Annotated[
-        Path, typer.Option("--root", metavar="DIR", help="Where the snapshotter keeps snapshots.")
+        Path, typer.Option("--root", metavar="DIR", help="Where the snapshotter keeps its snapshots.")
     ] = DEFAULT_ROOT,
     store: o.StoreDir = None,
     undo: o.Undo = False,
@@ -77,9 +77,9 @@ def containerd(
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Write what containerd's config.toml needs to use `layerkit snapshotter`, and a unit for systemd.
+    """Add `layerkit snapshotter` to containerd's config.toml, and write a systemd unit for it.
 
-    Then: `systemctl enable --now layerkit-snapshotter`, `systemctl restart containerd`.
+    Then run `systemctl enable --now layerkit-snapshotter` and `systemctl restart containerd`.
 
     Examples:
     `layerkit setup containerd --print`
@@ -93,9 +93,7 @@ def containerd(
 
     for path in (address, root):
         if not path.is_absolute():
-            raise UsageError(
-                f"{path}: want an absolute path, since systemd and containerd have working folders of their own"
-            )
+            raise UsageError(f"{path}: give an absolute path, because systemd and containerd run in other folders")
     if undo:
         changes = [containerd_conf.remove(config), Change(unit, "")]
         notes = [f"run: systemctl disable --now {unit.stem}; systemctl daemon-reload; systemctl restart containerd"]
@@ -114,7 +112,7 @@ def containerd(
     out = Output(json, quiet)
     if not out.told("setup-containerd", {"changed": changed, "notes": notes}):
         if changed:
-            out.note(f"{'taken back' if undo else 'written'}: {', '.join(changed)}", *notes)
+            out.note(f"{'undone' if undo else 'written'}: {', '.join(changed)}", *notes)
         else:
             out.note("nothing to do")
 

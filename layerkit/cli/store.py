@@ -14,7 +14,7 @@ group = typer.Typer(no_args_is_help=True, help="Look after the local store.", ri
 
 @o.command(group)
 def df(store: o.StoreDir = None, json: o.Json = False) -> None:
-    """Show what takes how much space: data, indexes, and metadata per map.
+    """Show how much space data, indexes and the metadata of each map take.
 
     Example: `layerkit store df`
     """
@@ -72,7 +72,7 @@ def rm(
     store: o.StoreDir = None,
     out: Output = Output(),
 ) -> None:
-    """Forget images; `layerkit store gc` then frees what no other image uses.
+    """Remove images by name; `layerkit store gc` then frees what no other image uses.
 
     Example: `layerkit store rm image:latest && layerkit store gc`
     """
@@ -88,9 +88,11 @@ def rm(
 @o.command(group)
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Take out what is damaged; images can bring it back.")
+        bool, typer.Option("--repair", help="Remove what is damaged; remap or mount the image to get it back.")
     ] = False,
-    shallow: Annotated[bool, typer.Option("--shallow", help="Do not read the data again, only its sizes.")] = False,
+    shallow: Annotated[
+        bool, typer.Option("--shallow", help="Check only the sizes of data, not its bytes.")
+    ] = False,
     store: o.StoreDir = None,
     json: o.Json = False,
 ) -> None:
@@ -107,14 +109,14 @@ def verify(
     if not Output(json).told("store-verify", whole):
         for finding in findings:
             line(finding)
-        line("the store is whole" if not damaged else f"{len(damaged)} things are damaged")
+        line("the store is whole" if not damaged else f"damaged: {len(damaged)}; --repair removes them")
     if damaged and not repair:
         raise typer.Exit(1)
 
 
 @o.command(group)
 def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False) -> None:
-    """Free what no image and no mount uses: leftovers of killed runs, old metadata, layers.
+    """Free what no image and no mount uses: layers, old metadata, leftovers of killed runs.
 
     Example: `layerkit store gc --dry-run`
     """

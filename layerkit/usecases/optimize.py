@@ -111,7 +111,7 @@ class OptimizeOptions:
     def __post_init__(self) -> None:
         """Refuse a media type for layers that are not made."""
         if self.stock_media_type and not self.metadata_only:
-            raise UsageError("--stock-media-type means something only with --metadata-only")
+            raise UsageError("--stock-media-type needs --metadata-only")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

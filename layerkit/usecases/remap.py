@@ -141,7 +141,7 @@ class RemapOptions:
         if self.form not in ("portable", "layer"):
             raise UsageError(f"--form {self.form!r}: want artifact, layer or portable")
         if self.stock_media_type and self.form != "layer":
-            raise UsageError("--stock-media-type means something only with --form layer")
+            raise UsageError("--stock-media-type needs --form layer")
 
 
 def remap(work: Work, dst: Destination, options: RemapOptions) -> RemapReport:

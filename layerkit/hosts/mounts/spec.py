@@ -155,7 +155,7 @@ def checked(spec: MountSpec) -> MountSpec:
     if spec.upper is not None:
         return _with_upper(spec, spec.upper)
     if spec.work is not None:
-        raise UsageError("--work means something only with --upper")
+        raise UsageError("--work needs --upper")
     return spec
 
 
