@@ -317,9 +317,3 @@ def read_token(config: Config) -> tuple[str, Path]:
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(f"{path}: the hook's token: want {_SHORTEST_TOKEN} printable characters or more")
     return token, path
-
-
-__all__ = [
-    "INDEX_REPOSITORY", "Bounds", "ClusterTls", "Config", "Registry", "Remap", "Tls", "listen_address",
-    "read_token",
-]  # fmt: skip

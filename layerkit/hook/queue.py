@@ -630,9 +630,3 @@ class Holders:
             os.close(self._fd)
             (self._folder / self._name).unlink(missing_ok=True)
             self._fd = -1
-
-
-__all__ = [
-    "ENDS", "STATES", "Added", "Claim", "Holders", "JobRow", "Key", "Outcome", "Policy", "Queue", "Stats", "Target",
-    "Wish", "figure",
-]  # fmt: skip

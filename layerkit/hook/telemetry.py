@@ -152,6 +152,3 @@ def span(name: str, attributes: Mapping[str, str | int]) -> Iterator[None]:
         return
     with tracer.start_as_current_span(name, attributes=dict(attributes)):
         yield
-
-
-__all__ = ["JsonFormatter", "Metrics", "log_as_json", "span"]

@@ -233,17 +233,3 @@ def _known(values: dict[str, object], path: Path) -> Iterator[tuple[Setting, obj
         if key not in SETTINGS:
             raise UsageError(f"{path}: there is no setting {key!r}{nearest(key, SETTINGS)}")
         yield SETTINGS[key], value
-
-
-__all__ = [
-    "ENVIRONMENT_ONLY",
-    "SETTINGS",
-    "SYSTEM_FILE",
-    "Configured",
-    "Setting",
-    "configured",
-    "everything",
-    "limits",
-    "unknown_variables",
-    "user_file",
-]

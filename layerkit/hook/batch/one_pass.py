@@ -182,6 +182,3 @@ def _meant(registry: Registry, ref: RegistryRef, all_tags: bool) -> Iterator[tup
             yield tag, resolve(registry, ref.repository, tag)
         except NotFound:
             yield tag, None
-
-
-__all__ = ["Pass", "Wanted", "parse_refs", "parse_shard", "run", "shard_of"]

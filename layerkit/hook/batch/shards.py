@@ -414,6 +414,3 @@ def _image_wants(tasks: tuple[Task, ...]) -> list[Want]:
     if missing and all(not each.again and has_artifact(source.repository, each, limits) for each in tasks):
         return []
     return missing
-
-
-__all__ = ["PLAN_TYPE", "Meeting", "Shard", "Want", "index_together", "owner", "run_name", "survey"]

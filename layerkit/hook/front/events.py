@@ -228,6 +228,3 @@ def _cloud(event_type: str, data: object, source: str) -> Iterable[tuple[str, di
     fields = {"repository": data.get("name"), "digest": data.get("digest") or digest, "tag": tag}
     # zot's source is a constant of the program; an operator may have set it to the registry's name.
     yield "zot", {**fields, "mediatype": data.get("mediaType"), "host": source}
-
-
-__all__ = ["BadRequest", "Event", "Parsed", "parse", "parse_job"]

@@ -71,6 +71,3 @@ class Buckets:
     def _now(self, address: str) -> float:
         level, then = self._level.get(address, (self._burst, 0.0))
         return min(self._burst, level + (self._clock() - then) * self._rate)
-
-
-__all__ = ["Buckets", "Token"]

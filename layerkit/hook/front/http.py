@@ -377,6 +377,3 @@ class _Server(uvicorn.Server):
                 url = f"{self._scheme}://{f'[{name}]' if ':' in name else name}:{port}"
                 _log.info("listening", extra={"url": url})
                 self._on_listen(url)
-
-
-__all__ = ["Guarded", "OnListen", "make_app", "serve", "status_view"]

@@ -146,6 +146,3 @@ class Service:
                     return [], f"{event.repository}:{event.tag}: not in the registry"
         target = Target(registry.name, event.repository, event.tag)
         return [Wish(key, target, again=again) for key in self.config.keys(digest)], ""
-
-
-__all__ = ["Resolve", "Service", "Taken"]

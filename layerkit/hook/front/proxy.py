@@ -248,6 +248,3 @@ def _is_artifact(body: bytes) -> bool:
 
 def _problem(status: int, code: str, message: str) -> Response:
     return JSONResponse({"errors": [{"code": code, "message": message}]}, status)
-
-
-__all__ = ["Proxy", "Waiter", "passed"]

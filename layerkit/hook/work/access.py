@@ -77,6 +77,3 @@ def traffic(places: Iterable[Place], limits: Limits) -> dict[str, int]:
         "bytes_written": sum(each.bytes_written for each in every),
         "bytes_mounted": sum(each.bytes_mounted for each in every),
     }
-
-
-__all__ = ["Place", "place_in", "resolve", "traffic", "upstream"]

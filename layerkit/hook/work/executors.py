@@ -160,6 +160,3 @@ def _begin_worker() -> None:
 def _end_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
-
-
-__all__ = ["ENGINES", "open_executor", "run_once"]

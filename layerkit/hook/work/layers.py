@@ -239,6 +239,3 @@ def publish(task: LayerTask) -> bool:
             return origin == "shared" or fleet.shared.has(task.layer.diff_id) or fleet.shared.save(index)
     except LayerkitError:
         return False
-
-
-__all__ = ["Fleet", "FleetIndexes", "Got", "LayerTask", "SharedIndexes", "fetch", "publish"]

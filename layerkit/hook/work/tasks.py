@@ -211,6 +211,3 @@ def has_artifact(repository: Repository, task: Task, limits: Limits) -> bool:
             ):  # fmt: skip
                 return True
     return False
-
-
-__all__ = ["Task", "execute", "has_artifact", "look", "outcome_of", "task_of"]

@@ -207,6 +207,3 @@ class QueueWorker:
             if executor is not None:
                 executor.shutdown(wait=not self._running, cancel_futures=True)
             self._running.clear()
-
-
-__all__ = ["Execute", "QueueWorker", "make_worker"]
