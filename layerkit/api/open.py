@@ -123,10 +123,7 @@ def mount_unpacked(
     from layerkit.hosts.adopted.sources import find_unpacked
     from layerkit.hosts.mounts.choose import MountOptions
 
-    options = MountOptions(
-        rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking,
-        reread=reread,
-    )  # fmt: skip
+    options = MountOptions(rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking, reread=reread)
     settings = Settings(store)
     with settings.open_store() as held:
         return adopt.mount_unpacked(

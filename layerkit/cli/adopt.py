@@ -39,16 +39,11 @@ def adopt(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new folder for `upper`, `work` and, if needed, `meta`.")
     ],
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    subuid_name: o.SubuidName = None,
-    overflow_id: o.OverflowId = None,
-    squash: o.Squash = False,
+    ids: o.Map = o.Map(),
     stacking: Stacking = "auto",
     reread: Reread = False,
     store: o.StoreDir = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Write an upper that shows a runtime's unpacked layers under an id map; mount it with any tool.
 
@@ -60,8 +55,7 @@ def adopt(
     from layerkit.hosts.adopted import mount as adopting
     from layerkit.hosts.adopted.sources import find_unpacked
 
-    out, settings = Output(json, quiet), o.settings(store)
-    mapping = o.mapping(uid_map, gid_map, subuid_name, overflow_id, squash)
+    settings, mapping = o.settings(store), ids.mapping()
     if mapping is None:
         raise UsageError("adopt needs a map: add --uid-map C:H:N or --subuid-name NAME")
     with settings.open_store() as held, out.progress() as step:

@@ -29,8 +29,7 @@ def analyze(
         ),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=0, metavar="N", help="How many worst paths to show.")] = 10,
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
+    how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
     """Show what each layer of an image adds, duplicates for a metadata change, and hides.
@@ -44,17 +43,15 @@ def analyze(
 
     `layerkit analyze oci:images:app --fail-over 5% --quiet`
     """
-    from layerkit.api.open import open_image
     from layerkit.usecases.analyze import sharing
 
     limit = parse_limit(fail_over) if fail_over is not None else None
     if html is not None and len(refs) > 1:
         raise UsageError(f"--html shows one image, not {len(refs)}; run the command once for each image")
-    settings = o.settings(store)
     reports, held = [], []
     with out.progress() as step:
         for ref in refs:
-            with open_image(ref, platform=platform, settings=settings) as image:
+            with how.open(ref) as image:
                 report, indexes = image.analyze(progress=step)
             reports.append(report)
             held.append((report.name, indexes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,7 @@ def bundle(
         list[str] | None,
         typer.Argument(metavar="[COMMAND]...", help="Replaces the image's command.", show_default=False),
     ] = None,
-    uid_map: o.UidMap = None,
-    gid_map: o.GidMap = None,
-    subuid_name: o.SubuidName = None,
+    ids: o.PlainMap = o.PlainMap(),
     rootless: Annotated[
         bool,
         typer.Option(
@@ -78,12 +77,8 @@ def bundle(
     ] = False,
     own_meta: o.OwnMeta = False,
     strict: o.Strict = False,
-    data: o.Data = "auto",
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
-    jobs: o.Jobs = 1,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    how: o.Bringing = o.Bringing(),
+    out: Output = Output(),
 ) -> None:
     """Make an OCI runtime bundle: a mounted root filesystem and a config.json for runc and crun.
 
@@ -107,7 +102,6 @@ def bundle(
     from layerkit.api import bundle as bundling
     from layerkit.api.open import open_image
 
-    out = Output(json, quiet)
     if remove:
         if folder is not None:
             raise UsageError("--remove takes one folder and nothing else: layerkit bundle --remove DIR")
@@ -116,7 +110,7 @@ def bundle(
         return
     if folder is None:
         raise UsageError("DIR is missing, the folder for the bundle: layerkit bundle REF DIR")
-    mapping = o.mapping(uid_map, gid_map, subuid_name)
+    mapping = ids.mapping()
     from layerkit.formats.runtime.config import Wishes
 
     wishes = Wishes(
@@ -125,8 +119,8 @@ def bundle(
         network=network, cap_add=tuple(cap_add or ()), cap_drop=tuple(cap_drop or ()), binds=tuple(volume or ()),
         image_volumes=image_volume, annotations=_pairs(annotation or []), seccomp=seccomp,
     )  # fmt: skip
-    settings = o.settings(store, data=data, jobs=jobs, strict=strict)
-    with open_image(ref, platform=platform, settings=settings) as image, out.progress() as step:
+    settings = replace(how.settings, strict=strict)
+    with open_image(ref, platform=how.platform, settings=settings) as image, out.progress() as step:
         result = bundling.bundle(
             image, folder, mapping, wishes, rootless=rootless, own_meta=own_meta, progress=step
         )

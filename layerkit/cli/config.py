@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerkit.cli import options as o
-from layerkit.cli.render import emit_json, table
+from layerkit.cli.render import Output, table
 
 
 def config(
@@ -27,32 +27,21 @@ def config(
     from layerkit.linux import configuration
 
     found = configuration.everything()
-    if json:
-        emit_json(
-            "config",
-            {
-                "files": [str(configuration.user_file()), str(configuration.SYSTEM_FILE)],
-                "settings": {
-                    key: {
-                        "value": value.value if isinstance(value.value, (bool, int)) else _shown(value.value),
-                        "origin": value.origin,
-                        "variable": configuration.SETTINGS[key].variable,
-                    }
-                    for key, value in found.items()
-                },
-            },
-        )
+    rows = {
+        key: {
+            "value": value.value if isinstance(value.value, (bool, int)) else _shown(value.value),
+            "origin": value.origin, "variable": configuration.SETTINGS[key].variable,
+        }
+        for key, value in found.items()
+    }  # fmt: skip
+    files = [str(configuration.user_file()), str(configuration.SYSTEM_FILE)]
+    if Output(json).told("config", {"files": files, "settings": rows}):
         return
     table(
         "",
         ["SETTING", "VALUE", "FROM", "MEANING"],
         [
-            (
-                key,
-                "" if value.value is None else _shown(value.value),
-                value.origin,
-                configuration.SETTINGS[key].help,
-            )
+            (key, _shown(value.value) or "", value.origin, configuration.SETTINGS[key].help)
             for key, value in found.items()
             if every or not key.startswith("limits.") or value.origin != "default"
         ],
@@ -60,6 +49,6 @@ def config(
 
 
 def _shown(value: object) -> str | None:
-    if value is None or isinstance(value, bool):
-        return None if value is None else str(value).lower()
-    return str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)

@@ -75,10 +75,9 @@ def which(
 
     `layerkit which sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03 --json`
     """
-    from layerkit.api.open import open_store
     from layerkit.hosts.diagnosis.which import which as find
 
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         answer = find(what, held)
     if not Output(json).told("which", answer.to_dict()):
         _show_places(answer)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerkit.cli import options as o
 from layerkit.cli.render import Output, fields
 from layerkit.model.errors import UsageError
 
@@ -36,8 +35,7 @@ def finalize(
     namespace: Annotated[
         str, typer.Option("--namespace", metavar="trusted|user", help="Namespace of the overlay xattrs.")
     ] = "trusted",
-    json: o.Json = False,
-    quiet: o.Quiet = False,
+    out: Output = Output(),
 ) -> None:
     """Complete an upper that was chowned with metacopy=on, so that its lower is read for data only.
 
@@ -55,7 +53,6 @@ def finalize(
     from layerkit.hosts.finalize import finalize as work
     from layerkit.metaonly import Namespace
 
-    out = Output(json, quiet)
     if undo is not None:
         if lower is not None or check:
             raise UsageError("--undo takes no --lower and no --check: layerkit finalize UPPER --undo FILE")

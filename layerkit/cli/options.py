@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from layerkit.api.rewrite import Route
     from layerkit.idmap import Mapping as IdMapping
     from layerkit.model.ports import Progress
+    from layerkit.store.local import LocalStore
     from layerkit.usecases.settings import RewriteOptions, Settings
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -253,17 +254,11 @@ def settings(store: Path | None, **flags: Any) -> Settings:
     return Settings(store, **flags)
 
 
-def mapping(
-    uid_map: list[str] | None,
-    gid_map: list[str] | None,
-    subuid_name: str | None,
-    overflow_id: int | None = None,
-    squash: bool = False,
-) -> IdMapping | None:
-    """Return the id map that the shared flags spell, None if there are none."""
-    from layerkit.usecases.settings import MapOptions
+def open_store(given: Path | None) -> LocalStore:
+    """Open the store that the flag means, which must exist."""
+    from layerkit.usecases import settings
 
-    return MapOptions(tuple(uid_map or ()), tuple(gid_map or ()), subuid_name, overflow_id, squash).mapping()
+    return settings.open_store(given)
 
 
 @dataclass(frozen=True)
@@ -276,6 +271,8 @@ class PlainMap:
 
     def mapping(self) -> IdMapping | None:
         """Return the id map that is meant, None if none is."""
+        from layerkit.api.open import mapping
+
         return mapping(**asdict(self))
 
 

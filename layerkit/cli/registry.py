@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +28,7 @@ def push_indexes(
         list[str] | None,
         typer.Option("--mount-from", metavar="REPOSITORY", help="A repository there that may have some."),
     ] = None,
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
+    how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
     """Attach the indexes of an image's layers to it, as an OCI artifact.
@@ -45,7 +45,7 @@ def push_indexes(
 
     with out.progress() as step:
         report = registry.push_indexes(
-            src, dst, platform=platform, settings=o.settings(store), mount_from=mount_from or (), progress=step
+            src, dst, platform=how.platform, settings=how.settings, mount_from=mount_from or (), progress=step
         )
     share = 100 * report.bytes / report.image_bytes if report.image_bytes else 0
     out.answered("index-push", report, [
@@ -59,8 +59,7 @@ def push_indexes(
 @o.command(group, "pull")
 def pull_indexes(
     ref: o.Ref,
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
+    how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
     """Fetch the published indexes of an image, or its layers' own tables of contents (eStargz, zstd:chunked).
@@ -72,7 +71,7 @@ def pull_indexes(
     """
     from layerkit.api import registry
 
-    report = registry.pull_indexes(ref, platform=platform, settings=o.settings(store))
+    report = registry.pull_indexes(ref, platform=how.platform, settings=how.settings)
     if out.told("index-pull", report.to_dict(), report.notes):
         return
     table(
@@ -106,8 +105,7 @@ def pull(
     ] = False,
     own_meta: o.OwnMeta = False,
     data: o.Data = "auto",
-    platform: o.Platform = None,
-    store: o.StoreDir = None,
+    how: o.Reading = o.Reading(),
     out: Output = Output(),
 ) -> None:
     """Fetch an image into the local store for a map, and verify the remap published for it.
@@ -126,8 +124,8 @@ def pull(
     mapping = ids.mapping()
     with out.progress() as step:
         report = registry.pull(
-            ref, mapping, key=key, require_published=require_published, own_meta=own_meta, platform=platform,
-            settings=o.settings(store, data=data), progress=step,
+            ref, mapping, key=key, require_published=require_published, own_meta=own_meta, platform=how.platform,
+            settings=replace(how.settings, data=data), progress=step,
         )  # fmt: skip
     made = report.remap
     if report.published:

@@ -18,9 +18,7 @@ def df(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store df`
     """
-    from layerkit.api.open import open_store
-
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         report = held.df()
     if Output(json).told("store-df", report.to_dict()):
         return
@@ -50,9 +48,7 @@ def ls(store: o.StoreDir = None, json: o.Json = False) -> None:
 
     Example: `layerkit store ls --json`
     """
-    from layerkit.api.open import open_store
-
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         rows = held.ls()
     if Output(json).told("store-ls", {"images": [row.to_dict() for row in rows]}):
         return
@@ -76,9 +72,7 @@ def rm(
 
     Example: `layerkit store rm image:latest && layerkit store gc`
     """
-    from layerkit.api.open import open_store
-
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         for name in names:
             held.remove_image(name)
             out.note(f"removed {name}")
@@ -100,9 +94,7 @@ def verify(
 
     Example: `layerkit store verify --repair`
     """
-    from layerkit.api.open import open_store
-
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         findings = held.verify(repair=repair, deep=not shallow)
     damaged = [f for f in findings if f.is_damage]
     whole = {"whole": not damaged, "findings": [f.to_dict() for f in findings]}
@@ -120,10 +112,9 @@ def gc(store: o.StoreDir = None, dry_run: o.DryRun = False, json: o.Json = False
 
     Example: `layerkit store gc --dry-run`
     """
-    from layerkit.api.open import open_store
     from layerkit.usecases.collect_garbage import collect_garbage
 
-    with open_store(o.store_dir(store)) as held:
+    with o.open_store(store) as held:
         report = collect_garbage(held, dry_run=dry_run)
     if Output(json).told("store-gc", {"dry_run": dry_run, **report.to_dict()}):
         return

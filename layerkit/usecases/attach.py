@@ -25,7 +25,6 @@ from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import UsageError
 from layerkit.model.image import Image
-from layerkit.model.ports import ImageSink
 from layerkit.model.reports import RemapReport
 from layerkit.model.tree import Tree
 from layerkit.model.trees.merge import merge
@@ -106,7 +105,11 @@ def attach(work: Work, places: Sequence[Destination], options: AttachOptions, fo
                     if not (dst.has_image and sink.has_attached(result.descriptor.digest, kind)):
                         sink.put_blob(said.blob, [said.data])
                         sink.put_manifest(said.descriptor, said.manifest)
-                _put(result, sink)
+                if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
+                    sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
+                if not sink.has_blob(result.blob.digest):
+                    sink.put_blob(result.blob, result.chunks)
+                sink.put_manifest(result.descriptor, result.manifest)
                 if options.indexes and not sink.has_attached(image.descriptor.digest, index_artifact.ARTIFACT_TYPE):
                     put_indexes(image, found.indexes, sink, vouched=True)
     return RemapReport(
@@ -168,15 +171,6 @@ def made(image: Image, tree: Tree, options: AttachOptions) -> Iterator[Made]:
         found = artifact.RemapArtifact(image.descriptor, (blob,), text, space, form, image.diff_ids)
         manifest, descriptor = found.encode()
         yield Made(blob, manifest, descriptor, packed)
-
-
-def _put(result: Made, sink: ImageSink) -> None:
-    """Put an artifact into ``sink``, which is not committed."""
-    if not sink.has_blob(oci.EMPTY_DESCRIPTOR.digest):
-        sink.put_blob(oci.EMPTY_DESCRIPTOR, [oci.EMPTY_JSON])
-    if not sink.has_blob(result.blob.digest):
-        sink.put_blob(result.blob, result.chunks)
-    sink.put_manifest(result.descriptor, result.manifest)
 
 
 def _statement(image: Image, where: str, result: Made, sign_key: Path | None) -> intoto.Attestation:

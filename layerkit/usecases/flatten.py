@@ -149,11 +149,7 @@ def flatten(work: Work, dst: Destination, options: FlattenOptions) -> FlattenRep
 
 
 def _places(work: Work, options: FlattenOptions) -> range:
-    """Return the places of the layers to merge, from 0.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """Return the places of the layers to merge, from 0; there are some."""
     image, count = work.image, len(work.image.layers)
     first = 0 if options.from_layer is None else place_of(image, options.from_layer)
     if options.keep_base is not None:
