@@ -8,7 +8,7 @@ an overflow id. Rules of user_namespaces(7) hold: no overlap, no id 4294967295. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
@@ -434,7 +434,7 @@ def apply(owned: Owned, mapping: Mapping) -> Owned:
     if failures:
         inode, kind, value = min(failures, key=itemgetter(0))
         raise UnmappedId(owned.inode_path(inode), kind, value, mapping.of(kind).canonical())
-    return owned.with_owners(columns[0], columns[1], tuple(sets))
+    return replace(owned, uid=columns[0], gid=columns[1], xattr_sets=tuple(sets))
 
 
 def _mapped_set(owned: Tree | Index, row: int, mapper: acl_caps.IdMapper) -> XattrSet:

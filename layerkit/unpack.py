@@ -346,8 +346,11 @@ class Found:
     @property
     def layers_read(self) -> int:
         """Return how many layer blobs were read whole."""
-        pairs = zip(self.indexes, self.origins, strict=True)
-        return len({index.diff_id for index, origin in pairs if origin == "layer"})
+        return _count_read(self.indexes, self.origins)
+
+
+def _count_read(indexes: Sequence[Index], origins: Sequence[str]) -> int:
+    return len({index.diff_id for index, origin in zip(indexes, origins, strict=True) if origin == "layer"})
 
 
 def find_indexes(work: Work, others: Others = NOBODY, *, layers: bool = True) -> Found:
@@ -466,8 +469,7 @@ class Contents:
 
             self.indexes, origins = _each_layer(work, find)
             self._stack = stack.pop_all()
-        pairs = zip(self.indexes, origins, strict=True)
-        self.read = len({index.diff_id for index, origin in pairs if origin == "layer"})
+        self.read = _count_read(self.indexes, origins)
 
     def more(self, need: Collection[int]) -> Contents:
         """Return the content of the layers at ``need``, each read again where it is not kept; to be closed too."""

@@ -49,9 +49,12 @@ class Bolt:
 
     def page(self, number: int) -> tuple[int, int, int]:
         """Return (offset, flags, elements) of a page."""
-        at = number * self.page_bytes
+        return self.page_at(number * self.page_bytes, f"page {number}")
+
+    def page_at(self, at: int, what: str) -> tuple[int, int, int]:
+        """Return the same of ``what``, which lies at ``at``."""
         if at + _PAGE.size > len(self.data):
-            raise self.broken(f"page {number} lies beyond the end")
+            raise self.broken(f"{what} lies beyond the end")
         _, flags, count, _ = _PAGE.unpack_from(self.data, at)
         return at, flags, count
 
@@ -91,10 +94,7 @@ class Bucket:
     def _at(self) -> tuple[int, int, int]:
         if self._inline is None:
             return self._file.page(self._page)
-        if self._inline + _PAGE.size > len(self._file.data):
-            raise self._file.broken("a bucket lies beyond the end")
-        _, flags, count, _ = _PAGE.unpack_from(self._file.data, self._inline)
-        return self._inline, flags, count
+        return self._file.page_at(self._inline, "a bucket")
 
     def _find(self, wanted: bytes) -> bytes | Bucket | None:
         at, flags, count = self._at()

@@ -148,6 +148,3 @@ class Table:
         if "choices" in metadata and value not in metadata["choices"]:
             raise UsageError(f"{said}: want {' or '.join(metadata['choices'])}")
         return self._base / Path(value).expanduser() if kind is Path and isinstance(value, str) else value
-
-
-__all__ = ["Table", "nearest", "one_of", "whole"]

@@ -145,12 +145,6 @@ class Index:
         """Return the path of ``row``."""
         return self.path[row]
 
-    def with_owners(
-        self, uid: NDArray[np.uint32], gid: NDArray[np.uint32], xattr_sets: tuple[XattrSet, ...]
-    ) -> Index:
-        """Return the same rows with other owners; ``xattr_sets`` row by row in place of the old ones."""
-        return replace(self, uid=uid, gid=gid, xattr_sets=xattr_sets)
-
 
 def empty(diff_id: Digest) -> Index:
     """Return the index of a layer without entries."""

@@ -193,12 +193,6 @@ class Tree:
         columns = {name: getattr(self, name)[inodes] for name in INODE_COLUMNS}
         return replace(self, parent=parent, name=self.name.take(rows), inode=inode.astype(np.int32), **columns)
 
-    def with_owners(
-        self, uid: NDArray[np.uint32], gid: NDArray[np.uint32], xattr_sets: tuple[XattrSet, ...]
-    ) -> Tree:
-        """Return the same tree with other owners; ``xattr_sets`` row by row in place of the old ones."""
-        return replace(self, uid=uid, gid=gid, xattr_sets=xattr_sets)
-
     def digest(self) -> Digest:
         """Return the sha256 of what the tree shows: names, inodes, attributes and content.
 

@@ -50,13 +50,12 @@ def map_index(index: Index, mapping: Mapping) -> Index:
     # An owner that the map has lets the markers pass.
     some = [id_map.extents[0][0] if id_map.extents else 0 for id_map in (mapping.uid, mapping.gid)]
     mapped = apply_map(
-        index.with_owners(np.where(marks, some[0], index.uid).astype(np.uint32),
-                          np.where(marks, some[1], index.gid).astype(np.uint32), index.xattr_sets),
+        replace(index, uid=np.where(marks, some[0], index.uid).astype(np.uint32),
+                gid=np.where(marks, some[1], index.gid).astype(np.uint32)),
         mapping,
     )  # fmt: skip
-    return mapped.with_owners(
-        np.where(marks, index.uid, mapped.uid), np.where(marks, index.gid, mapped.gid), mapped.xattr_sets
-    )
+    uid, gid = np.where(marks, index.uid, mapped.uid), np.where(marks, index.gid, mapped.gid)
+    return replace(mapped, uid=uid, gid=gid)
 
 
 def map_layers(indexes: Sequence[Index], mapping: Mapping, *, limits: Limits) -> tuple[list[Index], Tree]:

@@ -6,7 +6,7 @@ import hashlib
 import stat
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -199,13 +199,13 @@ def big_columns(n: int, per_dir: int = 16, links: float = 0.05) -> Tree:
 def mapped(tree: Tree, shift: int = 100_000) -> Tree:
     """Return ``tree`` with every id moved up by ``shift``, in ACLs and capabilities too."""
     sets = _with_ids(tree, lambda number: number + shift)
-    return tree.with_owners(tree.uid + np.uint32(shift), tree.gid + np.uint32(shift), sets)
+    return replace(tree, uid=tree.uid + np.uint32(shift), gid=tree.gid + np.uint32(shift), xattr_sets=sets)
 
 
 def squashed(tree: Tree, owner: int = 7) -> Tree:
     """Return ``tree`` with every owner the same, so that values with ids become equal."""
     same = np.full(tree.inodes, owner, np.uint32)
-    return tree.with_owners(same, same, _with_ids(tree, lambda number: owner))
+    return replace(tree, uid=same, gid=same, xattr_sets=_with_ids(tree, lambda number: owner))
 
 
 def _with_ids(tree: Tree, new: Callable[[int], int]) -> tuple[XattrSet, ...]:

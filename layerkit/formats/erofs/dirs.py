@@ -96,30 +96,17 @@ class DirPlan:
         dirents["nid"] = nid[target]
         dirents["nameoff"] = text_starts - np.repeat(first_text - counts * f.DIRENT_BYTES, counts)
         dirents["type"] = file_type[target]
-        heads, texts = dirents.tobytes(), self._texts(row, special, dotdot, length, text_starts)
+        source = self.names.offsets[:-1].take(row, mode="clip")
+        source[special] = 0
+        places = np.arange(int(text_ends[-1]), dtype=np.int64) + np.repeat(source - text_starts, length)
+        # The two names that are in no blob may read past its end here; they are overwritten below.
+        text = np.frombuffer(self.names.blob or b".", np.uint8).take(places, mode="clip")
+        text[text_starts[special]] = ord(".")
+        text[text_starts[special[dotdot]] + 1] = ord(".")
+        heads, texts = dirents.tobytes(), text.tobytes()
         ends = np.append(first_text[1:], text_ends[-1]).tolist()
         for start, count, a, b in zip(starts.tolist(), counts.tolist(), first_text.tolist(), ends, strict=True):
             yield heads[start * f.DIRENT_BYTES : (start + count) * f.DIRENT_BYTES] + texts[a:b]
-
-    def _texts(
-        self,
-        row: NDArray[np.int32],
-        special: NDArray[np.int64],
-        dotdot: NDArray[np.bool_],
-        length: NDArray[np.int64],
-        starts: NDArray[np.int64],
-    ) -> bytes:
-        source = self.names.offsets[:-1].take(row, mode="clip")
-        source[special] = 0
-        blob = np.frombuffer(self.names.blob, np.uint8)
-        if not len(blob):
-            return b"".join(b".." if is_dotdot else b"." for is_dotdot in dotdot.tolist())
-        places = np.arange(int(length.sum()), dtype=np.int64) + np.repeat(source - starts, length)
-        # The two names that are in no blob may read past its end here; they are overwritten below.
-        texts = blob.take(places, mode="clip")
-        texts[starts[special]] = ord(".")
-        texts[starts[special[dotdot]] + 1] = ord(".")
-        return texts.tobytes()
 
 
 def plan(names: Strings, parent: NDArray[np.int32], is_dir: NDArray[np.bool_], block_bits: int) -> DirPlan:

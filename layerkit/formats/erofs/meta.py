@@ -312,7 +312,7 @@ class _Image:
             meta_bytes=self.meta_block * _BLOCK,
             rows=rows,
             nids=self.nid[rows],
-            xattrs=tuple(XattrFixup(_BLOCK + at, length, s, which) for at, length, s, which in self.xattrs.fixups),
+            xattrs=self.xattrs.fixups,
             sets=len(self.tree.xattr_sets),
         )
 
@@ -376,7 +376,7 @@ class _Xattrs:
         ids: uint32: shared xattr ids, set by set.
         inline: by set, the entries that found no room among the shared ids; b"" nearly always.
         names: by set, its (index, name) pairs, for the name filter.
-        fixups: (offset of the value in ``area``, its length, set, place in ``ID_NAMES``).
+        fixups: where the values with ids are, the area being the second block.
     """
 
     area: bytes
@@ -385,7 +385,7 @@ class _Xattrs:
     ids: NDArray[np.uint32]
     inline: tuple[bytes, ...]
     names: tuple[tuple[tuple[int, bytes], ...], ...]
-    fixups: tuple[tuple[int, int, int, int], ...]
+    fixups: tuple[XattrFixup, ...]
 
     @property
     def shared(self) -> NDArray[np.int64]:
@@ -400,13 +400,7 @@ class _Xattrs:
 def _plan_xattrs(tree: Tree, extra: tuple[bytes, bytes], extra_bytes: int) -> _Xattrs:
     """Return where the xattrs of ``tree`` go; sets that no inode has are left out.
 
-    Args:
-        tree: whose ``xattr_sets`` are to be stored.
-        extra: the pair (name, value) that all stubs share besides.
-        extra_bytes: the longest list of names that stubs add, for the limits.
-
-    Raises:
-        LossyResult: a name or a value that EROFS or the kernel cannot hold.
+    ``extra`` is the pair that all stubs share, ``extra_bytes`` the longest list of names that they add.
     """
     area = bytearray()
     common = f.split_xattr_name(extra[0])
@@ -415,7 +409,7 @@ def _plan_xattrs(tree: Tree, extra: tuple[bytes, bytes], extra_bytes: int) -> _X
     seen: dict[object, int] = {extra: extra_id}
     used = np.zeros(len(tree.xattr_sets), bool)
     used[tree.xattr] = True
-    starts, ids, inlines, fixups = [0], list[int](), list[bytes](), list[tuple[int, int, int, int]]()
+    starts, ids, inlines, fixups = [0], list[int](), list[bytes](), list[XattrFixup]()
     all_names = []
     for row, pairs in enumerate(tree.xattr_sets):
         names, inline = [], bytearray()
@@ -438,7 +432,7 @@ def _plan_xattrs(tree: Tree, extra: tuple[bytes, bytes], extra_bytes: int) -> _X
                 if key not in seen:
                     seen[key], offset = _add(area, parts, value)
                     if name in ID_NAMES:
-                        fixups.append((offset, len(value), row, ID_NAMES.index(name)))
+                        fixups.append(XattrFixup(_BLOCK + offset, len(value), row, ID_NAMES.index(name)))
                 ids.append(seen[key])
             if len(inline) > f.XATTR_BODY_MAX - 4096:
                 raise LossyResult(_path(tree, row), "more xattrs than an EROFS inode holds (some 256 KiB)")

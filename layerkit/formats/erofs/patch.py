@@ -146,15 +146,7 @@ class _Patch:
         self._mapping = mapping
 
     def apply(self, window: NDArray[np.uint64], start: int) -> None:
-        """Map the owners of the inodes that lie in ``window``.
-
-        Args:
-            window: uint64, little-endian words of the image, changed in place.
-            start: place of its first word in the image, in words.
-
-        Raises:
-            InvalidImage: an owner without a host id.
-        """
+        """Map the owners of the inodes in ``window``, words of the image from the ``start``-th on, in place."""
         a, b = np.searchsorted(self._words, (start, start + len(window))).tolist()
         places = self._words[a:b] - start
         owners = window[places].view("<u4").reshape(-1, 2)
@@ -163,11 +155,7 @@ class _Patch:
         window[places] = owners.view("<u8").ravel()
 
     def value(self, fix: XattrFixup, value: bytes) -> bytes:
-        """Return the xattr value that ``fix`` is of, and that was ``value``, with its ids mapped.
-
-        Raises:
-            InvalidImage: an id without a host id, or no such value.
-        """
+        """Return the xattr value that ``fix`` is of, and that was ``value``, with its ids mapped."""
         name = acl_caps.ID_NAMES[fix.which]
         mapped = acl_caps.map_value(name, value, lambda kind, one: int(self._ids(kind, np.array([one], "<u4"))[0]))
         return acl_caps.capability_with_rootid(mapped) if name == acl_caps.CAPABILITY_NAME else mapped

@@ -41,8 +41,6 @@ _PARTS = (
     *(f"sparse_maps.{name}" for name in _SPARSE),
 )
 _TABLE_BYTES = len(_PARTS) * _PART.size
-_KINDS = np.zeros(256, np.bool_)
-_KINDS[[kind.value for kind in Kind]] = True
 
 
 def encode(index: Index) -> list[bytes | memoryview]:
@@ -106,7 +104,7 @@ def decode(buffer: bytes | bytearray | memoryview | mmap.mmap, where: str) -> In
         if name in limits and rows:
             low, high = limits[name]
             _check(low <= int(column.min()) and int(column.max()) < high, f"a value in column {name}", where)
-    _check(bool(_KINDS[columns["kind"]].all()), "a kind of entry", where)
+    _check(np.isin(columns["kind"], list(Kind)).all(), "a kind of entry", where)
     try:
         diff_id = Digest.parse(strings["diff_id"][0].decode("ascii", "replace"))
         warnings = tuple(text.decode() for text in strings["warnings"])
@@ -157,25 +155,26 @@ def _parts(view: memoryview, where: str) -> tuple[dict[str, memoryview], int, in
 def _strings(parts: dict[str, memoryview], name: str, where: str) -> Strings:
     blob = parts[f"{name}.blob"].tobytes()
     offsets = np.frombuffer(parts[f"{name}.offsets"], "<i8")
-    sound = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(blob) and not (np.diff(offsets) < 0).any()
-    _check(bool(sound), f"the offsets of {name}", where)
+    _check(_rises(offsets, len(blob)), f"the offsets of {name}", where)
     return Strings(blob, offsets)
 
 
 def _xattr_sets(starts: NDArray[np.int64], texts: list[bytes], where: str) -> tuple[XattrSet, ...]:
     # The first set is the empty one, and every set has whole pairs.
-    sound = len(starts) > 1 and starts[0] == starts[1] == 0 and starts[-1] == len(texts)
-    sound = sound and not (np.diff(starts) < 0).any() and not (starts % 2).any()
-    _check(bool(sound), "the xattr sets", where)
+    sound = _rises(starts, len(texts)) and len(starts) > 1 and starts[1] == 0 and not (starts % 2).any()
+    _check(sound, "the xattr sets", where)
     bounds = starts.tolist()
     return tuple(tuple(zip(texts[a:b:2], texts[a + 1 : b : 2], strict=True)) for a, b in itertools.pairwise(bounds))
 
 
 def _check_maps(maps: SparseMaps, where: str) -> None:
-    starts, runs = maps.starts, len(maps.offset)
-    sound = len(starts) > 0 and starts[0] == 0 and starts[-1] == runs and not (np.diff(starts) < 0).any()
-    sound = sound and len(maps.length) == runs and not ((maps.offset < 0) | (maps.length <= 0)).any()
-    _check(bool(sound), "the sparse maps", where)
+    sound = _rises(maps.starts, len(maps.offset)) and len(maps.length) == len(maps.offset)
+    _check(sound and not ((maps.offset < 0) | (maps.length <= 0)).any(), "the sparse maps", where)
+
+
+def _rises(bounds: NDArray[np.int64], end: int) -> bool:
+    """Return whether ``bounds`` go from 0 to ``end`` and never fall."""
+    return len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == end and not (np.diff(bounds) < 0).any()
 
 
 def _raw(column: NDArray[Any], dtype: str) -> memoryview:
@@ -187,7 +186,7 @@ def _aligned(size: int) -> int:
     return (size + _ALIGN - 1) // _ALIGN * _ALIGN
 
 
-def _check(sound: bool, what: str, where: str) -> None:
+def _check(sound: bool | np.bool_, what: str, where: str) -> None:
     if not sound:
         raise _damaged(what, where)
 

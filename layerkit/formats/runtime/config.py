@@ -6,7 +6,7 @@ Rules: runtime-spec, config.md and config-linux.md; image-spec, conversion.md.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from layerkit.formats.runtime.passwd import User
@@ -32,13 +32,8 @@ _MASKED = (
 )  # fmt: skip
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _UNSAFE_ANNOTATIONS = (
-    "run.oci.",
-    "krun.",
-    "module.wasm.",
-    "org.systemd.property.",
-    "org.criu.",
-    "io.katacontainers.",
-)
+    "run.oci.", "krun.", "module.wasm.", "org.systemd.property.", "org.criu.", "io.katacontainers.",
+)  # fmt: skip
 """What runtimes act on (hooks, handlers, other programs): an image must not choose that."""
 _RUNTIMES_OWN = ("/", "/dev", "/proc", "/sys")
 _TTY_GROUP = 5
@@ -113,19 +108,22 @@ def arguments(process: ImageProcess, wishes: Wishes) -> list[str]:
 
 def environment(process: ImageProcess, wishes: Wishes, home: str) -> list[str]:
     """Return the variables of the process: the image's, then the caller's over them, and a PATH in any case."""
-    found: dict[str, str] = {}
-    for entry in process.env:
-        name, _, value = entry.partition("=")
-        found[name] = value
+    found = _variables(process.env)
     for entry in wishes.env:
-        name, given, value = entry.partition("=")
-        if given:
-            found[name] = value
+        if "=" in entry:
+            found |= _variables([entry])
         else:
-            found.pop(name, None)
-    name, _, value = DEFAULT_PATH.partition("=")
-    defaults = {name: value} | ({"TERM": "xterm"} if wishes.terminal else {}) | ({"HOME": home} if home else {})
+            found.pop(entry, None)
+    defaults = (
+        _variables([DEFAULT_PATH])
+        | ({"TERM": "xterm"} if wishes.terminal else {})
+        | ({"HOME": home} if home else {})
+    )
     return [f"{name}={value}" for name, value in (defaults | found).items()]
+
+
+def _variables(entries: Iterable[str]) -> dict[str, str]:
+    return dict(entry.partition("=")[::2] for entry in entries)
 
 
 def working_dir(process: ImageProcess, wishes: Wishes) -> str:
@@ -214,8 +212,8 @@ def runtime_config(
     linux: JsonObject = {"maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY)}
     if host.uid_map or host.gid_map:
         namespaces.append({"type": "user"})
-        linux["uidMappings"] = _mappings(host.uid_map)
-        linux["gidMappings"] = _mappings(host.gid_map)
+        for name, extents in (("uidMappings", host.uid_map), ("gidMappings", host.gid_map)):
+            linux[name] = [{"containerID": c, "hostID": h, "size": n} for c, h, n in extents]
     linux["namespaces"] = namespaces
     if host.seccomp is not None:
         linux["seccomp"] = host.seccomp
@@ -269,24 +267,18 @@ def bounding(wishes: Wishes) -> tuple[str, ...]:
     """
 
     def full(name: str) -> str:
-        upper = name.upper()
-        return upper if upper in ("ALL",) or upper.startswith("CAP_") else f"CAP_{upper}"
+        return name if name == "ALL" or name.startswith("CAP_") else f"CAP_{name}"
 
-    dropped, added = {full(name) for name in wishes.cap_drop}, {full(name) for name in wishes.cap_add}
+    dropped, added = ({full(name.upper()) for name in names} for names in (wishes.cap_drop, wishes.cap_add))
     if "ALL" in added:
         raise UsageError("--cap-add all: name the capabilities one by one, such as --cap-add SYS_PTRACE")
     kept = set() if "ALL" in dropped else set(DEFAULT_CAPABILITIES) - dropped
     return tuple(sorted(kept | added))
 
 
-def _mappings(extents: Extents) -> list[JsonObject]:
-    return [{"containerID": c, "hostID": h, "size": n} for c, h, n in extents]
-
-
 def _default_mounts(wishes: Wishes, gid_map: Extents) -> list[JsonObject]:
     tty = not gid_map or any(c <= _TTY_GROUP < c + n for c, _, n in gid_map)
     pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", *([f"gid={_TTY_GROUP}"] if tty else [])]
-    own_network = wishes.network == "none"
     still = ["nosuid", "noexec", "nodev", "ro"]
     mounts: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
@@ -295,7 +287,7 @@ def _default_mounts(wishes: Wishes, gid_map: Extents) -> list[JsonObject]:
         ("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
         ("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]),
     ]
-    if own_network:
+    if wishes.network == "none":
         mounts.append(("/sys", "sysfs", "sysfs", still))
         mounts.append(("/sys/fs/cgroup", "cgroup", "cgroup", [*still, "relatime"]))
     else:

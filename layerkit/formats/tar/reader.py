@@ -402,14 +402,10 @@ class TarReader:
     def _hold(self, records: Records) -> None:
         """Keep ``records`` for the member that is added next."""
         size = sum(len(key) + len(value) for key, value in records.items())
-        self._table.hold(self._row(size), records, size)
-
-    def _row(self, size: int) -> int:
-        """Return the row of the next member, after making room for ``size`` bytes of records."""
         if self._table.is_crowded(size):
             self._gather()
             self._table.decode()
-        return self._table.rows + len(self._members)
+        self._table.hold(self._table.rows + len(self._members), records, size)
 
     # --- ends and errors ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ below show at that path once the link's layer has hidden its part of them.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -484,16 +485,10 @@ class _Below:
     def __init__(self, paths: _Paths, rows: _Rows) -> None:
         self._paths, self._rows = paths, rows
         self._cuts: dict[tuple[int, int], int] = {}
-        self._entries: dict[tuple[int, int], int] = {}
+        self.entry = functools.cache(self._entry)
 
-    def entry(self, path: int, layer: int) -> int:
+    def _entry(self, path: int, layer: int) -> int:
         """Return the row of the entry at ``path``, -1 where there is none or a directory was made."""
-        known = self._entries.get((path, layer))
-        if known is None:
-            known = self._entries[path, layer] = self._find(path, layer)
-        return known
-
-    def _find(self, path: int, layer: int) -> int:
         rows = self._rows
         places, layers, kinds = self._at(path, path + 1, layer)
         whiteouts = (kinds == Kind.WHITEOUT) & (layers <= layer)

@@ -185,7 +185,7 @@ def test_a_patched_image_is_the_image_of_the_mapped_tree(
     tree: Tree, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("patch")
-    tree = tree.with_owners(tree.uid // 4, tree.gid // 4, tree.xattr_sets)
+    tree = replace(tree, uid=tree.uid // 4, gid=tree.gid // 4)
     image, fixups = build(tree)
     fixups = Fixups.decode(fixups.encode())
     for change, mapping in ((mapped, SHIFT), (squashed, SQUASH)):
