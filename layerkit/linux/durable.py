@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.linux.syscalls import AT_FDCWD, FOLDER, failed, opened
+from layerkit.linux.syscalls import AT_FDCWD, FOLDER, checked, failed, libc, opened
 from layerkit.model.errors import StoreError, UsageError
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -26,13 +26,12 @@ _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 _STAGING = ".layerkit-tmp"
 _ATTEMPTS = 100
 NEW = "new"
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Start writing ``length`` bytes at ``offset`` to disk without waiting; only ever a hint."""
     with contextlib.suppress(AttributeError):  # musl before 1.2 and some ports do not have it
-        _libc.sync_file_range(
+        libc.sync_file_range(
             ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
         )
 
@@ -45,8 +44,7 @@ def sync_filesystem(fd: int) -> None:
     Raises:
         OSError: something could not be written.
     """
-    if _libc.syncfs(ctypes.c_int(fd)) != 0:
-        raise failed(ctypes.get_errno(), "syncfs")
+    checked(libc.syncfs(ctypes.c_int(fd)), "syncfs")
 
 
 def sync_path(path: str | Path, at: int | None = None) -> None:
@@ -60,8 +58,7 @@ def rename_new(source: bytes, target: bytes, source_dir: int = AT_FDCWD, target_
 
     Filesystems without RENAME_NOREPLACE get a hard link in its place (for files).
     """
-    done = _libc.renameat2(source_dir, source, target_dir, target, ctypes.c_uint(_RENAME_NOREPLACE))
-    if done == 0:
+    if libc.renameat2(source_dir, source, target_dir, target, ctypes.c_uint(_RENAME_NOREPLACE)) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EEXIST, errno.ENOTEMPTY):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from layerkit.linux import syscalls as sc
 
 _PLACE = "/proc"
 """Any folder that is there for sure: the new root is mounted on it, and then all else goes."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter() -> bool:
@@ -35,17 +32,12 @@ def enter() -> bool:
             sc.mount("none", _PLACE, "tmpfs", options="size=4k,mode=555")
             os.chdir(_PLACE)
             # The old root lands on the new one, and goes from there with everything on it: pivot_root(2).
-            _checked("pivot_root", _libc.pivot_root(b".", b"."))
+            sc.checked(sc.libc.pivot_root(b".", b"."), "pivot_root")
             sc.umount2(".", sc.MNT_DETACH)
             os.chdir("/")
         except OSError:
-            _checked("setns", _libc.setns(back, sc.CLONE_NEWNS))
+            sc.checked(sc.libc.setns(back, sc.CLONE_NEWNS), "setns")
             os.fchdir(root)
             os.chroot(".")
             return False
     return True
-
-
-def _checked(name: str, result: int) -> None:
-    if result != 0:
-        raise sc.failed(ctypes.get_errno(), name)

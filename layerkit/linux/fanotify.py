@@ -22,12 +22,9 @@ _Q_OVERFLOW = 0x4000
 
 _CLOEXEC, _NONBLOCK, _UNLIMITED_QUEUE = 0x01, 0x02, 0x10
 _MARK_ADD, _MARK_MOUNT, _MARK_FILESYSTEM = 0x01, 0x10, 0x100
-_AT_FDCWD = -100
 _EVENT = struct.Struct("=IBBHQii")
 _VERSION = 3
 _BUFFER_BYTES = 1 << 16
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(NamedTuple):
@@ -54,13 +51,13 @@ class Watch:
             UnsupportedHost: not root of the host, or a kernel without fanotify.
         """
         self.overflowed = False
-        self.fd = _libc.fanotify_init(_CLOEXEC | _NONBLOCK | _UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = sc.libc.fanotify_init(_CLOEXEC | _NONBLOCK | _UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC)
         if self.fd < 0:
             raise _refused(ctypes.get_errno())
         for kind in (_MARK_FILESYSTEM, _MARK_MOUNT):
-            result = _libc.fanotify_mark(
+            result = sc.libc.fanotify_mark(
                 ctypes.c_int(self.fd), ctypes.c_uint(_MARK_ADD | kind), ctypes.c_uint64(mask),
-                ctypes.c_int(_AT_FDCWD), os.fsencode(path),
+                ctypes.c_int(sc.AT_FDCWD), os.fsencode(path),
             )  # fmt: skip
             if result == 0:
                 return

@@ -17,6 +17,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from layerkit.formats.meta.fuse_tree import NONE, FuseTree, Inode
 from layerkit.metaonly import METACOPY, METACOPY_VALUE, REDIRECT, Namespace
@@ -96,9 +97,9 @@ class Answers:
         self._wanted = _WANTED if acls else _WANTED & ~_POSIX_ACL
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
             LOOKUP: self._lookup, GETATTR: self._getattr, READLINK: self._readlink, STATFS: self._statfs,
-            GETXATTR: self._getxattr, LISTXATTR: self._listxattr, INIT: self._init, READDIR: self._readdir,
-            READDIRPLUS: self._readdirplus, DESTROY: self._nothing,
-            READ: self._read,
+            GETXATTR: self._getxattr, LISTXATTR: self._listxattr, INIT: self._init, READ: self._read,
+            READDIR: partial(self._entries, plus=False), READDIRPLUS: partial(self._entries, plus=True),
+            DESTROY: lambda row, body: b"",
         }  # fmt: skip
 
     def answer(self, opcode: int, node: int, body: bytes) -> bytes:
@@ -172,9 +173,6 @@ class Answers:
     def _statfs(self, row: int, body: bytes) -> bytes:
         return _STATFS.pack(0, 0, 0, self._tree.inodes, 0, _BLOCK, 255, _BLOCK, 0)
 
-    def _nothing(self, row: int, body: bytes) -> bytes:
-        return b""
-
     def _read(self, row: int, body: bytes) -> bytes:
         inode = self._tree.inode(row)
         # An empty file has no data; a stub is read here only by what ignores its xattrs.
@@ -228,12 +226,6 @@ class Answers:
         if len(value) > size:
             raise OSError(errno.ERANGE, "")
         return value
-
-    def _readdir(self, row: int, body: bytes) -> bytes:
-        return self._entries(row, body, plus=False)
-
-    def _readdirplus(self, row: int, body: bytes) -> bytes:
-        return self._entries(row, body, plus=True)
 
     def _entries(self, row: int, body: bytes, *, plus: bool) -> bytes:
         _, offset, size = struct.unpack_from("<QQI", body)
@@ -340,11 +332,9 @@ def mount(device: int) -> int:
     from layerkit.linux.mounts import LAYER_ATTRIBUTES, Context
 
     with Context("fuse") as context:
-        context.text("source", "layerkit")
-        context.text("fd", str(device))
-        context.text("rootmode", "40000")
-        context.text("user_id", "0")
-        context.text("group_id", "0")
+        said = {"source": "layerkit", "fd": str(device), "rootmode": "40000", "user_id": "0", "group_id": "0"}
+        for key, value in said.items():
+            context.text(key, value)
         context.flag("allow_other")
         context.flag("ro")
         return context.mount(LAYER_ATTRIBUTES)

@@ -7,7 +7,9 @@ being attached is gone, also when the process dies. Kernel: Documentation/filesy
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +17,23 @@ from types import TracebackType
 from typing import NamedTuple
 
 from layerkit.formats.overlay_options import OverlayOptions
-from layerkit.linux import loop, userns
 from layerkit.linux import syscalls as sc
+from layerkit.linux import userns
 from layerkit.model.errors import UnsupportedHost
 
 LAYER_ATTRIBUTES = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOSUID
 MAX_LAYERS = 500
 """Lower layers of one overlay, data-only ones among them (``OVL_MAX_STACK``)."""
+
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CTL_GET_FREE = 0x4C82
+_READ_ONLY = 1
+_AUTOCLEAR = 4
+_DIRECT_IO = 16
+_CONFIG_BYTES = 304  # struct loop_config: fd, block_size, struct loop_info64 (232), 8 reserved words
+_FLAGS_OFFSET = 8 + 52
+_NAME_OFFSET = 8 + 56
+_TRIES = 64
 
 
 class Context:
@@ -124,10 +136,10 @@ def erofs(image: Path, device: Path | None = None, *, directio: bool = False, lo
                 if not (direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP)):
                     error.filename = os.fspath(image)
                     raise
-    with loop.attached(image, direct=directio) as disk:
+    with loop_device(image, direct=directio) as disk:
         if device is None:
             return erofs_file(disk)
-        with loop.attached(device, direct=directio) as second:
+        with loop_device(device, direct=directio) as second:
             return erofs_file(disk, second)
 
 
@@ -150,6 +162,65 @@ def erofs_file(image: Path, device: Path | None = None, *, directio: bool = Fals
     finally:
         for fd in keep:
             os.close(fd)
+
+
+@contextmanager
+def loop_device(file: Path, *, direct: bool = False) -> Iterator[Path]:
+    """Give a read-only loop device (loop(4)) over ``file``; it frees itself when the last user is gone.
+
+    Args:
+        file: a regular file.
+        direct: read it with O_DIRECT where its filesystem can, so that it is cached once and not twice.
+
+    Raises:
+        UnsupportedHost: no loop devices here.
+        OSError: the file cannot be opened.
+    """
+    with sc.opened(file) as backing:
+        device, path = _configure(backing, file, direct)
+    try:
+        yield path
+    finally:
+        os.close(device)
+
+
+def _configure(backing: int, file: Path, direct: bool) -> tuple[int, Path]:
+    flags = _READ_ONLY | _AUTOCLEAR | (_DIRECT_IO if direct else 0)
+    for _ in range(_TRIES):
+        path = _free_device()
+        try:
+            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UnsupportedHost(
+                f"the loop device {path} ({error.strerror})", "give it to this container"
+            ) from error
+        config = bytearray(_CONFIG_BYTES)
+        struct.pack_into("=II", config, 0, backing, 0)
+        struct.pack_into("=I", config, _FLAGS_OFFSET, flags)
+        name = os.fsencode(file)[:63]
+        config[_NAME_OFFSET : _NAME_OFFSET + len(name)] = name
+        try:
+            fcntl.ioctl(device, _LOOP_CONFIGURE, bytes(config))
+        except OSError as error:
+            os.close(device)
+            if error.errno == errno.EBUSY:
+                continue  # another process took it between the two calls
+            if error.errno == errno.EINVAL and flags & _DIRECT_IO:
+                flags &= ~_DIRECT_IO
+                continue
+            raise UnsupportedHost(f"a loop device over {file} ({error.strerror})") from error
+        return device, path
+    raise UnsupportedHost("a free loop device", "all were taken by others at each try")
+
+
+def _free_device() -> Path:
+    try:
+        with sc.opened("/dev/loop-control", os.O_RDWR) as control:
+            return Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
+    except OSError as error:
+        raise UnsupportedHost(
+            f"loop devices ({error.strerror})", "modprobe loop, or keep the store on ext4"
+        ) from error
 
 
 class Layers(NamedTuple):

@@ -72,8 +72,7 @@ def _resident(fd: int, start: int, length: int) -> int:
     try:
         pages = -(-length // mmap.PAGESIZE)
         vector = ctypes.create_string_buffer(pages)
-        if _libc.mincore(address, length, vector) < 0:
-            raise sc.failed(ctypes.get_errno(), "mincore")
+        sc.checked(_libc.mincore(address, length, vector), "mincore")
     finally:
         _libc.munmap(address, length)
     raw = vector.raw

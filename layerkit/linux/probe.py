@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.linux import mounts, tiny_erofs, userns
+from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.metaonly import METACOPY, METACOPY_EMPTY, Namespace
 from layerkit.model.errors import LayerkitError, UnsupportedHost, UsageError
 
 _SHIFT = 100_000
 _MAP = ((0, _SHIFT, 65_536),)
-_DATA_NAME = "d"
 _CHILD_SECONDS = 30
+
+# Two EROFS images of one file, small enough to be spelled out (fs/erofs/erofs_fs.h). Not made by the real writer on
+# purpose: a probe asks about the kernel, so it must not fail because of the writer.
+_CONTENT = b"layerkit probe\n"
+_FILE_NAME = "f"
+_UID = 7
+_SUPERBLOCK_AT = 1024
+_DEVICE_SLOT_AT = 1152
+_ROOT_NID = 40  # in units of 32 bytes: right behind the superblock and the device slot
+_FILE_NID = 43
+_CHUNKED_FILE, _DEVICE_TABLE = 0x4, 0x8
+_INLINE, _CHUNK_BASED = 2, 4
+_EIGHT_BYTE_INDEXES = 0x20
+_IMAGE_BYTES = 4096
 
 # A child of its own, because a process with threads (numpy starts some) may not change its user namespace.
 _IN_USER_NAMESPACE = """
@@ -147,46 +161,38 @@ class Features:
     @cached_property
     def erofs(self) -> bool:
         """Whether an EROFS image in the store can be mounted, through a loop device if need be."""
-        return self._try(lambda place, stack: _reads(_plain(place, stack)))
+        return self._mounts(_plain)
 
     @cached_property
     def erofs_file(self) -> bool:
         """Whether it can be mounted without a loop device (6.12)."""
-        return self._try(lambda place, stack: _reads(_enter(stack, mounts.erofs_file(_write_plain(place)))))
+        return self._mounts(lambda place: mounts.erofs_file(_write_plain(place)))
 
     @cached_property
     def erofs_device(self) -> bool:
         """Whether an EROFS with blocks of 512 bytes can map files onto a raw tar in the store."""
-        return self._try(
-            lambda place, stack: _reads(_enter(stack, mounts.erofs(*_write_device(place), directio=True)))
-        )
+        return self._mounts(lambda place: mounts.erofs(*_write_device(place), directio=True))
 
     @cached_property
     def erofs_directio(self) -> bool:
         """Whether such an EROFS can read the tar without a second copy in the page cache."""
-        return self._try(
-            lambda place, stack: _reads(_enter(stack, mounts.erofs_file(*_write_device(place), directio=True)))
-        )
+        return self._mounts(lambda place: mounts.erofs_file(*_write_device(place), directio=True))
 
     @cached_property
     def erofs_idmap(self) -> bool:
         """Whether an EROFS mounted idmapped works as a lower layer, so that one META serves every map."""
-
-        def probe(place: Path, stack: ExitStack) -> bool:
-            return _shifted(place, stack, _plain(place, stack), tiny_erofs.FILE_NAME, tiny_erofs.UID)
-
-        return self._try(probe)
+        return self._try(lambda place, stack: _shifted(place, stack, _enter(stack, _plain(place)), _UID))
 
     @cached_property
     def store_idmap(self) -> bool:
         """The same for a META that is a folder on the store's filesystem."""
 
         def probe(place: Path, stack: ExitStack) -> bool:
-            (place / "meta").mkdir()
-            (place / "meta" / "f").touch()
-            owner = (place / "meta" / "f").stat().st_uid
-            fd = _enter(stack, mounts.open_folder(place / "meta"))
-            return _shifted(place, stack, fd, "f", owner)
+            file = place / "meta" / _FILE_NAME
+            file.parent.mkdir()
+            file.touch()
+            fd = _enter(stack, mounts.open_folder(file.parent))
+            return _shifted(place, stack, fd, file.stat().st_uid)
 
         return self._try(probe)
 
@@ -250,6 +256,10 @@ class Features:
             except (OSError, LayerkitError):
                 return False
 
+    def _mounts(self, mount: Callable[[Path], int]) -> bool:
+        """Return whether the image that is mounted shows what its file holds."""
+        return self._try(lambda place, stack: _content(_enter(stack, mount(place))) == _CONTENT)
+
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
@@ -276,53 +286,46 @@ def _enter(stack: ExitStack, fd: int) -> int:
 
 
 def _write_plain(place: Path) -> Path:
-    (place / "plain.erofs").write_bytes(tiny_erofs.plain())
+    (place / "plain.erofs").write_bytes(tiny_erofs())
     return place / "plain.erofs"
 
 
 def _write_device(place: Path) -> tuple[Path, Path]:
-    image, device = tiny_erofs.over_device()
+    image, device = tiny_erofs_over_device()
     (place / "data.erofs").write_bytes(image)
     (place / "layer.tar").write_bytes(device)
     return place / "data.erofs", place / "layer.tar"
 
 
-def _plain(place: Path, stack: ExitStack) -> int:
-    return _enter(stack, mounts.erofs(_write_plain(place)))
+def _plain(place: Path) -> int:
+    return mounts.erofs(_write_plain(place))
 
 
-def _reads(mount: int) -> bool:
-    return _content(mount, tiny_erofs.FILE_NAME) == tiny_erofs.CONTENT
+def _content(mount: int) -> bytes:
+    return Path(f"/proc/self/fd/{mount}", _FILE_NAME).read_bytes()
 
 
-def _content(mount: int, name: str) -> bytes:
-    return Path(f"/proc/self/fd/{mount}", name).read_bytes()
+def _stub(place: Path, stack: ExitStack, xattrs: Mapping[bytes, bytes]) -> list[int]:
+    """Return the folders (of a stub with ``xattrs``, of its data) as layers."""
+    (place / "meta").mkdir()
+    (place / "data").mkdir()
+    (place / "data" / _FILE_NAME).write_bytes(_CONTENT)
+    stub = place / "meta" / _FILE_NAME
+    stub.touch()
+    os.truncate(stub, len(_CONTENT))
+    for name, value in xattrs.items():
+        os.setxattr(stub, name, value)
+    return [_enter(stack, mounts.open_folder(place / name)) for name in ("meta", "data")]
 
 
 def _data_only(place: Path, stack: ExitStack, namespace: Namespace) -> bool:
-    meta, data = place / "meta", place / "data"
-    meta.mkdir()
-    data.mkdir()
-    (data / _DATA_NAME).write_bytes(tiny_erofs.CONTENT)
-    stub = meta / "stub"
-    stub.touch()
-    os.truncate(stub, len(tiny_erofs.CONTENT))
-    for name, value in namespace.stub(f"/{_DATA_NAME}".encode()).items():
-        os.setxattr(stub, name, value)
-    layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
+    layers = _stub(place, stack, namespace.stub(f"/{_FILE_NAME}".encode()))
     merged = mounts.overlay(mounts.Layers(layers[:1], layers[1:]), userxattr=namespace is Namespace.USER)
-    return _content(_enter(stack, merged), "stub") == tiny_erofs.CONTENT
+    return _content(_enter(stack, merged)) == _CONTENT
 
 
 def _classic(place: Path, stack: ExitStack) -> bool:
-    meta, data = place / "meta", place / "data"
-    for folder in (meta, data):
-        folder.mkdir()
-        (folder / _DATA_NAME).touch()
-    (data / _DATA_NAME).write_bytes(tiny_erofs.CONTENT)
-    os.truncate(meta / _DATA_NAME, len(tiny_erofs.CONTENT))
-    os.setxattr(meta / _DATA_NAME, Namespace.TRUSTED.xattr(METACOPY), METACOPY_EMPTY)
-    layers = [_enter(stack, mounts.open_folder(folder)) for folder in (meta, data)]
+    layers = _stub(place, stack, {Namespace.TRUSTED.xattr(METACOPY): METACOPY_EMPTY})
     try:
         merged = mounts.overlay(mounts.Layers(layers), metacopy=True)
     except UnsupportedHost:
@@ -331,21 +334,67 @@ def _classic(place: Path, stack: ExitStack) -> bool:
         at.mkdir()
         mounts.mount_overlay(at, mounts.Layers(layers), source="overlay")
         try:
-            return (at / _DATA_NAME).read_bytes() == tiny_erofs.CONTENT
+            return (at / _FILE_NAME).read_bytes() == _CONTENT
         finally:
             mounts.detach(at, lazy=True)
-    return _content(_enter(stack, merged), _DATA_NAME) == tiny_erofs.CONTENT
+    return _content(_enter(stack, merged)) == _CONTENT
 
 
-def _shifted(place: Path, stack: ExitStack, layer: int, name: str, owner: int) -> bool:
+def _shifted(place: Path, stack: ExitStack, layer: int, owner: int) -> bool:
     """Return whether ``layer``, mapped by the kernel, works under an overlay and shows the mapped owner."""
     mapped = _enter(stack, mounts.idmapped_clone(layer, _MAP, _MAP))
     (place / "beside").mkdir()
     beside = _enter(stack, mounts.open_folder(place / "beside"))
     try:
-        merged = mounts.overlay(mounts.Layers([mapped], [beside]))
+        shown = _enter(stack, mounts.overlay(mounts.Layers([mapped], [beside])))
     except OSError:
         # Before 6.15 the mounter attaches the mapped copy for a moment. A probe leaves the mount table
         # alone: what it can tell is whether the copy itself shows the mapped owner.
-        return Path(f"/proc/self/fd/{mapped}", name).lstat().st_uid == owner + _SHIFT
-    return Path(f"/proc/self/fd/{_enter(stack, merged)}", name).lstat().st_uid == owner + _SHIFT
+        shown = mapped
+    return Path(f"/proc/self/fd/{shown}", _FILE_NAME).lstat().st_uid == owner + _SHIFT
+
+
+def tiny_erofs() -> bytes:
+    """Return an image with blocks of 4 KiB whose file ``f``, owned by 7:7, holds ``_CONTENT``."""
+    return _image(12, external=False)
+
+
+def tiny_erofs_over_device() -> tuple[bytes, bytes]:
+    """Return (image with blocks of 512 bytes, the device that the data of ``f`` lies on)."""
+    return _image(9, external=True), bytes(512) + _CONTENT.ljust(512, b"\0")
+
+
+def _image(block_bits: int, *, external: bool) -> bytes:
+    image = bytearray(_IMAGE_BYTES)
+    struct.pack_into(
+        "<IIIBBHQQIIII16s16sIHHHBB",
+        image, _SUPERBLOCK_AT,
+        sc.EROFS_MAGIC, 0, 0, block_bits, 0, _ROOT_NID, 2, 0, 0, _IMAGE_BYTES >> block_bits, 0, 0,
+        b"layerkit probe", b"probe",
+        _CHUNKED_FILE | _DEVICE_TABLE if external else 0, 0, int(external), _DEVICE_SLOT_AT // 128, 0, 0,
+    )  # fmt: skip
+    if external:
+        struct.pack_into("<64sII", image, _DEVICE_SLOT_AT, b"", 2, 0)
+    names = ((b".", _ROOT_NID, 2), (b"..", _ROOT_NID, 2), (_FILE_NAME.encode(), _FILE_NID, 1))
+    listing, text, at = b"", b"", 12 * len(names)
+    for name, nid, kind in names:
+        listing += struct.pack("<QHBB", nid, at + len(text), kind, 0)
+        text += name
+    listing += text
+    _inode(image, _ROOT_NID, _INLINE, 0o40755, 2, len(listing), 0, listing)
+    if external:
+        index = struct.pack("<HHI", 0, 1, 1)  # block 1 of device 1
+        _inode(image, _FILE_NID, _CHUNK_BASED, 0o100644, 1, len(_CONTENT), _EIGHT_BYTE_INDEXES, index)
+    else:
+        _inode(image, _FILE_NID, _INLINE, 0o100644, 1, len(_CONTENT), 0, _CONTENT)
+    return bytes(image)
+
+
+def _inode(
+    image: bytearray, nid: int, layout: int, mode: int, nlink: int, size: int, union: int, tail: bytes
+) -> None:
+    """Write a compact inode (32 bytes) and what stands behind it."""
+    struct.pack_into(
+        "<HHHHIIIIHHI", image, nid * 32, layout << 1, 0, mode, nlink, size, 0, union, nid, _UID, _UID, 0
+    )  # fmt: skip
+    image[nid * 32 + 32 : nid * 32 + 32 + len(tail)] = tail

@@ -76,13 +76,21 @@ FUSE_MAGIC = 0x65735546
 
 PathLike = str | bytes | os.PathLike[str]
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
+"""For what has no wrapper here; see :func:`checked`."""
 
 
 def failed(number: int, what: str, path: PathLike | None = None) -> OSError:
     """Return the ``OSError`` for ``number``: its text says which call failed, its ``filename`` on what."""
     text = f"{what}: {os.strerror(number)}"
     return OSError(number, text) if path is None else OSError(number, text, os.fsdecode(path))
+
+
+def checked(result: int, what: str, path: PathLike | None = None) -> int:
+    """Return what a call of the C library gave; raise :func:`failed` with its errno where that is negative."""
+    if result < 0:
+        raise failed(ctypes.get_errno(), what, path)
+    return result
 
 
 @contextmanager
@@ -99,7 +107,7 @@ def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] 
     """Call a system call; return its result, or minus the errno."""
     # Variadic C arguments: a bare Python int would be passed as a 32-bit one.
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    result: int = libc.syscall(ctypes.c_long(number), *words)
     return result if result >= 0 else -ctypes.get_errno()
 
 
@@ -119,10 +127,7 @@ def fsopen(fstype: str) -> int:
     Raises:
         OSError: ``ENODEV`` for an unknown filesystem, ``EPERM`` without the right to mount, ``ENOSYS``.
     """
-    result = _syscall(SYS_FSOPEN, fstype.encode(), FSOPEN_CLOEXEC)
-    if result < 0:
-        raise failed(-result, f"fsopen {fstype}")
-    return result
+    return checked(_syscall(SYS_FSOPEN, fstype.encode(), FSOPEN_CLOEXEC), f"fsopen {fstype}")
 
 
 def fsconfig(context: int, command: int, key: str | None, value: bytes | None, aux: int) -> int:
@@ -161,12 +166,8 @@ def open_tree(path: PathLike | int, *, clone: bool, recursive: bool = False) -> 
     """
     flags = OPEN_TREE_CLOEXEC | (OPEN_TREE_CLONE if clone else 0) | (AT_RECURSIVE if recursive else 0)
     if isinstance(path, int):
-        result = _syscall(SYS_OPEN_TREE, path, b"", flags | AT_EMPTY_PATH)
-    else:
-        result = _syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
-    if result < 0:
-        raise failed(-result, "open_tree", None if isinstance(path, int) else path)
-    return result
+        return checked(_syscall(SYS_OPEN_TREE, path, b"", flags | AT_EMPTY_PATH), "open_tree")
+    return checked(_syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), "open_tree", path)
 
 
 def move_mount(mount: int, target: PathLike | int) -> None:
@@ -177,11 +178,9 @@ def move_mount(mount: int, target: PathLike | int) -> None:
     """
     flags = MOVE_MOUNT_F_EMPTY_PATH
     if isinstance(target, int):
-        result = _syscall(SYS_MOVE_MOUNT, mount, b"", target, b"", flags | MOVE_MOUNT_T_EMPTY_PATH)
+        checked(_syscall(SYS_MOVE_MOUNT, mount, b"", target, b"", flags | MOVE_MOUNT_T_EMPTY_PATH), "move_mount")
     else:
-        result = _syscall(SYS_MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), flags)
-    if result < 0:
-        raise failed(-result, "move_mount", None if isinstance(target, int) else target)
+        checked(_syscall(SYS_MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), flags), "move_mount", target)
 
 
 def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) -> None:
@@ -191,9 +190,7 @@ def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) 
         OSError: as mount_setattr(2); ``EINVAL`` where the filesystem cannot be mounted idmapped.
     """
     attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", add, clear, 0, userns), 32)
-    result = _syscall(SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, attributes, len(attributes))
-    if result < 0:
-        raise failed(-result, "mount_setattr")
+    checked(_syscall(SYS_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, attributes, len(attributes)), "mount_setattr")
 
 
 def mount(source: str, target: PathLike, fstype: str, flags: int = 0, options: str = "") -> None:
@@ -203,8 +200,7 @@ def mount(source: str, target: PathLike, fstype: str, flags: int = 0, options: s
         OSError: as mount(2).
     """
     names = [os.fsencode(name) for name in (source, target, fstype)]
-    if _libc.mount(*names, ctypes.c_ulong(flags), os.fsencode(options)) < 0:
-        raise failed(ctypes.get_errno(), f"mount {fstype}", target)
+    checked(libc.mount(*names, ctypes.c_ulong(flags), os.fsencode(options)), f"mount {fstype}", target)
 
 
 def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:
@@ -213,8 +209,7 @@ def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:
     Raises:
         OSError: ``EBUSY`` in use, ``EINVAL`` not a mount point, ``EPERM``.
     """
-    if _libc.umount2(os.fsencode(target), ctypes.c_int(flags)) < 0:
-        raise failed(ctypes.get_errno(), "umount", target)
+    checked(libc.umount2(os.fsencode(target), ctypes.c_int(flags)), "umount", target)
 
 
 def unshare(flags: int) -> None:
@@ -223,8 +218,7 @@ def unshare(flags: int) -> None:
     Raises:
         OSError: as unshare(2).
     """
-    if _libc.unshare(ctypes.c_int(flags)) < 0:
-        raise failed(ctypes.get_errno(), "unshare")
+    checked(libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def filesystem_magic(path: PathLike | int) -> int:
@@ -236,11 +230,9 @@ def filesystem_magic(path: PathLike | int) -> int:
     # struct statfs begins with f_type, a long; the rest is not needed and differs between architectures.
     buffer = ctypes.create_string_buffer(512)
     if isinstance(path, int):
-        result = _libc.fstatfs(ctypes.c_int(path), buffer)
+        checked(libc.fstatfs(ctypes.c_int(path), buffer), "statfs")
     else:
-        result = _libc.statfs(os.fsencode(path), buffer)
-    if result < 0:
-        raise failed(ctypes.get_errno(), "statfs", None if isinstance(path, int) else path)
+        checked(libc.statfs(os.fsencode(path), buffer), "statfs", path)
     return ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
 
 
@@ -297,8 +289,6 @@ def cachestat(fd: int, length: int = 0) -> tuple[int, int, int]:
     """
     span = ctypes.create_string_buffer(struct.pack("=QQ", 0, length), 16)
     counts = ctypes.create_string_buffer(40)
-    result = _syscall(SYS_CACHESTAT, fd, span, counts, 0)
-    if result < 0:
-        raise failed(-result, "cachestat")
+    checked(_syscall(SYS_CACHESTAT, fd, span, counts, 0), "cachestat")
     cached, dirty, writeback = struct.unpack_from("=QQQ", counts.raw)
     return cached, dirty, writeback

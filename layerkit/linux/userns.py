@@ -1,4 +1,4 @@
-"""User namespaces: a descriptor that stands for an id map, and this process as root of one of its own.
+"""User namespaces: a descriptor that stands for an id map, and this process as root of one of its own; subuid(5).
 
 Nothing heavy is imported here: a process that has threads may not change its user namespace.
 """
@@ -13,10 +13,9 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerkit.idmap import IdExtent, IdMap
+from layerkit.idmap import IdExtent, IdMap, is_id
 from layerkit.linux import syscalls as sc
-from layerkit.linux.subids import subid_map
-from layerkit.linux.syscalls import CLONE_NEWUSER, failed, opened
+from layerkit.linux.syscalls import opened
 from layerkit.model.errors import UnsupportedHost, UsageError
 
 Extents = Sequence[tuple[int, int, int]]
@@ -27,6 +26,7 @@ _CAP_SYS_ADMIN = 21
 _WAIT_ALL = 0x40000000  # __WALL: our child sends no SIGCHLD, so a plain waitpid would not see it
 _CHILD_SECONDS = 10
 _STACK_BYTES = 64 << 10
+_SUBID_FILES = {"uid": Path("/etc/subuid"), "gid": Path("/etc/subgid")}
 
 
 def in_initial_userns() -> bool:
@@ -101,20 +101,18 @@ def _spawn_sleeper() -> int:
     interpreter, no lock that another thread may hold. If we are killed the child, which holds copies of
     our descriptors (locks among them), ends on its own soon after.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     stack = ctypes.create_string_buffer(_STACK_BYTES)
     top = (ctypes.addressof(stack) + _STACK_BYTES) & ~15
-    program = ctypes.cast(libc.sleep, ctypes.c_void_p)
-    pid: int = libc.clone(
-        program, ctypes.c_void_p(top), ctypes.c_int(CLONE_NEWUSER), ctypes.c_void_p(_CHILD_SECONDS)
-    )
-    if pid < 0:
-        error = failed(ctypes.get_errno(), "clone")
+    program = ctypes.cast(sc.libc.sleep, ctypes.c_void_p)
+    seconds = ctypes.c_void_p(_CHILD_SECONDS)
+    try:
+        pid = sc.libc.clone(program, ctypes.c_void_p(top), ctypes.c_int(sc.CLONE_NEWUSER), seconds)
+        return sc.checked(pid, "clone")
+    except OSError as error:
         raise UnsupportedHost(
             f"new user namespaces ({error.strerror})",
             "see user.max_user_namespaces and your security module; a META written for the map needs none",
         ) from error
-    return pid
 
 
 def _write(pid: int, name: str, text: bytes) -> None:
@@ -186,6 +184,50 @@ def outer_maps() -> tuple[IdMap, IdMap]:
         for lines in (Path(f"/proc/self/{kind}_map").read_text().splitlines() for kind in ("uid", "gid"))
     )
     return uid, gid
+
+
+def subid_map(user: str, kind: str = "uid", path: Path | None = None, *, first: int = 0) -> IdMap:
+    """Return the map that gives container ids ``first``, ``first`` + 1, … to the subordinate ids of a user.
+
+    The ranges follow one another in the order of the file, as ``podman run --subuidname`` has them.
+
+    Args:
+        user: user name, or a user id in digits; the file may name the user either way.
+        kind: ``uid`` or ``gid``.
+        path: the file, where it is not ``/etc/subuid`` or ``/etc/subgid``.
+        first: the first container id.
+
+    Raises:
+        UsageError: the file cannot be read, has no range for the user, or a malformed one.
+    """
+    source = path if path is not None else _SUBID_FILES[kind]
+    try:
+        lines = source.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise UsageError(f"{source}: {error.strerror}; give the map with --{kind}-map instead") from error
+    owners = _names_of(user)
+    ranges: list[tuple[int, int]] = []
+    for number, line in enumerate(lines, 1):
+        fields = line.strip().split(":")
+        if line.startswith("#") or fields[0] not in owners:
+            continue
+        if len(fields) != 3 or not all(map(is_id, fields[1:])):
+            raise UsageError(f"{source}, line {number}: want NAME:FIRST:SIZE, found {line!r}")
+        ranges.append((int(fields[1]), int(fields[2])))
+    ranges = [(start, size) for start, size in ranges if size]
+    if not ranges:
+        raise UsageError(f"{source}: no range for {user!r}; `usermod --add-sub{kind}s FIRST-LAST` adds one")
+    return IdMap.of_ranges(ranges, first=first, what=str(source))
+
+
+def _names_of(user: str) -> set[str]:
+    """Return the name and the uid of ``user``, as far as the host knows them."""
+    names = {user} - {""}
+    try:
+        entry = pwd.getpwuid(int(user)) if is_id(user) else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        return names
+    return names | {entry.pw_name, str(entry.pw_uid)}
 
 
 def _subordinate(user: str, kind: str) -> tuple[IdExtent, ...]:

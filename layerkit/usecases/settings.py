@@ -137,7 +137,7 @@ class MapOptions:
                 raise UsageError(
                     "--subuid-name takes the whole map from /etc/subuid; leave --uid-map and --gid-map out"
                 )
-            from layerkit.linux.subids import subid_map
+            from layerkit.linux.userns import subid_map
 
             uid, gid = (subid_map(self.subuid_name, kind) for kind in ("uid", "gid"))
             return Mapping(uid, gid, self.overflow_id)

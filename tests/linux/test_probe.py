@@ -14,7 +14,7 @@ import pytest
 from disks import disk
 from needs import need_root, need_tool
 
-from layerkit.linux import mounts, tiny_erofs
+from layerkit.linux import mounts, probe
 from layerkit.linux.probe import Features
 from layerkit.model.errors import UsageError
 
@@ -104,17 +104,17 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_tiny_images_are_sound(tmp_path: Path) -> None:
     need_tool("fsck.erofs")
-    (tmp_path / "plain").write_bytes(tiny_erofs.plain())
+    (tmp_path / "plain").write_bytes(probe.tiny_erofs())
     subprocess.run(["fsck.erofs", tmp_path / "plain"], check=True, stdout=subprocess.DEVNULL)
-    assert len(tiny_erofs.over_device()[0]) == 4096
+    assert len(probe.tiny_erofs_over_device()[0]) == 4096
 
 
 def test_a_broken_image_makes_the_probe_say_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_root()
-    image, device = tiny_erofs.over_device()
-    monkeypatch.setattr(tiny_erofs, "over_device", lambda: (image, device.replace(b"probe", b"other")))
+    image, device = probe.tiny_erofs_over_device()
+    monkeypatch.setattr(probe, "tiny_erofs_over_device", lambda: (image, device.replace(b"probe", b"other")))
     assert not Features(tmp_path).erofs_device
-    monkeypatch.setattr(tiny_erofs, "plain", lambda: bytes(4096))
+    monkeypatch.setattr(probe, "tiny_erofs", lambda: bytes(4096))
     assert not Features(tmp_path).erofs
     assert not Features(tmp_path).erofs_idmap
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkit.linux.subids import subid_map
+from layerkit.linux.userns import subid_map
 from layerkit.model.errors import UsageError
 
 

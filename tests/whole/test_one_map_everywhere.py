@@ -14,7 +14,7 @@ from layerkit.cli.main import app
 from layerkit.hosts.containerd.snapshots.stacks import GID_LABEL, UID_LABEL, mapping_of
 from layerkit.hosts.podman import mount_options
 from layerkit.idmap import Mapping
-from layerkit.linux.subids import subid_map
+from layerkit.linux.userns import subid_map
 from layerkit.model.errors import SnapshotError, UsageError
 
 MAPS = {
