@@ -12,7 +12,7 @@ import signal
 import stat
 import struct
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import pytest
 from disks import disk
 from judge import Shown, data_extents, differences, snapshot, unpacked
 from needs import need_root, need_tool
-from programs import command
+from programs import command, wait_for
 
 import layerkit
 from layerkit.model.errors import Cancelled, StoreError, UnsupportedHost, UsageError
@@ -243,6 +243,31 @@ def test_a_cancelled_run_leaves_nothing(tiny_image: Path, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
+HELD = """
+import sys, time
+from pathlib import Path
+from layerkit.cli.main import run
+from layerkit.usecases.to_folder import Contents
+
+begin, go, given = Contents.begin, Path(sys.argv.pop(1)), []
+
+def held(self, inodes):
+    fill = begin(self, inodes)
+
+    def wait(*file):
+        given.append(file)
+        while len(given) > 100 and not go.exists():
+            time.sleep(0.01)
+        fill(*file)
+
+    return wait
+
+Contents.begin = held
+run()
+"""
+"""``layerkit`` that writes the data of a hundred files, and more when the file of its first word is there."""
+
+
 def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
     need_root()
     made = made_images.Layout()
@@ -252,19 +277,20 @@ def test_a_killed_run_leaves_at_most_its_own_folder(tmp_path: Path) -> None:
     unpack(image, tmp_path / "warm", tmp_path / "store")
     target = tmp_path / "root"
     for number in (signal.SIGKILL, signal.SIGTERM):
-        run = subprocess.Popen(
-            command("unpack", image, target, "--store", tmp_path / "store"), stderr=subprocess.DEVNULL
-        )
-        while not list(tmp_path.glob(".root.*.layerkit-tmp/*/new/usr")):
-            assert run.poll() is None
-            time.sleep(0.002)
+        words = (tmp_path / "go", "unpack", image, target, "--store", tmp_path / "store")
+        run = subprocess.Popen([sys.executable, "-c", HELD, *map(str, words)], stderr=subprocess.DEVNULL)
+        wait_for(lambda: run.poll() is not None or list(tmp_path.glob(".root.*.layerkit-tmp/*/new/usr")))  # noqa: B023
+        assert run.poll() is None
         with pytest.raises(StoreError, match="another process"):
             unpack(image, target, tmp_path / "store")
         run.send_signal(number)
+        # The thread that writes ends what it has begun.
+        (tmp_path / "go").touch()
         assert run.wait() == (130 if number == signal.SIGTERM else -signal.SIGKILL)
         assert not target.exists()
         left = list(tmp_path.glob(".root*"))
         assert len(left) == (number == signal.SIGKILL)
+        (tmp_path / "go").unlink()
         if left:
             unpack(image, target, tmp_path / "store")
             assert not list(tmp_path.glob(".root*")), "the next run clears it"
