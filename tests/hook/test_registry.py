@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -19,7 +20,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from hook_service import BEARER, MAP_A, MAP_B, TOKEN, call, event, hook_process, write_config
 from made_images import INDEX, MANIFEST, digest, dump
-from programs import answer, free_port, run_layerkit, wait_for
+from programs import answer, free_port, run, run_layerkit, wait_for
 from pushed_images import REMAP, Pushed, artifacts, ask, image, map_of, push, settled, states
 from registry_server import Registry, docker_registry
 
@@ -35,7 +36,7 @@ class Site:
     folder: Path
     port: int
 
-    def config(self, *maps: str, more: str = "", indexes_in: str = "") -> Path:
+    def config(self, *maps: str, more: str = "", indexes_in: str = "", drain: int = 5) -> Path:
         registry = f"""index_repository = "{indexes_in}"
 [retry]
 first_seconds = 0.3
@@ -43,7 +44,7 @@ most_seconds = 2
 attempts = 200
 losses = 1000
 """
-        more = f"drain_seconds = 5\n{more}"
+        more = f"drain_seconds = {drain}\n{more}"
         return write_config(self.folder, self.wire.host, *maps, port=self.port, more=more, registry=registry)
 
     def at_work(self, url: str, count: int) -> Callable[[], bool]:
@@ -171,31 +172,26 @@ def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    rng, kills = random.Random(3), 0
+    rng = random.Random(3)
     site.wire.add(*FAULTS)
     try:
         with hook_process(config, log=log) as (process, url):
             for number in range(count):
                 images.append(push(site.registry.host, number))
             process.send_signal(signal.SIGKILL)
-        end = time.monotonic() + 240
-        while time.monotonic() < end:
-            kills += 1
-            if kills > 6:
-                site.wire.clear()  # every registry gets well again
+        for _ in range(6):
             with hook_process(config, log=log) as (process, url):
-                # Time counts from when it is at work: on a busy machine it would be killed before that, each time.
+                # Both count from when it is at work: on a busy machine it would be killed before that, each time.
                 wait_for(site.at_work(url, count))
-                stop = time.monotonic() + (rng.uniform(1.5, 3.0) if kills <= 6 else 120)
-                while time.monotonic() < stop and not (kills > 6 and settled(url, count)):
-                    time.sleep(0.1)
-                if kills > 6:
-                    break
+                stop, hits = time.monotonic() + rng.uniform(1.5, 3.0), site.wire.hits
+                wait_for(lambda: time.monotonic() >= stop and (site.wire.hits >= hits + 2 or settled(url, count)))  # noqa: B023
                 process.send_signal(signal.SIGKILL)
-        with hook_process(config, log=log) as (_, url):
-            # The registry may still hold back pushes that it could not tell while the hook was down.
-            wait_for(lambda: settled(url, count), seconds=60)
-            found = states(url)
+        site.wire.clear()  # every registry gets well again
+        for _ in range(2):
+            with hook_process(config, log=log) as (_, url):
+                # The registry may still hold back pushes that it could not tell while the hook was down.
+                wait_for(lambda: settled(url, count))
+                found = states(url)
     finally:
         over.set()
         watcher.join()
@@ -204,8 +200,8 @@ def test_kills_and_a_failing_registry_lose_nothing_and_repeat_nothing(site: Site
     assert found["done"] == count and "dead" not in found
     for each in images:
         assert len(artifacts(site.registry.host, each)) == 1, each.name
-    left = subprocess.run(["pgrep", "-f", str(config)], capture_output=True, text=True)
-    assert left.stdout == ""
+    left = ["pgrep", "-f", str(config)]
+    wait_for(lambda: run(*left, code=None).stdout == "", "workers live on")
 
 
 def test_one_pass_for_cron(site: Site, tmp_path: Path) -> None:
@@ -276,12 +272,21 @@ def test_statements_are_signed_and_a_node_can_ask_for_them(site: Site, tmp_path:
 @pytest.mark.parametrize("each", [signal.SIGTERM, signal.SIGINT])
 def test_both_signals_drain(site: Site, tmp_path: Path, each: signal.Signals) -> None:
     """A job that runs when the signal comes is finished, the exit code is 0, and its workers are gone."""
-    site.wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=2000, times=None))
-    with hook_process(site.config(MAP_A), log=tmp_path / "log") as (process, url):
+    go = threading.Event()
+    site.wire.add(Fault("GET", "/blobs/sha256", go=go, times=None))
+
+    def refuses() -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", site.port)) != 0
+
+    with hook_process(site.config(MAP_A, drain=50), log=tmp_path / "log") as (process, url):
         pushed = push(site.registry.host, 4)
         wait_for(lambda: states(url).get("running"))
         process.send_signal(each)
-        assert process.wait(30) == 0
+        # It takes nothing more from here on, and the job still waits for its first layer.
+        wait_for(refuses)
+        go.set()
+        assert process.wait(120) == 0
     assert len(artifacts(site.registry.host, pushed)) == 1
     with contextlib.closing(__import__("sqlite3").connect(tmp_path / "state/queue.sqlite")) as db:
         assert db.execute("SELECT state FROM jobs WHERE digest = ?", (pushed.digest,)).fetchone() == ("done",)

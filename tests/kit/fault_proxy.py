@@ -49,6 +49,7 @@ class Fault:
         lose_answer: the server does its work, and the client is reset instead of told.
         bytes_per_second: of the answer's body, 0 for all speed.
         delay_seconds: before anything.
+        go: what is waited for before anything.
         times: how often it acts, None for always.
         chance: of acting where it matches.
     """
@@ -65,6 +66,7 @@ class Fault:
     lose_answer: bool = False
     bytes_per_second: int = 0
     delay_seconds: float = 0.0
+    go: threading.Event | None = None
     times: int | None = 1
     chance: float = 1.0
 
@@ -156,6 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass(self, fault: Fault) -> int:
         if fault.delay_seconds:
             time.sleep(fault.delay_seconds)
+        if fault.go is not None:
+            fault.go.wait(60)
         length = int(self.headers.get("Content-Length") or 0)
         if fault.status:
             self.rfile.read(length)

@@ -14,7 +14,11 @@ _ONE_KIND = 'mount --make-rprivate /; umount /sys/fs/cgroup/unified 2>/dev/null;
 
 
 def name() -> str:
-    """Return a container name that nobody else uses."""
+    """Return a container name that nobody else uses.
+
+    runc keeps what runs under containerd in one folder for the whole machine, whatever the containerd, and so are
+    cgroups: containers of one name are in each other's way.
+    """
     return f"lkt-{os.getpid()}-{next(_NUMBER)}"
 
 

@@ -17,6 +17,7 @@ import judge
 import oci_schemas
 import optimizing
 import pytest
+import runc
 import runnable
 from engines import Engine, podman_run
 from judge import Shown, differences, snapshot, umoci
@@ -135,7 +136,7 @@ def in_docker(engine: Engine, name: str, want: Want) -> None:
 def in_containerd(engine: Engine, archive: Path, name: str, want: Want) -> None:
     engine("image", "import", archive)
     assert engine("image", "ls", "-q").split() == [name]
-    runs(engine, ("run", "--rm", name, "judged"), want)
+    runs(engine, ("run", "--rm", name, runc.name()), want)
     engine("image", "rm", "--sync", name)
 
 

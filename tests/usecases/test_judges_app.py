@@ -8,6 +8,7 @@ from pathlib import Path
 import oci_schemas
 import optimizing
 import pytest
+import runc
 from engines import Engine, podman_run
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
@@ -71,4 +72,4 @@ def test_the_real_image(
     words = ("run", "--rm", "--network", "none", "--entrypoint", "", name, *LOOK)
     assert _sorted(docker_engine(*words)) == seen
     containerd_engine("image", "import", archive)
-    assert _sorted(containerd_engine("run", "--rm", name, "app", *LOOK)) == seen
+    assert _sorted(containerd_engine("run", "--rm", name, runc.name(), *LOOK)) == seen
