@@ -36,7 +36,7 @@ NOTHING_KEPT: Kept = _NothingKept()
 """Where every layer is to be read."""
 
 
-class Others(Protocol):
+class Others:
     """Who else may know the index of a layer, or be reading the layer just now; by itself nobody.
 
     Attributes:
@@ -63,11 +63,7 @@ class Others(Protocol):
         return
 
 
-class _Nobody(Others):
-    """Nothing is known of a layer but what is kept."""
-
-
-NOBODY: Others = _Nobody()
+NOBODY = Others()
 """Where there is nobody else."""
 
 

@@ -62,51 +62,40 @@ class DirPlan:
             file_type: uint8 (n,), the dirent type of each name.
         """
         lengths = self.names.lengths
-        counts = self.block_first[chosen + 1] - self.block_first[chosen]
-        ends = np.cumsum(counts)
+        all_counts = self.block_first[chosen + 1] - self.block_first[chosen]
+        rows_before = np.cumsum(all_counts)
         at = 0
         while at < len(chosen):
-            done = int(ends[at - 1]) if at else 0
-            upto = max(at + 1, int(np.searchsorted(ends, done + _ROWS_AT_ONCE, "right")))
-            yield from self._some(chosen[at:upto], counts[at:upto], lengths, nid, file_type)
-            at = upto
-
-    def _some(
-        self,
-        blocks: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        nid: NDArray[np.uint32],
-        file_type: NDArray[np.uint8],
-    ) -> Iterator[bytes]:
-        starts = np.cumsum(counts) - counts
-        places = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(self.block_first[blocks] - starts, counts)
-        row = self.row[places]
-        special = np.flatnonzero(row < 0)
-        owner = np.repeat(self.owner[self.dir_of_block[blocks]], counts)[special]
-        dotdot = row[special] == _DOTDOT
-        target = row.copy()
-        target[special] = np.where(dotdot, np.maximum(self.parent[owner], 0), owner)
-        length = lengths.take(row, mode="clip")
-        length[special] = 1 + dotdot
-        text_ends = np.cumsum(length)
-        text_starts = text_ends - length
-        first_text = text_starts[starts]
-        dirents = np.zeros(len(row), f.DIRENT)
-        dirents["nid"] = nid[target]
-        dirents["nameoff"] = text_starts - np.repeat(first_text - counts * f.DIRENT_BYTES, counts)
-        dirents["type"] = file_type[target]
-        source = self.names.offsets[:-1].take(row, mode="clip")
-        source[special] = 0
-        places = np.arange(int(text_ends[-1]), dtype=np.int64) + np.repeat(source - text_starts, length)
-        # The two names that are in no blob may read past its end here; they are overwritten below.
-        text = np.frombuffer(self.names.blob or b".", np.uint8).take(places, mode="clip")
-        text[text_starts[special]] = ord(".")
-        text[text_starts[special[dotdot]] + 1] = ord(".")
-        heads, texts = dirents.tobytes(), text.tobytes()
-        ends = np.append(first_text[1:], text_ends[-1]).tolist()
-        for start, count, a, b in zip(starts.tolist(), counts.tolist(), first_text.tolist(), ends, strict=True):
-            yield heads[start * f.DIRENT_BYTES : (start + count) * f.DIRENT_BYTES] + texts[a:b]
+            done = int(rows_before[at - 1]) if at else 0
+            upto = max(at + 1, int(np.searchsorted(rows_before, done + _ROWS_AT_ONCE, "right")))
+            blocks, counts, at = chosen[at:upto], all_counts[at:upto], upto
+            starts = np.cumsum(counts) - counts
+            places = np.arange(int(counts.sum()), dtype=np.int64)
+            row = self.row[places + np.repeat(self.block_first[blocks] - starts, counts)]
+            special = np.flatnonzero(row < 0)
+            owner = np.repeat(self.owner[self.dir_of_block[blocks]], counts)[special]
+            dotdot = row[special] == _DOTDOT
+            target = row.copy()
+            target[special] = np.where(dotdot, np.maximum(self.parent[owner], 0), owner)
+            length = lengths.take(row, mode="clip")
+            length[special] = 1 + dotdot
+            text_at = offsets_of(length)
+            first_text = text_at[starts]
+            dirents = np.zeros(len(row), f.DIRENT)
+            dirents["nid"] = nid[target]
+            dirents["nameoff"] = text_at[:-1] - np.repeat(first_text - counts * f.DIRENT_BYTES, counts)
+            dirents["type"] = file_type[target]
+            source = self.names.offsets[:-1].take(row, mode="clip")
+            source[special] = 0
+            places = np.arange(int(text_at[-1]), dtype=np.int64) + np.repeat(source - text_at[:-1], length)
+            # The two names that are in no blob may read past its end here; they are overwritten below.
+            text = np.frombuffer(self.names.blob or b".", np.uint8).take(places, mode="clip")
+            text[text_at[special]] = ord(".")
+            text[text_at[special[dotdot]] + 1] = ord(".")
+            heads, texts = dirents.tobytes(), text.tobytes()
+            ends = np.append(first_text[1:], text_at[-1]).tolist()
+            for start, count, a, b in zip(starts.tolist(), counts.tolist(), first_text.tolist(), ends, strict=True):
+                yield heads[start * f.DIRENT_BYTES : (start + count) * f.DIRENT_BYTES] + texts[a:b]
 
 
 def plan(names: Strings, parent: NDArray[np.int32], is_dir: NDArray[np.bool_], block_bits: int) -> DirPlan:

@@ -33,6 +33,9 @@ _MAX_SECONDS = 1 << 62
 _DIR, _REG, _SYMLINK, _HARDLINK = map(int, (Kind.DIR, Kind.REG, Kind.SYMLINK, Kind.HARDLINK))
 _DECODED = {name: dtype for name, dtype in COLUMNS.items() if name != "sha256"}
 
+_Blocks = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Headers (k, 512), and where in the tar they are."""
+
 
 class Table:
     """The members of one layer so far.
@@ -54,10 +57,8 @@ class Table:
         self._override_bytes = 0
         self._bodies: list[bytes] = []
         self._body_rows: list[int] = []
-        self._blocks: list[NDArray[np.uint8]] = []
-        self._block_offsets: list[NDArray[np.int64]] = []
-        self._extra_blocks: list[NDArray[np.uint8]] = []
-        self._extra_offsets: list[NDArray[np.int64]] = []
+        self._members: list[_Blocks] = []
+        self._extensions: list[_Blocks] = []
         self._pending = self._decoded = 0
         self._columns = {name: _Column(dtype) for name, dtype in _DECODED.items()}
         self._hashed, self._kept = _Column("?"), _Column("?")
@@ -78,16 +79,14 @@ class Table:
 
     def add(self, blocks: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
         """Add members: copies of their (k, 512) header ``blocks``, found at ``offsets`` in the tar."""
-        self._blocks.append(blocks)
-        self._block_offsets.append(offsets)
+        self._members.append((blocks, offsets))
         self.rows += len(blocks)
         self._pending += len(blocks)
         self._limits.check("entries_per_layer", self.rows, f"{self._layer}: entries")
 
     def add_extensions(self, blocks: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
         """Add headers that are no members, for their checksums to be verified."""
-        self._extra_blocks.append(blocks)
-        self._extra_offsets.append(offsets)
+        self._extensions.append((blocks, offsets))
         self._pending += len(blocks)
 
     def is_crowded(self, size: int) -> bool:
@@ -110,9 +109,7 @@ class Table:
         Raises:
             InvalidImage: a wrong one.
         """
-        for blocks, at in zip(
-            self._extra_blocks + self._blocks, self._extra_offsets + self._block_offsets, strict=True
-        ):
+        for blocks, at in self._extensions + self._members:
             tar_header.verify_checksums(blocks, at, self._layer)
 
     def decode_if_full(self) -> None:
@@ -127,18 +124,14 @@ class Table:
             InvalidImage: a header, name or record that is malformed, unsafe or beyond a limit.
         """
         layer, limits = self._layer, self._limits
-        if self._extra_blocks:
-            blocks, at = np.concatenate(self._extra_blocks), np.concatenate(self._extra_offsets)
-            self._extra_blocks, self._extra_offsets = [], []
-            tar_header.verify_checksums(blocks, at, layer)
+        if self._extensions:
+            self._verified(self._extensions)
         self._pending = self._override_bytes = 0
         self._sha += b"".join(self.digests)
         self.digests.clear()
-        if not self._blocks:
+        if not self._members:
             return
-        blocks, at = np.concatenate(self._blocks), np.concatenate(self._block_offsets)
-        self._blocks, self._block_offsets = [], []
-        tar_header.verify_checksums(blocks, at, layer)
+        blocks, at = self._verified(self._members)
         header = tar_header.decode(blocks, layer)
         first, n = self._decoded, len(blocks)
         self._decoded += n
@@ -172,6 +165,13 @@ class Table:
         self._kept.append(kept)
 
     # --- steps of decode ---------------------------------------------------------------------------------
+
+    def _verified(self, added: list[_Blocks]) -> _Blocks:
+        """Return ``added`` as one, its checksums verified, and empty the list."""
+        blocks, at = (np.concatenate(parts) for parts in zip(*added, strict=True))
+        added.clear()
+        tar_header.verify_checksums(blocks, at, self._layer)
+        return blocks, at
 
     def _apply_bodies(self, header: tar_header.Headers, columns: dict[str, NDArray[Any]], first: int) -> None:
         """Take times and names of a batch of PAX headers at once, and parse those that have more in them."""
