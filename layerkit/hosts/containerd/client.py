@@ -31,8 +31,8 @@ _PIECE_BYTES = 1 << 20
 _LEASE_SECONDS = 3600
 
 
-class Containerd:
-    """A connection to containerd, for one of its namespaces."""
+class Containerd(contextlib.ExitStack):
+    """A connection to containerd, for one of its namespaces; it ends with the block."""
 
     def __init__(self, address: Path, namespace: str) -> None:
         """Connect to the socket at ``address``.
@@ -40,22 +40,17 @@ class Containerd:
         Raises:
             UsageError: nothing answers there.
         """
+        super().__init__()
         self._address, self._namespace = address, namespace
         self._lease = ""
-        self._channel = grpc.insecure_channel(f"unix:{os.path.abspath(address)}")
+        self._channel = self.enter_context(grpc.insecure_channel(f"unix:{os.path.abspath(address)}"))
         try:
             grpc.channel_ready_future(self._channel).result(timeout=5)
         except grpc.FutureTimeoutError:
-            self._channel.close()
+            self.close()
             raise UsageError(
                 f"{address}: no containerd answers there; is it running, and are you root? (--containerd SOCKET)"
             ) from None
-
-    def __enter__(self) -> Containerd:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._channel.close()
 
     def _call(self, method: str, *requests: Any) -> bool:
         """Ask; return False where what is to be made exists already. Of an answer no more is read.

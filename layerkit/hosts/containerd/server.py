@@ -19,7 +19,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from layerkit.hosts.containerd import messages_pb2 as pb
-from layerkit.hosts.containerd.snapshots.catalog import Kind, Row
+from layerkit.hosts.containerd.snapshots.catalog import Row
 from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
 from layerkit.hosts.containerd.snapshots.stacks import Mount
 from layerkit.model.errors import LayerkitError, NotFound, SnapshotError, UnmappedId, UnsupportedHost, UsageError
@@ -29,12 +29,6 @@ _INFOS_PER_MESSAGE = 100
 _THREADS = 16
 _log = logging.getLogger("layerkit.snapshotter")
 
-_STATUS = {
-    "not_found": grpc.StatusCode.NOT_FOUND,
-    "already_exists": grpc.StatusCode.ALREADY_EXISTS,
-    "failed_precondition": grpc.StatusCode.FAILED_PRECONDITION,
-    "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
-}
 Handler = Callable[[Snapshotter, Any], Any]
 
 
@@ -44,27 +38,13 @@ def _mounts(found: list[Mount]) -> pb.MountsReply:
 
 def _info(row: Row) -> pb.Info:
     return pb.Info(
-        name=row.key, parent=row.parent_key, kind=_KINDS[row.kind], labels=dict(row.labels),
+        name=row.key, parent=row.parent_key, kind=row.kind.name, labels=dict(row.labels),
         created_at=_time(row.created), updated_at=_time(row.updated),
     )  # fmt: skip
 
 
-_KINDS = {Kind.VIEW: pb.VIEW, Kind.ACTIVE: pb.ACTIVE, Kind.COMMITTED: pb.COMMITTED}
-
-
 def _time(nanoseconds: int) -> Timestamp:
     return Timestamp(seconds=nanoseconds // 1_000_000_000, nanos=nanoseconds % 1_000_000_000)
-
-
-def _list(s: Snapshotter, r: Any) -> Iterator[pb.ListReply]:
-    block: list[pb.Info] = []
-    for info in s.walk(list(r.filters)):
-        block.append(_info(info))
-        if len(block) == _INFOS_PER_MESSAGE:
-            yield pb.ListReply(info=block)
-            block = []
-    if block:
-        yield pb.ListReply(info=block)
 
 
 def _update(s: Snapshotter, r: Any) -> pb.InfoReply:
@@ -92,7 +72,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """Return the gRPC status that containerd takes for ``error`` (its package errdefs)."""
     match error:
         case SnapshotError():
-            return _STATUS[error.status], str(error)
+            return grpc.StatusCode[error.status.upper()], str(error)
         case NotFound():
             return grpc.StatusCode.NOT_FOUND, str(error)
         case UsageError() | UnmappedId():
@@ -130,7 +110,9 @@ def _unary(snapshotter: Snapshotter, method: str, request: Any, handler: Handler
 def _stream(snapshotter: Snapshotter) -> grpc.RpcMethodHandler:
     def call(message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         with _told(context, "List"):
-            yield from _list(snapshotter, message)
+            rows = list(snapshotter.walk(list(message.filters)))
+            for at in range(0, len(rows), _INFOS_PER_MESSAGE):
+                yield pb.ListReply(info=map(_info, rows[at : at + _INFOS_PER_MESSAGE]))
 
     return grpc.unary_stream_rpc_method_handler(
         call, pb.ListRequest.FromString, lambda reply: reply.SerializeToString()

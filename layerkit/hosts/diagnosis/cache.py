@@ -196,21 +196,15 @@ def _files(root: Path, warnings: list[str]) -> Iterator[tuple[bytes, os.stat_res
         for name, st in folder.names:
             if stat.S_ISREG(st.st_mode) and st.st_size:
                 try:
-                    fd = _opened(name, folder.fd)
+                    try:
+                        fd = os.open(name, FILE | os.O_NOATIME, dir_fd=folder.fd)
+                    except PermissionError:
+                        fd = os.open(name, FILE, dir_fd=folder.fd)
                 except OSError as error:
                     left_out(folder.below(name), error)
                     continue
-                try:
+                with mounts.closing(fd):
                     yield folder.below(name), st, fd
-                finally:
-                    os.close(fd)
-
-
-def _opened(name: bytes, folder: int) -> int:
-    try:
-        return os.open(name, FILE | os.O_NOATIME, dir_fd=folder)
-    except PermissionError:
-        return os.open(name, FILE, dir_fd=folder)
 
 
 def _look_through(target: Path, store: Path, warnings: list[str]) -> tuple[Path, str, str, KeyOf]:

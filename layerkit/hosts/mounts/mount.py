@@ -68,7 +68,6 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
             with _Assembly(spec, folder, record) as assembly:
                 assembly.attach(namespace)
         except BaseException:
-            folder.remove(record)
             folder.release_unused()
             raise
     return record

@@ -139,10 +139,6 @@ class RunFolder:
         """Return the file that the server of the mount's META locks."""
         return self.records / f"{record.id}.server"
 
-    def remove(self, record: Record) -> None:
-        """Remove a record if it is there."""
-        (self.records / f"{record.id}.json").unlink(missing_ok=True)
-
     def read_all(self) -> list[Record]:
         """Return every record, oldest first.
 

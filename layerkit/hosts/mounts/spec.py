@@ -67,11 +67,10 @@ class MountLayer:
     def checked(self, what: str) -> MountLayer:
         """Return it with its files resolved; see :func:`checked`."""
         if self.is_folder:
-            return MountLayer(real_folder(self.path, what))
-        tar = None if self.tar is None else _real_file(self.tar, "the layer's tar")
-        return replace(
-            self, path=_real_file(self.path, f"the {what} image" if self.key else f"the {what}"), tar=tar
-        )
+            return MountLayer(_real(self.path, what))
+        tar = None if self.tar is None else _real(self.tar, "the layer's tar", folder=False)
+        what = f"the {what} image" if self.key else f"the {what}"
+        return replace(self, path=_real(self.path, what, folder=False), tar=tar)
 
 
 def meta_layer(entry: MetaEntry, mapping: Mapping | None = None) -> MountLayer:
@@ -146,7 +145,7 @@ def checked(spec: MountSpec) -> MountSpec:
     if spec.meta.mapping is not None and spec.idmap is not None:
         raise UsageError("an idmapped mount of a META that a server answers for: it maps the owners itself")
     spec = replace(
-        spec, target=real_folder(spec.target, "the target"), meta=spec.meta.checked("META"),
+        spec, target=_real(spec.target, "the target"), meta=spec.meta.checked("META"),
         data=tuple(layer.checked("DATA") for layer in spec.data),
     )  # fmt: skip
     _check_layers(spec)
@@ -159,32 +158,20 @@ def checked(spec: MountSpec) -> MountSpec:
     return spec
 
 
-def real_folder(path: Path, what: str) -> Path:
-    """Return ``path`` resolved.
-
-    Raises:
-        UsageError: it is not there, or not a folder.
-    """
-    resolved, mode = _resolved(path, what, "make it first")
-    if not stat.S_ISDIR(mode):
-        raise UsageError(f"{what} {path} is not a folder; name one")
-    return resolved
-
-
-def _real_file(path: Path, what: str) -> Path:
-    resolved, mode = _resolved(path, what, "the store may have lost it: run store verify")
-    if not stat.S_ISREG(mode):
-        raise UsageError(f"{what} {path} is not a regular file")
-    return resolved
-
-
-def _resolved(path: Path, what: str, hint: str) -> tuple[Path, int]:
+def _real(path: Path, what: str, *, folder: bool = True) -> Path:
+    """Return ``path`` resolved; refuse what is not there, and what is no folder, or no regular file."""
     try:
         resolved = Path(os.path.realpath(path, strict=True))
-        return resolved, resolved.lstat().st_mode
+        mode = resolved.lstat().st_mode
     except OSError as error:
+        hint = "make it first" if folder else "the store may have lost it: run store verify"
         more = f"; {hint}" if error.errno == errno.ENOENT else ""
         raise UsageError(f"{what} {path}: {error.strerror}{more}") from error
+    if folder and not stat.S_ISDIR(mode):
+        raise UsageError(f"{what} {path} is not a folder; name one")
+    if not folder and not stat.S_ISREG(mode):
+        raise UsageError(f"{what} {path} is not a regular file")
+    return resolved
 
 
 def _check_layers(spec: MountSpec) -> None:
@@ -249,7 +236,7 @@ def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
                 raise UsageError(
                     f"the {name} folder {path} overlaps the {called} {other}; take a folder of its own"
                 )
-        real_folder(path.parent, f"the parent of the {name} folder,")
+        _real(path.parent, f"the parent of the {name} folder,")
     places = [path if path.exists() else path.parent for path in (upper, work)]
     for place in places:
         if sc.filesystem_magic(place) == sc.OVERLAYFS_MAGIC:
@@ -282,7 +269,7 @@ def _overlap(one: Path, other: Path) -> bool:
 
 def _may_be_absent(path: Path, what: str) -> Path:
     if os.path.lexists(path):
-        return real_folder(path, what)
+        return _real(path, what)
     return Path(os.path.realpath(path.absolute().parent)) / path.name
 
 

@@ -51,11 +51,6 @@ class Kind(IntEnum):
     ACTIVE = 2
     COMMITTED = 3
 
-    @property
-    def word(self) -> str:
-        """Return the kind as filters spell it."""
-        return self.name.lower()
-
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -111,7 +106,7 @@ class Row:
         """Return a field as filters name it, None where it is not present."""
         match path:
             case ("kind",):
-                return self.kind.word
+                return self.kind.name.lower()
             case ("name",):
                 return self.key
             case ("parent",):
