@@ -6,8 +6,9 @@ records (``records.py``) say which of our mounts uses what, so a kill at any mom
 :func:`umount` or :func:`clear_stale` does not clear.
 
 Flags: shared layers are ``ro,nodev,nosuid,noexec`` (what an overlay over them may do is decided by the
-overlay's own flags). The overlay is ``nodev`` unless the caller says otherwise, and never ``nosuid``:
-setuid programs of a container must keep working.
+overlay's own flags). The overlay is ``nodev``: device nodes are shown but cannot be opened, so that a stranger's
+image gives no one the host's disks; a container's /dev comes from its runtime. It is never ``nosuid``: setuid
+programs of a container must keep working.
 """
 
 from __future__ import annotations
@@ -213,15 +214,13 @@ class _Assembly(ExitStack):
         try:
             overlay = self._closing(self._overlay(layers))
         except UnsupportedHost:
-            if not spec.classic or spec.idmap is not None or spec.options:
+            if not spec.classic or spec.idmap is not None:
                 raise
             # Normal layers can be mounted in the old way too, from Linux 4.19 on.
-            mounts.mount_overlay(
-                spec.target, layers, source=record.source, read_only=record.read_only, nodev=spec.nodev
-            )
+            mounts.mount_overlay(spec.target, layers, source=record.source, read_only=record.read_only, nodev=True)
             return
-        attributes = sc.MOUNT_ATTR_NODEV if spec.nodev else 0
-        mounts.attach(overlay, target, attributes=attributes | (sc.MOUNT_ATTR_RDONLY if record.read_only else 0))
+        read_only = sc.MOUNT_ATTR_RDONLY if record.read_only else 0
+        mounts.attach(overlay, target, attributes=sc.MOUNT_ATTR_NODEV | read_only)
 
     def _open(self, layer: MountLayer) -> int:
         """Return a descriptor of a layer's root; a shared one is mounted if it is not yet."""
@@ -246,7 +245,6 @@ class _Assembly(ExitStack):
                 # it would make absolute redirects walk META first (overlay-rules: a same-named folder is EIO).
                 metacopy=(layers.upper is not None or spec.classic) and not user,
                 source=self.record.source,
-                options=spec.options,
             )
 
         try:

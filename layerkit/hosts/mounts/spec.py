@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
-from layerkit.formats.overlay_options import LAYER_KEYS
 from layerkit.idmap import Mapping
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
@@ -30,7 +29,6 @@ IdExtents = tuple[tuple[int, int, int], ...]
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+@-]{0,179}")
 _STUB_SEARCH_NAMES = 5000
-_OWN_OPTIONS = LAYER_KEYS | {"userxattr", "metacopy", "source"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +101,6 @@ class MountSpec:
         upper: the writable layer, made if it is absent; None for a mount without one.
         work: overlayfs's own folder beside ``upper``; None: ``UPPER.work``.
         read_only: forbid writing through the mount. Without ``upper`` there is nothing to write to.
-        nodev: device nodes are shown but cannot be opened, so that a stranger's image gives no one the
-            host's disks. A container's /dev comes from its runtime. setuid files keep working.
-        options: further overlay options as (key, value or None).
         classic: ``data`` are folders that lie under META as normal layers, with ``metacopy=on``: META's files
             are found in them at their own paths, and what META does not have shows through.
         label: kept in the record for whoever lists mounts (image, map and so on).
@@ -119,8 +114,6 @@ class MountSpec:
     upper: Path | None = None
     work: Path | None = None
     read_only: bool = True
-    nodev: bool = True
-    options: tuple[tuple[str, str | None], ...] = ()
     classic: bool = False
     label: dict[str, str] = field(default_factory=dict)
 
@@ -149,7 +142,6 @@ def checked(spec: MountSpec) -> MountSpec:
         data=tuple(layer.checked("DATA") for layer in spec.data),
     )  # fmt: skip
     _check_layers(spec)
-    _check_options(spec)
     _check_rights(spec)
     if spec.upper is not None:
         return _with_upper(spec, spec.upper)
@@ -193,16 +185,6 @@ def _check_layers(spec: MountSpec) -> None:
             raise UsageError(f"the folder {folder} is given twice as a layer")
         if folder.is_relative_to(spec.target):
             raise UsageError(f"the target {spec.target} would hide the layer {folder}; choose another target")
-
-
-def _check_options(spec: MountSpec) -> None:
-    for key, value in spec.options:
-        if key == "nfs_export" and value != "off":
-            raise UsageError(
-                "nfs_export=on: a file of stubs opened by handle reads zeros; export a plain copy (layerkit unpack)"
-            )
-        if key in _OWN_OPTIONS:
-            raise UsageError(f"the overlay option {key} is set by layerkit itself; leave it out")
 
 
 def _check_rights(spec: MountSpec) -> None:
