@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack, overload
 
 from layerkit.api.open import open_image
 from layerkit.model.errors import UsageError
 from layerkit.model.work import Destination, Work
-from layerkit.usecases.settings import RewriteOptions, Settings, kept
+from layerkit.usecases.settings import KeptBase, RewriteOptions, Settings, kept
 
 if TYPE_CHECKING:
     from layerkit.idmap import Mapping
     from layerkit.model.image import Image
     from layerkit.model.ports import Progress
     from layerkit.model.reports import RemapReport
-    from layerkit.usecases.base import KeptBase
     from layerkit.usecases.copy import CopyReport
     from layerkit.usecases.each_platform import PlatformsReport
     from layerkit.usecases.flatten import FlattenReport
@@ -119,16 +119,34 @@ def rewriting(src: str, dst: str | None, all_platforms: bool, how: Rewriting) ->
 
 
 def base_of(keep_base: str | int | None, settings: Settings) -> KeptBase | None:
-    """Return what counts the layers of the base that ``keep_base`` names, or is the number of."""
+    """Return what counts the layers of the base that ``keep_base`` names, or is the number of.
+
+    A number that is also a file is a reference. What is returned raises ``UsageError`` for more layers than there
+    are, or another image's base.
+    """
     if keep_base is None:
         return None
-    from layerkit.usecases.base import kept_base
+    text = str(keep_base)
+    is_number = text.isascii() and text.lstrip("-").isdigit() and not Path(text).exists()
 
-    def find(ref: str, image: Image) -> Image:
-        with open_image(ref, platform=str(image.platform), settings=settings) as base:
-            return base.image
+    def count(image: Image) -> int:
+        if is_number:
+            if not 0 <= int(text) <= len(image.layers):
+                raise UsageError(f"--keep-base {text}: the image has {len(image.layers)} layers")
+            return int(text)
+        with open_image(text, platform=str(image.platform), settings=settings) as opened:
+            base = opened.image.diff_ids
+        same = 0
+        while same < min(len(base), len(image.layers)) and image.diff_ids[same] == base[same]:
+            same += 1
+        if same < len(base):
+            raise UsageError(
+                f"--keep-base {text}: only {same} of its {len(base)} layers are the lowest ones of the image; "
+                "it was built on another version of it"
+            )
+        return len(base)
 
-    return kept_base(keep_base, find)
+    return count
 
 
 @overload

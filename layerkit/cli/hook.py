@@ -190,10 +190,7 @@ def _need_extra() -> None:
 
 
 @o.command(group)
-def serve(
-    flags: ServeFlags = ServeFlags(),
-    log_level: LogLevel = "info",
-) -> None:
+def serve(flags: ServeFlags = ServeFlags(), log_level: LogLevel = "info") -> None:
     """Receive a registry's notifications, and remap every image that is pushed.
 
     Let the registry notify `http://ADDRESS:PORT/v1/events/NAME`, with the token as a Bearer header.

@@ -11,12 +11,7 @@ if TYPE_CHECKING:
     from layerkit.model.reports import InspectReport
 
 
-def inspect(
-    ref: o.Ref,
-    ids: o.Map = o.Map(),
-    how: o.Bringing = o.Bringing(),
-    out: Output = Output(),
-) -> None:
+def inspect(ref: o.Ref, ids: o.Map = o.Map(), how: o.Bringing = o.Bringing(), out: Output = Output()) -> None:
     """Show an image's layers, entries, owners and xattrs, and what a map would do to it.
 
     Examples:
@@ -59,11 +54,7 @@ def _show(report: InspectReport) -> None:
         line(f"! {problem}")
 
 
-def verify(
-    ref: o.Ref,
-    how: o.Reading = o.Reading(),
-    out: Output = Output(),
-) -> None:
+def verify(ref: o.Ref, how: o.Reading = o.Reading(), out: Output = Output()) -> None:
     """Check an image: digests, sizes, structure, and every remap artifact attached to it.
 
     The whole image is read. An artifact is made again from the image, and its bytes must be equal. Nothing is

@@ -36,8 +36,7 @@ def mount(
     ] = None,
     own_meta: o.OwnMeta = False,
     for_podman: Annotated[
-        bool,
-        typer.Option("--for-podman", help="Print the options for `podman run`: maps and --rootfs TARGET:O."),
+        bool, typer.Option("--for-podman", help="Print the options for `podman run`: maps and --rootfs TARGET:O.")
     ] = False,
     data: o.Data = "auto",
     platform: o.Platform = None,

@@ -50,8 +50,7 @@ UidMap = Annotated[
     typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it, or use commas."),
 ]
 GidMap = Annotated[
-    list[str] | None,
-    typer.Option("--gid-map", metavar="C:H:N", help="The same for groups [default: the uid map]."),
+    list[str] | None, typer.Option("--gid-map", metavar="C:H:N", help="The same for groups [default: the uid map].")
 ]
 SubuidName = Annotated[
     str | None,
@@ -107,8 +106,7 @@ StockMediaType = Annotated[
     ),
 ]
 Compression = Annotated[
-    str,
-    typer.Option("--compression", metavar="gzip|zstd|zstd:chunked|none", help="How new layers are compressed."),
+    str, typer.Option("--compression", metavar="gzip|zstd|zstd:chunked|none", help="How new layers are compressed.")
 ]
 Level = Annotated[int | None, typer.Option("--compression-level", metavar="N", help="gzip 1 to 9, zstd 1 to 22.")]
 Created = Annotated[

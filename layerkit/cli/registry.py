@@ -57,11 +57,7 @@ def push_indexes(
 
 
 @o.command(group, "pull")
-def pull_indexes(
-    ref: o.Ref,
-    how: o.Reading = o.Reading(),
-    out: Output = Output(),
-) -> None:
+def pull_indexes(ref: o.Ref, how: o.Reading = o.Reading(), out: Output = Output()) -> None:
     """Fetch the published indexes of an image, or its layers' own tables of contents (eStargz, zstd:chunked).
 
     No layer is read. Such indexes are unproven: only `inspect` and published remaps use them, and they are kept

@@ -79,8 +79,7 @@ def optimize(
     metadata_only: Annotated[
         bool,
         typer.Option(
-            "--metadata-only",
-            help="Replace duplicated files by stubs. Only for hosts that mount with metacopy=on.",
+            "--metadata-only", help="Replace duplicated files by stubs. Only for hosts that mount with metacopy=on."
         ),
     ] = False,
     stock_media_type: o.StockMediaType = False,

@@ -20,9 +20,8 @@ from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents
-from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
-from layerkit.usecases.settings import RewriteOptions
+from layerkit.usecases.settings import KeptBase, RewriteOptions
 
 _DIGEST_PREFIX_CHARS = 6
 

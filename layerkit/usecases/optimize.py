@@ -16,9 +16,8 @@ from layerkit.model.trees.merge import merge
 from layerkit.model.work import Destination, Work
 from layerkit.pack import NewLayer, Writing, check_tree, rewrite_image, write_layer
 from layerkit.unpack import Contents, Indexed, find_indexes
-from layerkit.usecases.base import KeptBase
 from layerkit.usecases.copy import left_behind
-from layerkit.usecases.settings import RewriteOptions
+from layerkit.usecases.settings import KeptBase, RewriteOptions
 from layerkit.usecases.stub_layers import STOCK_WARNINGS, VENDOR_WARNINGS, filled, plan_stubs
 from layerkit.usecases.waste import Action, Plan, PlannedLayer, plan
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from layerkit.linux import configuration
 from layerkit.model.errors import UsageError
@@ -21,6 +21,7 @@ from layerkit.model.work import NOTHING_KEPT, NOWHERE, Destination, Kept
 if TYPE_CHECKING:
     from layerkit.idmap import Mapping
     from layerkit.images.registry.options import RegistryOptions
+    from layerkit.model.image import Image
     from layerkit.model.limits import Limits
     from layerkit.model.ports import ImageSource
     from layerkit.pack import Packing
@@ -146,6 +147,10 @@ class MapOptions:
         uid = IdMap.parse(self.uid_map, what="--uid-map", squash=self.squash)
         gid = IdMap.parse(self.gid_map, what="--gid-map", squash=self.squash) if self.gid_map else uid
         return Mapping(uid, gid, self.overflow_id)
+
+
+KeptBase: TypeAlias = "Callable[[Image], int]"
+"""Gives how many layers of an image, from the bottom, are to stay as they are: what ``--keep-base`` means."""
 
 
 @dataclass(frozen=True, slots=True)
