@@ -98,11 +98,9 @@ def optimize(
 ) -> Plan:
     """Return how ``image`` would lose the bytes that its layers hold twice or hide; nothing is written.
 
-    Args:
-        image: from :func:`layerkit.open_image`; it must stay open until the plan was applied.
-        keep_base: reference of an image whose layers are not touched (or their number, from the bottom).
-        metadata_only: make stubs of the files that a layer repeats, for hosts that mount with ``metacopy=on``.
-        progress: told of the bytes read; raises :class:`layerkit.Cancelled` to stop.
+    ``image`` must stay open until the plan was applied. ``keep_base`` is the reference of an image whose layers are
+    not touched (or their number, from the bottom); ``metadata_only`` is that of
+    :class:`~layerkit.usecases.optimize.OptimizeOptions`; ``progress`` raises :class:`layerkit.Cancelled` to stop.
 
     Raises:
         UsageError: a base that is not the image's.

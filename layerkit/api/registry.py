@@ -129,17 +129,9 @@ def pull(
 
     The layers are read and verified. A remap artifact that is attached to the image is compared byte for byte with
     what the layers make of the map, so a wrong one cannot get into the store; without one that is right, the remap
-    is made here alone.
-
-    Args:
-        src: reference of the image.
-        mapping: the id map; None keeps the owners.
-        key: public key; only artifacts with a statement that it has signed count as published.
-        require_published: raise where no published artifact verifies.
-        own_meta: write META for this map even where an idmapped mount needs none.
-        platform: ``os/arch[/variant]``; None takes this host's.
-        settings: store, limits, registry options.
-        progress: told about the bytes read.
+    is made here alone. With a public ``key`` only artifacts with a statement that it has signed count as published.
+    ``own_meta`` is that of :class:`~layerkit.hosts.mounts.choose.MountOptions`; for ``src``, ``platform`` and
+    ``settings`` see :func:`~layerkit.api.open.open_image`.
 
     Raises:
         UnmappedId: an owner outside the map.

@@ -162,11 +162,7 @@ class Sent(NamedTuple):
 def put_indexes(image: Image, indexes: Sequence[Index], sink: ImageSink, *, vouched: bool = False) -> Sent:
     """Put the artifact of an image's indexes into ``sink``, which has the image, or gets it, and is not committed.
 
-    Args:
-        image: whose manifest the artifact refers to.
-        indexes: of its layers, bottom first.
-        sink: where it goes.
-        vouched: some of them came from others, and whoever keeps them in a place of its own vouches for them.
+    ``vouched``: some of them came from others, and whoever keeps them in a place of its own vouches for them.
     """
     blobs, sent = [], 0
     for place, index in enumerate(indexes):

@@ -94,10 +94,7 @@ def _where_made(indexes: Sequence[Index], path: bytes) -> int:
     """Return the place of a layer that can hold an entry of the folder ``path``, which a runtime would make.
 
     That is the topmost one with something in the folder, or the next one where hard links of that layer mean
-    a file of a lower layer by the same path.
-
-    Raises:
-        LossyResult: there is no next one.
+    a file of a lower layer by the same path; without a next one it is an error.
     """
     if not path:
         return 0  # nothing takes the root away again

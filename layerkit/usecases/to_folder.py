@@ -150,12 +150,7 @@ def choose_backend(store: LocalStore, image: Image, target: Path, copy: Copy, wa
 
     Objects can be shared whole; of a file in a tar only those that happen to lie on a block's start.
 
-    Args:
-        store: takes what it lacks.
-        image: what is to be unpacked.
-        target: a folder on the filesystem that is written.
-        copy: how the bytes are to be had.
-        wanted: ``auto``, or the backend by name.
+    ``target`` is a folder on the filesystem that is written; ``wanted`` is ``auto``, or the backend by name.
 
     Raises:
         UsageError: ``wanted`` is no backend, or cannot give what ``copy`` asks for.
