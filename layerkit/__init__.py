@@ -25,8 +25,7 @@ if TYPE_CHECKING:
         open_image,
         umount,
     )
-    from layerkit.api.optimize import Plan, optimize
-    from layerkit.api.rewrite import copy, flatten, remap
+    from layerkit.api.rewrite import Plan, copy, flatten, optimize, remap
     from layerkit.model.errors import Cancelled, LayerkitError
     from layerkit.usecases.settings import open_store
 
@@ -55,11 +54,11 @@ __all__ = [
 _ELSEWHERE = {
     "Cancelled": "layerkit.model.errors",
     "LayerkitError": "layerkit.model.errors",
-    "Plan": "layerkit.api.optimize",
+    "Plan": "layerkit.api.rewrite",
     "bundle": "layerkit.api.bundle",
     "copy": "layerkit.api.rewrite",
     "flatten": "layerkit.api.rewrite",
-    "optimize": "layerkit.api.optimize",
+    "optimize": "layerkit.api.rewrite",
     "remap": "layerkit.api.rewrite",
 }
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.api.open import open_image
+from layerkit.api.open import OpenImage, open_image
 from layerkit.model.errors import InvalidImage, NotFound, UsageError
 from layerkit.model.reports import RemapReport, Report
 from layerkit.model.work import Destination
 from layerkit.usecases.settings import Settings
 
 if TYPE_CHECKING:
-    from layerkit.api.image import OpenImage
     from layerkit.idmap import Mapping
     from layerkit.model.ports import ImageSink, Progress
     from layerkit.usecases.published_indexes import IndexPullReport, PublishReport

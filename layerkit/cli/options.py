@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from layerkit.linux.configuration import configured, everything
 
 if TYPE_CHECKING:
-    from layerkit.api.image import OpenImage
+    from layerkit.api.open import OpenImage
     from layerkit.api.rewrite import Route
     from layerkit.idmap import Mapping as IdMapping
     from layerkit.model.ports import Progress
