@@ -13,7 +13,7 @@ from layerkit.linux.syscalls import opened
 _FIEMAP = 0xC020660B
 _HEAD = struct.Struct("=QQIIII")
 _EXTENT = struct.Struct("=QQQQQIIII")
-_LAST, _DELALLOC, _SHARED = 0x1, 0x4, 0x2000
+_LAST, _SHARED = 0x1, 0x2000
 _SYNC = 0x1
 _AT_ONCE = 256
 

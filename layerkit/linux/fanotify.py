@@ -9,6 +9,7 @@ import select
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Event(NamedTuple):
     pid: int
 
 
-class Watch:
+class Watch(AbstractContextManager["Watch"]):
     """Events of all mounts of one filesystem, from the moment it is made; use it in ``with``."""
 
     def __init__(self, path: Path, mask: int) -> None:
@@ -67,9 +68,6 @@ class Watch:
                 break
         os.close(self.fd)
         raise _refused(number)
-
-    def __enter__(self) -> Watch:
-        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)

@@ -80,19 +80,15 @@ def make_folders(root: int, path: str, uid: int, gid: int) -> int:
             try:
                 os.mkdir(part, 0o755, dir_fd=fd)
             except FileExistsError:
-                os.close(fd)
                 raise InvalidImage(f"{show_path(done)} of the image is a link to nowhere, not a folder") from None
-            except BaseException:
-                os.close(fd)
-                raise
             os.chown(part, uid, gid, dir_fd=fd, follow_symlinks=False)
             deeper = open_inside(root, done, flags)
             os.chmod(f"/proc/self/fd/{deeper}", 0o755)  # whatever the umask says
         except OSError as error:
-            os.close(fd)
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise InvalidImage(f"{show_path(done)} of the image is not a folder") from error
             raise
-        os.close(fd)
+        finally:
+            os.close(fd)
         fd = deeper
     return fd

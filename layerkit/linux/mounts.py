@@ -11,9 +11,8 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from layerkit.formats.overlay_options import OverlayOptions
@@ -36,7 +35,7 @@ _NAME_OFFSET = 8 + 56
 _TRIES = 64
 
 
-class Context:
+class Context(AbstractContextManager["Context"]):
     """A filesystem context (fsopen(2)) whose errors carry the kernel's own words."""
 
     def __init__(self, fstype: str) -> None:
@@ -61,12 +60,7 @@ class Context:
                 ) from error
             raise
 
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
     def flag(self, key: str) -> None:
@@ -361,8 +355,7 @@ def idmapped_clone(path: Path | str | int, uid: userns.Extents, gid: userns.Exte
         UnsupportedHost: as :func:`idmap`.
         UsageError: maps that the kernel refuses.
     """
-    namespace = userns.userns_fd(uid, gid)
-    try:
+    with closing(userns.userns_fd(uid, gid)) as namespace:
         fd = clone(path)
         try:
             idmap(fd, namespace)
@@ -370,8 +363,6 @@ def idmapped_clone(path: Path | str | int, uid: userns.Extents, gid: userns.Exte
             os.close(fd)
             raise
         return fd
-    finally:
-        os.close(namespace)
 
 
 def attach(mount: int, target: Path | str | int, *, attributes: int = 0) -> None:

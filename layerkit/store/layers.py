@@ -10,8 +10,7 @@ from typing import BinaryIO
 
 from layerkit.formats.erofs import data as erofs_data
 from layerkit.formats.index import file as index_file
-from layerkit.linux.direct import NewFile
-from layerkit.linux.durable import disk_errors, remove, sync_filesystem
+from layerkit.linux.durable import NewFile, disk_errors, remove, sync_filesystem
 from layerkit.model.errors import DigestMismatch, StoreError
 from layerkit.model.index import Index
 from layerkit.store.catalog import Catalog, LayerRow, Publication

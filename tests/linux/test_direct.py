@@ -12,7 +12,7 @@ import pytest
 from disks import disk
 from page_cache import cached_bytes
 
-from layerkit.linux.direct import NewFile
+from layerkit.linux.durable import NewFile
 
 PIECE = 1 << 20
 

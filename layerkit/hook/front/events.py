@@ -27,10 +27,6 @@ from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage
 from layerkit.model.limits import Limits
 
-DISTRIBUTION_TYPES = (
-    "application/vnd.docker.distribution.events.v1+json",
-    "application/vnd.docker.distribution.events.v2+json",
-)
 CLOUD_EVENT = "application/cloudevents+json"
 CLOUD_EVENTS = "application/cloudevents-batch+json"
 

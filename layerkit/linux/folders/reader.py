@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.walk import FILE, open_below, walk, xattr_names, xattr_path
-from layerkit.linux.syscalls import CLONE_FS
+from layerkit.linux.syscalls import CLONE_FS, opened
 from layerkit.metaonly import METACOPY, OPAQUE, REDIRECT, WHITEOUT, YES, is_whiteout, own_mark, unescaped
 from layerkit.model.digest import Digest
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Extent, Kind, XattrSet
@@ -429,8 +429,7 @@ class _Contents:
         )
         if known and not holes:
             return base.sha256[i].tobytes(), None
-        fd = os.open(name, FILE, dir_fd=folder)
-        try:
+        with opened(name, FILE, folder) as fd:
             sparse = _runs(fd, st.st_size) if holes else None
             if known:
                 return base.sha256[i].tobytes(), sparse
@@ -442,8 +441,6 @@ class _Contents:
                 raise _changed(path)
             self.hashed_bytes += st.st_size
             return digest, sparse
-        finally:
-            os.close(fd)
 
 
 def _changed(path: bytes) -> InvalidImage:

@@ -59,13 +59,11 @@ class _Stubs:
     alike = True
 
     def __init__(self, meta: MetadataLayer) -> None:
-        self._meta, self._namespace = meta, meta.namespace
-        self._redirect = meta.namespace.xattr(REDIRECT)
-        self._metacopy = meta.namespace.xattr(METACOPY)
+        self._meta = meta
 
     def begin(self, inodes: NDArray[np.integer]) -> Callable[[int, int, int], None]:
         places = iter(self._meta.redirect_list(inodes))
-        redirect, metacopy = self._redirect, self._metacopy
+        redirect, metacopy = map(self._meta.namespace.xattr, (REDIRECT, METACOPY))
 
         def fill(fd: int, inode: int, size: int) -> None:
             place = next(places)
@@ -79,7 +77,7 @@ class _Stubs:
             except OSError as error:
                 if step == "set the redirect of" and error.errno in _NO_XATTRS:
                     raise UnsupportedHost(
-                        f"{self._namespace.value} xattrs to this process on the filesystem of the store",
+                        f"{self._meta.namespace.value} xattrs to this process on the filesystem of the store",
                         "trusted xattrs need CAP_SYS_ADMIN outside of user namespaces: without it, take the "
                         "user namespace",
                     ) from error

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkit.hook.front.events import DISTRIBUTION_TYPES, BadRequest, Event, parse, parse_job
+from layerkit.hook.front.events import BadRequest, Event, parse, parse_job
+
+DISTRIBUTION_TYPES = (
+    "application/vnd.docker.distribution.events.v1+json",
+    "application/vnd.docker.distribution.events.v2+json",
+)
 
 HEX = "ab" * 32
 DIGEST = f"sha256:{HEX}"
