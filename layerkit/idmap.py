@@ -125,7 +125,7 @@ class IdMap:
             numbers = iter(map(int, fields))
             extents += zip(numbers, numbers, numbers, strict=True)
         if not extents:
-            raise UsageError(f"{what}: no extent is given, for example 0:100000:65536")
+            raise UsageError(f"{what}: no extent is given; give one, such as 0:100000:65536")
         return cls.of(extents, what=what, squash=squash)
 
     @classmethod

@@ -253,7 +253,7 @@ def _places(image: Image, layers: Sequence[Layer | NewLayer]) -> list[list[int]]
         while at < len(image.layers) and image.layers[at].diff_id != layer.diff_id:
             at += 1
         if at == len(image.layers):
-            raise ValueError(f"{layer.diff_id} is not a layer of the image, or not in its order")
+            raise ValueError(f"{layer.diff_id} is not a layer of the image, or not in the image's order")
         out.append([at])
         at += 1
     return out

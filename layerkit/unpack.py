@@ -372,7 +372,7 @@ def find_indexes(work: Work, others: Others = NOBODY, *, layers: bool = True) ->
         if (got := others.index(layer, known)) is not None:
             return got
         if not layers:
-            raise NotFound(f"{work.image.name}: no index is published of layer {layer.descriptor.digest}")
+            raise NotFound(f"{work.image.name}: there is no published index of layer {layer.descriptor.digest}")
         return read_in_turn(layer, work.source.open_blob, others, work.limits, step)
 
     indexes, origins = _each_layer(work, find)

@@ -139,7 +139,7 @@ def pull(
     from layerkit.usecases.verify import Published, find_published
 
     if mapping is None and (key is not None or require_published):
-        raise UsageError("remaps are published for a map: give --uid-map C:H:N, or --subuid-name NAME")
+        raise UsageError("a published remap belongs to a map: give --uid-map C:H:N or --subuid-name NAME")
     with open_image(src, platform=platform, settings=settings) as opened:
         report = opened.remap(mapping, own_meta=own_meta, progress=progress)
         published = Published()

@@ -234,7 +234,7 @@ class Config:
         remaps = [Remap.read(table) for table in top.tables("map")]
         for what, names in (("registry", [r.name for r in registries]), ("map", [m.name for m in remaps])):
             if not names:
-                raise UsageError(f"{top.where}: no [[{what}]]: the hook needs one at least")
+                raise UsageError(f"{top.where}: no [[{what}]] is given; the hook needs at least one")
             if twice := {name for name in names if names.count(name) > 1}:
                 raise UsageError(f"{top.where}: two [[{what}]] called {min(twice)!r}")
         host, port = listen_address(top.take("listen", str, "127.0.0.1:8765"), top.where)
@@ -313,7 +313,7 @@ def read_token(config: Config) -> tuple[str, Path]:
     except OSError as error:
         raise UsageError(f"{path}: the hook's token: {error.strerror}") from None
     if mode & 0o007:
-        raise UsageError(f"{path}: the hook's token can be read by everybody; chmod 600 it")
+        raise UsageError(f"{path}: everybody can read the hook's token; run chmod 600 on the file")
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(f"{path}: the hook's token: want {_SHORTEST_TOKEN} printable characters or more")
     return token, path

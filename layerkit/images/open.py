@@ -89,7 +89,7 @@ def _open_file(path: str, limits: Limits, tmp: TmpDir, stdin: BinaryIO | None) -
     if path == "-":
         stream = stdin if stdin is not None else sys.stdin.buffer
         if stream.isatty():
-            raise UsageError("-: standard input is a terminal; pipe an archive into it")
+            raise UsageError("standard input is a terminal; pipe an archive into it")
         pieces = iter(lambda: stream.read(1 << 20), b"")
         return spool(pieces, tmp, limits.layer_tar_bytes, "standard input")
     try:
@@ -144,7 +144,7 @@ def open_sink(
     if ref.transport not in (*FILE_TRANSPORTS, "docker-daemon", "path"):
         raise _not_here(ref)
     if ref.digest is not None:
-        raise UsageError(f"{ref}: the digest of what is written cannot be chosen; name it by a tag")
+        raise UsageError(f"{ref}: the digest of a result cannot be chosen; give a tag instead")
     if ref.transport == "docker-daemon":
         from layerkit.images.docker.daemon import DaemonSink
 

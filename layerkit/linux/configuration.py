@@ -119,19 +119,19 @@ SETTINGS: Mapping[str, Setting] = {
     setting.key: setting
     for setting in (
         Setting("store", _path, "the local store"),
-        Setting("cache", _path, "indexes of others that are not proven yet"),
+        Setting("cache", _path, "folder of unproven indexes"),
         Setting("data", _choice("auto", "tar", "objects"), "how file data is kept", "auto"),
         Setting("rendering", _choice("auto", "erofs", "directory", "fuse"), "how metadata is mounted", "auto"),
         Setting("jobs", _number(1, 64), "layers read at the same time, threads that compress"),
         Setting("strict", _truth, "refuse overlay xattrs that an image brings", False),
-        Setting("published", _truth, "take published indexes instead of layers where nothing is mounted", True),
-        Setting("platform", _text, "the image of a multi-platform one"),
+        Setting("published", _truth, "use published indexes instead of layers if nothing is mounted", True),
+        Setting("platform", _text, "which image of an image index"),
         Setting(
-            "compression", _choice("gzip", "zstd", "zstd:chunked", "none"), "of layers that are written", "gzip"
+            "compression", _choice("gzip", "zstd", "zstd:chunked", "none"), "how new layers are compressed", "gzip"
         ),
-        Setting("compression_level", _number(1, 22), "of the compression"),
+        Setting("compression_level", _number(1, 22), "level of the compression"),
         Setting("authfile", _path, "credentials of registries", others=("REGISTRY_AUTH_FILE",)),
-        Setting("tls_verify", _truth, "false takes any certificate of a registry, and plain HTTP"),
+        Setting("tls_verify", _truth, "false accepts any certificate, and plain HTTP"),
         Setting("cert_dir", _path, "certificates for registries"),
         Setting(
             "registries_conf", _path, "the file with mirrors of registries", others=("CONTAINERS_REGISTRIES_CONF",)
@@ -139,7 +139,7 @@ SETTINGS: Mapping[str, Setting] = {
         Setting("hosts_dir", _path, "containerd's folder of hosts.toml"),
         Setting("mirrors", _truth, "ask mirrors of registries", True),
         *(
-            Setting(f"{_LIMITS}.{field.name}", _number(0), "a bound on input", field.default)
+            Setting(f"{_LIMITS}.{field.name}", _number(0), "a limit on input", field.default)
             for field in fields(Limits)
         ),
     )

@@ -204,7 +204,7 @@ class Staging:
             if self._enter():
                 return self.fd
             self.drop()
-        raise FileExistsError(errno.EEXIST, "somebody takes every name for a temporary folder", self._stem)
+        raise FileExistsError(errno.EEXIST, "found no free name for a temporary folder; try again", self._stem)
 
     def _enter(self) -> bool:
         """Return False where a sweep, or somebody who may rename in the parent, took the new folder away."""
@@ -330,7 +330,7 @@ def whole_folder(target: Path) -> Iterator[int]:
     check_target(target)
     with staging_beside(target) as staging:
         if staging.others:
-            raise StoreError(f"{target}: another process writes to this place just now; wait for it")
+            raise StoreError(f"{target}: another process is writing there; wait until it ends")
         os.mkdir(NEW, 0o700, dir_fd=staging.fd)
         with opened(NEW, FOLDER, staging.fd) as fd:
             yield fd
@@ -339,7 +339,7 @@ def whole_folder(target: Path) -> Iterator[int]:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise UsageError(
-                    f"{target}: something was put there meanwhile; nothing of it was touched"
+                    f"{target}: something else appeared there meanwhile, and was left alone; choose another name"
                 ) from error
             raise
 
@@ -353,16 +353,16 @@ def check_target(target: Path) -> None:
     if target.is_symlink():
         raise UsageError(f"{target}: a symbolic link; name the folder itself")
     if not target.parent.is_dir():
-        raise UsageError(f"{target}: there is no folder {target.parent} to make it in")
+        raise UsageError(f"{target}: there is no folder {target.parent} to make it in; create that first")
     if not target.exists():
         return
     if not target.is_dir():
-        raise UsageError(f"{target}: exists and is no folder; name a new one")
+        raise UsageError(f"{target}: exists and is not a folder; choose another name")
     if target.is_mount():
         raise UsageError(f"{target}: a mount point; name a new folder in it, as {target / 'rootfs'}")
     with os.scandir(target) as entries:
         if any(entries):
-            raise UsageError(f"{target}: the folder is not empty; name a new one, or empty it first")
+            raise UsageError(f"{target}: the folder is not empty; name a new one, or empty this one first")
 
 
 def remove(path: str | Path, at: int | None = None) -> None:
@@ -428,7 +428,7 @@ def disk_errors(doing: str, folder: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text):
             raise StoreError(
                 f"{folder}/catalog.db: damaged ({text}); remove the store and import its images again: "
-                "it holds nothing that cannot be made from them"
+                "it can be made again from them"
             ) from error
         raise StoreError(f"{folder}/catalog.db: {doing}: {text}") from error
 

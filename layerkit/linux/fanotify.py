@@ -109,6 +109,6 @@ def _refused(number: int) -> UnsupportedHost | OSError:
     if number in (errno.EPERM, errno.ENOSYS):
         return UnsupportedHost(
             f"fanotify on whole filesystems ({os.strerror(number)})",
-            "run as root of the host, or leave --watch out",
+            "run as root of the host, or leave out --watch",
         )
     return sc.failed(number, "fanotify")

@@ -54,7 +54,7 @@ class LimitExceeded(InvalidImage):
         self.limit, self.found, self.allowed = limit, found, allowed
         super().__init__(
             f"{where}: {found} is above the limit of {allowed} ({limit}); "
-            f"if the image is trusted, raise it with LAYERKIT_LIMIT_{limit.upper()}"
+            f"if you trust the image, raise it with LAYERKIT_LIMIT_{limit.upper()}"
         )
 
 

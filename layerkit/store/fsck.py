@@ -109,7 +109,7 @@ class Fsck:
         try:
             index = self._layout.read_index(row.diff_id)
             if index.tar_size != row.tar_size or len(index) != row.entries:
-                raise StoreError(f"{self._layout.index(row.diff_id)}: not the size that the catalog tells")
+                raise StoreError(f"{self._layout.index(row.diff_id)}: its size differs from the catalog's")
         except StoreError as error:
             problem = str(error).removeprefix(f"{self._layout.index(row.diff_id)}: ").partition("; run ")[0]
             if row.tar and not tar_problem:

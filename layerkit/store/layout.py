@@ -153,9 +153,7 @@ class Layout:
                 f'{{"layout": {LAYOUT_VERSION}, "id": "any"}} into it and run `layerkit store verify --repair`'
             ) from error
         if type(version) is not int or version < 1 or not isinstance(identity, str):
-            raise StoreError(
-                f"{self.version_file}: layout {version!r} is none that ever was; not a layerkit store?"
-            )
+            raise StoreError(f"{self.version_file}: layout {version!r} is unknown; is this a layerkit store?")
         if version > LAYOUT_VERSION:
             raise StoreError(
                 f"{self.root}: a store of layout {version}, and this layerkit knows up to {LAYOUT_VERSION}; use a "
@@ -173,7 +171,7 @@ class Layout:
         strange = sorted(unknown_names(self.root))
         if strange:
             raise StoreError(
-                f"{self.root}: not a layerkit store, and not empty ({strange[0]!r} lies in it); "
+                f"{self.root}: not a layerkit store, and not empty (it holds {strange[0]!r}); "
                 "name an empty or new folder with --store"
             )
         self.root.chmod(0o700)
@@ -205,7 +203,7 @@ class Layout:
         if mode & 0o022:
             raise StoreError(
                 f"{self.root}: others may write to it (mode {mode:04o}), so nothing in it can be trusted; "
-                "after a look at it, run chmod 0700 and `layerkit store verify`"
+                "check what is in it, then run chmod 0700 and `layerkit store verify`"
             )
         if mode & 0o077:
             self.root.chmod(0o700)

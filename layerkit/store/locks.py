@@ -125,16 +125,14 @@ class Locks:
         deadline = time.monotonic() + timeout
         with self._guard:
             if not self._guard.wait_for(lambda: not self._store_count and self._exclusive_owner is None, timeout):
-                raise StoreError(
-                    f"{self._folder.parent}: this process itself still uses the store; finish that first"
-                )
+                raise StoreError(f"{self._folder.parent}: this process still uses the store; finish that first")
             fd = open_lock(self._folder / STORE)
             self._exclusive_owner = threading.get_ident()
         try:
             while not try_lock(fd):
                 if time.monotonic() >= deadline:
                     raise StoreError(
-                        f"{self._folder.parent}: another layerkit process uses the store; "
+                        f"{self._folder.parent}: another layerkit process is using the store; "
                         f"try again when it is done (waited {timeout:g} s)"
                     )
                 time.sleep(_POLL_SECONDS)

@@ -63,7 +63,7 @@ class AttachOptions:
     def __post_init__(self) -> None:
         """Refuse words that are none of the choices, and a key that cannot be used."""
         if self.rendering not in ("auto", "erofs", "tar"):
-            raise UsageError(f"--rendering {self.rendering!r}: an artifact holds erofs (the default) or tar")
+            raise UsageError(f"--rendering {self.rendering!r}: an artifact can be erofs (the default) or tar")
         if self.namespace not in ("auto", *Namespace):
             raise UsageError(f"--namespace {self.namespace!r}: want auto, trusted or user")
         if self.sign_key is not None:

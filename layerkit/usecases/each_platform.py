@@ -61,7 +61,7 @@ def each_platform(
         reports = [do(image, dst) for image in images]
         return PlatformsReport(name, "", platforms, tuple(reports), time.monotonic() - start)
     if dst.one_image and len(images) > 1:
-        raise UsageError(f"{dst.where}: has room for one platform; choose it with --platform")
+        raise UsageError(f"{dst.where}: can hold one platform only; choose it with --platform")
     with dst.sink() as sink:
         parts = _Parts(sink)
         reports = [do(image, Destination(lambda: parts, name)) for image in images]

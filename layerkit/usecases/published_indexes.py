@@ -55,7 +55,7 @@ class PublishedIndexes(Others):
         try:
             found = self._source.referrers(self._image.descriptor.digest, index_artifact.ARTIFACT_TYPE)
         except (InvalidImage, RegistryError) as error:
-            self.notes.append(f"published indexes are not to be had: {error}")
+            self.notes.append(f"published indexes cannot be read: {error}")
             return out
         for entry, data in found:
             try:

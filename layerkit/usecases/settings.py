@@ -129,7 +129,7 @@ class MapOptions:
         """
         if not self.uid_map and not self.gid_map and self.subuid_name is None:
             if self.overflow_id is not None or self.squash:
-                raise UsageError("--overflow-id and --squash mean something only with a map; add --uid-map C:H:N")
+                raise UsageError("--overflow-id and --squash need a map; add --uid-map C:H:N")
             return None
         from layerkit.idmap import IdMap, Mapping
 

@@ -131,7 +131,7 @@ def plan(indexes: Sequence[Index], keep_base: int = 0, *, limits: Limits = DEFAU
         fixed -= idle
     result = Plan(image.layers(fixed, supply), digest, keep_base, pinned)
     if merge(result.indexes, limits=limits).digest() != digest:
-        raise LossyResult(b"", "the planned layers make another root filesystem; nothing was written")
+        raise LossyResult(b"", "the planned layers give a different root filesystem; nothing was written")
     return result
 
 

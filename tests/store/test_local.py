@@ -68,7 +68,7 @@ def test_open_refuses_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no layerkit store"):
         LocalStore.open(tmp_path / "none", create=False)
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(StoreError, match=r"not empty \('thesis.tex'"):
+    with pytest.raises(StoreError, match=r"it holds 'thesis.tex'"):
         LocalStore.open(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -77,7 +77,7 @@ def test_open_refuses_what_is_no_store(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('{"layout": 99, "id": "x"}', "layout 99, and this layerkit knows up to 1"),
-        ('{"layout": true, "id": "x"}', "none that ever was"),
+        ('{"layout": true, "id": "x"}', "is unknown; is this"),
         ('{"lay', "damaged"),
         ("[]", "damaged"),
     ],
@@ -632,7 +632,7 @@ def test_gc_waits_for_a_hold_and_says_so(store: LocalStore) -> None:
     with LocalStore.open(store.root) as other:
         with other.hold(), pytest.raises(StoreError, match="another layerkit process"):
             store.gc(wait_seconds=0.1)
-        with store.hold(), pytest.raises(StoreError, match="this process itself"):
+        with store.hold(), pytest.raises(StoreError, match="this process still uses"):
             store.gc(wait_seconds=0.1)
         put(other, random_layer(1), "tar")  # its temporary folder lives on
         store.gc()

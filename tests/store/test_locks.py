@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_shared_holds_nest_and_keep_exclusive_out(folder: Path) -> None:
     one, two = Locks(folder), Locks(folder)
     with one.shared(), one.shared(), two.shared():
-        with pytest.raises(StoreError, match="this process itself"), one.exclusive(0):
+        with pytest.raises(StoreError, match="this process still uses"), one.exclusive(0):
             pass
     with one.shared():
         with pytest.raises(StoreError, match="another layerkit process"), two.exclusive(0.1):

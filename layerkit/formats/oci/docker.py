@@ -184,7 +184,7 @@ def to_image(
     if len(parsed.diff_ids) != len(layers):
         raise InvalidImage(
             f"{what}: {len(layers)} layers, but the config lists {len(parsed.diff_ids)} rootfs.diff_ids; "
-            "they must be as many"
+            "the two numbers must be equal"
         )
     described = Descriptor.of(oci.CONFIG, config)
     manifest = oci.manifest_json(described, layers)

@@ -60,7 +60,7 @@ class Reading:
         if len(config.diff_ids) != len(parsed.layers):
             raise InvalidImage(
                 f"{what}: {len(parsed.layers)} layers, but its config {parsed.config.digest} lists "
-                f"{len(config.diff_ids)} rootfs.diff_ids; they must be as many"
+                f"{len(config.diff_ids)} rootfs.diff_ids; the two numbers must be equal"
             )
         for layer in parsed.layers:
             limits.check("layer_blob_bytes", layer.size, f"{what}: layer {layer.digest}")

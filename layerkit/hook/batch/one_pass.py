@@ -50,7 +50,7 @@ def parse_refs(texts: Sequence[str]) -> list[RegistryRef]:
     """
     for text in texts:
         if not text.startswith(_PREFIX):
-            raise UsageError(f"{text}: the hook works on registries; want docker://HOST/NAME[:TAG|@DIGEST]")
+            raise UsageError(f"{text}: the hook works on registries only; give docker://HOST/NAME[:TAG|@DIGEST]")
     return [RegistryRef.parse(text.removeprefix(_PREFIX)) for text in texts]
 
 

@@ -88,7 +88,7 @@ def choose_stacking(store: Path, wanted: str = "auto") -> Stacking:
         return Stacking.CLASSIC
     if wanted == Stacking.CLASSIC and not privileged:
         raise UnsupportedHost(
-            "the classic stacking for this user", "metacopy=on is for root of the host; leave --stacking out"
+            "the classic stacking for this user", "metacopy=on is for root of the host; leave out --stacking"
         )
     what = "overlay over data-only layers, nor metacopy=on" if wanted == "auto" else f"the stacking {wanted}"
     raise UnsupportedHost(what, "`layerkit doctor` says what this kernel can do; Linux 4.19 as root is the least")

@@ -122,11 +122,11 @@ class Container:
 def _root_of(mapping: Mapping | None, rootless: bool) -> tuple[int, int]:
     """Return the host ids of the container's root; refuse maps that no container can run under."""
     if rootless and userns.in_initial_userns():
-        raise UsageError("--rootless is for an ordinary user; root of the host leaves it out")
+        raise UsageError("--rootless is for ordinary users; leave it out as root")
     if mapping is None:
         return 0, 0
     if not mapping.fits_kernel:
-        raise UsageError("a user namespace takes neither --squash nor --overflow-id, and at most 340 ranges")
+        raise UsageError("a user namespace supports neither --squash nor --overflow-id, and at most 340 ranges")
     uid, gid = mapping.uid.host_of(0), mapping.gid.host_of(0)
     if uid is None or gid is None:
         kind, one = ("uid", mapping.uid) if uid is None else ("gid", mapping.gid)

@@ -129,7 +129,7 @@ def begin(wanted: Bundle) -> tuple[Bundle, bool]:
     if old is not None:
         owner = path.stat().st_uid
         if owner != os.geteuid():
-            raise UsageError(f"{folder} belongs to uid {owner}, who could change all in it; take another folder")
+            raise UsageError(f"{folder} belongs to uid {owner}, who could change it all; use another folder")
         if (old.manifest, old.map, old.rootless) != (wanted.manifest, wanted.map, wanted.rootless):
             raise UsageError(
                 f"{folder} is a bundle of {old.image} under the map {old.map or 'none'}; "
@@ -142,9 +142,9 @@ def begin(wanted: Bundle) -> tuple[Bundle, bool]:
             )
         return old, False
     if path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"{folder}: the folder is not empty, and no bundle of layerkit's; name a new one")
+        raise UsageError(f"{folder}: the folder is not empty and not a bundle of layerkit; name a new one")
     if not path.parent.is_dir():
-        raise UsageError(f"{folder}: there is no folder {path.parent} to make it in")
+        raise UsageError(f"{folder}: there is no folder {path.parent} to make it in; create that first")
     made = replace(wanted, folder=path)
     with _new_folder(path) as fd:
         made.write(fd)
@@ -181,7 +181,7 @@ def remove(folder: Path) -> Bundle:
     """
     bundle = read(folder)
     if bundle is None:
-        raise NotFound(f"{folder}: no bundle that layerkit made")
+        raise NotFound(f"{folder}: not a bundle that layerkit made")
     _refuse_running(bundle)
     if not bundle.rootless:
         unmount(bundle)
@@ -213,7 +213,7 @@ def _refuse_running(bundle: Bundle) -> None:
     user = next(iter(running(bundle)), None)
     if user is not None:
         raise LayerkitError(
-            f"{bundle.folder} has a running container (process {user}); stop it first, by: "
+            f"{bundle.folder} has a running container (process {user}); stop it first, with: "
             "runc kill NAME KILL, runc delete NAME"
         )
 

@@ -165,7 +165,7 @@ def _free(address: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise UsageError(f"{address}: exists and is no socket; choose another --address")
+        raise UsageError(f"{address}: exists and is not a socket; choose another --address")
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
         try:
             probe.connect(os.fspath(address))

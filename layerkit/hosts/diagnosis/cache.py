@@ -155,7 +155,7 @@ def cache_report(
                 progress("looking at the page cache", done, 0)
         found.append((root, image, mapping, mine))
     if os.geteuid() != 0:
-        warnings.append("only a file's owner and root are told the truth by the kernel; run this as root")
+        warnings.append("the kernel tells the truth only to root and a file's owner; run this as root")
     return _sums(found, pages, top, warnings)
 
 

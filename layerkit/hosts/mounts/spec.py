@@ -211,7 +211,7 @@ def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
     upper = _may_be_absent(upper, "the upper folder")
     work = _may_be_absent(spec.work or upper.with_name(upper.name + ".work"), "the work folder")
     if _overlap(upper, work):
-        raise UsageError(f"the work folder {work} must be beside the upper folder {upper}, neither in the other")
+        raise UsageError(f"the work folder {work} must be beside the upper folder {upper}, not in it or above it")
     for name, path in (("upper", upper), ("work", work)):
         for other, called in (*((folder, "layer") for folder in spec.folders), (spec.target, "target")):
             if _overlap(path, other):
@@ -226,7 +226,7 @@ def _with_upper(spec: MountSpec, upper: Path) -> MountSpec:
                 f"{place} lies on an overlay itself, which cannot hold an upper folder; use a disk or tmpfs"
             )
     if len(set(map(mounts.mount_id, places))) > 1:
-        raise UsageError(f"upper {upper} and work {work} lie on different mounts; overlayfs wants them on one")
+        raise UsageError(f"upper {upper} and work {work} lie on different mounts; overlayfs needs one mount")
     if work.exists():
         _check_work(work)
     return replace(spec, upper=upper, work=work)

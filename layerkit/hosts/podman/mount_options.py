@@ -84,7 +84,7 @@ def parse(text: str) -> Options:
             overlay.append((key, value))
         elif key == "xattr_permissions" and value not in ("", "0"):
             raise UsageError(
-                f"{word}: owners kept in xattrs (force_mask in storage.conf) are not supported; take it out, "
+                f"{word}: owners kept in xattrs (force_mask in storage.conf) are not supported; remove it, "
                 "or use fuse-overlayfs as mount_program"
             )
         elif key in FEATURE_KEYS:

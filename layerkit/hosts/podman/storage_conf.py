@@ -45,12 +45,12 @@ def add(path: Path, program: Path) -> Change:
     driver = storage.get("driver", "")
     if driver not in ("", "overlay"):
         raise UsageError(
-            f"{path}: driver = {driver!r}: a mount program belongs to the driver overlay; set that, and note that "
+            f"{path}: driver = {driver!r}: a mount program belongs to the driver overlay; set it, and note that "
             "podman keeps the images of each driver apart"
         )
     if overlay.get("force_mask") or _table(storage, "options").get("force_mask"):
         raise UsageError(
-            f"{path}: force_mask keeps owners in xattrs, which layerkit does not read; take it out, or keep "
+            f"{path}: force_mask keeps owners in xattrs, which layerkit does not read; remove it, or keep "
             "fuse-overlayfs"
         )
     lines = text.splitlines()
@@ -99,9 +99,7 @@ def _notes(overlay: dict[str, Any], driver: str, path: Path) -> list[str]:
         if word.partition("=")[0] in FEATURE_KEYS:
             notes.append(f"{path}: mountopt {word} has no effect with a mount program")
     if overlay.get("mount_program"):
-        notes.append(f"{path}: mount_program = {overlay['mount_program']!r} gives way; --undo brings it back")
+        notes.append(f"{path}: mount_program = {overlay['mount_program']!r} is replaced; --undo restores it")
     if not driver:
-        notes.append(
-            "the storage driver is set to overlay; images under another driver (vfs) have to be pulled again"
-        )
+        notes.append("the storage driver is set to overlay; pull images of another driver (vfs) again")
     return notes

@@ -106,7 +106,7 @@ class DockerArchiveSource(ImageSource):
         if len(members) != len(diff_ids):
             raise InvalidImage(
                 f"{what}: {len(members)} layers, but {saved.config} lists {len(diff_ids)} rootfs.diff_ids; "
-                "they must be as many"
+                "the two numbers must be equal"
             )
         layers = [self._layer(m, diff_id) for m, diff_id in zip(members, diff_ids, strict=True)]
         return self._finish(name, config, layers)

@@ -53,7 +53,7 @@ def _connect(where: str) -> Any:
         at = f"DOCKER_HOST={host}" if host else "/var/run/docker.sock"
         raise DaemonError(
             f"{where}: no docker daemon answers at {at} ({_reason(error)}); start dockerd or set DOCKER_HOST, "
-            "or go by a file: docker-archive:FILE with `docker save` and `docker load`"
+            "or use a file: docker-archive:FILE with `docker save` and `docker load`"
         ) from None
     return client
 
@@ -82,7 +82,7 @@ def _raise(where: str, error: BaseException) -> NoReturn:
     if isinstance(error, docker.errors.APIError):
         status = error.status_code or 0
         if status in _DENIED:
-            raise RegistryError(where, status, f"the docker daemon denies it: {error.explanation}") from None
+            raise RegistryError(where, status, f"the docker daemon denies access: {error.explanation}") from None
         raise DaemonError(f"{where}: the docker daemon failed: {error.explanation or error}") from None
     raise DaemonError(f"{where}: the connection to the docker daemon broke: {error}") from None
 
@@ -224,7 +224,7 @@ class DaemonSink(ImageTar):
         """
         what = f"{self._where}: manifest {descriptor.digest}"
         if descriptor.media_type not in oci.MANIFEST_TYPES:
-            raise UsageError(f"{what}: a docker daemon takes single images; choose one with --platform")
+            raise UsageError(f"{what}: a docker daemon accepts single images only; choose one with --platform")
         if is_artifact(oci.parse_manifest(data, what, media_type=descriptor.media_type, limits=self._limits)):
             raise UsageError(f"{what}: a docker daemon has no place for artifacts; write an OCI layout or archive")
         super().put_manifest(descriptor, data, name)

@@ -115,7 +115,7 @@ class ImageTar(ListingSink):
         for entry, name, data in self._listed:
             what = f"{self._where}: manifest {entry.digest}"
             if entry.media_type not in oci.MANIFEST_TYPES:
-                raise UsageError(f"{what}: a docker archive holds single images; choose one with --platform")
+                raise UsageError(f"{what}: a docker archive holds single images only; choose one with --platform")
             manifest = oci.parse_manifest(data, what, media_type=entry.media_type, limits=self._limits)
             # An artifact stays in index.json: docker has no place for it.
             if is_artifact(manifest):
@@ -195,7 +195,7 @@ class ArchiveSink(ImageTar):
         try:
             self._folder = os.open(os.path.dirname(self._target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise NotFound(f"{self._where}: the folder it is to lie in does not exist") from None
+            raise NotFound(f"{self._where}: its parent folder does not exist; create it first") from None
         self._held.callback(os.close, self._folder)
         try:
             return os.fdopen(os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666, dir_fd=self._folder), "w+b")

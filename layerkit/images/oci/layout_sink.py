@@ -68,7 +68,7 @@ class LayoutSink(ListingSink):
         except FileExistsError:
             self._made = False
         except FileNotFoundError:
-            raise NotFound(f"{self._path}: the folder it is to lie in does not exist") from None
+            raise NotFound(f"{self._path}: its parent folder does not exist; create it first") from None
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         except NotADirectoryError:

@@ -185,10 +185,10 @@ class Authenticator:
         except ValueError:
             good = False
         if not good:
-            raise RegistryError(self._host, 401, "sends to a token server that is no https URL; nothing was sent")
+            raise RegistryError(self._host, 401, "names a token server without an https URL; nothing was sent")
         if self._secure and parts.scheme != "https":
             raise RegistryError(
-                self._host, 401, f"sends to a token server without encryption ({parts.hostname}); nothing was sent"
+                self._host, 401, f"names a token server without encryption ({parts.hostname}); nothing was sent"
             )
 
     def _token(self, answer: JsonObject) -> _Token:

@@ -305,7 +305,7 @@ class Repository:
             response = self._open_at(descriptor, start, end)
             try:
                 if response.status_code != 206:
-                    raise RegistryError(what, response.status_code, "the registry gives no parts of blobs")
+                    raise RegistryError(what, response.status_code, "the registry does not support range requests")
                 check_range(response, start, end, descriptor.size, what)
                 data = self._transport.body(response, length, what)
                 if len(data) == length:
