@@ -246,8 +246,14 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
         if name.startswith(_PREFIXES):
             if strict:
                 raise ValueError(f"brings the overlay xattr {show_path(name)} of its own, refused under --strict")
-            if name.startswith(namespace.prefix):
-                name = _escaped_name(name, namespace)
+            shown, name = name, namespace.escaped(name)
+            if shown == namespace.prefix:
+                # The kernel lists it through an overlay and refuses to read it: EINVAL, there is no suffix.
+                raise ValueError(f"the xattr {show_path(shown)} cannot be read through an overlay mount")
+            if name != shown and len(name) > _XATTR_NAME_MAX:
+                raise ValueError(
+                    f"the xattr {show_path(shown)} is too long to be escaped ({len(name)} > 255 bytes)"
+                )
         elif name == acl_caps.CAPABILITY_NAME:
             # Patching a map into a rendered META needs the room from the start.
             try:
@@ -256,16 +262,6 @@ def _escaped(pairs: XattrSet, namespace: Namespace, strict: bool) -> XattrSet:
                 raise ValueError(f"has {error}, which no kernel stores") from None
         out.append((name, value))
     return tuple(sorted(out))
-
-
-def _escaped_name(name: bytes, namespace: Namespace) -> bytes:
-    escaped = namespace.escaped(name)
-    if name == namespace.prefix:
-        # The kernel lists it through an overlay and refuses to read it: EINVAL, there is no suffix.
-        raise ValueError(f"the xattr {show_path(name)} cannot be read through an overlay mount")
-    if len(escaped) > _XATTR_NAME_MAX:
-        raise ValueError(f"the xattr {show_path(name)} is too long to be escaped ({len(escaped)} > 255 bytes)")
-    return escaped
 
 
 def _check_expressible(tree: Tree) -> None:

@@ -134,12 +134,9 @@ class Decompressor:
         limits, out = self._limits, self.tar_bytes
         limits.check("layer_tar_bytes", out, f"{self._where}: uncompressed bytes")
         if out > limits.bomb_floor_bytes and out > limits.compression_ratio * self._raw.count:
-            raise LimitExceeded(
-                "compression_ratio",
-                out // max(1, self._raw.count),
-                limits.compression_ratio,
-                f"{self._where}: uncompressed bytes for each compressed one",
-            )
+            where = f"{self._where}: uncompressed bytes for each compressed one"
+            ratio = out // max(1, self._raw.count)
+            raise LimitExceeded("compression_ratio", ratio, limits.compression_ratio, where)
 
 
 class _Counted(io.RawIOBase):

@@ -112,14 +112,12 @@ def build_data(index: Index, tar: BinaryIO | int, file: BinaryIO) -> None:
     tar_bytes = os.fstat(fd).st_size
     plain, odd = _sort_out(index, rows, tar_bytes)
     plan = _names(text)
-    kinds = np.zeros(len(plan.names), np.uint8)
-    kinds[:] = f.FILE_TYPE[Kind.REG]
+    kinds = np.full(len(plan.names), f.FILE_TYPE[Kind.REG], np.uint8)
     kinds[plan.owner] = f.FILE_TYPE[Kind.DIR]
     first_file = len(plan.names) - len(rows)
     position = np.zeros(len(plan.names), np.int64)
-    folders = len(plan.owner)
-    position[:first_file] = _INODES_AT + f.EXTENDED_INODE_BYTES * np.arange(folders)
-    at = _INODES_AT + f.EXTENDED_INODE_BYTES * folders
+    position[:first_file] = _INODES_AT + f.EXTENDED_INODE_BYTES * np.arange(first_file)
+    at = _INODES_AT + f.EXTENDED_INODE_BYTES * first_file
     position[first_file + plain] = at + _COMPACT.itemsize * np.arange(len(plain))
     at += _COMPACT.itemsize * len(plain)
     for place, item in odd:
@@ -145,8 +143,7 @@ def build_data(index: Index, tar: BinaryIO | int, file: BinaryIO) -> None:
     file.write(head.encode(_INODES_AT))
     file.write(_folders(plan, dirs_at))
     for start in range(0, len(plain), _FILES_AT_ONCE):
-        some = rows[plain[start : start + _FILES_AT_ONCE]]
-        file.write(_files(index, some))
+        file.write(_files(index, rows[plain[start : start + _FILES_AT_ONCE]]))
     for _, item in odd:
         file.write(_odd_inode(item))
     file.write(bytes(-inodes_end % _BLOCK))

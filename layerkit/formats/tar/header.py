@@ -22,6 +22,7 @@ NAME, MODE, UID, GID = (0, 100), (100, 108), (108, 116), (116, 124)
 SIZE, MTIME, CHKSUM, LINK = (124, 136), (136, 148), (148, 156), (157, 257)
 TYPE, MAGIC, MAJOR, MINOR = 156, (257, 263), (329, 337), (337, 345)
 PREFIX, STAR_PREFIX, STAR_TRAILER = (345, 500), (345, 476), (508, 512)
+_NUMBERS = {"mode": MODE, "uid": UID, "gid": GID, "mtime": MTIME, "size": SIZE}
 
 TYPEFLAG = {
     Kind.REG: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.CHAR: b"3", Kind.BLOCK: b"4", Kind.DIR: b"5",
@@ -47,20 +48,15 @@ class Headers(NamedTuple):
         flag: uint8 (k,), the type flag.
         name: k names as written, prefix included.
         link: k link names as written, b"" for kinds without one.
-        mode, uid, gid, mtime: int64 (k,), whatever the header says, not yet checked for range.
-        major, minor: int64 (k,), 0 for all but devices.
+        numbers: mode, uid, gid, mtime and size, int64 (k,), whatever the header says, not yet checked for range;
+            major and minor are 0 for all but devices.
         ustar: bool (k,), whether the magic is one of ustar's or GNU's.
     """
 
     flag: NDArray[np.uint8]
     name: list[bytes]
     link: list[bytes]
-    mode: NDArray[np.int64]
-    uid: NDArray[np.int64]
-    gid: NDArray[np.int64]
-    mtime: NDArray[np.int64]
-    major: NDArray[np.int64]
-    minor: NDArray[np.int64]
+    numbers: dict[str, NDArray[np.int64]]
     ustar: NDArray[np.bool_]
 
 
@@ -87,12 +83,8 @@ def number(field: bytes) -> int:
     return int(digits, 8) if digits else 0
 
 
-def column(blocks: NDArray[np.uint8], field: tuple[int, int], what: str, where: str) -> NDArray[np.int64]:
-    """Return int64 (k,): the numeric ``field`` of uint8 (k, 512) ``blocks``.
-
-    Raises:
-        InvalidImage: a field that is no number, or one beyond 64 bits.
-    """
+def _column(blocks: NDArray[np.uint8], field: tuple[int, int], what: str, where: str) -> NDArray[np.int64]:
+    """Return int64 (k,): the numeric ``field`` of uint8 (k, 512) ``blocks``."""
     raw = blocks[:, slice(*field)]
     value, plain = _octal(raw, raw.shape[1] - 1)
     # Several writers end the digits with a space AND a NUL.
@@ -159,7 +151,7 @@ def decode(blocks: NDArray[np.uint8], where: str) -> Headers:
     """Return the columns of uint8 (k, 512) ``blocks``, whose checksums were verified.
 
     Raises:
-        InvalidImage: a numeric field that is none.
+        InvalidImage: a numeric field that is none, or beyond 64 bits.
     """
     flag = blocks[:, TYPE].copy()
     magic = np.ascontiguousarray(blocks[:, slice(*MAGIC)]).view("S6").ravel()
@@ -175,23 +167,13 @@ def decode(blocks: NDArray[np.uint8], where: str) -> Headers:
     links = [b""] * len(blocks)
     for row, text in zip(linked.tolist(), _texts(blocks[linked, slice(*LINK)]), strict=True):
         links[row] = text
-    major, minor = np.zeros((2, len(blocks)), np.int64)
+    numbers = {name: np.zeros(len(blocks), np.int64) for name in ("major", "minor")}
     devices = np.flatnonzero((flag == ord("3")) | (flag == ord("4")))
     if len(devices):
-        major[devices] = column(blocks[devices], MAJOR, "device major", where)
-        minor[devices] = column(blocks[devices], MINOR, "device minor", where)
-    return Headers(
-        flag=flag,
-        name=names,
-        link=links,
-        mode=column(blocks, MODE, "mode", where),
-        uid=column(blocks, UID, "uid", where),
-        gid=column(blocks, GID, "gid", where),
-        mtime=column(blocks, MTIME, "mtime", where),
-        major=major,
-        minor=minor,
-        ustar=posix | gnu,
-    )
+        for name, field in (("major", MAJOR), ("minor", MINOR)):
+            numbers[name][devices] = _column(blocks[devices], field, f"device {name}", where)
+    numbers |= {name: _column(blocks, field, name, where) for name, field in _NUMBERS.items()}
+    return Headers(flag, names, links, numbers, posix | gnu)
 
 
 def _texts(raw: NDArray[np.uint8]) -> list[bytes]:

@@ -137,18 +137,16 @@ class Table:
         self._decoded += n
         kind = tar_header.KIND_OF_FLAG[header.flag]
         hashed = kind == _REG
-        size = tar_header.column(blocks, tar_header.SIZE, "size", layer)
         columns: dict[str, NDArray[Any]] = {
-            "kind": kind, "perm": header.mode & 0o7777, "uid": header.uid, "gid": header.gid,
-            "mtime": header.mtime, "mtime_ns": np.zeros(n, np.uint32), "size": size, "major": header.major,
-            "minor": header.minor, "link": np.full(n, -1, np.int32), "xattr": np.zeros(n, np.int32),
+            **header.numbers, "kind": kind, "perm": header.numbers["mode"] & 0o7777,
+            "mtime_ns": np.zeros(n, np.uint32), "link": np.full(n, -1, np.int32), "xattr": np.zeros(n, np.int32),
             "offset": at + tar_header.BLOCK, "sparse": np.full(n, -1, np.int32),
         }  # fmt: skip
         self._apply_bodies(header, columns, first)
         self._apply_overrides(header, columns, first)
         self._apply_places(columns, first)
-        size[~hashed] = 0
-        columns["offset"][size == 0] = -1
+        columns["size"][~hashed] = 0
+        columns["offset"][columns["size"] == 0] = -1
         self._legacy_folders(header, columns)
         paths = tar_names.normalise_all(header.name, layer, limits)
         self._check_numbers(columns, paths)
