@@ -144,10 +144,7 @@ def decode(
 
 
 def build(image: Image, blobs: Sequence[Descriptor]) -> tuple[bytes, Descriptor]:
-    """Return the manifest that attaches ``blobs`` (of :func:`encode`, bottom first) to ``image``.
-
-    See :func:`documents.artifact`.
-    """
+    """Return the manifest that attaches ``blobs`` (of :func:`encode`, bottom first) to ``image``, described."""
     distinct = list({blob.digest: blob for blob in blobs}.values())
     return oci.artifact(ARTIFACT_TYPE, distinct, _VERSION, image.descriptor)
 
@@ -158,10 +155,7 @@ def shared_tag(diff_id: Digest) -> str:
 
 
 def build_shared(blob: Descriptor) -> tuple[bytes, Descriptor]:
-    """Return the manifest that holds ``blob`` (of :func:`encode`, without layers below) and has no subject.
-
-    See :func:`documents.artifact`.
-    """
+    """Return the manifest that holds ``blob`` (of :func:`encode`, without layers below), described; no subject."""
     return oci.artifact(SHARED_TYPE, [blob], _VERSION)
 
 

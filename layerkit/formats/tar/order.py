@@ -128,8 +128,7 @@ def _check_parents(path: Strings, blocked: NDArray[np.bool_], layer: str) -> Non
 
 
 def _is_entry_but_folder(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = (kind < _WHITEOUT) & (kind != _DIR)
-    return result
+    return np.less(kind, _WHITEOUT) & np.not_equal(kind, _DIR)
 
 
 def _runs(equal: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, islice, pairwise, repeat
 from operator import ne
@@ -542,10 +542,7 @@ def _last(layers: NDArray[np.int16], chosen: NDArray[np.bool_]) -> int:
 def _inode_columns(indexes: Sequence[Index], source: NDArray[np.int32], layer: NDArray[np.int16]) -> dict[str, Any]:
     """Return the columns of a tree's inodes by the names that ``Tree`` gives them, all but ``nlink``.
 
-    Args:
-        indexes: the layers.
-        source: (m,), the row of each inode: 0 for a made directory, then the layers' rows in order.
-        layer: (m,), the layer of each row.
+    ``source`` (m,) is the row of each inode, 0 for a made directory, and ``layer`` (m,) its layer.
     """
 
     def gather(name: str, dtype: str) -> Column:
@@ -557,12 +554,16 @@ def _inode_columns(indexes: Sequence[Index], source: NDArray[np.int32], layer: N
     regular = kind == Kind.REG
     mode = (gather("perm", "u4") & np.uint32(0o7777)) | (kind.astype(np.uint32) << np.uint32(12))
     sha256 = np.concatenate([np.zeros((1, 32), np.uint8), *(i.sha256 for i in indexes)])[source]
-    target, targets = _symlinks(indexes, np.where(kind == Kind.SYMLINK, gather("link", "i4"), -1), layer)
+    texts, sets = dict[bytes, int](), dict[XattrSet, int]({(): 0})
+    link = np.where(kind == Kind.SYMLINK, gather("link", "i4"), -1)
+    target = _interned(link, layer, link >= 0, [i.links for i in indexes], texts)
+    targets = Strings.of(texts)
     size = np.where(regular, gather("size", "i8"), 0)
     links = target >= 0
     size[links] = targets.lengths[target[links]]
     offset = np.where(regular, gather("offset", "i8"), -1)
-    xattr, xattr_sets = _xattrs(indexes, gather("xattr", "i4"), layer)
+    xattr = gather("xattr", "i4")
+    xattr = np.maximum(_interned(xattr, layer, xattr > 0, [i.xattr_sets for i in indexes], sets), 0)
     sparse, sparse_maps = _sparse(indexes, gather("sparse", "i4"), layer)
     return {
         **{name: gather(name, COLUMNS[name]) for name in ("uid", "gid", "mtime", "mtime_ns")},
@@ -573,7 +574,7 @@ def _inode_columns(indexes: Sequence[Index], source: NDArray[np.int32], layer: N
         "target": target,
         "targets": targets,
         "xattr": xattr,
-        "xattr_sets": xattr_sets,
+        "xattr_sets": tuple(sets),
         "layer": np.where(offset >= 0, layer, np.int16(-1)).astype(np.int32),
         "offset": offset,
         "sha256": sha256,
@@ -582,46 +583,25 @@ def _inode_columns(indexes: Sequence[Index], source: NDArray[np.int32], layer: N
     }
 
 
-def _symlinks(indexes: Sequence[Index], link: Column, layer: Column) -> tuple[NDArray[np.int32], Strings]:
-    texts: dict[bytes, int] = {}
-    column = _interned(
-        link, layer, link >= 0, [len(i.links) for i in indexes],
-        lambda at, row: texts.setdefault(indexes[at].links[row], len(texts)),
-    )  # fmt: skip
-    return column, Strings.of(texts)
-
-
-def _xattrs(
-    indexes: Sequence[Index], xattr: Column, layer: Column
-) -> tuple[NDArray[np.int32], tuple[XattrSet, ...]]:
-    sets: dict[XattrSet, int] = {(): 0}
-    column = _interned(
-        xattr, layer, xattr > 0, [len(i.xattr_sets) for i in indexes],
-        lambda at, row: sets.setdefault(indexes[at].xattr_sets[row], len(sets)),
-    )  # fmt: skip
-    column[xattr <= 0] = 0
-    return column, tuple(sets)
-
-
 def _interned(
-    column: Column, layer: Column, used: NDArray[np.bool_], sizes: Sequence[int], number: Callable[[int, int], int]
+    column: Column, layer: Column, used: NDArray[np.bool_], tables: Sequence[Any], numbers: dict[Any, int]
 ) -> NDArray[np.int32]:
     """Return ``column`` with rows of one common table in place of rows of each layer's own; -1 if unused.
 
-    ``number`` is asked for each distinct (layer, row) once, in order of first use.
+    ``numbers`` takes what is new to the common table, in order of first use.
     """
     out = np.full(len(column), -1, np.int32)
     places = np.flatnonzero(used)
     if len(places):
-        starts = np.cumsum([0, *sizes])
+        starts = np.cumsum([0, *map(len, tables)])
         codes = starts[layer[places]] + column[places]
         distinct, first, which = np.unique(codes, return_index=True, return_inverse=True)
-        numbers = np.empty(len(distinct), np.int32)
+        common = np.empty(len(distinct), np.int32)
         owners = np.searchsorted(starts, distinct, "right") - 1
         rows = (distinct - starts[owners]).tolist()
         for i in np.argsort(first).tolist():
-            numbers[i] = number(int(owners[i]), rows[i])
-        out[places] = numbers[which]
+            common[i] = numbers.setdefault(tables[int(owners[i])][rows[i]], len(numbers))
+        out[places] = common[which]
     return out
 
 
