@@ -11,7 +11,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,12 +72,11 @@ class Context(AbstractContextManager["Context"]):
         raw = os.fsencode(value)
         self._done(sc.fsconfig(self.fd, sc.FSCONFIG_SET_STRING, key, raw, 0), f"{key}={os.fsdecode(raw)}")
 
-    def path(self, key: str, value: Path, keep: list[int]) -> None:
-        """Set an option to a path of any length; a descriptor it needs is added to ``keep``."""
+    def path(self, key: str, value: Path, keep: ExitStack) -> None:
+        """Set an option to a path of any length; a descriptor that it needs is closed by ``keep``."""
         raw = os.fsencode(value)
         if len(raw) > sc.FSCONFIG_STRING_BYTES:
-            keep.append(os.open(raw, os.O_PATH | os.O_CLOEXEC))
-            raw = b"/proc/self/fd/%d" % keep[-1]
+            raw = b"/proc/self/fd/%d" % keep.enter_context(sc.opened(raw, os.O_PATH))
         self.text(key, raw)
 
     def layer(self, key: str, fd: int) -> None:
@@ -143,19 +142,14 @@ def erofs_file(image: Path, device: Path | None = None, *, directio: bool = Fals
     Raises:
         OSError: ``ENOTBLK`` where the kernel wants a block device, else as for :func:`erofs`.
     """
-    keep: list[int] = []
-    try:
-        with Context("erofs") as context:
-            context.path("source", image, keep)
-            if device is not None:
-                context.path("device", device, keep)
-            if directio:
-                context.flag("directio")
-            context.flag("ro")
-            return context.mount(LAYER_ATTRIBUTES)
-    finally:
-        for fd in keep:
-            os.close(fd)
+    with ExitStack() as keep, Context("erofs") as context:
+        context.path("source", image, keep)
+        if device is not None:
+            context.path("device", device, keep)
+        if directio:
+            context.flag("directio")
+        context.flag("ro")
+        return context.mount(LAYER_ATTRIBUTES)
 
 
 @contextmanager
@@ -323,13 +317,13 @@ def open_folder(path: Path | str) -> int:
     return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def clone(path: Path | str | int, *, recursive: bool = False) -> int:
+def clone(path: Path | str | int) -> int:
     """Return a detached copy of the mount at ``path`` (a path or a descriptor) with it as the root.
 
     Raises:
         OSError: as open_tree(2).
     """
-    return sc.open_tree(path, clone=True, recursive=recursive)
+    return sc.open_tree(path)
 
 
 def idmap(mount: int, userns_fd: int) -> None:
@@ -383,6 +377,43 @@ def detach(target: Path | str, *, lazy: bool = False) -> None:
         OSError: ``EBUSY`` in use, ``EINVAL`` nothing mounted there.
     """
     sc.umount2(target, sc.UMOUNT_NOFOLLOW | (sc.MNT_DETACH if lazy else 0))
+
+
+_EMPTY_ROOT_AT = "/proc"
+"""Any folder that is there for sure: the new root is mounted on it, and then all else goes."""
+
+
+def enter_empty_namespace() -> bool:
+    """Move this process into a mount namespace of its own that holds one empty filesystem; return whether it did.
+
+    A process keeps its mount namespace alive, and with it every mount in there. One that has to end when a mount
+    goes must be outside, or the end of a namespace (the last shell of an ``unshare``, a container's last process)
+    would never come. Where it cannot be done (a chroot, whose root is no mount) the process is where it was.
+    Descriptors stay valid; paths lead nowhere any more.
+
+    The process must have one thread.
+    """
+    folder = os.O_PATH | os.O_DIRECTORY
+    with sc.opened("/proc/self/ns/mnt") as back, sc.opened("/", folder) as root:
+        try:
+            sc.unshare(sc.CLONE_NEWNS)
+        except OSError:
+            return False
+        try:
+            # Else the new root would show in the namespace that we come from.
+            sc.mount("none", "/", "", sc.MS_REC | sc.MS_PRIVATE)
+            sc.mount("none", _EMPTY_ROOT_AT, "tmpfs", options="size=4k,mode=555")
+            os.chdir(_EMPTY_ROOT_AT)
+            # The old root lands on the new one, and goes from there with everything on it: pivot_root(2).
+            sc.checked(sc.libc.pivot_root(b".", b"."), "pivot_root")
+            sc.umount2(".", sc.MNT_DETACH)
+            os.chdir("/")
+        except OSError:
+            sc.checked(sc.libc.setns(back, sc.CLONE_NEWNS), "setns")
+            os.fchdir(root)
+            os.chroot(".")
+            return False
+    return True
 
 
 @contextmanager

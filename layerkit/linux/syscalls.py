@@ -29,7 +29,6 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
-AT_RECURSIVE = 0x8000
 
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
@@ -153,18 +152,13 @@ def context_log(context: int) -> list[str]:
     return lines
 
 
-def open_tree(path: PathLike | int, *, clone: bool, recursive: bool = False) -> int:
-    """Return a descriptor for a mount: an ``O_PATH`` one, or a detached copy of the mount.
-
-    Args:
-        path: a path, or an open descriptor.
-        clone: make a private, detached copy with ``path`` as its root.
-        recursive: copy the mounts below it as well.
+def open_tree(path: PathLike | int) -> int:
+    """Return a private, detached copy of a mount with ``path``, or an open descriptor, as its root.
 
     Raises:
         OSError: as open_tree(2).
     """
-    flags = OPEN_TREE_CLOEXEC | (OPEN_TREE_CLONE if clone else 0) | (AT_RECURSIVE if recursive else 0)
+    flags = OPEN_TREE_CLOEXEC | OPEN_TREE_CLONE
     if isinstance(path, int):
         return checked(_syscall(SYS_OPEN_TREE, path, b"", flags | AT_EMPTY_PATH), "open_tree")
     return checked(_syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), "open_tree", path)

@@ -145,7 +145,7 @@ def test_errors_name_the_call_and_the_path(tmp_path: Path) -> None:
         sc.umount2(tmp_path)
     assert caught.value.filename == str(tmp_path)
     with pytest.raises(FileNotFoundError, match="open_tree"):
-        sc.open_tree(tmp_path / "none", clone=True)
+        sc.open_tree(tmp_path / "none")
     with pytest.raises(OSError, match="erofs: mount"):
         (tmp_path / "bad").write_bytes(bytes(4096))
         mounts.erofs_file(tmp_path / "bad")

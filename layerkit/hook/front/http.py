@@ -123,7 +123,6 @@ class _Routes:
         return [Route(path, endpoint, methods=[method]) for method, path, endpoint in routes]
 
     async def events(self, request: Request) -> Response:
-        """Take what a registry sends."""
         body = await self._body(request)
         headers = {k: v for k, v in request.headers.items() if k.startswith("ce-")}
         most = self._service.config.bounds.events
@@ -134,7 +133,6 @@ class _Routes:
         return _accepted(taken, parsed.ignored)
 
     async def new_job(self, request: Request) -> Response:
-        """Take one image by name."""
         event, again = parse_job(await self._body(request))
         taken = await self._take([event], event.host, again=again)
         if taken.ignored:  # one was asked for and is refused: unlike with events, the sender wants to know
@@ -194,7 +192,6 @@ class _Routes:
         return JSONResponse((await asyncio.to_thread(self._queue.job, request.path_params["job"])).view())
 
     async def retry(self, request: Request) -> Response:
-        """Let a dead job run again."""
         await self._body(request)  # for its content type: a foreign page must not be able to do this
         count = await asyncio.to_thread(self._queue.retry, [request.path_params["job"]])
         if count:
@@ -224,11 +221,9 @@ class _Routes:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
-        """Say that the process lives."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Say whether events are taken and worked off."""
         service = self._service
         if service.draining:
             raise _Refused(503, "stopping")

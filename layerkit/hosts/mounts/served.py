@@ -6,7 +6,7 @@ and all of them end. If the keeper itself is killed its workers go on without it
 that is not in the kernel's cache answers "Transport endpoint is not connected": an error, never zeros, and never
 for a file that is open: data does not come through here. The next mount starts anew.
 
-Leaving the namespace is what lets them end with it, see ``linux.empty_namespace``. Whoever makes a mount asks the
+Leaving the namespace is what lets them end with it, see ``enter_empty_namespace``. Whoever makes a mount asks the
 tree for its root before the mount is attached anywhere; by the time of the answer the keeper is outside.
 
 podman's mount program is small and forks its keeper itself (:class:`Keeper`). A process that has merged layers
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from layerkit.formats.meta.fuse_tree import FuseTree
 from layerkit.idmap import Mapping
-from layerkit.linux import empty_namespace, fuse, mounts
+from layerkit.linux import fuse, mounts
 from layerkit.model import acl_caps
 from layerkit.model.errors import InvalidImage, LayerkitError, StoreError, UnmappedId
 from layerkit.store.locks import try_lock
@@ -158,7 +158,7 @@ def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) 
         syslog.openlog("layerkit-fuse", syslog.LOG_PID | syslog.LOG_NDELAY)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
         queues = [fuse.open_device() for _ in range(_WORKERS - 1)]
-        empty_namespace.enter()
+        mounts.enter_empty_namespace()
         if ready < 0 or os.read(ready, 1) == b"m":
             if ready >= 0:
                 os.close(ready)
