@@ -62,6 +62,7 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
         raise UsageError(f"{parsed}: nothing can be attached to an image there; use docker:// or oci:")
     if parsed.transport != "docker":
         return replace(opened.settings.destination(str(parsed), opened.source), has_image=dst is None)
+    from layerkit.images.registry.client import RegistryClient
     from layerkit.images.registry.names import RegistryRef
     from layerkit.images.registry.sink import RegistrySink
 
@@ -70,10 +71,9 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
     ref = RegistryRef.of(parsed.path, tag, digest)
 
     def sink() -> ImageSink:
-        return RegistrySink.open(
-            ref, opened.settings.registry, opened.limits, attach_only=dst is None,
-            mount_from=[*mount_from, opened.source.repository_at(ref.host)],
-        )  # fmt: skip
+        repository = RegistryClient(opened.settings.registry, limits=opened.limits).repository(ref)
+        neighbours = [*mount_from, opened.source.repository_at(ref.host)]
+        return RegistrySink(repository, ref, mount_from=neighbours, attach_only=dst is None, owned=True)
 
     return Destination(sink, parsed.name, has_image=dst is None)
 

@@ -48,11 +48,12 @@ def open_source(
 
         return docker_daemon.open_source(str(ref), ref.name, ref.digest, limits=limits, tmp=tmp)
     if ref.transport == "docker":
+        from layerkit.images.registry.client import RegistryClient
         from layerkit.images.registry.names import RegistryRef
         from layerkit.images.registry.source import RegistrySource
 
         where = RegistryRef.of(ref.path, ref.name if ref.name or ref.digest else "latest", ref.digest)
-        return RegistrySource.open(where, registry, limits)
+        return RegistrySource(RegistryClient(registry, limits=limits).repository(where), where, owned=True)
     if ref.transport not in (*FILE_TRANSPORTS, "path"):
         raise _not_here(ref)
     ref = with_choice(ref)
@@ -135,12 +136,15 @@ def open_sink(
     """
     ref = parse(ref) if isinstance(ref, str) else ref
     if ref.transport == "docker":
+        from layerkit.images.registry.client import RegistryClient
         from layerkit.images.registry.names import RegistryRef
         from layerkit.images.registry.sink import RegistrySink
 
         to = RegistryRef.of(ref.path, ref.name, ref.digest)
         # One registry moves blobs between its repositories by itself.
-        return RegistrySink.open(to, registry, limits, mount_from=[near.repository_at(to.host)] if near else ())
+        neighbours = [near.repository_at(to.host)] if near else ()
+        repository = RegistryClient(registry, limits=limits).repository(to)
+        return RegistrySink(repository, to, mount_from=neighbours, owned=True)
     if ref.transport not in (*FILE_TRANSPORTS, "docker-daemon", "path"):
         raise _not_here(ref)
     if ref.digest is not None:

@@ -13,6 +13,8 @@ FILE_TRANSPORTS = ("oci", "oci-archive", "docker-archive")
 TRANSPORTS = (*FILE_TRANSPORTS, "docker-daemon", "docker", "store")
 # Names that skopeo gives a meaning; taken for files they would end in a puzzling "no such file".
 _FOREIGN = ("containers-storage", "dir", "docker-image", "ostree", "sif", "tarball", "oci-dir", "docker-dir")
+# Those with names alone, without a path: how one looks.
+_NAMED = {"store": "store:NAME; `layerkit store ls` lists the names", "docker-daemon": "docker-daemon:NAME[:TAG]"}
 _DIGEST = re.compile(r"@(sha(?:256|512):[0-9a-fA-F]*)$")
 
 
@@ -36,7 +38,7 @@ class Reference:
         choice = f"@{self.digest}" if self.digest else ""
         if self.transport == "path":
             return self.path + (f":{self.name}" if self.name else "") + choice
-        if self.transport in ("store", "docker-daemon"):
+        if self.transport in _NAMED:
             return f"{self.transport}:{self.name}{choice}"
         slashes = "//" if self.transport == "docker" else ""
         return f"{self.transport}:{slashes}{self.path}" + (f":{self.name}" if self.name else "") + choice
@@ -56,13 +58,9 @@ def parse(text: str) -> Reference:
     if not colon or transport not in TRANSPORTS:
         return Reference("path", text)
     rest, digest = _split_digest(rest, text)
-    if transport == "store":
+    if transport in _NAMED:
         if not rest and digest is None:
-            raise UsageError(f"{text}: want store:NAME; `layerkit store ls` lists the names")
-        return Reference("store", "", rest, digest)
-    if transport == "docker-daemon":
-        if not rest and digest is None:
-            raise UsageError(f"{text}: want docker-daemon:NAME[:TAG]")
+            raise UsageError(f"{text}: want {_NAMED[transport]}")
         return Reference(transport, "", rest, digest)
     if transport == "docker":
         if not rest.startswith("//") or not rest[2:]:

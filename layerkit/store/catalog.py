@@ -210,12 +210,28 @@ class Catalog:
         return self._one(query, [short_name(sha256), sha256]) is not None
 
     def known_objects(self, rows: Collection[ObjectRow]) -> set[bytes]:
-        """Return the ``short`` of those of ``rows`` that are in the catalog.
+        """Return the ``short`` of those of ``rows`` that are in the catalog; a transaction of this thread counts.
 
         Raises:
             StoreError: one of another content (or size) has the same name.
         """
-        return known_objects(self._db, rows)
+        known = set()
+        seen: dict[bytes, bytes] = {}
+        for row in rows:
+            if seen.setdefault(row.short, row.sha256) != row.sha256:
+                raise _clash(seen[row.short], row.sha256)
+            found = self._one("SELECT sha256, size FROM objects WHERE short = ?", [row.short])
+            if found is None:
+                continue
+            if found[0] != row.sha256:
+                raise _clash(found[0], row.sha256)
+            if found[1] != row.size:
+                raise StoreError(
+                    f"object sha256:{row.sha256.hex()}: {found[1]} bytes in the catalog, {row.size} in the layer; "
+                    "run `layerkit store verify --repair`"
+                )
+            known.add(row.short)
+        return known
 
     @staticmethod
     def put_objects(db: sqlite3.Connection, rows: Collection[ObjectRow]) -> None:
@@ -247,15 +263,20 @@ class Catalog:
 
     def images(self) -> list[StoredImage]:
         """Return all images, oldest first."""
-        names: dict[str, list[str]] = {}
-        for name, digest in self.names():
-            names.setdefault(digest, []).append(name)
+        names = self.names_of()
         rows = self._all("SELECT digest, manifest, config, facts FROM images ORDER BY created, digest")
         return [StoredImage(_image(*row), tuple(names.get(row[0], ()))) for row in rows]
 
     def names(self) -> list[tuple[str, str]]:
         """Return all pairs of (name, manifest digest)."""
-        return [(name, digest) for name, digest in self._all("SELECT name, digest FROM names ORDER BY name")]
+        return self._all("SELECT name, digest FROM names ORDER BY name")
+
+    def names_of(self) -> dict[str, list[str]]:
+        """Return the names of each image that has one, by manifest digest."""
+        found: dict[str, list[str]] = {}
+        for name, digest in self.names():
+            found.setdefault(digest, []).append(name)
+        return found
 
     def digests(self) -> list[str]:
         """Return the manifest digests of all images."""
@@ -288,7 +309,7 @@ class Catalog:
 
     def metas(self) -> list[tuple[str, str]]:
         """Return all pairs of (key, info as JSON), oldest first."""
-        return [(key, info) for key, info in self._all("SELECT key, info FROM metas ORDER BY created, key")]
+        return self._all("SELECT key, info FROM metas ORDER BY created, key")
 
     @staticmethod
     def put_meta(db: sqlite3.Connection, key: str, info: str) -> None:
@@ -310,9 +331,7 @@ class Catalog:
 
     def image_metas(self) -> list[tuple[str, str]]:
         """Return all pairs of (manifest digest, META key)."""
-        return [
-            (digest, key) for digest, key in self._all("SELECT digest, key FROM image_metas ORDER BY digest, key")
-        ]
+        return self._all("SELECT digest, key FROM image_metas ORDER BY digest, key")
 
     # Facts of trees
 
@@ -323,7 +342,7 @@ class Catalog:
 
     def all_tree_facts(self) -> list[tuple[str, str]]:
         """Return all pairs of (chain, facts as JSON)."""
-        return [(chain, facts) for chain, facts in self._all("SELECT chain, facts FROM tree_facts ORDER BY chain")]
+        return self._all("SELECT chain, facts FROM tree_facts ORDER BY chain")
 
     def put_tree_facts(self, chain: str, facts: str) -> None:
         """Keep what is known about the tree of a chain of layers."""
@@ -402,28 +421,6 @@ class Publication:
 def short_name(sha256: bytes) -> bytes:
     """Return the 126 bits of a digest that its object's name is made of, as 16 bytes."""
     return sha256[:15] + bytes([sha256[15] & 0xFC])
-
-
-def known_objects(db: sqlite3.Connection, rows: Collection[ObjectRow]) -> set[bytes]:
-    """See :meth:`Catalog.known_objects`; on a connection that may be inside a transaction."""
-    known = set()
-    seen: dict[bytes, bytes] = {}
-    query = "SELECT sha256, size FROM objects WHERE short = ?"
-    for row in rows:
-        if seen.setdefault(row.short, row.sha256) != row.sha256:
-            raise _clash(seen[row.short], row.sha256)
-        found = db.execute(query, (row.short,)).fetchone()
-        if found is None:
-            continue
-        if found[0] != row.sha256:
-            raise _clash(found[0], row.sha256)
-        if found[1] != row.size:
-            raise StoreError(
-                f"object sha256:{row.sha256.hex()}: {found[1]} bytes in the catalog, {row.size} in the layer; "
-                "run `layerkit store verify --repair`"
-            )
-        known.add(row.short)
-    return known
 
 
 def _clash(one: bytes, other: bytes) -> StoreError:

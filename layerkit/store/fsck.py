@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import functools
 import hashlib
 import stat
 from collections.abc import Callable
@@ -112,18 +113,12 @@ class Fsck:
                 raise StoreError(f"{self._layout.index(row.diff_id)}: its size differs from the catalog's")
         except StoreError as error:
             problem = str(error).removeprefix(f"{self._layout.index(row.diff_id)}: ").partition("; run ")[0]
+            path, files = self._layout.index(row.diff_id), self._layout.layer_files(row.diff_id)
             if row.tar and not tar_problem:
-                self._damage(
-                    self._layout.index(row.diff_id),
-                    problem,
-                    "made again from the tar",
-                    lambda: self._remake_index(row),
-                )
+                self._damage(path, problem, "made again from the tar", lambda: self._remake_index(row))
             else:
-                self._damage(
-                    self._layout.index(row.diff_id), problem, "taken out; import the image again",
-                    lambda: self._forget("layers", str(row.diff_id), *self._layout.layer_files(row.diff_id)),
-                )  # fmt: skip
+                remedy = "taken out; import the image again"
+                self._damage(path, problem, remedy, lambda: self._forget("layers", str(row.diff_id), *files))
                 if self._repair:
                     return
         else:
@@ -139,11 +134,8 @@ class Fsck:
     def _tar_problem(self, row: LayerRow) -> str:
         path = self._layout.tar(row.diff_id)
         problem = self._file_problem(path, row.tar_size)
-        if not problem and self._deep:
-            with path.open("rb") as file:
-                got = hashlib.file_digest(file, row.diff_id.hasher).hexdigest()
-            if got != row.diff_id.hex:
-                problem = f"its content has the digest {row.diff_id.algorithm}:{got}"
+        if not problem and self._deep and (got := _digest_of(path, row.diff_id)) != row.diff_id:
+            problem = f"its content has the digest {got}"
         return problem
 
     def _file_problem(self, path: Path, size: int | None) -> str:
@@ -174,10 +166,8 @@ class Fsck:
             finally:
                 remove(again)
         if problem:
-            self._damage(
-                path, problem, "made again from the tar",
-                lambda: layers.make_data(self._spool, self._catalog, index),
-            )  # fmt: skip
+            make = functools.partial(layers.make_data, self._spool, self._catalog, index)
+            self._damage(path, problem, "made again from the tar", make)
 
     def _remake_index(self, row: LayerRow) -> None:
         from layerkit import unpack
@@ -211,11 +201,9 @@ class Fsck:
             problem = self._file_problem(path, obj.size)
             if not problem and obj.short != short_name(obj.sha256):
                 problem = f"the catalog has it under a name that is not that of sha256:{obj.sha256.hex()}"
-            if not problem and self._deep:
-                with path.open("rb") as file:
-                    got = hashlib.file_digest(file, "sha256").digest()
-                if got != obj.sha256:
-                    problem = f"its content has the digest sha256:{got.hex()}, want sha256:{obj.sha256.hex()}"
+            want = Digest("sha256", obj.sha256.hex())
+            if not problem and self._deep and (got := _digest_of(path, want)) != want:
+                problem = f"its content has the digest {got}, want {want}"
             if problem:
                 bad[obj.sha256] = problem
         users: dict[bytes, list[LayerRow]] = {}
@@ -278,11 +266,9 @@ class Fsck:
             problem = self._file_problem(path / name, size)
             if problem:
                 return f"{name}: {problem}"
-            if self._deep:
-                with (path / name).open("rb") as file:
-                    got = hashlib.file_digest(file, "sha256").hexdigest()
-                if got != sha256:
-                    return f"{name}: its content has the digest sha256:{got}, want sha256:{sha256}"
+            want = Digest("sha256", sha256)
+            if self._deep and (got := _digest_of(path / name, want)) != want:
+                return f"{name}: its content has the digest {got}, want {want}"
         if info["listing"] and not (path / ROOT_FOLDER).is_dir():
             return f"{ROOT_FOLDER}: missing"
         if info["listing"] and self._deep:
@@ -294,29 +280,19 @@ class Fsck:
     def _images(self) -> None:
         present = {row.diff_id for row in self._catalog.layers()}
         for digest in self._catalog.digests():
+            problems: list[str] = []
+            absent: list[str] = []
             try:
-                stored = self._catalog.image(digest)
+                if (stored := self._catalog.image(digest)) is not None:
+                    image = stored.image
+                    problems += _other_digest("manifest", image.manifest, Digest.parse(digest))
+                    problems += _other_digest("config", image.config, image.config_descriptor.digest)
+                    absent = [str(diff_id) for diff_id in image.diff_ids if diff_id not in present]
             except StoreError as error:
-                self._damage(
-                    f"image {digest}", str(error).partition("; run ")[0], "forgotten; import it again",
-                    lambda digest=digest: self._forget("images", digest),  # type: ignore[misc]
-                )  # fmt: skip
-                continue
-            if stored is None:
-                continue
-            image = stored.image
-            for what, data, want in (
-                ("manifest", image.manifest, Digest.parse(digest)),
-                ("config", image.config, image.config_descriptor.digest),
-            ):
-                hasher = want.hasher()
-                hasher.update(data)
-                if hasher.hexdigest() != want.hex:
-                    self._damage(
-                        f"image {digest}", f"its {what} has the digest {want.algorithm}:{hasher.hexdigest()}",
-                        "forgotten; import it again", lambda digest=digest: self._forget("images", digest),  # type: ignore[misc]
-                    )  # fmt: skip
-            absent = [str(diff_id) for diff_id in image.diff_ids if diff_id not in present]
+                problems.append(str(error).partition("; run ")[0])
+            for problem in problems:
+                forget = functools.partial(self._forget, "images", digest)
+                self._damage(f"image {digest}", problem, "forgotten; import it again", forget)
             if absent:
                 self._add(
                     Severity.NOTE, f"image {digest}", f"layer {absent[0]} is not in the store",
@@ -340,3 +316,15 @@ class Fsck:
                 remove(path)
             remedy = "removed" if self._repair else "`layerkit store gc` removes it"
             self._add(Severity.LEFTOVER, path, "left by a run that was ended", remedy)
+
+
+def _other_digest(what: str, data: bytes, want: Digest) -> list[str]:
+    hasher = want.hasher()
+    hasher.update(data)
+    got = Digest(want.algorithm, hasher.hexdigest())
+    return [] if got == want else [f"its {what} has the digest {got}"]
+
+
+def _digest_of(path: Path, like: Digest) -> Digest:
+    with path.open("rb") as file:
+        return Digest(like.algorithm, hashlib.file_digest(file, like.hasher).hexdigest())

@@ -83,7 +83,10 @@ class Collector:
             self._drop(self._layout.meta(key), f"metadata layer {key}")
         for row in dead_layers:
             self._drop_layer(row)
-        self._drop_many([object_path(self._layout, sha256) for sha256 in dead_objects], "objects")
+        if dead_objects:
+            self._removed.append(f"{len(dead_objects)} objects")
+        for sha256 in dead_objects:
+            self._drop(object_path(self._layout, sha256))
         if self._removed and not self._dry_run:
             with contextlib.suppress(sqlite3.Error):  # needs room for a copy; only the size is at stake
                 self._catalog.compact()
@@ -116,12 +119,6 @@ class Collector:
         kept_as = [name for name, there in (("tar", row.tar), ("objects", row.objects)) if there] or ["index only"]
         self._removed.append(f"layer {row.diff_id} ({', '.join(kept_as)})")
         for path in self._layout.layer_files(row.diff_id):
-            self._drop(path)
-
-    def _drop_many(self, paths: list[Path], what: str) -> None:
-        if paths:
-            self._removed.append(f"{len(paths)} {what}")
-        for path in paths:
             self._drop(path)
 
     def _drop(self, path: Path, line: str = "") -> None:

@@ -18,7 +18,7 @@ from layerkit.linux.syscalls import Run, copy_run
 from layerkit.model.entry import Kind
 from layerkit.model.errors import StoreError
 from layerkit.model.index import Index
-from layerkit.store.catalog import Catalog, ObjectRow, known_objects, short_name
+from layerkit.store.catalog import Catalog, ObjectRow, short_name
 from layerkit.store.layout import FILE_MODE, FOLDER_MODE, Layout
 from layerkit.store.spool import Spool
 
@@ -128,7 +128,7 @@ class ObjectBatch:
         """
         known = self._known
         if self._catalog.version() != self._version:
-            known = known_objects(db, self._rows)
+            known = self._catalog.known_objects(self._rows)
         source = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         target = os.open(self._layout.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -109,9 +109,7 @@ def ls(catalog: Catalog) -> list[LsRow]:
 
 
 def _metas(catalog: Catalog) -> list[MetaRow]:
-    names: dict[str, list[str]] = {}
-    for name, digest in catalog.names():
-        names.setdefault(digest, []).append(name)
+    names = catalog.names_of()
     images: dict[str, list[str]] = {}
     for digest, key in catalog.image_metas():
         images.setdefault(key, []).extend(names.get(digest, [digest]))

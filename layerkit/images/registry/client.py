@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 
@@ -57,6 +58,7 @@ _NEXT = re.compile(
 )
 _MAX_PAGES = 10_000
 _ATTEMPTS = 8
+_Taken = TypeVar("_Taken")
 
 
 class RegistryClient:
@@ -180,16 +182,10 @@ class Repository:
             DigestMismatch: other bytes than were asked for, or than the registry announces.
             RegistryError: the registry fails or refuses.
         """
-        for endpoint in self._asked(reference):
-            try:
-                response = self._ask_manifest(endpoint, "GET", reference)
-                if response.status_code == 200:
-                    return self._received(response, reference)
-                response.close()
-            except (RegistryError, InvalidImage):
-                if endpoint is self._home:  # a mirror that fails costs time and nothing else
-                    raise
-        raise NotFound(f"{self._label(reference)}: the registry has no such image")
+        return self._first(
+            reference, lambda endpoint: self._ask_manifest(endpoint, "GET", reference),
+            lambda response: self._received(response, reference), "image",
+        )  # fmt: skip
 
     def _received(self, response: httpx2.Response, reference: str | Digest) -> tuple[Descriptor, bytes]:
         what = self._label(reference)
@@ -252,23 +248,16 @@ class Repository:
 
     def has_manifest(self, reference: str | Digest) -> bool:
         """Return whether the registry itself (no mirror) has a manifest."""
-        response = self._ask_manifest(self._home, "HEAD", reference, _NO_HEAD)
-        response.close()
-        if response.status_code in _NO_HEAD:
-            response = self._ask_manifest(self._home, "GET", reference)
-            response.close()
-        return response.status_code == 200
+        return (
+            self._head(lambda method, ok: self._ask_manifest(self._home, method, reference, ok)).status_code == 200
+        )
 
     # Blobs
 
     def blob_size(self, digest: Digest) -> int | None:
         """Return the size of a blob that the registry itself (no mirror) has, None if it has not."""
         path, what = f"/{self._home.repository}/blobs/{digest}", self._label(digest)
-        response = self._send(Ask(self._home, "HEAD", path, what, (200, 404, *_NO_HEAD)))
-        if response.status_code in _NO_HEAD:
-            response = self._send(
-                Ask(self._home, "GET", path, what, (200, 404))
-            )  # its head says all that is wanted
+        response = self._head(lambda method, ok: self._transport.send(Ask(self._home, method, path, what, ok)))
         length = response.headers.get("content-length", "")
         return None if response.status_code == 404 else int(length) if length.isdigit() else 0
 
@@ -320,19 +309,13 @@ class Repository:
 
     def _open_at(self, descriptor: Descriptor, start: int, end: int | None = None) -> httpx2.Response:
         headers = {} if not start and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-        what = self._label(descriptor.digest)
-        for endpoint in self._asked(descriptor.digest):
-            path = f"/{endpoint.repository}/blobs/{descriptor.digest}"
-            try:
-                response = self._transport.send(Ask(endpoint, "GET", path, what, (200, 206, 404), headers=headers))
-            except RegistryError:
-                if endpoint is self._home:
-                    raise
-                continue
-            if response.status_code != 404:
-                return response
-            response.close()
-        raise NotFound(f"{what}: the registry has no such blob")
+        digest, what = descriptor.digest, self._label(descriptor.digest)
+
+        def ask(endpoint: Endpoint) -> httpx2.Response:
+            path = f"/{endpoint.repository}/blobs/{digest}"
+            return self._transport.send(Ask(endpoint, "GET", path, what, (200, 206, 404), headers=headers))
+
+        return self._first(digest, ask, lambda response: response, "blob")
 
     def put_blob(self, descriptor: Descriptor, chunks: Chunks, *, mount_from: Sequence[str] = ()) -> bool:
         """Store a blob, verified while it is sent; return whether it was mounted and ``chunks`` not read.
@@ -445,6 +428,31 @@ class Repository:
         by_digest = isinstance(reference, Digest)
         return [e for e in self._endpoints if e is self._home or e.serves(digest=by_digest)]
 
+    def _first(
+        self, reference: str | Digest, ask: Callable[[Endpoint], httpx2.Response],
+        take: Callable[[httpx2.Response], _Taken], kind: str,
+    ) -> _Taken:  # fmt: skip
+        """Return what ``take`` makes of the first answer that is no 404; it, or whoever has it then, closes it."""
+        for endpoint in self._asked(reference):
+            try:
+                response = ask(endpoint)
+                if response.status_code != 404:
+                    return take(response)
+                response.close()
+            except (RegistryError, InvalidImage):
+                if endpoint is self._home:  # a mirror that fails costs time and nothing else
+                    raise
+        raise NotFound(f"{self._label(reference)}: the registry has no such {kind}")
+
+    def _head(self, ask: Callable[[str, Sequence[int]], httpx2.Response]) -> httpx2.Response:
+        """Return the answer, closed, to a HEAD, or where that is not known to a GET, whose head says the same."""
+        response = ask("HEAD", (200, 404, *_NO_HEAD))
+        response.close()
+        if response.status_code in _NO_HEAD:
+            response = ask("GET", (200, 404))
+            response.close()
+        return response
+
     def _label(self, reference: str | Digest) -> str:
         return f"docker://{self.name}{'@' if isinstance(reference, Digest) else ':'}{reference}"
 
@@ -457,10 +465,10 @@ class Repository:
         return response
 
     def _ask_manifest(
-        self, endpoint: Endpoint, method: str, reference: str | Digest, also: Sequence[int] = ()
+        self, endpoint: Endpoint, method: str, reference: str | Digest, ok: Sequence[int] = (200, 404)
     ) -> httpx2.Response:
         path = f"/{endpoint.repository}/manifests/{reference}"
-        ask = Ask(endpoint, method, path, self._label(reference), (200, 404, *also), headers={"Accept": _ACCEPT})
+        ask = Ask(endpoint, method, path, self._label(reference), ok, headers={"Accept": _ACCEPT})
         return self._transport.send(ask)
 
 

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Sequence
 
 from layerkit.formats.oci import documents as oci
 from layerkit.images.oci.sink import Sink
-from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.client import Repository
 from layerkit.images.registry.names import RegistryRef
-from layerkit.images.registry.options import RegistryOptions
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, UsageError
-from layerkit.model.limits import Limits
 
 _MANIFESTS = oci.MANIFEST_TYPES | oci.INDEX_TYPES
 ATTACHED = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(\..*)?")
@@ -45,7 +43,7 @@ class RegistrySink(Sink):
 
         Args:
             repository: of ``ref``.
-            ref: with a digest, the image must have it, and gets no tag.
+            ref: with a digest, the image must have it, and with a digest alone it gets no tag.
             mount_from: repositories of the same registry that may have the blobs.
             attach_only: the image is there; all that is put is attached to it and gets no tag.
             owned: whether the repository's client is closed with this.
@@ -59,28 +57,6 @@ class RegistrySink(Sink):
         self._tags: dict[str, Digest] = {}
         self._named = attach_only
         self._open = True
-
-    @classmethod
-    def open(
-        cls,
-        ref: RegistryRef,
-        options: RegistryOptions | None,
-        limits: Limits,
-        *,
-        mount_from: Sequence[str] = (),
-        attach_only: bool = False,
-    ) -> RegistrySink:
-        """Return where the image ``ref`` goes, with a client of its own; see the class for the rest.
-
-        Args:
-            ref: its tag, else ``latest``, will mean the image; with a digest alone there is no tag.
-            options: None takes those of the environment.
-            limits: bounds on manifests.
-            mount_from: repositories of the same registry that may have the blobs.
-            attach_only: the image is there; all that is put is attached to it.
-        """
-        repository = RegistryClient(options, limits=limits).repository(ref)
-        return cls(repository, ref, mount_from=mount_from, attach_only=attach_only, owned=True)
 
     def has_blob(self, digest: Digest) -> bool:
         """See the port."""

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci import images as oci_images
 from layerkit.formats.oci import remap_artifact as artifact
-from layerkit.images.registry.client import RegistryClient, Repository
+from layerkit.images.registry.client import Repository
 from layerkit.images.registry.names import RegistryRef
-from layerkit.images.registry.options import RegistryOptions
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound
 from layerkit.model.image import Image
-from layerkit.model.limits import Limits
 from layerkit.model.ports import ImageSource, ReadRange
 
 if TYPE_CHECKING:
@@ -40,11 +38,6 @@ class RegistrySource(ImageSource):
         self.where = f"docker://{ref}"
         self._top: tuple[Descriptor, bytes] | None = None
         self._manifests: dict[Digest, bytes] = {}
-
-    @classmethod
-    def open(cls, ref: RegistryRef, options: RegistryOptions | None, limits: Limits) -> RegistrySource:
-        """Return the image ``ref`` with a client of its own; ``options`` None takes those of the environment."""
-        return cls(RegistryClient(options, limits=limits).repository(ref), ref, owned=True)
 
     def image(self, platform: Platform | None = None) -> Image:
         """See the port."""
