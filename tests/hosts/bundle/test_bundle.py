@@ -448,7 +448,7 @@ def test_refusals(kit: Callable[..., Path], open_path: Path) -> None:
         make(store, image, open_path / "b", MAPS[0], user="mallory")
     with pytest.raises(UsageError, match="names no command"):
         make(store, kit({}), open_path / "b", MAPS[0])
-    with pytest.raises(NotFound, match="no bundle"):
+    with pytest.raises(NotFound, match="not a bundle"):
         bundling.remove(full)
     assert sorted(p.name for p in open_path.iterdir() if not p.name.startswith("image")) == ["full", "store"]
     assert run_layerkit("bundle", image, "--store", store, code=2).stderr.startswith(
