@@ -138,7 +138,7 @@ def test_the_plan_and_what_makes_no_sense(image: Path, tmp_path: Path) -> None:
     kept = json.loads(optimize(image, "--metadata-only", "--keep-base", 2, "--dry-run", "--json").stdout)
     assert [x["action"] for x in kept["layers"]] == ["keep", "keep", "stubs", "stubs"]
     assert kept["base_cost_bytes"] == 2 * 9000
-    assert "only with --metadata-only" in optimize(image, out, "--stock-media-type", code=2).stderr
+    assert "needs --metadata-only" in optimize(image, out, "--stock-media-type", code=2).stderr
 
 
 def test_overlay_xattrs_of_the_image_are_refused(tmp_path: Path) -> None:

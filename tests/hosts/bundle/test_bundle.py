@@ -455,7 +455,7 @@ def test_refusals(kit: Callable[..., Path], open_path: Path) -> None:
         "layerkit: a folder for the bundle"
     )
     said = run_layerkit("bundle", "--rootless", image, open_path / "b", "--store", store, code=2).stderr
-    assert "--rootless is for an ordinary user" in said
+    assert "--rootless is for ordinary users" in said
 
 
 def test_the_folder_of_another_user_is_not_taken(kit: Callable[..., Path], open_path: Path) -> None:

@@ -438,7 +438,7 @@ class TestUpper:
         refused("overlaps the target", upper=lab.target() / "up")
         refused("overlaps the layer", meta=MountLayer(lab.root / "meta"), upper=lab.root / "meta/up")
         refused("different mounts", work=Path("/dev/shm/layerkit-test-work"))
-        refused("only with --upper", upper=None, work=lab.root / "w")
+        refused("needs --upper", upper=None, work=lab.root / "w")
         mounter.mount(lab.spec, run=lab.run)
         subprocess.run(["mount", "-t", "overlay", "x", "-o", f"lowerdir={lab.root}/meta:{lab.root}/full",
                         lab.target("over")], check=True)  # fmt: skip

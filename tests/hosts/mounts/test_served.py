@@ -152,7 +152,7 @@ def test_killed_servers_are_missed(tiny_image: Path, store: Path, tmp_path: Path
     assert error.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     assert [row["server"] for row in api.mounts(store=store)] == ["killed"]
     done = run_layerkit("mounts", "--store", store)
-    assert "were killed; unmount it, and mount it again" in " ".join(done.stderr.split())
+    assert "were killed; unmount it and mount it again" in " ".join(done.stderr.split())
     api.umount(target, store=store)
     assert not locks(store)
     with mount(tiny_image, store, target):
