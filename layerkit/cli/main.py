@@ -20,7 +20,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from layerkit import __version__
 from layerkit.cli import (
     adopt,
-    analyze,
     bundle,
     config,
     containerd,
@@ -77,7 +76,7 @@ IMAGES, HOST, REGISTRIES, SERVICES = "Images", "Host", "Registries", "Services"
 _COMMANDS = (
     (IMAGES, remap.remap), (HOST, mount.mount), (HOST, mount.umount), (HOST, mount.mounts),
     (HOST, mount.mount_program), (HOST, bundle.bundle), (HOST, finalize.finalize), (IMAGES, folders.unpack),
-    (IMAGES, folders.pack), (IMAGES, inspect.inspect), (IMAGES, analyze.analyze), (IMAGES, rewrite.optimize),
+    (IMAGES, folders.pack), (IMAGES, inspect.inspect), (IMAGES, inspect.analyze), (IMAGES, rewrite.optimize),
     (IMAGES, rewrite.flatten), (IMAGES, rewrite.copy), (IMAGES, inspect.verify), (REGISTRIES, registry.pull),
     (SERVICES, hook.batch), (HOST, diagnosis.doctor), (HOST, containerd.snapshotter), (HOST, adopt.adopt),
     (HOST, diagnosis.which), (HOST, diagnosis.cache), (HOST, diagnosis.copyups), (HOST, config.config),

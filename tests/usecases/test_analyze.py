@@ -13,7 +13,7 @@ from needs import need_tool
 from programs import run_layerkit
 from trees import file, folder
 
-from layerkit.cli.analyze import parse_limit
+from layerkit.cli.inspect import parse_limit
 from layerkit.cli.render import analysis_page as report_html
 from layerkit.model.descriptor import Descriptor, Platform
 from layerkit.model.digest import Digest
