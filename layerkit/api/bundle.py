@@ -45,7 +45,7 @@ def bundle(
 
 
 def remove(folder: str | Path) -> None:
-    """Unmount and delete a bundle, with all that was written in its container.
+    """Unmount and delete a bundle, with everything written in its container.
 
     Raises:
         NotFound: no bundle of layerkit's.

@@ -47,7 +47,7 @@ def mapping(
     overflow_id: int | None = None,
     squash: bool = False,
 ) -> Mapping | None:
-    """Return the id map that the texts spell, None if there are none.
+    """Return the id map that the texts give, or None if there are none.
 
     The arguments are those of :class:`~layerkit.usecases.settings.MapOptions`, ``("0:100000:65536",)`` for example.
 
@@ -201,7 +201,7 @@ class OpenImage:
         return inspect(self.work(), self._find_indexes(progress), mapping)
 
     def analyze(self, *, progress: Progress | None = None) -> tuple[AnalyzeReport, list[Index]]:
-        """Return where the image's bytes go, and the indexes that it was seen from (for ``sharing``)."""
+        """Return how many bytes each layer adds, duplicates and hides, and the indexes used (for ``sharing``)."""
         from layerkit.usecases.analyze import analyze, layer_history
 
         indexes = self.indexes(progress=progress)
@@ -301,7 +301,7 @@ class OpenImage:
         checksum: bool = False,
         progress: Progress | None = None,
     ) -> PackReport:
-        """Write this image with what changed in ``folder`` since it as one more layer to ``dst``.
+        """Write this image to ``dst``, with the changes in ``folder`` as one more layer.
 
         ``packing`` is gzip if None; ``created`` is that of :meth:`~layerkit.usecases.settings.RewriteOptions.of`;
         the others are those of :class:`~layerkit.usecases.from_folder.PackOptions`. ``progress`` may raise
@@ -331,7 +331,7 @@ class OpenImage:
         sign_key: Path | None = None,
         progress: Progress | None = None,
     ) -> RemapReport:
-        """Copy the image to ``dst`` as it is, and attach META for ``mapping`` to it as an OCI artifact.
+        """Copy the image unchanged to ``dst``, and attach META for ``mapping`` to it as an OCI artifact.
 
         Indexes that are published are taken at their word; the report's warnings say so. ``dst`` is ``docker://…``,
         ``oci:DIR[:TAG]`` or ``oci-archive:FILE[:TAG]``, ``-`` for an archive on standard output; the other
@@ -372,7 +372,7 @@ def mount_unpacked(
     store: Path | None = None,
     progress: Progress | None = None,
 ) -> AdoptReport:
-    """Mount layers as a runtime has unpacked them under ``mapping`` at ``target``; :func:`umount` ends it.
+    """Mount a runtime's unpacked layers under ``mapping`` at ``target``; :func:`umount` ends the mount.
 
     ``ref`` is ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
     ``folders:UPPER:...:LOWEST``. See :class:`~layerkit.hosts.mounts.choose.MountOptions` for the options.
@@ -406,7 +406,7 @@ def umount(target: str | Path, *, store: Path | None = None) -> None:
 
 
 def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict[str, object]:
-    """Free what no image, mount or bundle uses of ``store`` (None: the default one); return what was freed."""
+    """Free what no image, mount or bundle uses in ``store`` (None: the default); return what was freed."""
     from layerkit.usecases import collect_garbage as use_case
 
     with open_store(store) as held:
@@ -415,7 +415,7 @@ def collect_garbage(store: Path | None = None, *, dry_run: bool = False) -> dict
 
 
 def mounts(*, store: Path | None = None) -> list[dict[str, str]]:
-    """Return the mounts made over ``store``: target, image, manifest digest, map, and layers that got lost.
+    """Return the mounts made from ``store``: target, image, manifest digest, map, and lost layers.
 
     ``lost`` names the layer folders of another runtime that it removed under the mount, one in a line: files of
     theirs that nobody has open cannot be opened any more. ``server`` is ``killed`` where metadata is served

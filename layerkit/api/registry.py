@@ -79,7 +79,7 @@ def _beside(opened: OpenImage, src: str, dst: str | None, mount_from: Sequence[s
 
 
 def pull_indexes(src: str, *, platform: str | None = None, settings: Settings | None = None) -> IndexPullReport:
-    """Fetch what is published of the indexes of an image's layers, and keep it for later remaps.
+    """Fetch the published indexes of an image's layers, and keep them for later remaps.
 
     No layer is read. What comes is unproven, and kept apart from the store, so nothing of it is ever mounted. For
     the arguments see :func:`~layerkit.api.open.open_image`.
@@ -124,7 +124,7 @@ def pull(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> PullReport:
-    """Bring an image into the store, ready to be mounted under ``mapping``, and check what is published of it.
+    """Bring an image into the store, ready to mount under ``mapping``, and check its published remap.
 
     The layers are read and verified. A remap artifact that is attached to the image is compared byte for byte with
     what the layers make of the map, so a wrong one cannot get into the store; without one that is right, the remap

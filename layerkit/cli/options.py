@@ -47,7 +47,7 @@ Dst = Annotated[
 ]
 UidMap = Annotated[
     list[str] | None,
-    typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, count; repeat it, or use commas."),
+    typer.Option("--uid-map", metavar="C:H:N", help="Container id, host id, size; repeat it, or use commas."),
 ]
 GidMap = Annotated[
     list[str] | None, typer.Option("--gid-map", metavar="C:H:N", help="The same for groups [default: the uid map].")
