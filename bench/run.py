@@ -133,7 +133,7 @@ INTRODUCTION = """# Benchmarks
 
 Made by `make bench` (`python bench/run.py`), as root; do not edit. `python bench/run.py NAME...` measures some
 of them again and leaves the others as they are. Times are medians; each run alternates with the peer. Look at the
-ratios: the peer's time divided by ours, so above 1 means faster than the peer. If the target says `<=`, the ratio is
+ratios: the peer's time divided by ours; above 1 means faster than the peer. If the target says `<=`, the ratio is
 ours divided by the peer's.
 """
 
