@@ -134,6 +134,7 @@ class Preparation:
             return self._write(key, self.metadata_layer(mapping, namespace), rendering, info, progress)
 
     def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
+        # Adopted folders have keys of their own: this is overridden.
         return meta_key(tree, mapping, rendering.value, namespace.value, FORMAT_VERSION)
 
     def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from layerkit.formats.oci import docker
@@ -150,14 +150,10 @@ class DockerArchiveSource(ImageSource):
         return Descriptor(_LAYER_TYPES[kind], digest, member.size)
 
     def _hash(self, member: Member, *, inflate: bool) -> Digest:
-        hasher = hashlib.sha256()
-        for chunk in self._content(member, inflate):
+        kind, hasher = compression(self._archive.head(member)) if inflate else "", hashlib.sha256()
+        for chunk in inflated(self._archive.open(member), kind, f"{self.where}: a layer", self._limits):
             hasher.update(chunk)
         return Digest("sha256", hasher.hexdigest())
-
-    def _content(self, member: Member, inflate: bool) -> Iterable[memoryview]:
-        kind = compression(self._archive.head(member)) if inflate else ""
-        yield from inflated(self._archive.open(member), kind, f"{self.where}: a layer", self._limits)
 
     def open_blob(self, descriptor: Descriptor) -> BlobReader:
         """See the port: a blob of an image that :meth:`image` returned."""

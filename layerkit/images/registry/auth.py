@@ -144,7 +144,10 @@ class Authenticator:
                     self._challenge = challenge
                     credentials = self._credentials()
                     if credentials is None or not credentials.username:
-                        raise RegistryError(self._host, 401, _login(self._host))
+                        raise RegistryError(
+                            self._host, 401, "wants a login and there are no credentials for it; log in with "
+                            f"`skopeo login {self._host}`, or give --authfile",
+                        )  # fmt: skip
                     return "" if credentials.basic == sent else credentials.basic
         return ""
 
@@ -197,18 +200,9 @@ class Authenticator:
             raise RegistryError(self._host, 401, "its token server gave no token; check the registry's settings")
         self._on_secret(value)
         life = answer.get("expires_in")
-        seconds = (
-            life if isinstance(life, int) and not isinstance(life, bool) and life > 0 else _DEFAULT_LIFE_SECONDS
-        )
-        seconds = min(seconds, _LONGEST_LIFE_SECONDS)
+        seconds = min(life if type(life) is int and life > 0 else _DEFAULT_LIFE_SECONDS, _LONGEST_LIFE_SECONDS)
         return _Token(value, monotonic() + max(seconds - _LEEWAY_SECONDS, seconds / 2))
 
 
 def _printable(text: str) -> bool:
     return text.isascii() and text.isprintable() and " " not in text
-
-
-def _login(host: str) -> str:
-    return (
-        f"wants a login and there are no credentials for it; log in with `skopeo login {host}`, or give --authfile"
-    )

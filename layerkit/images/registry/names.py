@@ -55,15 +55,6 @@ class RegistryRef:
             name, _, tag = name.rpartition(":")
             if not TAG.fullmatch(tag):
                 raise UsageError(f"docker://{text}: tag {tag!r}: want up to 128 letters, digits, '_', '.' or '-'")
-        return cls._of(name, tag, digest, text)
-
-    @classmethod
-    def of(cls, path: str, tag: str = "", digest: Digest | None = None) -> RegistryRef:
-        """Return the reference of ``[HOST/]NAME`` with ``tag`` and ``digest`` apart; as :meth:`parse`."""
-        return cls.parse(path + (f":{tag}" if tag else "") + (f"@{digest}" if digest else ""))
-
-    @classmethod
-    def _of(cls, name: str, tag: str, digest: Digest | None, text: str) -> RegistryRef:
         first, slash, rest = name.partition("/")
         if slash and ("." in first or ":" in first or first.lower() == "localhost" or first != first.lower()):
             host, repository = parse_host(first, text), rest
@@ -77,6 +68,11 @@ class RegistryRef:
                 "'.', '_', '-' or '/' between them"
             )
         return cls(host, repository, tag, digest)
+
+    @classmethod
+    def of(cls, path: str, tag: str = "", digest: Digest | None = None) -> RegistryRef:
+        """Return the reference of ``[HOST/]NAME`` with ``tag`` and ``digest`` apart; as :meth:`parse`."""
+        return cls.parse(path + (f":{tag}" if tag else "") + (f"@{digest}" if digest else ""))
 
     @property
     def name(self) -> str:
