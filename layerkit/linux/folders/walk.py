@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from layerkit.linux.syscalls import FOLDER, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
+from layerkit.linux.syscalls import FOLDER, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2, opened
 
 TOP_FOLDER = FOLDER & ~os.O_NOFOLLOW
 """For the folder that a person named: a link at its end is meant."""
@@ -52,9 +52,8 @@ def walk(
     Raises:
         OSError: the top cannot be opened, or without ``on_error`` something below it.
     """
-    root = os.open(b".", FOLDER, dir_fd=top) if isinstance(top, int) else os.open(top, TOP_FOLDER)
     failed = on_error or _fail
-    try:
+    with opened(b".", FOLDER, top) if isinstance(top, int) else opened(top, TOP_FOLDER) as root:
         device = os.fstat(root).st_dev if one_filesystem else None
         waiting = [b""]
         while waiting:
@@ -68,8 +67,6 @@ def walk(
                 yield Folder(path, fd, _names(path, fd, waiting, device, failed))
             finally:
                 os.close(fd)
-    finally:
-        os.close(root)
 
 
 def _names(path: bytes, fd: int, waiting: list[bytes], device: int | None, failed: OnError) -> Names:
