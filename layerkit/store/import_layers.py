@@ -105,7 +105,7 @@ class _Importer:
                 after = begun.reading.read if begun is not None else None
                 begin = ahead.submit(self._begin, layer, after) if layer is not None else None
                 if begin is not None:
-                    dropped.callback(_drop, begin)
+                    dropped.callback(_drop, begin, begun)
                 if begun is not None:
                     self._finish(begun)
                     count += 1
@@ -152,8 +152,13 @@ class _Begun(NamedTuple):
     """Aborts the writer and releases the layer's lock; passes to the commit."""
 
 
-def _drop(begin: Future[_Begun | None]) -> None:
-    """Let go what was begun ahead, if an error or an interrupt kept it from being finished."""
+def _drop(begin: Future[_Begun | None], before: _Begun | None) -> None:
+    """Let go what was begun ahead, if an error or an interrupt kept it from being finished.
+
+    It begins when the layer ``before`` is read, which may wait for somebody who never came to take its bytes.
+    """
+    if before is not None:
+        before.reading.abort()
     with contextlib.suppress(Exception):
         if (begun := begin.result()) is not None:
             with begun.kept, begun.opened:

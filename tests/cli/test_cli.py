@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -228,17 +229,36 @@ def test_kill_at_any_moment_leaves_a_whole_store(cli: Cli, app_image: Path, stor
     cli("store", "verify")
 
 
+HELD = """
+import time
+from layerkit.cli.main import run
+from layerkit.store.import_layers import _Importer
+
+finish, begun = _Importer._finish, []
+
+def held(*arguments):
+    begun.append(arguments)
+    if len(begun) > 1:
+        print("in the middle", flush=True)
+        time.sleep(600)
+    finish(*arguments)
+
+_Importer._finish = held
+run()
+"""
+"""``layerkit`` that stops, and says so, when its store has one layer and is about to get the second."""
+
+
 def test_an_interrupt_ends_with_130_and_leaves_nothing(app_image: Path, store_dir: Path) -> None:
     process = subprocess.Popen(
-        command_line("remap", str(app_image), "--uid-map", MAP),
+        [sys.executable, "-c", HELD, "remap", str(app_image), "--uid-map", MAP],
         env={**os.environ, "LAYERKIT_STORE": str(store_dir)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (store_dir / "tmp").exists() or not any((store_dir / "tmp").iterdir()):
-        time.sleep(0.01)
-        assert process.poll() is None
+    assert process.stdout is not None and process.stdout.readline() == "in the middle\n"
+    assert any((store_dir / "tmp").iterdir())
     # People press it more than once.
     for _ in range(5):
         process.send_signal(signal.SIGINT)

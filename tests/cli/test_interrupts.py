@@ -16,7 +16,7 @@ def send(which):
 
 
 def run(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -96,6 +96,6 @@ except Cancelled:
 
 def test_other_errors_of_destructors_are_shown_as_ever() -> None:
     script = "class Dies:\n    def __del__(self):\n        raise KeyError('x')\nDies()\n"
-    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "Exception ignored in" in done.stderr and "KeyError: 'x'" in done.stderr

@@ -108,12 +108,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_store(tmp_path: Path) -> None:
     root = tmp_path / "store"
     rng = random.Random(2)
     leftovers = 0
-    for number in range(10 * FUZZ):
+    for number in range(60 * FUZZ):
+        if number >= 10 * FUZZ and leftovers:
+            break
         workers = [start(root, "mixed", 100 * number + i, 50) for i in range(2)]
         for worker in workers:
             assert worker.stdout is not None
             worker.stdout.readline()
-        time.sleep(rng.random() * 0.25)
+        # Later where no kill came in the middle of anything so far: the machine is busy.
+        time.sleep(rng.random() * (0.25 if leftovers else 0.25 + 0.05 * number))
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
             worker.wait()

@@ -169,7 +169,7 @@ def test_stopped_at_any_moment(kind: str, lab: Path, durations: dict[str, float]
         if round_ >= FUZZ and (False, False) in outcomes:
             break
         # A machine that is busy now and was not when the time was taken, or the other way round: earlier then.
-        latest = 1.0 if round_ < FUZZ else 0.6
+        share = 0.6 ** max(0, round_ - FUZZ + 1)
         for name in CHOSEN[kind]:
             words = COMMANDS[name]
             number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
@@ -180,7 +180,7 @@ def test_stopped_at_any_moment(kind: str, lab: Path, durations: dict[str, float]
             process = subprocess.Popen(
                 command(*words(lab, dst)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            time.sleep(durations[name] * rng.uniform(0.2, latest))
+            time.sleep(durations[name] * share * rng.uniform(0.2, 1))
             process.send_signal(number)
             code = process.wait(60)
             assert code in (0, -number, 130), (name, number, code)

@@ -175,7 +175,7 @@ def test_programs_run_from_twenty_mounts_at_once(app_layout: Path, store: Path, 
                 for m in made
             ]
             for i, process in enumerate(running):
-                out, _ = process.communicate(timeout=60)
+                out, _ = process.communicate(timeout=300)
                 assert process.returncode == 0
                 assert out.strip() == b"[%d]" % (100000 * (i + 1))
         finally:

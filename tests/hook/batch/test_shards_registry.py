@@ -143,7 +143,8 @@ def test_a_shard_that_is_killed_stops_nobody(site: Site, moment: str) -> None:
     if early:
         victim = site.start(2, "--wait", "3")
         victim.kill()
-        others = [site.start(part, "--wait", "3") for part in range(2)]
+        # Longer than one of the two can begin later than the other on a busy machine: it would count as lost too.
+        others = [site.start(part, "--wait", "20") for part in range(2)]
     else:
         # Whoever reads layers is slow, so that the victim dies in the middle of one.
         site.wire.add(Fault("GET", "/blobs/sha256", bytes_per_second=300, times=12))
@@ -225,8 +226,12 @@ def test_an_interrupt_ends_a_shard_that_reads_or_waits(site: Site) -> None:
     shard.send_signal(signal.SIGINT)
     shard.communicate(timeout=60)
     assert shard.returncode == 130
-    left = subprocess.run(["pgrep", "-f", str(site.folder)], capture_output=True, text=True)
-    assert site.wire.hits and not [pid for pid in left.stdout.split() if _runs_layerkit(pid)]
+
+    def left() -> list[str]:
+        found = subprocess.run(["pgrep", "-f", str(site.folder)], capture_output=True, text=True)
+        return [pid for pid in found.stdout.split() if _runs_layerkit(pid)]
+
+    wait_for(lambda: not left(), "workers live on")
 
 
 def _runs_layerkit(pid: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -201,9 +202,9 @@ def test_bodies_have_a_bound_and_a_type(tmp_path: Path) -> None:
 
 
 def test_too_many_requests_wait_and_others_do_not_suffer(tmp_path: Path) -> None:
-    with hook(settings(tmp_path, limits={"rate": 1.0, "burst": 5, "failures": 3})) as (url, _):
+    with hook(settings(tmp_path, limits={"rate": 0.001, "burst": 5, "failures": 3})) as (url, _):
         codes = [call(f"{url}/health", headers=BEARER)[0] for _ in range(8)]
-        assert codes[:5] == [200] * 5 and codes[6:] == [429, 429]
+        assert codes == [200] * 5 + [429] * 3
         assert call(f"{url}/healthz", headers={})[0] == 200
 
 
@@ -237,8 +238,7 @@ def test_jobs_metrics_and_retry(tmp_path: Path) -> None:
     with hook(settings(tmp_path), execute=lambda task: outcomes[str(task.digest)]) as (url, queue):
         call(f"{url}/v1/events/main", {"events": [event("a", digest) for digest in outcomes]})
         wait_for(lambda: queue.stats().depth == 0)
-        text = call(f"{url}/metrics", headers=BEARER)[2].decode()
-        for line in (
+        wanted = (
             'layerkit_hook_jobs_total{result="done"} 1.0', 'layerkit_hook_jobs_total{result="dead"} 1.0',
             'layerkit_hook_jobs_total{result="skipped"} 1.0', 'layerkit_hook_bytes_total{what="read"} 7.0',
             'layerkit_hook_bytes_total{what="written"} 3.0', 'layerkit_hook_bytes_total{what="mounted"} 2.0',
@@ -247,8 +247,15 @@ def test_jobs_metrics_and_retry(tmp_path: Path) -> None:
             "layerkit_hook_queue_oldest_seconds 0.0", 'layerkit_hook_queue_jobs{state="dead"} 1.0',
             'layerkit_hook_events_total{kind="distribution",result="new"} 3.0',
             'layerkit_hook_job_seconds_count{result="done"} 1.0',
-        ):  # fmt: skip
-            assert line in text.splitlines(), line
+        )  # fmt: skip
+
+        def missing() -> set[str]:
+            return set(wanted) - set(call(f"{url}/metrics", headers=BEARER)[2].decode().splitlines())
+
+        # A job has ended in the queue before it is counted here.
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: not missing(), seconds=20)
+        assert not missing()
         (dead,) = json.loads(call(f"{url}/v1/jobs?state=dead", headers=BEARER)[2])["jobs"]
         assert dead["why"] == "no"
         outcomes[dead["digest"]] = Outcome("done")

@@ -276,7 +276,7 @@ def test_twenty_at_once_started_and_killed(store: Path, open_path: Path) -> None
                 uid_map,
                 "python3",
                 "-c",
-                "import time; print(1, flush=True); time.sleep(99)",
+                "import time; print(1, flush=True); time.sleep(600)",
             )
             made.append(folder)
             name = runc.name()
@@ -295,7 +295,7 @@ def test_twenty_at_once_started_and_killed(store: Path, open_path: Path) -> None
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(120)
+            thread.join()
         assert errors == []
         assert len(folders.running(read(made[0]))) >= 1
         with pytest.raises(LayerkitError, match="running container"):
@@ -303,7 +303,7 @@ def test_twenty_at_once_started_and_killed(store: Path, open_path: Path) -> None
     finally:
         for name, process in started.items():
             subprocess.run(runc.words("runc", open_path, "kill", name, "KILL"), capture_output=True)
-            process.wait(20)
+            process.wait(120)
             subprocess.run(runc.words("runc", open_path, "delete", "--force", name), capture_output=True)
         for folder in made:
             bundling.remove(folder)

@@ -110,7 +110,7 @@ def test_removing_a_running_one_is_refused(home: Path) -> None:
         "layerkit bundle -q --rootless app web --user 0 -- sleep 60 > made\n"
         "runc --root run/runc run -d -b web w1 < /dev/null > out 2>&1\n"
         "layerkit bundle --rootless --remove web && exit 9\n"
-        "runc --root run/runc kill w1 KILL; sleep 0.3; runc --root run/runc delete w1; exit 5\n",
+        "runc --root run/runc kill w1 KILL; until runc --root run/runc delete w1; do sleep 0.1; done; exit 5\n",
         code=5,
     )
     assert "has a running container" in said

@@ -382,14 +382,14 @@ def test_kill_at_any_moment(process: Process, chain: list[str], tmp_path: Path) 
     kills = checked = 0
     with mounted(client.prepare("running", base, MAPPED), place):
         done: list[tuple[str, str]] = []  # what the service said it did, in its order
-        while kills < 3 or time.monotonic() < end:
+        while kills < 3 or not checked or time.monotonic() < end:
             stop.clear()
             threads = [
                 threading.Thread(target=_work, args=(process, n, kills, base, top, done, stop)) for n in range(4)
             ]
             for thread in threads:
                 thread.start()
-            time.sleep(0.05 + 0.03 * (kills % 8))
+            time.sleep(0.05 + 0.03 * (kills % 8 if checked else kills))
             stop.set()
             process.process.kill()
             for thread in threads:

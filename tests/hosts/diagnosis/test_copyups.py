@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
 import subprocess
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,14 +115,46 @@ def test_elsewhere_it_is_all_of_the_file(tmp_path: Path) -> None:
         assert files["owner"].copied == 0
 
 
+def watched(target: Path, store: Path, work: Callable[[], object]) -> copyups.CopyUpReport:
+    """Watch from before ``work`` until after it, however long either takes."""
+    over = threading.Event()
+
+    def then() -> None:
+        wait_for(_marked)
+        (fd,) = _marked()
+        try:
+            work()
+        finally:
+            # The watch asks at each event whether it is over. It takes several at once; when it has taken the first
+            # of these two it is through with all before.
+            for last in (False, True):
+                wait_for(lambda: fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) == bytes(4))
+                if last:
+                    over.set()
+                os.close(os.open(target / "made", os.O_WRONLY | os.O_CREAT))
+
+    worker = threading.Thread(target=then)
+    worker.start()
+    report = copyups.watch(target, store, 120, stop=over.is_set)
+    worker.join()
+    return report
+
+
+def _marked() -> list[int]:
+    """Return the descriptors of this process by which the kernel tells of something."""
+    found = []
+    for path in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            if any(line.startswith("fanotify") and "mask:" in line for line in path.read_text().splitlines()):
+                found.append(int(path.name))
+    return found
+
+
 def test_watching(tmp_path: Path) -> None:
     need_root()
     with writable(tmp_path) as target:
         os.close(os.open(target / "untouched", os.O_RDWR))  # copied up before
-        worker = threading.Timer(0.5, change, (target,))
-        worker.start()
-        report = copyups.watch(target, tmp_path / "store", 2)
-        worker.join()
+        report = watched(target, tmp_path / "store", lambda: change(target))
         assert report.opened is not None
         seen = {x.path: x for x in report.opened}
         assert {name: (x.written, x.copied_up) for name, x in seen.items()} == {
@@ -134,10 +169,10 @@ def test_watching_a_container_in_namespaces_of_its_own(tmp_path: Path) -> None:
     """A container sees the overlay under another path, in a mount namespace that we are not in."""
     need_root()
     with writable(tmp_path) as target:
-        script = f"sleep 0.7; mount --bind {target} /mnt; exec 3<>/mnt/read-write; echo x >> /mnt/written"
-        inside = subprocess.Popen(["unshare", "--mount", "sh", "-c", script])
-        report = copyups.watch(target, tmp_path / "store", 2)
-        assert inside.wait(10) == 0
+        script = f"read go; mount --bind {target} /mnt; exec 3<>/mnt/read-write; echo x >> /mnt/written"
+        inside = subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdin=subprocess.PIPE)
+        report = watched(target, tmp_path / "store", lambda: inside.communicate(b"go\n", 120))
+        assert inside.wait() == 0
         assert report.opened is not None
         by_name = {Path(x.path).name: x for x in report.opened}
         assert (by_name["read-write"].opens, by_name["read-write"].written) == (1, False)

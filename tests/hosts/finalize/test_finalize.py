@@ -238,7 +238,7 @@ def test_a_mount_in_another_namespace_is_refused(case: Case) -> None:
         with pytest.raises(UsageError, match="unmount it first"):
             case.finalize()
     finally:
-        other.communicate("\n", timeout=10)
+        other.communicate("\n", timeout=120)
     case.finalize()
 
 

@@ -343,7 +343,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             delay *= 0.8
         else:
             early += 1
-            delay *= 1.15
+            delay *= 1.15 if late else 1.5
         if early == 3:
             # From here on the tree is there, and the moments are those of server and mount.
             run_program(store, f"lowerdir={layer},{map_words()}", target)

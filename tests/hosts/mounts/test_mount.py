@@ -202,7 +202,7 @@ for round in range(8):
         for number in range(4)
     ]
     for child in children:
-        child.communicate(timeout=60)
+        child.communicate(timeout=300)
     assert [child.returncode for child in children] == [0] * 4
     assert lab.ours() == []
 

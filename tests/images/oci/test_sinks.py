@@ -352,7 +352,8 @@ def test_threads_put_blobs_into_one_sink(tmp_path: Path) -> None:
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """After SIGKILL what is listed is whole, and the next writer finds no rubbish it cannot clear."""
     names = _sources(tmp_path / "sources", 4)
-    rng, seen = random.Random(4), set()
+    rng = random.Random(4)
+    seen: set[int] = set()
     target = tmp_path / "target"
 
     def begin() -> int:
@@ -370,7 +371,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     os.waitpid(begin(), 0)
     whole = time.monotonic() - start
     subprocess.run(["rm", "-rf", target], check=True)
-    for _ in range(15 * FUZZ):
+    for number in range(60 * FUZZ):
+        if number >= 15 * FUZZ and len(seen) > 1:
+            break
         pid = begin()
         time.sleep(rng.random() * whole)
         os.kill(pid, signal.SIGKILL)
@@ -388,6 +391,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         for name in listed:
             _digest(f"oci:{target}:{name}")
         seen.add(len(listed))
+        # The machine may be busier by now, or less so.
+        whole *= 1.2 if not listed else 0.9 if len(listed) == len(names) else 1
         if len(listed) == len(names):
             subprocess.run(["rm", "-rf", target], check=True)
     _copy(tmp_path / "sources/n0", f"oci:{target}")
