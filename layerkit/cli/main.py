@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Collection
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -18,43 +20,18 @@ import typer
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from layerkit import __version__
-from layerkit.cli import (
-    adopt,
-    bundle,
-    config,
-    containerd,
-    diagnosis,
-    finalize,
-    folders,
-    hook,
-    inspect,
-    mount,
-    registry,
-    remap,
-    rewrite,
-    setup,
-    store,
-)
 from layerkit.cli import options as o
 from layerkit.cli.interrupts import INTERRUPTS
 from layerkit.linux.configuration import unknown_variables
 from layerkit.model.errors import Cancelled, LayerkitError, show_lines
 
-app = typer.Typer(
-    name="layerkit",
-    help="Change who owns files in container images by writing metadata only.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="""Examples:
+_EXAMPLES = """Examples:
 
 `layerkit remap image.tar --uid-map 0:100000:65536`
 
 `layerkit mount image.tar /mnt --uid-map 0:100000:65536`
 
-`layerkit doctor`""",
-)
+`layerkit doctor`"""
 
 
 def _version(wanted: bool) -> None:
@@ -63,8 +40,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def main(
+def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -74,28 +50,48 @@ def main(
 
 IMAGES, HOST, REGISTRIES, SERVICES = "Images", "Host", "Registries", "Services"
 _COMMANDS = (
-    (IMAGES, remap.remap), (HOST, mount.mount), (HOST, mount.umount), (HOST, mount.mounts),
-    (HOST, mount.mount_program), (HOST, bundle.bundle), (HOST, finalize.finalize), (IMAGES, folders.unpack),
-    (IMAGES, folders.pack), (IMAGES, inspect.inspect), (IMAGES, inspect.analyze), (IMAGES, rewrite.optimize),
-    (IMAGES, rewrite.flatten), (IMAGES, rewrite.copy), (IMAGES, inspect.verify), (REGISTRIES, registry.pull),
-    (SERVICES, hook.batch), (HOST, diagnosis.doctor), (HOST, containerd.snapshotter), (HOST, adopt.adopt),
-    (HOST, diagnosis.which), (HOST, diagnosis.cache), (HOST, diagnosis.copyups), (HOST, config.config),
+    (IMAGES, "remap", "remap"), (HOST, "mount", "mount"), (HOST, "mount", "umount"), (HOST, "mount", "mounts"),
+    (HOST, "mount", "mount-program"), (HOST, "bundle", "bundle"), (HOST, "finalize", "finalize"),
+    (IMAGES, "folders", "unpack"), (IMAGES, "folders", "pack"), (IMAGES, "inspect", "inspect"),
+    (IMAGES, "inspect", "analyze"), (IMAGES, "rewrite", "optimize"), (IMAGES, "rewrite", "flatten"),
+    (IMAGES, "rewrite", "copy"), (IMAGES, "inspect", "verify"), (REGISTRIES, "registry", "pull"),
+    (SERVICES, "hook", "batch"), (HOST, "diagnosis", "doctor"), (HOST, "containerd", "snapshotter"),
+    (HOST, "adopt", "adopt"), (HOST, "diagnosis", "which"), (HOST, "diagnosis", "cache"),
+    (HOST, "diagnosis", "copyups"), (HOST, "config", "config"),
 )  # fmt: skip
 _GROUPS = (
-    (REGISTRIES, "index", registry.group), (HOST, "store", store.group), (SERVICES, "hook", hook.group),
-    (HOST, "setup", setup.group), (HOST, "containerd", containerd.group),
+    (REGISTRIES, "registry", "index"), (HOST, "store", "store"), (SERVICES, "hook", "hook"),
+    (HOST, "setup", "setup"), (HOST, "containerd", "containerd"),
 )  # fmt: skip
-for panel, command in _COMMANDS:
-    o.command(app, panel=panel)(command)
-for panel, name, group in _GROUPS:
-    app.add_typer(group, name=name, rich_help_panel=panel)
+_NAMES = frozenset(name for _, _, name in _COMMANDS + _GROUPS)
+
+
+def app(names: Collection[str] = _NAMES) -> typer.Typer:
+    """Return the command line with the commands called ``names``: each takes a while to import and to build."""
+    whole = typer.Typer(
+        name="layerkit",
+        help="Change who owns files in container images by writing metadata only.",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=_EXAMPLES,
+    )
+    whole.callback()(_main)
+    for panel, module, name in _COMMANDS:
+        if name in names:
+            function = getattr(import_module(f"layerkit.cli.{module}"), name.replace("-", "_"))
+            o.command(whole, panel=panel)(function)
+    for panel, module, name in _GROUPS:
+        if name in names:
+            whole.add_typer(import_module(f"layerkit.cli.{module}").group, name=name, rich_help_panel=panel)
+    return whole
 
 
 def run() -> None:
     """Run the command line and exit with its code, which ``model.errors`` says."""
     _open_closed_streams()
     INTERRUPTS.install()
-    _build_only(sys.argv[1:2])
     try:
         _run_app()
     except Cancelled as stopped:
@@ -120,13 +116,20 @@ def _run_app() -> None:
     for mistake in unknown_variables():
         _say(f"warning: {mistake}")
     try:
-        command = typer.main.get_command(app)
+        command = typer.main.get_command(app(_needed(sys.argv[1:])))
         command(default_map=o.configured_defaults(command))
     except SystemExit:
         # Python would write what is left at its exit, and could then only complain about a full disk.
         sys.stdout.flush()
         INTERRUPTS.ignore()  # all is done and said
         raise
+
+
+def _needed(words: list[str]) -> Collection[str]:
+    """Return the names of the commands that this run is about: all for completion, help and a word that is none."""
+    if words == ["--version"]:
+        return ()
+    return words[:1] if _NAMES.intersection(words[:1]) and "_LAYERKIT_COMPLETE" not in os.environ else _NAMES
 
 
 def _drop_output() -> None:
@@ -154,15 +157,6 @@ def _open_closed_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
-
-
-def _build_only(words: list[str]) -> None:
-    """Leave out the commands that this run is not about: typer takes a millisecond and more to build each."""
-    commands = [each for each in app.registered_commands if each.name in words]
-    groups = [each for each in app.registered_groups if each.name in words]
-    # Completion, help, and a word that is none need all of them.
-    if (commands or groups) and "_LAYERKIT_COMPLETE" not in os.environ:
-        app.registered_commands, app.registered_groups = commands, groups
 
 
 def _say(message: str) -> None:

@@ -65,7 +65,7 @@ def test_every_command_has_json_and_an_example() -> None:
         below = getattr(command, "commands", None)
         return [leaf for n, each in below.items() for leaf in leaves(each, n)] if below else [(name, command)]
 
-    found = leaves(typer.main.get_command(main.app), "layerkit")
+    found = leaves(typer.main.get_command(main.app()), "layerkit")
     assert len(found) > 30
     # Those run until they are stopped, or answer with nothing but their exit code.
     silent = {"serve", "proxy", "retry"}
@@ -79,7 +79,7 @@ def test_help_has_no_word_that_becomes_a_picture() -> None:
         own = [command.help or "", *(getattr(p, "help", "") or "" for p in command.params)]
         return own + [text for each in getattr(command, "commands", {}).values() for text in texts(each)]
 
-    found = texts(typer.main.get_command(main.app))
+    found = texts(typer.main.get_command(main.app()))
     assert len(found) > 200
     assert [text for text in found if Emoji.replace(text) != text] == []
 

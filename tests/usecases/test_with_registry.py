@@ -44,7 +44,7 @@ class Cli:
     def run(self, *args: str | Path, code: int = 0) -> Done:
         from layerkit.cli.main import app
 
-        found = CliRunner().invoke(app, [str(arg) for arg in args], env=self.env)
+        found = CliRunner().invoke(app(), [str(arg) for arg in args], env=self.env)
         error = found.exception
         if error is not None and not isinstance(error, (LayerkitError, SystemExit)):
             raise error

@@ -32,7 +32,7 @@ Way = Callable[[str, Path], object]
 
 
 def by_flag(*words: str) -> None:
-    done = CliRunner().invoke(app, ["inspect", "/nowhere/at/all", *words])
+    done = CliRunner().invoke(app(), ["inspect", "/nowhere/at/all", *words])
     # The image is not there, which is another error; what comes before that is the map's.
     if done.exit_code == 2 or isinstance(done.exception, UsageError):
         raise UsageError(done.output)

@@ -576,7 +576,7 @@ def test_layers_removed_under_a_mount_are_told(tmp_path: Path, capsys: pytest.Ca
         assert [row["lost"] for row in layerkit.api.open.mounts(store=store)] == [""]
         shutil.rmtree(folders[0].path)
         assert [row["lost"] for row in layerkit.api.open.mounts(store=store)] == [str(folders[0].path)]
-        cli.app(["mounts", "--store", str(store)], standalone_mode=False)
+        cli.app()(["mounts", "--store", str(store)], standalone_mode=False)
         assert "removed layers that it uses" in capsys.readouterr().err
         # An error, never zeros.
         with pytest.raises(FileNotFoundError):

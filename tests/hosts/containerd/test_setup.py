@@ -17,7 +17,7 @@ from layerkit.model.errors import UsageError
 
 
 def run(*words: object) -> Any:
-    found = CliRunner().invoke(app, ["setup", "containerd", *map(str, words)])
+    found = CliRunner().invoke(app(), ["setup", "containerd", *map(str, words)])
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         raise found.exception
     return found

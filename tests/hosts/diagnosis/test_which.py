@@ -22,7 +22,7 @@ MAPS = (["0:100000:65536"], ["0:200000:65536"])
 
 
 def answer(capsys: pytest.CaptureFixture[str], store: Path, what: object) -> dict[str, Any]:
-    cli.app(["which", str(what), "--store", str(store), "--json"], standalone_mode=False)
+    cli.app()(["which", str(what), "--store", str(store), "--json"], standalone_mode=False)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found.pop("schema") == "layerkit.which.v1"
     return found
@@ -137,7 +137,7 @@ def test_what_cannot_be_answered(store_dir: Path, what: str, error: type[Excepti
     with LocalStore.open(store_dir):
         pass
     with pytest.raises(error):
-        cli.app(["which", what, "--store", str(store_dir)], standalone_mode=False)
+        cli.app()(["which", what, "--store", str(store_dir)], standalone_mode=False)
 
 
 def test_text_for_people(
@@ -149,7 +149,7 @@ def test_text_for_people(
         with image.mount(tmp_path / "m", layerkit.mapping(MAPS[0])):
             node = next(n for n in image.tree().nodes() if n.size and n.sha256)
             path = str(tmp_path / "m" / os.fsdecode(node.path))
-            cli.app(["which", path, "--store", str(store_dir)], standalone_mode=False)
+            cli.app()(["which", path, "--store", str(store_dir)], standalone_mode=False)
             out = capsys.readouterr().out
     for word in ("layer", "from the bottom", "bytes at", "shared with", node.sha256.hex()):
         assert word in out

@@ -82,10 +82,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(path))
     (tmp_path / "layerkit-mount-program").write_text("#!/bin/sh\n")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "layerkit")])
-    shown = CliRunner().invoke(app, ["setup", "podman", "--print"])
+    shown = CliRunner().invoke(app(), ["setup", "podman", "--print"])
     assert shown.exit_code == 0 and not path.exists()
     assert f'mount_program = "{tmp_path}/layerkit-mount-program"' in shown.stdout
-    assert CliRunner().invoke(app, ["setup", "podman"]).exit_code == 0
+    assert CliRunner().invoke(app(), ["setup", "podman"]).exit_code == 0
     assert "layerkit-mount-program" in path.read_text()
-    done = CliRunner().invoke(app, ["setup", "podman", "--undo", "--json"])
+    done = CliRunner().invoke(app(), ["setup", "podman", "--undo", "--json"])
     assert '"changed": true' in done.stdout and not path.exists()
