@@ -20,6 +20,7 @@ from page_cache import drop
 from programs import answer, run, run_layerkit, wait_for
 
 import layerkit
+import layerkit.api.open
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.meta import FolderChanged
 from layerkit.hosts.adopted.sources import find_unpacked
