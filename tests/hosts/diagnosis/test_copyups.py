@@ -44,7 +44,7 @@ def writable(place: Path) -> Iterator[Path]:
     target.mkdir()
     for name in ("read-write", "written", "mapped", "owner", "untouched"):
         (layer / name).write_bytes(os.urandom(SIZE))
-    os.sync()
+    written(*layer.iterdir())
     time.sleep(0.02)
     with LocalStore.open(place / "store") as store:
         adopt.mount_unpacked(
@@ -71,7 +71,14 @@ def change(target: Path) -> None:
         memory[:5] = b"hello"
     os.chown(target / "owner", 5, 5)
     (target / "made").write_bytes(b"made")
-    os.sync()
+    written(*(target / name for name in ("read-write", "written", "mapped", "made")))
+
+
+def written(*files: Path) -> None:
+    """Have files on their disk, without a wait for what all others on the machine write."""
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
