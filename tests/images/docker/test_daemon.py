@@ -8,6 +8,7 @@ import os
 import signal
 import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import pytest
 import runnable
 from engines import Engine
 from made_images import Layout, attach, dump, tar
-from programs import command, run_layerkit, wait_for
+from programs import run_layerkit, wait_for
 
 from layerkit.images.open import open_source
 
@@ -128,6 +129,25 @@ def test_damage_or_a_stop_loads_nothing(
     assert images(docker_engine) == before
 
 
+HELD = """
+import sys, time
+from layerkit.cli.main import run
+from layerkit.images.docker.daemon import DaemonSink
+
+give, given = DaemonSink._give, []
+
+def held(self, piece):
+    given.append(piece)
+    while len(given) > 20:
+        time.sleep(0.01)
+    give(self, piece)
+
+DaemonSink._give = held
+run()
+"""
+"""``layerkit`` whose upload to a daemon stops in the middle and waits to be killed."""
+
+
 def test_a_killed_upload_loads_nothing(docker_engine: Engine, tmp_path: Path) -> None:
     """kill -9 and Ctrl-C while the layers are on their way."""
     before = images(docker_engine)
@@ -137,7 +157,7 @@ def test_a_killed_upload_loads_nothing(docker_engine: Engine, tmp_path: Path) ->
     spool = docker_engine.folder / "data/tmp"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         process = subprocess.Popen(
-            command("copy", tmp_path / "big", "docker-daemon:big:1"),
+            [sys.executable, "-c", HELD, "copy", tmp_path / "big", "docker-daemon:big:1"],
             env={**os.environ, "DOCKER_HOST": docker_engine.address}, stderr=subprocess.PIPE,
         )  # fmt: skip
         while not any(spool.rglob("*")) and process.poll() is None:
