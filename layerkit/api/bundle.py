@@ -40,8 +40,7 @@ def bundle(
     options = use_case.BundleOptions(
         mapping, wishes or Wishes(), rootless, rendering, image.settings.data, own_meta
     )
-    with image.settings.open_store() as store:
-        return use_case.bundle(image.work(progress), store, Path(folder), options)
+    return use_case.bundle(image.work(progress), image.settings, Path(folder), options)
 
 
 def remove(folder: str | Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerkit.formats.runtime.config import Wishes
@@ -22,8 +22,8 @@ from layerkit.linux.durable import whole_file
 from layerkit.model.reports import Report
 from layerkit.model.work import Work
 from layerkit.store import pins
-from layerkit.store.local import LocalStore
 from layerkit.usecases.into_store import mount
+from layerkit.usecases.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class BundleOptions:
     own_meta: bool = False
 
 
-def bundle(work: Work, store: LocalStore, folder: Path, options: BundleOptions) -> BundleReport:
-    """Make an OCI runtime bundle of the image, which is brought into ``store``.
+def bundle(work: Work, settings: Settings, folder: Path, options: BundleOptions) -> BundleReport:
+    """Make an OCI runtime bundle of the image, which is brought into the store; the store is made last.
 
     ``folder`` is new or empty, or a bundle of the same image and map that is not mounted.
 
@@ -90,19 +90,21 @@ def bundle(work: Work, store: LocalStore, folder: Path, options: BundleOptions) 
     container = Container.of(
         image_process(image.config, f"config of {work.name}"), options.wishes, mapping, rootless
     )
-    where = Path(os.path.realpath(store.root))
+    rendering = options.rendering or configured("rendering")
+    if rootless and rendering == "auto":
+        # The runtime mounts it, so that nothing of ours runs.
+        rendering = "directory"
+    how = MountOptions(rendering, options.data, own_meta=options.own_meta)
+    where = Path(os.path.realpath(settings.store_path))
     made, new = folders.begin(folders.Bundle(
         folder, pins.new_id(), str(where), work.name, str(image.descriptor.digest),
         mapping.canonical() if mapping else "", rootless,
     ))  # fmt: skip
     run = mounter.default_run(where)
-    rendering = options.rendering or configured("rendering")
-    if rootless and rendering == "auto":
-        # The runtime mounts it, so that nothing of ours runs.
-        rendering = "directory"
-    how = MountOptions(rendering, options.data, own_meta=options.own_meta, upper=made.upper, work=made.work)
+    how = replace(how, upper=made.upper, work=made.work)
     try:
-        remapped = mount(work, store, made.rootfs, mapping, how)
+        with settings.open_store() as store:
+            remapped = mount(work, store, made.rootfs, mapping, how)
         record = next(r for r in mounter.active(run) if r.target == str(made.rootfs))
         config = container.config(made, record, new)
         facts = str(made.folder / folders.FACTS)

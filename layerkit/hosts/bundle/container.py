@@ -37,6 +37,7 @@ class Container:
         mapping: of the container's user namespace, None for no namespace.
         rootless: the runtime mounts the root filesystem itself.
         owner: host ids of the container's root.
+        seccomp: the filter of system calls, None for none, and what a person should know about it.
     """
 
     process: ImageProcess
@@ -44,17 +45,21 @@ class Container:
     mapping: Mapping | None
     rootless: bool
     owner: tuple[int, int]
+    seccomp: tuple[rc.JsonObject | None, str]
 
     @classmethod
     def of(cls, process: ImageProcess, wishes: rc.Wishes, mapping: Mapping | None, rootless: bool) -> Container:
-        """Return it, if any container can run so.
+        """Return it, if any container can run so; nothing is made before that is known.
 
         Raises:
-            UsageError: no command, or a map that no namespace can have.
+            UsageError: no command, a wish that means nothing, or a map that no namespace can have.
+            InvalidImage: a volume at the root.
             UnsupportedHost: a rootless container whose root is somebody else.
         """
         rc.arguments(process, wishes)
-        return cls(process, wishes, mapping, rootless, _root_of(mapping, rootless))
+        rc.volumes(process, wishes)
+        owner = _root_of(mapping, rootless)
+        return cls(process, wishes, mapping, rootless, owner, seccomp.profile(wishes.seccomp, rc.bounding(wishes)))
 
     def config(self, bundle: Bundle, record: Record, new: bool) -> Config:
         """Return the config.json of ``bundle``, whose root filesystem is mounted; ``new``: volumes are made.
@@ -80,7 +85,7 @@ class Container:
                     f"{closed} (mode {closed.stat().st_mode & 0o7777:04o}) keeps the container's root, "
                     f"{self.owner[0]} on the host, out of the bundle; chmod o+x it, or make the bundle elsewhere"
                 )
-        filter_of_calls, said = seccomp.profile(self.wishes.seccomp, rc.bounding(self.wishes))
+        filter_of_calls, said = self.seccomp
         uid_map, gid_map = self._namespace_maps()
         host = rc.HostSide(
             "rootfs", uid_map, gid_map, [_root_mount(bundle, record)] if self.rootless else [], volumes,

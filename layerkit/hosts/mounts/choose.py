@@ -11,6 +11,7 @@ from layerkit.linux.probe import Features
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import UnsupportedHost, UsageError
 from layerkit.store.layout import DataBackend
+from layerkit.store.metas import Stacking
 from layerkit.store.preparation import Rendering
 
 
@@ -60,17 +61,26 @@ class MountOptions:
     stacking: str = "auto"
     reread: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse words that mean nothing, before anything is opened or made.
+
+        Raises:
+            UsageError: a word that is none of the choices.
+        """
+        _word(self.rendering or "auto", "--rendering", ("auto", *Rendering))
+        _word(self.data, "--data", ("auto", *DataBackend))
+        _word(self.namespace, "--namespace", ("auto", *Namespace))
+        _word(self.stacking, "--stacking", ("auto", *Stacking))
+
 
 def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
     """Return the best way that the host offers within what the caller asks for.
 
     Raises:
-        UsageError: a word that is none of the choices, or a contradiction.
         UnsupportedHost: what was asked for by name is not to be had here.
     """
-    wanted_rendering = _word(options.rendering or configured("rendering"), "--rendering", ("auto", *Rendering))
-    wanted_data = _word(options.data, "--data", ("auto", *DataBackend))
-    wanted_namespace = _word(options.namespace, "--namespace", ("auto", *Namespace))
+    wanted_rendering = options.rendering or configured("rendering")
+    wanted_data, wanted_namespace = options.data, options.namespace
     features = Features(store)
     privileged = features.privileged
     if wanted_namespace == "auto":
@@ -104,10 +114,9 @@ def choose(store: Path, mapping: Mapping | None, options: MountOptions) -> Ways:
     return Ways(form, backend, Namespace(wanted_namespace), idmapped)
 
 
-def _word(value: str, flag: str, choices: tuple[str, ...]) -> str:
+def _word(value: str, flag: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{flag} {value!r}: want {', '.join(choices[:-1])} or {choices[-1]}")
-    return value
 
 
 def _hint(privileged: bool) -> str:

@@ -452,10 +452,31 @@ def test_refusals(kit: Callable[..., Path], open_path: Path) -> None:
         bundling.remove(full)
     assert sorted(p.name for p in open_path.iterdir() if not p.name.startswith("image")) == ["full", "store"]
     assert run_layerkit("bundle", image, "--store", store, code=2).stderr.startswith(
-        "layerkit: a folder for the bundle"
+        "layerkit: DIR is missing, the folder for the bundle"
     )
     said = run_layerkit("bundle", "--rootless", image, open_path / "b", "--store", store, code=2).stderr
     assert "--rootless is for ordinary users" in said
+
+
+WRONG: dict[str, Any] = {
+    "folder": ["--uid-map", MAPS[0]],
+    "map": ["--uid-map", "1:100000:10"],
+    "words": ["--data", "paper"],
+    "volume": ["-v", "here:/there"],
+    "capability": ["--cap-add", "all"],
+    "profile": ["--seccomp", "/nonexistent"],
+    "network": ["--network", "bridge"],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_arguments_are_checked_before_a_store_is_made(kit: Callable[..., Path], open_path: Path, what: str) -> None:
+    folder = open_path / "b"
+    if what == "folder":
+        folder.mkdir()
+        (folder / "mine").touch()
+    run_layerkit("bundle", kit({"Cmd": ["/bin/id"]}), folder, "--store", open_path / "new", *WRONG[what], code=2)
+    assert not (open_path / "new").exists() and folder.exists() == (what == "folder")
 
 
 def test_the_folder_of_another_user_is_not_taken(kit: Callable[..., Path], open_path: Path) -> None:
