@@ -19,8 +19,9 @@ from layerkit.hosts.finalize import plan as fp
 from layerkit.hosts.finalize.overlay_view import Lowers
 from layerkit.hosts.finalize.plan import Plan, Step, raw
 from layerkit.linux import mounts
-from layerkit.linux.durable import staging_beside, sync_filesystem, sync_path, whole_file
+from layerkit.linux.durable import remove, staging_beside, sync_filesystem, sync_path, whole_file
 from layerkit.linux.folders.walk import TOP_FOLDER
+from layerkit.linux.syscalls import FOLDER, opened
 from layerkit.metaonly import METACOPY, Namespace, own_mark
 from layerkit.model.errors import Cancelled, LayerkitError, NotFound, StoreError, UsageError, show_path
 from layerkit.model.reports import Report
@@ -139,10 +140,22 @@ def undo(upper: Path, file: Path) -> int:
     source = file if file.exists() else file.with_name(file.name + ".running")
     plan = _load(source, place)
     _refuse_changed(plan, place, finished=source == file and not file.name.endswith(".running"))
-    _revert(plan, place)
+    # What a killed run left beside them goes first.
+    with staging_beside(place), staging_beside(file.with_name(file.name.removesuffix(".running") + ".running")):
+        _revert(plan, place)
+    _clear_aside(place)
     source.unlink()
     sync_path(place.parent)
     return len(plan.steps)
+
+
+def _clear_aside(place: Path) -> None:
+    """Remove the folder in which the version before made one entry after the other, where a killed run left it."""
+    aside = place.with_name(f".{place.name[:200]}.layerkit-new")
+    with contextlib.suppress(OSError), opened(aside, FOLDER) as fd:
+        if os.fstat(fd).st_uid == os.geteuid() and os.listdir(fd) in ([], ["new"]):
+            remove("new", fd)
+            aside.rmdir()
 
 
 def _checked(upper: Path) -> Path:
@@ -221,11 +234,8 @@ def _load(path: Path, upper: Path) -> Plan:
 
 
 def _sync_all(folder: Path) -> None:
-    fd = os.open(folder, TOP_FOLDER)
-    try:
+    with opened(folder, TOP_FOLDER) as fd:
         sync_filesystem(fd)
-    finally:
-        os.close(fd)
 
 
 # Doing and undoing. Every step may be done or undone twice, so a kill needs no note of how far it came.
