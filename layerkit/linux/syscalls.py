@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 SYS_OPEN_TREE = 428
@@ -29,6 +29,7 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
 
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
@@ -100,6 +101,16 @@ def opened(path: PathLike, flags: int = os.O_RDONLY, at: int | None = None) -> I
         yield fd
     finally:
         os.close(fd)
+
+
+def born(fd: int) -> int:
+    """Return the time of a file's birth in ns (statx(2)), 0 where the filesystem or the C library lacks it."""
+    buffer = ctypes.create_string_buffer(256)
+    with suppress(AttributeError):  # musl before 1.2 does not have it
+        if libc.statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buffer) == 0:
+            mask, seconds, fraction = struct.unpack_from("=I76xqI", buffer)
+            return int(seconds) * 1_000_000_000 + int(fraction) if mask & _STATX_BTIME else 0
+    return 0
 
 
 def _syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:

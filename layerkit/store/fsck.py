@@ -25,7 +25,7 @@ from layerkit.store import layers
 from layerkit.store.catalog import Catalog, LayerRow, short_name
 from layerkit.store.gc import strays
 from layerkit.store.layout import FILE_MODE, DataBackend, unknown_names
-from layerkit.store.metas import INFO_FILE, ROOT_FOLDER, parse_info
+from layerkit.store.metas import INFO_FILE, ROOT_FOLDER, names_data_by_path, parse_info
 from layerkit.store.objects import needed, object_path
 from layerkit.store.spool import Spool, dead
 
@@ -241,14 +241,14 @@ class Fsck:
     def _meta(self, key: str, text: str) -> None:
         path = self._layout.meta(key)
         try:
-            problem = self._meta_problem(path, text)
+            problem = self._meta_problem(key, path, text)
         except (StoreError, OSError, ValueError) as error:
             problem = str(error)
         if problem:
             remedy = "taken out; it is made again when it is needed"
             self._damage(path, problem, remedy, lambda: self._forget("metas", key, path))
 
-    def _meta_problem(self, path: Path, text: str) -> str:
+    def _meta_problem(self, key: str, path: Path, text: str) -> str:
         if not path.is_dir():
             return "missing"
         info = parse_info(text, "the catalog's row")
@@ -272,8 +272,8 @@ class Fsck:
         if info["listing"] and not (path / ROOT_FOLDER).is_dir():
             return f"{ROOT_FOLDER}: missing"
         if info["listing"] and self._deep:
-            stubs = Namespace(info["namespace"])
-            if list_folder(path / ROOT_FOLDER, stubs).digest != info["listing"]:
+            stubs, by_path = Namespace(info["namespace"]), names_data_by_path(key, info)
+            if list_folder(path / ROOT_FOLDER, stubs, by_path=by_path).digest != info["listing"]:
                 return f"{ROOT_FOLDER}: an entry is not as it was written"
         return ""
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ FIXUPS_FILE = "fixups"
 ROOT_FOLDER = "root"
 INFO_FILE = "info.json"
 REQUIRED_INFO = ("tree", "map", "rendering", "namespace", "names")
+FORMAT_VERSION = 2
+"""Of METAs: raised when the same tree and map would give other bytes."""
+
+
+class Stacking(StrEnum):
+    """How a META lies over the folders into which another runtime unpacked layers."""
+
+    DATA_ONLY = "data-only"
+    CLASSIC = "classic"
+
+    def form(self, rendering: str) -> str:
+        """Return the rendering of such a META, as its key has it."""
+        return f"{rendering} over folders, {self}, "
 
 
 def meta_key(tree: Digest, mapping: str, rendering: str, namespace: str, format_version: int) -> str:
@@ -38,6 +52,13 @@ def meta_key(tree: Digest, mapping: str, rendering: str, namespace: str, format_
     parts = ("layerkit.meta", str(tree), mapping, str(rendering), str(namespace), str(format_version))
     # As JSON, since the parts could run into each other if they were only strung together.
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def names_data_by_path(key: str, info: Mapping[str, Any]) -> bool:
+    """Return whether a META's stubs lead into folders of another runtime by path, and not to data by content."""
+    tree, parts = Digest.parse(info["tree"]), (info["namespace"], FORMAT_VERSION)
+    forms = [way.form(info["rendering"]) for way in Stacking]
+    return "folders" in info or key in [meta_key(tree, info["map"], form, *parts) for form in forms]
 
 
 def chain_key(diff_ids: Sequence[Digest]) -> str:

@@ -22,10 +22,7 @@ from layerkit.model.limits import Limits
 from layerkit.model.ports import Progress
 from layerkit.model.tree import Tree
 from layerkit.store.local import LocalStore
-from layerkit.store.metas import MetaEntry, chain_key, meta_key
-
-FORMAT_VERSION = 2
-"""Of METAs: raised when the same tree and map would give other bytes."""
+from layerkit.store.metas import FORMAT_VERSION, MetaEntry, chain_key, meta_key
 
 
 class Rendering(StrEnum):

@@ -14,13 +14,10 @@ names changed since is refused, and one that the runtime removed is told apart f
 
 from __future__ import annotations
 
-import ctypes
 import os
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,7 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.reader import LayerFolder, index_layer_folder, read_state
-from layerkit.linux.syscalls import FOLDER
+from layerkit.linux.syscalls import FOLDER, born
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, StoreError, show_path
@@ -38,19 +35,10 @@ from layerkit.model.ports import Progress
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
 from layerkit.store.local import LocalStore
-from layerkit.store.metas import meta_key
-from layerkit.store.preparation import FORMAT_VERSION, Preparation, Rendering
+from layerkit.store.metas import FORMAT_VERSION, Stacking, meta_key
+from layerkit.store.preparation import Preparation, Rendering
 
 _FACTS_VERSION = 1
-_STATX_BTIME = 0x800
-_AT_EMPTY_PATH = 0x1000
-
-
-class Stacking(StrEnum):
-    """How META lies over the folders."""
-
-    DATA_ONLY = "data-only"
-    CLASSIC = "classic"
 
 
 class FolderChanged(StoreError):
@@ -183,49 +171,30 @@ def folder_identity(root: int, folder: LayerFolder) -> Digest:
     """Return a digest that stays for as long as the folder is there, and that no later one at its place has."""
     st = os.fstat(root)
     path = os.path.realpath(f"/proc/self/fd/{root}")
-    parts = (path, str(st.st_ino), str(_born(root)), folder.marks.value)
+    parts = (path, str(st.st_ino), str(born(root)), folder.marks.value)
     return Digest.of("\0".join(("layerkit.folder-identity", *parts)).encode("utf-8", "surrogateescape"))
-
-
-def _born(fd: int) -> int:
-    """Return the time of a file's birth in ns, 0 where the filesystem does not know it (statx(2))."""
-    buffer = ctypes.create_string_buffer(256)
-    call = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
-    if call is None or call(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
-        return 0
-    mask = struct.unpack_from("=I", buffer)[0]
-    seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)
-    return int(seconds) * 1_000_000_000 + int(nanoseconds) if mask & _STATX_BTIME else 0
 
 
 class FolderPreparation(Preparation):
     """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
 
     def __init__(
-        self,
-        store: LocalStore,
-        diff_ids: Sequence[Digest],
-        stacking: Stacking,
-        *,
-        limits: Limits,
-        prefix: bytes = b"",
+        self, store: LocalStore, diff_ids: Sequence[Digest], stacking: Stacking, *, limits: Limits
     ) -> None:
-        """Layers must be in the store, see :func:`adopt_layers`; ``prefix`` as in :func:`data_paths`."""
+        """Layers must be in the store, see :func:`adopt_layers`."""
         super().__init__(store, diff_ids, limits=limits)
-        self.stacking, self.prefix = stacking, prefix
-        self.patches = stacking is Stacking.DATA_ONLY
+        self.stacking, self.patches = stacking, stacking is Stacking.DATA_ONLY
 
     def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:
-        form = f"{rendering.value} over folders, {self.stacking.value}, {show_path(self.prefix)}"
-        return meta_key(tree, mapping, form, namespace.value, FORMAT_VERSION)
+        return meta_key(tree, mapping, self.stacking.form(rendering), namespace.value, FORMAT_VERSION)
 
     def metadata_layer(self, mapping: Mapping | None, namespace: Namespace) -> MetadataLayer:
         """Return META of the folders: all of the tree, or for a map in the classic way what differs."""
-        return metadata_over_folders(self.tree(), mapping, namespace, self.stacking, self.prefix)
+        return metadata_over_folders(self.tree(), mapping, namespace, self.stacking)
 
 
 def metadata_over_folders(
-    tree: Tree, mapping: Mapping | None, namespace: Namespace, stacking: Stacking, prefix: bytes = b""
+    tree: Tree, mapping: Mapping | None, namespace: Namespace, stacking: Stacking
 ) -> MetadataLayer:
     """Return the metadata layer of ``tree``, merged from indexes of folders, whose data lies in them by path.
 
@@ -234,7 +203,6 @@ def metadata_over_folders(
         mapping: the id map; None keeps the owners, and everything is in the result.
         namespace: of the stubs' xattrs.
         stacking: how the result will lie over the folders.
-        prefix: as in :func:`data_paths`.
 
     Raises:
         UnmappedId: an owner outside the map.
@@ -245,24 +213,10 @@ def metadata_over_folders(
         if mapping is not None:
             mapped = mapped.subset(_changed(tree, mapped))
         return metadata_layer(mapped, namespace, places=Strings.of([b""] * mapped.inodes))
-    return metadata_layer(mapped, namespace, places=data_paths(mapped, prefix))
-
-
-def data_paths(tree: Tree, prefix: bytes = b"") -> Strings:
-    """Return by inode the redirect of each file that is not empty: its first path; ``b""`` for all else.
-
-    Args:
-        tree: merged from indexes of folders.
-        prefix: ``/NAME`` where each data-only layer is not the layer's folder but the folder above it, and the
-            layer's folder is called NAME there. A mount that puts further layers under META needs that, with a
-            NAME that none of them has: overlayfs looks for a redirect in normal layers first.
-    """
-    paths = tree.paths()
-    stub = tree.has_content.tolist()
-    first = tree.first_name().tolist()
-    return Strings.of(
-        [prefix + b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)]
-    )
+    # By inode the first path of each file that is not empty.
+    paths, first, stub = mapped.paths(), mapped.first_name().tolist(), mapped.has_content.tolist()
+    places = [b"/" + paths[row] if is_stub else b"" for row, is_stub in zip(first, stub, strict=True)]
+    return metadata_layer(mapped, namespace, places=Strings.of(places))
 
 
 def _changed(old: Tree, new: Tree) -> NDArray[np.bool_]:

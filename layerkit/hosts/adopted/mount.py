@@ -13,7 +13,6 @@ from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.adopted.meta import (
     AdoptedImage,
     FolderPreparation,
-    Stacking,
     adopt_layers,
     metadata_over_folders,
 )
@@ -30,6 +29,7 @@ from layerkit.model.errors import UnsupportedHost, UsageError
 from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import Progress
 from layerkit.store.local import LocalStore
+from layerkit.store.metas import Stacking
 from layerkit.store.preparation import Rendering
 
 

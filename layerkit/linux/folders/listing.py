@@ -24,7 +24,7 @@ class Listing(NamedTuple):
     allocated_bytes: int
 
 
-def list_folder(root: Path, stubs: Namespace | None = None) -> Listing:
+def list_folder(root: Path, stubs: Namespace | None = None, *, by_path: bool = False) -> Listing:
     """Take every entry below ``root`` into one digest: path, type, mode, owner, size, mtime, device, target.
 
     Xattrs are left out: reading them would take half as long again as writing the folder did. The sum of the
@@ -34,6 +34,7 @@ def list_folder(root: Path, stubs: Namespace | None = None) -> Listing:
     Args:
         root: the folder.
         stubs: check also that every file that is not empty is a stub of this namespace.
+        by_path: such stubs name their data by its path, which is the stub's own, or by none; else by its content.
 
     Raises:
         StoreError: one is not.
@@ -46,7 +47,13 @@ def list_folder(root: Path, stubs: Namespace | None = None) -> Listing:
             if stat.S_ISLNK(facts.st_mode):
                 target = os.readlink(name, dir_fd=folder.fd)
             elif stubs is not None and stat.S_ISREG(facts.st_mode) and facts.st_size:
-                _check_stub(xattr_path(folder.fd, name), path, stubs)
+                redirect = _redirect(xattr_path(folder.fd, name), path, stubs, by_path)
+                # Of a file with several names only the first is named.
+                own = facts.st_nlink > 1 or redirect in (b"", b"/" + path)
+                content = len(redirect) == REDIRECT_BYTES and redirect.startswith(b"/:")
+                if not (own if by_path else content):
+                    where = show_path(redirect)
+                    raise StoreError(f"root: {show_path(path)}: a stub that leads nowhere ({where})")
             total += _entry(path, facts, target)
             usage.add(facts)
             count += 1
@@ -63,11 +70,15 @@ def _entry(path: bytes, facts: os.stat_result, target: bytes) -> int:
     return int.from_bytes(hashlib.sha256(b"%b\0%b\0%b" % (path, target, numbers)).digest(), "little")
 
 
-def _check_stub(place: bytes, path: bytes, namespace: Namespace) -> None:
+def _redirect(place: bytes, path: bytes, namespace: Namespace, by_path: bool) -> bytes:
+    """Return where a stub says that its data is; ``b""``, for below itself, is taken only ``by_path``."""
     try:
         metacopy = os.getxattr(place, namespace.xattr(METACOPY))
-        redirect = os.getxattr(place, namespace.xattr(REDIRECT))
+        redirect = b""
+        if not by_path or os.fsdecode(namespace.xattr(REDIRECT)) in os.listxattr(place):
+            redirect = os.getxattr(place, namespace.xattr(REDIRECT))
     except OSError as error:
         raise StoreError(f"root: {show_path(path)}: not a stub ({error.strerror})") from error
-    if len(metacopy) not in (0, 4) or len(redirect) != REDIRECT_BYTES or not redirect.startswith(b"/:"):
-        raise StoreError(f"root: {show_path(path)}: a stub that leads nowhere ({show_path(redirect)})")
+    if len(metacopy) not in (0, 4):
+        raise StoreError(f"root: {show_path(path)}: not a stub (overlay.metacopy of {len(metacopy)} bytes)")
+    return redirect

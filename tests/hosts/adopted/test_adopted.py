@@ -223,6 +223,13 @@ def test_what_layers_can_do_to_each_other(tmp_path: Path, stacking: str, renderi
         got = snapshot(tmp_path / "m")
     # The kernel counts names that a layer removed (nlink); which of them share an inode must be the same.
     assert differences(got, want) == []
+    # Its stubs are told from those over data by content, which name it in another way.
+    with LocalStore.open(tmp_path / "store") as held:
+        assert held.verify(deep=True) == []
+        if rendering == "directory":
+            stub = next((tmp_path / "store/meta").glob("*/root/again"))
+            os.setxattr(stub, "trusted.overlay.redirect", b"/kept")
+            assert "again: a stub that leads nowhere (/kept)" in held.verify(deep=True)[0].problem
 
 
 def test_wh_files_are_deletions_where_a_mount_program_unpacked(tmp_path: Path) -> None:
