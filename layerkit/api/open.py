@@ -389,9 +389,7 @@ def mount_unpacked(
     options = MountOptions(rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking, reread=reread)
     settings = Settings(store)
     with settings.open_store() as held:
-        return adopt.mount_unpacked(
-            find_unpacked(ref), Path(target), mapping, held, options, limits=settings.bounds, progress=progress
-        )
+        return adopt.mount_unpacked(find_unpacked(ref), Path(target), mapping, held, options, progress=progress)
 
 
 def umount(target: str | Path, *, store: Path | None = None) -> None:

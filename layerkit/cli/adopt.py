@@ -54,15 +54,13 @@ def adopt(
     """
     from layerkit.hosts.adopted import mount as adopting
     from layerkit.hosts.adopted.sources import find_unpacked
+    from layerkit.hosts.mounts.choose import MountOptions
 
-    settings, mapping = o.settings(store), ids.mapping()
+    settings, mapping, options = o.settings(store), ids.mapping(), MountOptions(stacking=stacking, reread=reread)
     if mapping is None:
         raise UsageError("adopt needs a map: add --uid-map C:H:N or --subuid-name NAME")
     with settings.open_store() as held, out.progress() as step:
-        report = adopting.write_upper(
-            find_unpacked(ref), folder, mapping, held, stacking=stacking, reread=reread, limits=settings.bounds,
-            progress=step,
-        )  # fmt: skip
+        report = adopting.write_upper(find_unpacked(ref), folder, mapping, held, options, progress=step)
     tell("adopt", report, out, ("written", str(folder)))
 
 

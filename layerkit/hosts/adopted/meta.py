@@ -30,7 +30,6 @@ from layerkit.linux.syscalls import FOLDER, born
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, StoreError, show_path
-from layerkit.model.limits import Limits
 from layerkit.model.ports import Progress
 from layerkit.model.strings import Strings
 from layerkit.model.tree import Tree
@@ -78,19 +77,13 @@ class AdoptedImage:
 
 
 def adopt_layers(
-    store: LocalStore,
-    folders: Sequence[LayerFolder],
-    *,
-    limits: Limits,
-    reread: bool = False,
-    progress: Progress | None = None,
+    store: LocalStore, folders: Sequence[LayerFolder], *, reread: bool = False, progress: Progress | None = None
 ) -> AdoptedImage:
     """Bring the indexes of ``folders`` (bottom first) into ``store``; those that are kept are checked, not read.
 
     Args:
         store: keeps the indexes.
         folders: the layers.
-        limits: bounds on what is read.
         reread: accept a folder that changed, and read it again.
         progress: told of entries.
 
@@ -99,13 +92,11 @@ def adopt_layers(
         FolderChanged: names came, went or were renamed in a folder since it was read.
         InvalidImage: a folder that cannot be adopted; the message says why.
     """
-    limits.check("layers_per_image", len(folders), "layer folders")
-    return AdoptedImage(tuple(_adopt(store, folder, limits, reread, progress) for folder in folders))
+    store.limits.check("layers_per_image", len(folders), "layer folders")
+    return AdoptedImage(tuple(_adopt(store, folder, reread, progress) for folder in folders))
 
 
-def _adopt(
-    store: LocalStore, folder: LayerFolder, limits: Limits, reread: bool, progress: Progress | None
-) -> AdoptedLayer:
+def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progress | None) -> AdoptedLayer:
     try:
         root = os.open(folder.path, FOLDER & ~os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
@@ -119,7 +110,7 @@ def _adopt(
             kept = _kept(store, root, identity, folder, reread)
             if kept is not None:
                 return AdoptedLayer(folder, kept, False)
-            layer = index_layer_folder(root, marks=folder.marks, limits=limits, progress=progress)
+            layer = index_layer_folder(root, marks=folder.marks, limits=store.limits, progress=progress)
             if layer.metacopy is not None:
                 raise InvalidImage(
                     f"{folder.path}: {show_path(layer.metacopy)} is metadata that the runtime copied itself "
@@ -178,11 +169,9 @@ def folder_identity(root: int, folder: LayerFolder) -> Digest:
 class FolderPreparation(Preparation):
     """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
 
-    def __init__(
-        self, store: LocalStore, diff_ids: Sequence[Digest], stacking: Stacking, *, limits: Limits
-    ) -> None:
+    def __init__(self, store: LocalStore, diff_ids: Sequence[Digest], stacking: Stacking) -> None:
         """Layers must be in the store, see :func:`adopt_layers`."""
-        super().__init__(store, diff_ids, limits=limits)
+        super().__init__(store, diff_ids, limits=store.limits)
         self.stacking, self.patches = stacking, stacking is Stacking.DATA_ONLY
 
     def _key(self, tree: Digest, mapping: str, rendering: Rendering, namespace: Namespace) -> str:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from layerkit.formats.overlay_options import OverlayOptions
-from layerkit.hosts.adopted.meta import (
-    AdoptedImage,
-    FolderPreparation,
-    adopt_layers,
-    metadata_over_folders,
-)
-from layerkit.hosts.adopted.unpacked import Unpacked
+from layerkit.hosts.adopted.meta import FolderPreparation, adopt_layers, metadata_over_folders
+from layerkit.hosts.adopted.sources import Unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.hosts.mounts.records import UNPACKED
@@ -24,17 +18,18 @@ from layerkit.hosts.mounts.spec import MountLayer, MountSpec, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.linux import userns
 from layerkit.linux.probe import Features
+from layerkit.linux.syscalls import FOLDER, opened
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import UnsupportedHost, UsageError
-from layerkit.model.limits import DEFAULT, Limits
 from layerkit.model.ports import Progress
+from layerkit.model.reports import Report
 from layerkit.store.local import LocalStore
 from layerkit.store.metas import Stacking
 from layerkit.store.preparation import Rendering
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptReport:
+class AdoptReport(Report):
     """What was made to show unpacked layers under a map.
 
     Attributes:
@@ -64,20 +59,13 @@ class AdoptReport:
     mount_line: str = ""
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
-
 
 def choose_stacking(store: Path, wanted: str = "auto") -> Stacking:
     """Return the way of stacking that this kernel and user can have.
 
     Raises:
-        UsageError: no such way.
         UnsupportedHost: what was asked for, or both, do not work here.
     """
-    if wanted not in ("auto", *Stacking):
-        raise UsageError(f"--stacking {wanted!r}: want auto, {' or '.join(Stacking)}")
     features = Features(store)
     privileged = features.privileged
     if wanted in ("auto", Stacking.DATA_ONLY) and (
@@ -94,6 +82,41 @@ def choose_stacking(store: Path, wanted: str = "auto") -> Stacking:
     raise UnsupportedHost(what, "`layerkit doctor` says what this kernel can do; Linux 4.19 as root is the least")
 
 
+class _Adopted:
+    """Layers of a runtime whose indexes are in a store that is held, on their way to a mount or an upper."""
+
+    def __init__(
+        self,
+        unpacked: Unpacked,
+        mapping: Mapping | None,
+        store: LocalStore,
+        options: MountOptions,
+        progress: Progress | None,
+    ) -> None:
+        """Read what is not known; ``options`` say how META is to lie over the layers, and not ``auto``."""
+        self._start, self._unpacked = time.monotonic(), unpacked
+        self.way, self.map_text = Stacking(options.stacking), mapping.canonical() if mapping else ""
+        self.image = adopt_layers(store, unpacked.folders, reread=options.reread, progress=progress)
+        self.ready = FolderPreparation(store, self.image.diff_ids, self.way)
+        if mapping is not None:
+            self.ready.check(mapping)
+        self.facts = self.ready.facts()
+        # In the classic way what META leaves out shows through, whiteouts included: then every layer counts.
+        every = [str(diff_id) for diff_id in self.image.diff_ids]
+        self.data = self.image.data(self.facts.data_layers if self.way is Stacking.DATA_ONLY else every)
+        self.folders = tuple(os.fspath(layer.folder.path) for layer in self.image.layers)
+
+    def report(self, target: Path, how: str, meta_bytes: int, mount_line: str = "") -> AdoptReport:
+        return AdoptReport(
+            name=self._unpacked.name, runtime=self._unpacked.runtime, target=os.fspath(target),
+            stacking=self.way.value, how=how, map_text=self.map_text, folders=self.folders,
+            data_folders=tuple(map(os.fspath, self.data)),
+            read_folders=sum(layer.read for layer in self.image.layers), names=self.facts.names,
+            meta_bytes=meta_bytes, seconds=time.monotonic() - self._start, mount_line=mount_line,
+            warnings=self.facts.warnings,
+        )  # fmt: skip
+
+
 def mount_unpacked(
     unpacked: Unpacked,
     target: Path,
@@ -101,7 +124,6 @@ def mount_unpacked(
     store: LocalStore,
     options: MountOptions = MountOptions(),  # noqa: B008
     *,
-    limits: Limits = DEFAULT,
     progress: Progress | None = None,
 ) -> AdoptReport:
     """Mount the layers of ``unpacked`` under ``mapping`` at ``target``; nothing in their folders is written.
@@ -112,7 +134,6 @@ def mount_unpacked(
         mapping: the id map; None keeps the owners.
         store: keeps indexes and METAs.
         options: how; the rendering ``fuse`` is for the data-only stacking, and ``data`` means nothing.
-        limits: bounds on what is read.
         progress: told of entries.
 
     Raises:
@@ -121,65 +142,40 @@ def mount_unpacked(
         UnmappedId: the map does not cover an owner.
         UnsupportedHost: this host or user cannot mount it so.
     """
-    start = time.monotonic()
-    way = choose_stacking(store.root, options.stacking)
-    ways = choose(store.root, mapping, replace(options, data="objects"))
-    if ways.rendering is Rendering.FUSE and way is Stacking.CLASSIC:
+    options = replace(options, data="objects", stacking=choose_stacking(store.root, options.stacking))
+    ways = choose(store.root, mapping, options)
+    if ways.rendering is Rendering.FUSE and options.stacking == Stacking.CLASSIC:
         raise UsageError(
             "--rendering fuse: for --stacking data-only; the classic one holds only what a map changes"
         )
     with store.hold():
-        image = adopt_layers(store, unpacked.folders, limits=limits, reread=options.reread, progress=progress)
-        preparation = FolderPreparation(store, image.diff_ids, way, limits=limits)
-        if mapping is not None:
-            preparation.check(mapping)
-        facts = preparation.facts()
+        found = _Adopted(unpacked, mapping, store, options, progress)
         wanted = None if ways.one_meta else mapping
         known = {entry.key for entry in store.metas()}
-        entry = preparation.meta(wanted, ways.rendering, ways.namespace, progress=progress)
-        data = _data_folders(image, facts.data_layers, way)
-        map_text = mapping.canonical() if mapping else ""
+        entry = found.ready.meta(wanted, ways.rendering, ways.namespace, progress=progress)
         extents = (mapping.uid.extents, mapping.gid.extents) if mapping and ways.idmap else None
         mounter.mount(
             MountSpec(
                 meta=meta_layer(entry, mapping),
-                data=tuple(map(MountLayer, data)),
+                data=tuple(map(MountLayer, found.data)),
                 namespace=ways.namespace,
                 target=target,
                 idmap=extents,
                 upper=options.upper,
                 work=options.work,
                 read_only=options.upper is None,
-                classic=way is Stacking.CLASSIC,
+                classic=found.way is Stacking.CLASSIC,
                 label={
-                    "image": unpacked.name, "manifest": unpacked.digest, "map": map_text, "meta": entry.key,
-                    "layers": ",".join(map(str, image.diff_ids)), "backend": UNPACKED, "runtime": unpacked.runtime,
-                    "folders": "\n".join(str(layer.folder.path) for layer in image.layers),
+                    "image": unpacked.name, "manifest": unpacked.digest, "map": found.map_text, "meta": entry.key,
+                    "layers": ",".join(map(str, found.image.diff_ids)), "backend": UNPACKED,
+                    "runtime": unpacked.runtime, "folders": "\n".join(found.folders),
                     "diff_ids": ",".join(unpacked.diff_ids), "blobs": ",".join(unpacked.blobs),
                 },
             ),
             run=mounter.default_run(store.root),
         )  # fmt: skip
-    return AdoptReport(
-        name=unpacked.name,
-        runtime=unpacked.runtime,
-        target=os.fspath(target),
-        stacking=way.value,
-        how=_how(mapping, ways, entry.key in known),
-        map_text=map_text,
-        folders=tuple(os.fspath(layer.folder.path) for layer in image.layers),
-        data_folders=tuple(map(os.fspath, data)),
-        read_folders=sum(layer.read for layer in image.layers),
-        names=facts.names,
-        meta_bytes=0 if entry.key in known else entry.allocated_bytes,
-        seconds=time.monotonic() - start,
-        warnings=facts.warnings,
-    )
-
-
-def _data_folders(image: AdoptedImage, with_data: Sequence[str], way: Stacking) -> tuple[Path, ...]:
-    # In the classic way what META leaves out shows through, whiteouts included: then every layer counts.
-    return image.data(with_data if way is Stacking.DATA_ONLY else [str(d) for d in image.diff_ids])
+    kept = entry.key in known
+    return found.report(target, _how(mapping, ways, kept), 0 if kept else entry.allocated_bytes)
 
 
 def _how(mapping: Mapping | None, ways: Ways, known: bool) -> str:
@@ -197,16 +193,15 @@ def write_upper(
     folder: Path,
     mapping: Mapping,
     store: LocalStore,
+    options: MountOptions,
     *,
-    stacking: str = "auto",
-    reread: bool = False,
-    limits: Limits = DEFAULT,
     progress: Progress | None = None,
 ) -> AdoptReport:
     """Write into the new folder ``folder`` what mounts ``unpacked`` under ``mapping`` without layerkit.
 
     ``upper`` holds what the map changes, as stubs, ready to be an overlay's ``upperdir`` with ``work`` beside
     it and ``metacopy=on``. Over data-only layers a stub in an upper needs one beneath it: that is ``meta``.
+    Of ``options`` the stacking counts, and whether to read anew.
 
     Raises:
         UnsupportedHost: not root of the host: ``metacopy=on`` is for it alone.
@@ -220,48 +215,22 @@ def write_upper(
         raise UnsupportedHost(
             "a ready upper for this user", "metacopy=on is for root of the host; `layerkit mount` works without"
         )
-    start = time.monotonic()
-    way = choose_stacking(store.root, stacking)
-    folder = Path(os.path.abspath(folder))
+    options = replace(options, stacking=choose_stacking(store.root, options.stacking))
+    folder, allocated = Path(os.path.abspath(folder)), 0
     with store.hold():
-        image = adopt_layers(store, unpacked.folders, limits=limits, reread=reread, progress=progress)
-        preparation = FolderPreparation(store, image.diff_ids, way, limits=limits)
-        preparation.check(mapping)
-        tree, facts = preparation.tree(), preparation.facts()
-        data = _data_folders(image, facts.data_layers, way)
+        found = _Adopted(unpacked, mapping, store, options, progress)
+        parts: list[tuple[str, Mapping | None, Stacking]] = [("upper", mapping, Stacking.CLASSIC)]
+        if found.way is Stacking.DATA_ONLY:
+            parts.append(("meta", None, found.way))
         with whole_folder(folder) as root:
-            upper = metadata_over_folders(tree, mapping, Namespace.TRUSTED, Stacking.CLASSIC)
-            allocated = _write(root, "upper", lambda fd: write_directory(upper, fd, progress=progress).allocated)
-            if way is Stacking.DATA_ONLY:
-                meta = metadata_over_folders(tree, None, Namespace.TRUSTED, way)
-                allocated += _write(root, "meta", lambda fd: write_directory(meta, fd, progress=progress).allocated)
+            for name, wanted, way in parts:
+                layer = metadata_over_folders(found.ready.tree(), wanted, Namespace.TRUSTED, way)
+                os.mkdir(name, 0o700, dir_fd=root)
+                with opened(name, FOLDER, root) as fd:
+                    allocated += write_directory(layer, fd, progress=progress).allocated
             os.mkdir("work", 0o700, dir_fd=root)
             os.fchmod(root, 0o700)
-    return AdoptReport(
-        name=unpacked.name,
-        runtime=unpacked.runtime,
-        target=os.fspath(folder),
-        stacking=way.value,
-        how="an upper of stubs",
-        map_text=mapping.canonical(),
-        folders=tuple(os.fspath(layer.folder.path) for layer in image.layers),
-        data_folders=tuple(map(os.fspath, data)),
-        read_folders=sum(layer.read for layer in image.layers),
-        names=facts.names,
-        meta_bytes=allocated,
-        seconds=time.monotonic() - start,
-        mount_line=_mount_line(folder, data, way),
-        warnings=facts.warnings,
-    )
-
-
-def _write(root: int, name: str, fill: Any) -> int:
-    os.mkdir(name, 0o700, dir_fd=root)
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-    try:
-        return int(fill(fd))
-    finally:
-        os.close(fd)
+    return found.report(folder, "an upper of stubs", allocated, _mount_line(folder, found.data, found.way))
 
 
 def _mount_line(folder: Path, data: Sequence[Path], way: Stacking) -> str:
@@ -271,6 +240,3 @@ def _mount_line(folder: Path, data: Sequence[Path], way: Stacking) -> str:
     if not options.fits:
         return ""
     return f"mount -t overlay overlay -o '{options}' TARGET"
-
-
-__all__ = ["AdoptReport", "Rendering", "choose_stacking", "mount_unpacked", "write_upper"]

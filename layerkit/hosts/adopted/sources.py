@@ -10,24 +10,52 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from layerkit.formats import strict_json
+from layerkit.formats.bolt import Bolt, Bucket
+from layerkit.formats.oci import images as oci_images
 from layerkit.formats.overlay_options import parse_layers
-from layerkit.hosts.adopted.unpacked import SCHEMES, Unpacked
 from layerkit.linux import userns
 from layerkit.linux.folders.reader import LayerFolder, Marks
-from layerkit.model.errors import InvalidImage, NotFound, UsageError, show_path
+from layerkit.model.descriptor import Descriptor
+from layerkit.model.digest import Digest
+from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound, UsageError, show_path
 from layerkit.model.image import chain_ids
 
+SCHEMES = ("containers-storage", "containerd", "docker-storage", "folders")
 _BRACKET = re.compile(r"\[([^\]]*)\](.*)", re.DOTALL)
 _HEX = re.compile(r"[0-9a-f]{12,64}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LAYERS_AT_MOST = 500
+_TRIES = 5
+_FILE_BYTES_AT_MOST = 1 << 30
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """An image as a runtime has it unpacked.
+
+    Attributes:
+        name: as the runtime calls it.
+        runtime: one of :data:`SCHEMES`.
+        folders: its layers, bottom first.
+        digest: of its manifest or config, "" for plain folders.
+        diff_ids: of the layers' tars, "" where the runtime does not say; as many as folders.
+        blobs: digests of the layers' blobs, likewise.
+    """
+
+    name: str
+    runtime: str
+    folders: tuple[LayerFolder, ...]
+    digest: str = ""
+    diff_ids: tuple[str, ...] = ()
+    blobs: tuple[str, ...] = ()
 
 
 def find_unpacked(text: str) -> Unpacked:
@@ -50,8 +78,6 @@ def find_unpacked(text: str) -> Unpacked:
     if scheme == "containers-storage":
         return ContainersStorage(_containers_root(where)).image(name)
     if scheme == "containerd":
-        from layerkit.hosts.adopted.containerd import Containerd
-
         root, _, namespace = where.rpartition("@") if "@" in where else (where, "", "default")
         return Containerd(Path(root or "/var/lib/containerd"), namespace or "default").image(name)
     return DockerStorage(Path(where or "/var/lib/docker")).image(name)
@@ -89,7 +115,7 @@ class _Layer(msgspec.Struct):
     flags: dict[str, object] = {}
 
 
-class StoredImage(msgspec.Struct):
+class _StoredImage(msgspec.Struct):
     """An image in ``overlay-images/images.json``."""
 
     id: str
@@ -144,33 +170,28 @@ class ContainersStorage:
         if odd is not None:
             raise InvalidImage(f"{path}: {show_path(odd)!r} is no id of a layer")
 
-    def images(self) -> list[StoredImage]:
-        """Return the records of the store's images."""
-        return _json(self.root / "overlay-images/images.json", "no image was ever pulled", list[StoredImage])
-
     def image(self, name: str) -> Unpacked:
         """Return the image called ``name``: a name, a name without its registry, or (part of) an id.
 
         Raises:
-            NotFound: no image, or several.
+            NotFound: no image, or several, or a layer that is not unpacked to the end.
+            InvalidImage: a parent that is not there, or leads round in a circle.
         """
         image = self._find(name)
-        chain = self.chain(image.layer)
+        chain = self._chain(image.layer)
         return Unpacked(
             name=next(iter(image.names), image.id[:12]),
             runtime="containers-storage",
-            folders=tuple(self.folder(layer) for layer in chain),
+            folders=tuple(
+                LayerFolder(self.root / "overlay" / layer / "diff", self._marks, layer) for layer in chain
+            ),
             digest=image.digest or f"sha256:{image.id}",
             diff_ids=tuple(self._layers[layer].diff_digest for layer in chain),
             blobs=tuple(self._layers[layer].compressed_digest for layer in chain),
         )
 
-    def folder(self, layer: str) -> LayerFolder:
-        """Return the folder of the layer with this id."""
-        return LayerFolder(self.root / "overlay" / layer / "diff", self.marks, layer)
-
     @property
-    def marks(self) -> Marks:
+    def _marks(self) -> Marks:
         """Return how deletions are written: a store with a mount program has ``.wh.`` files."""
         # containers/storage writes this file to notice a change of the setting.
         try:
@@ -179,13 +200,8 @@ class ContainersStorage:
             return Marks.OVERLAY
         return Marks.AUFS if text.strip() == "true" else Marks.OVERLAY
 
-    def chain(self, layer: str) -> list[str]:
-        """Return the ids of ``layer`` and all beneath it, bottom first.
-
-        Raises:
-            NotFound: one is not unpacked to the end.
-            InvalidImage: a parent that is not there, or leads round in a circle.
-        """
+    def _chain(self, layer: str) -> list[str]:
+        """Return the ids of ``layer`` and all beneath it, bottom first."""
         found: list[str] = []
         at = layer
         while at:
@@ -201,12 +217,12 @@ class ContainersStorage:
             at = self._layers[at].parent
         return found[::-1]
 
-    def _find(self, name: str) -> StoredImage:
-        images = self.images()
+    def _find(self, name: str) -> _StoredImage:
+        images = _json(self.root / "overlay-images/images.json", "no image was ever pulled", list[_StoredImage])
         for matches in (
             [i for i in images if name in i.names],
             [i for i in images if _HEX.fullmatch(name) and i.id.startswith(name)],
-            [i for i in images if any(_short_match(name, full) for full in i.names)],
+            [i for i in images if any(("/" + full).endswith("/" + _tagged(name)) for full in i.names)],
         ):
             if len(matches) == 1:
                 return matches[0]
@@ -216,9 +232,8 @@ class ContainersStorage:
         raise NotFound(f"{name}: no such image in {self.root}; `podman images` lists them")
 
 
-def _short_match(name: str, full: str) -> bool:
-    wanted = name if ":" in name.rpartition("/")[2] else name + ":latest"
-    return full == wanted or full.endswith("/" + wanted)
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] or "@" in name else name + ":latest"
 
 
 class DockerStorage:
@@ -237,7 +252,7 @@ class DockerStorage:
         base = self.root / "image/overlay2"
         what = "dockerd with the overlay2 driver keeps its images there"
         table = _json(base / "repositories.json", what, _Repositories)
-        wanted = name if ":" in name.rpartition("/")[2] else name + ":latest"
+        wanted = _tagged(name)
         ids = {image for tags in table.names.values() for tag, image in tags.items() if tag == wanted}
         if not ids and _HEX.fullmatch(name):
             folder = base / "imagedb/content/sha256"
@@ -266,3 +281,135 @@ def _hex(digest: str) -> str:
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
         raise InvalidImage(f"{digest!r}: not a digest")
     return digest.partition(":")[2]
+
+
+class Containerd:
+    """containerd's images and the snapshots they are unpacked into, read from its files while it runs.
+
+    ``ROOT/io.containerd.metadata.v1.bolt/meta.db`` has the images, ``io.containerd.content.v1.content`` the blobs,
+    ``io.containerd.snapshotter.v1.overlayfs/metadata.db`` the snapshots: each a number, whose folder is
+    ``snapshots/NUMBER/fs``, and the name of its parent. Reading leaves no lease: what containerd collects is gone.
+    """
+
+    def __init__(self, root: Path, namespace: str) -> None:
+        """Name the daemon's root folder (``--root``, ``/var/lib/containerd`` by default)."""
+        self.root, self.namespace = root, namespace
+        self._snapshots = root / "io.containerd.snapshotter.v1.overlayfs"
+
+    def image(self, name: str) -> Unpacked:
+        """Return the image called ``name``, in full or as docker shortens it.
+
+        Raises:
+            NotFound: no such image in the namespace, or not unpacked by the overlayfs snapshotter.
+            InvalidImage: a parent that is not there, or leads round in a circle.
+        """
+        meta = read_bolt(self.root / "io.containerd.metadata.v1.bolt/meta.db")
+        images = meta.root.bucket(b"v1", self.namespace.encode(), b"images")
+        full = self._full_name(name, images)
+        assert images is not None
+        target = images.bucket(full.encode(), b"target")
+        if target is None:
+            raise NotFound(f"{full}: the image has no target in {meta.where}")
+        entry = Descriptor(
+            target.value(b"mediatype").decode("utf-8", "replace"),
+            Digest.parse(target.value(b"digest").decode("utf-8", "replace")),
+            _zigzag(_varint(target.value(b"size"))),
+        )
+        image = oci_images.Reading(self._fetch, f"containerd's {full}").select([entry], full, None)
+        diff_ids = tuple(map(str, image.diff_ids))
+        chain = chain_ids(diff_ids)
+        return Unpacked(
+            name=full,
+            runtime="containerd",
+            folders=self._chain(chain[-1]) if chain else (),
+            digest=str(image.descriptor.digest),
+            diff_ids=diff_ids,
+            blobs=tuple(str(layer.descriptor.digest) for layer in image.layers),
+        )
+
+    def _chain(self, chain_id: str) -> tuple[LayerFolder, ...]:
+        """Return the folders of the snapshot that is called ``chain_id``, and of its parents, bottom first."""
+        store = read_bolt(self._snapshots / "metadata.db")
+        snapshots = store.root.bucket(b"v1", b"snapshots")
+        names = [key for key, _ in snapshots.items()] if snapshots is not None else []
+        # Their names are NAMESPACE/NUMBER/KEY.
+        own = [key for key in names if key.startswith(self.namespace.encode() + b"/")]
+        key = next((key for key in own if key.endswith(b"/" + chain_id.encode())), None)
+        if key is None or snapshots is None:
+            raise NotFound(
+                f"snapshot {chain_id} is not in {store.where}, namespace {self.namespace}: it was pulled "
+                "without unpacking, or for another snapshotter; `ctr images mount` or a first container unpacks it"
+            )
+        found: list[LayerFolder] = []
+        while key:
+            snapshot = snapshots.bucket(key)
+            if snapshot is None or len(found) > _LAYERS_AT_MOST:
+                raise InvalidImage(f"{store.where}: a parent of {chain_id} is missing or its own parent")
+            number = _varint(snapshot.value(b"id"))
+            folder = self._snapshots / "snapshots" / str(number) / "fs"
+            found.append(LayerFolder(folder, Marks.OVERLAY, key.decode("utf-8", "replace").rpartition("/")[2]))
+            key = snapshot.value(b"parent")
+        return tuple(reversed(found))
+
+    def _full_name(self, name: str, images: Bucket | None) -> str:
+        names = [key.decode("utf-8", "replace") for key, _ in images.items()] if images is not None else []
+        tagged = _tagged(name)
+        for candidate in (name, tagged, f"docker.io/{tagged}", f"docker.io/library/{tagged}"):
+            if candidate in names:
+                return candidate
+        shown = ", ".join(sorted(names)[:5]) or "none at all"
+        raise NotFound(f"{name}: no such image in containerd's namespace {self.namespace}; there is {shown}")
+
+    def _fetch(self, entry: Descriptor, most: int) -> bytes:
+        path = self.root / "io.containerd.content.v1.content/blobs" / entry.digest.algorithm / entry.digest.hex
+        try:
+            with path.open("rb") as file:
+                data = file.read(min(entry.size, most) + 1)
+        except FileNotFoundError:
+            raise NotFound(f"{path}: containerd has the image's record, and not this blob; pull it again") from None
+        if len(data) != entry.size:
+            raise DigestMismatch(str(path), f"{len(data)} bytes or more", f"{entry.size} bytes")
+        return data
+
+
+def _varint(data: bytes) -> int:
+    """Return the unsigned varint that ``data`` begins with (Go's encoding/binary)."""
+    value = shift = 0
+    for byte in data[:10]:
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value
+        shift += 7
+    raise InvalidImage("containerd's record of a number is no varint")
+
+
+def _zigzag(value: int) -> int:
+    """Return the signed number behind a varint: containerd writes sizes so."""
+    return value >> 1 ^ -(value & 1)
+
+
+def read_bolt(path: Path) -> Bolt:
+    """Return the state of a database that another process may have open.
+
+    Bolt writes a transaction to free pages and then one meta page, so a state is whole unless its pages were
+    given to a later transaction while they were read. That shows in the meta pages afterwards.
+
+    Raises:
+        NotFound: there is none.
+        InvalidImage: it is damaged, too large, or never stays the same for long enough.
+    """
+    for _ in range(_TRIES):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise NotFound(
+                f"{path}: not there; name containerd's root as containerd:[ROOT@NAMESPACE]NAME"
+            ) from None
+        with file:
+            data = file.read(_FILE_BYTES_AT_MOST)
+            found = Bolt(data, str(path))
+            file.seek(0)
+            again = Bolt(file.read(2 * found.page_bytes), str(path))
+        if again.txid == found.txid:
+            return found
+    raise InvalidImage(f"{path}: changes all the time; try again when its daemon is less busy")

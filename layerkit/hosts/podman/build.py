@@ -60,7 +60,7 @@ def build_meta(
             return
         folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
         # podman itself may touch a layer (to compare it, it mounts it writable): then it is read again.
-        image = adopt_layers(store, folders, limits=limits, reread=True)
+        image = adopt_layers(store, folders, reread=True)
         indexes = [index for index in map(store.load_index, image.diff_ids) if index is not None]
         tree = merge(indexes, limits=limits)
         shift = "" if mapping is None else shift_text(mapping)

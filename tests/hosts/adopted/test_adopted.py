@@ -23,14 +23,12 @@ import layerkit
 import layerkit.api.open
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.meta import FolderChanged
-from layerkit.hosts.adopted.sources import find_unpacked
-from layerkit.hosts.adopted.unpacked import Unpacked
+from layerkit.hosts.adopted.sources import Unpacked, find_unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.linux import mounts
 from layerkit.linux.folders.reader import LayerFolder, Marks
 from layerkit.model.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
-from layerkit.model.limits import DEFAULT
 from layerkit.store.local import LocalStore
 
 MAP = ["0:100000:65536"]
@@ -357,7 +355,7 @@ def test_classic_metadata_holds_only_what_differs(tmp_path: Path) -> None:
     unpacked = find_unpacked(f"folders:{layer}")
     assert mapping is not None
     with LocalStore.open(tmp_path / "store") as held:
-        report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, stacking="classic", limits=DEFAULT)
+        report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, MountOptions(stacking="classic"))
     upper = tmp_path / "out/upper"
     assert sorted(str(p.relative_to(upper)) for p in upper.rglob("*")) == ["a", "a/x"]
     assert os.listxattr(upper / "a/x") == ["trusted.overlay.metacopy"]
@@ -372,7 +370,7 @@ def test_a_ready_upper_is_mounted_with_the_printed_line(
     mapping = layerkit.mapping(MAP)
     assert mapping is not None
     with LocalStore.open(store) as held:
-        report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, stacking=stacking, limits=DEFAULT)
+        report = adopt.write_upper(unpacked, tmp_path / "out", mapping, held, MountOptions(stacking=stacking))
     (tmp_path / "m").mkdir()
     run("sh", "-c", report.mount_line.replace("TARGET", str(tmp_path / "m")))
     try:

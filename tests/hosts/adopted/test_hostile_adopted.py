@@ -14,8 +14,7 @@ import pytest
 from needs import need_root
 
 from layerkit.formats.bolt import Bolt, Bucket, _fnv1a
-from layerkit.hosts.adopted.containerd import read_bolt
-from layerkit.hosts.adopted.sources import find_unpacked
+from layerkit.hosts.adopted.sources import find_unpacked, read_bolt
 from layerkit.linux.folders.reader import Marks, index_layer_folder
 from layerkit.model.entry import Kind
 from layerkit.model.errors import InvalidImage, LayerkitError, LossyResult, NotFound
