@@ -88,9 +88,9 @@ def finalize(
     """
     place = _checked(upper)
     lowers = Lowers.parse(lower, namespace)
-    for root in (*lowers.roots, *lowers.data):
-        if root == os.fsencode(place) or _is_in(root, os.fsencode(place)) or _is_in(os.fsencode(place), root):
-            raise UsageError(f"{upper} and the lower layer {os.fsdecode(root)} overlap; they must lie apart")
+    for root in (Path(os.fsdecode(path)) for path in (*lowers.roots, *lowers.data)):
+        if root.is_relative_to(place) or place.is_relative_to(root):
+            raise UsageError(f"{upper} and the lower layer {root} overlap; they must lie apart")
     journal = undo_file(place)
     running = journal.with_name(journal.name + ".running")
     resumed = running.exists()
@@ -170,10 +170,6 @@ def _checked(upper: Path) -> Path:
     return place
 
 
-def _is_in(path: bytes, folder: bytes) -> bool:
-    return path.startswith(folder + b"/")
-
-
 def _mounted(place: Path) -> str:
     """Return where an overlay with ``place`` as upper or lower is mounted, in any mount namespace; else ""."""
     seen: set[int] = set()
@@ -199,11 +195,8 @@ def _uses(shown: OverlayOptions, own: str) -> bool:
 
 
 def _root_whiteouts(upper: bytes, lowers: Lowers) -> int:
-    count = 0
-    for name in os.listdir(upper):
-        full = upper + b"/" + name
-        count += lowers.is_whiteout(full, os.lstat(full), upper)
-    return count
+    names = (upper + b"/" + name for name in os.listdir(upper))
+    return sum(lowers.is_whiteout(full, os.lstat(full), upper) for full in names)
 
 
 # The file
@@ -272,7 +265,9 @@ def _revert(plan: Plan, place: Path) -> None:
             elif step["do"] == fp.SET:
                 _set(path, step["name"], step["old"])
             elif step["do"] == fp.WHITEOUT and not os.path.lexists(path):
-                _whiteout(step, path)
+                # A device 0:0, or an empty file that an xattr marks.
+                os.mknod(path, stat.S_IFMT(step["mode"]) | 0o600, 0)
+                _attributes(step, path)
     _folder_times(plan, made=False)
     _sync_all(place)
 
@@ -290,22 +285,12 @@ def _make(step: Step, path: bytes, new: bytes) -> None:
         os.mkdir(new, 0o700)
     elif stat.S_ISLNK(mode):
         os.symlink(raw(step["target"]), new)
-    elif stat.S_ISREG(mode):
-        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        os.truncate(new, step["size"])
     else:
         os.mknod(new, stat.S_IFMT(mode) | 0o600, step["rdev"])
+    if stat.S_ISREG(mode):
+        os.truncate(new, step["size"])
     _attributes(step, new)
     os.rename(new, path)
-
-
-def _whiteout(step: Step, path: bytes) -> None:
-    mode = step["mode"]
-    if stat.S_ISCHR(mode):
-        os.mknod(path, mode, 0)
-    else:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    _attributes(step, path)
 
 
 def _attributes(step: Step, path: bytes) -> None:
@@ -369,6 +354,3 @@ def _refuse_changed(plan: Plan, place: Path, *, finished: bool) -> None:
             raise StoreError(
                 f"{show_path(path)} {why}, since finalize: taking it back would lose that; nothing was changed"
             )
-
-
-__all__ = ["FinalizeReport", "finalize", "undo", "undo_file"]

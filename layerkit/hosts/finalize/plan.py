@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from layerkit.hosts.finalize.overlay_view import Found, Lowers, is_file
+from layerkit.linux.folders.walk import Folder, walk
 from layerkit.metaonly import IMPURE, METACOPY, OPAQUE, REDIRECT, YES, own_mark
 from layerkit.model.errors import LossyResult
 
@@ -52,9 +52,7 @@ class Plan:
         )
 
 
-def plan(
-    upper: bytes, lowers: Lowers, *, keep_root_whiteouts: bool, note: Callable[[int], None] | None = None
-) -> Plan:
+def plan(upper: bytes, lowers: Lowers, *, keep_root_whiteouts: bool) -> Plan:
     """Return what makes ``upper`` final over ``lowers``; no step where it is already.
 
     Args:
@@ -62,19 +60,17 @@ def plan(
         lowers: what it lies over.
         keep_root_whiteouts: the kernel merges the roots of all normal layers, whatever they say: a mount over
             the lowers as normal ones needs whiteouts there, one over data-only layers would list them.
-        note: told the number of names seen.
 
     Raises:
         LossyResult: something that no finalized layer can say.
     """
-    return _Planner(upper, lowers, keep_root_whiteouts, note).run()
+    return _Planner(upper, lowers, keep_root_whiteouts).run()
 
 
 class _Planner:
-    def __init__(
-        self, upper: bytes, lowers: Lowers, keep_root_whiteouts: bool, note: Callable[[int], None] | None
-    ) -> None:
-        self._upper, self._lowers, self._keep, self._note = upper, lowers, keep_root_whiteouts, note
+    def __init__(self, upper: bytes, lowers: Lowers, keep_root_whiteouts: bool) -> None:
+        self._upper, self._lowers, self._keep = upper, lowers, keep_root_whiteouts
+        self._below = {b"": lowers.top()}
         self._made: list[Step] = []
         self._redirects: list[Step] = []
         self._opaque: list[Step] = []
@@ -82,13 +78,10 @@ class _Planner:
         self._touched: set[bytes] = set()
         self._links: dict[tuple[int, int], bytes] = {}
         self._stubs: set[tuple[int, int]] = set()
-        self._seen = 0
 
     def run(self) -> Plan:
-        pending: list[tuple[bytes, list[Found]]] = [(b"", self._lowers.top())]
-        while pending:
-            path, below = pending.pop()
-            pending += self._folder(path, below)
+        for folder in walk(os.fsdecode(self._upper)):
+            self._folder(folder)
         times = [self._times(path) for path in sorted(self._touched)]
         return Plan(
             self._upper, [*self._made, *self._marks(), *self._redirects, *self._opaque, *self._whiteouts, *times]
@@ -101,32 +94,32 @@ class _Planner:
         marks = []
         for parent in sorted(parents):
             if parent in made:
-                name = text(self._lowers.namespace.xattr(IMPURE))
-                marks.append({"do": SET, "path": parent, "name": name, "old": None, "new": text(YES)})
+                marks.append(self._mark(parent, IMPURE, None, YES))
             elif self._lowers.xattr(self._full(raw(parent)), IMPURE) != YES:
                 marks.append(self._set(raw(parent), self._full(raw(parent)), IMPURE, YES))
         return marks
 
-    def _folder(self, path: bytes, below: list[Found]) -> Iterator[tuple[bytes, list[Found]]]:
-        """Plan one folder of the upper; yield its subfolders with what lies below them."""
+    def _folder(self, folder: Folder) -> None:
+        """Plan one folder of the upper; note what lies below its subfolders."""
+        path, below, there = folder.path, self._below.pop(folder.path), set()
         full = self._full(path)
-        there = os.listdir(full)
-        self._count(len(there))
-        for name in there:
-            child = path + b"/" + name if path else name
+        for name, shown in folder.names:
+            there.add(name)
+            child = folder.below(name)
             place = self._full(child)
-            shown = os.lstat(place)
             if self._lowers.is_whiteout(place, shown, full):
                 if path or not self._keep or not self._lowers.lookup(below, name):
-                    self._whiteouts.append(_whiteout(child, place, shown))
+                    self._whiteouts.append(_entry(WHITEOUT, child, place, shown))
                     self._touched.add(path)
             elif stat.S_ISDIR(shown.st_mode):
-                yield child, self._below(place, below, name)
+                opaque = self._lowers.opaque(place) == YES
+                found = [] if opaque else self._merged_with(place, below, name)
+                self._below[child] = [each for each in found if each.is_dir]
             elif stat.S_ISREG(shown.st_mode) and self._lowers.xattr(place, METACOPY) is not None:
                 self._stub(child, place, shown, below, name)
         if below:
             # A whiteout or a file of the upper hides what is below under the same name.
-            for name in sorted(self._lowers.names(below) - set(there)):
+            for name in sorted(self._lowers.names(below) - there):
                 self._make(path, name, below)
                 self._touched.add(path)
         if self._lowers.opaque(full) != YES:
@@ -135,16 +128,12 @@ class _Planner:
             # After opaque: in between, it must not merge with what has the folder's own name below.
             self._opaque.append(self._set(path, full, REDIRECT, None))
 
-    def _below(self, place: bytes, parents: list[Found], name: bytes) -> list[Found]:
-        """Return the lower folders that the kernel merges a folder of the upper with."""
-        if self._lowers.opaque(place) == YES:
-            return []
-        redirect = self._lowers.xattr(place, REDIRECT)
-        if redirect is not None and redirect.startswith(b"/"):
-            found = self._lowers.walk(redirect[1:])
-        else:
-            found = self._lowers.lookup(parents, redirect or name)
-        return [each for each in found if each.is_dir]
+    def _merged_with(self, place: bytes, parents: list[Found], name: bytes) -> list[Found]:
+        """Return what the kernel finds below a folder or stub of the upper."""
+        redirect = self._lowers.xattr(place, REDIRECT) or name
+        if redirect.startswith(b"/"):
+            return self._lowers.walk(redirect[1:])
+        return self._lowers.lookup(parents, redirect)
 
     def _stub(self, child: bytes, place: bytes, shown: os.stat_result, parents: list[Found], name: bytes) -> None:
         key = (shown.st_dev, shown.st_ino)
@@ -154,10 +143,7 @@ class _Planner:
         redirect = self._lowers.xattr(place, REDIRECT)
         if redirect is not None and redirect.startswith(b"/") and self._is_data(redirect):
             return
-        if redirect is not None and redirect.startswith(b"/"):
-            found = self._lowers.walk(redirect[1:])
-        else:
-            found = self._lowers.lookup(parents, redirect or name)
+        found = self._merged_with(place, parents, name)
         if not found or not found[0].is_file:
             raise LossyResult(
                 place, "a stub without its data in the lower layers: --lower must name those it was mounted over"
@@ -179,12 +165,10 @@ class _Planner:
                 continue  # a whiteout of a lower layer
             top = found[0]
             full = self._lowers.full(top)
-            self._count(1)
             if top.is_dir:
                 self._made.append(self._entry(path, full, top))
                 # Only once it is whole: until then it merges with the one below.
-                name_of = text(self._lowers.namespace.xattr(OPAQUE))
-                self._opaque.append({"do": SET, "path": text(path), "name": name_of, "old": None, "new": text(YES)})
+                self._opaque.append(self._mark(text(path), OPAQUE, None, YES))
                 folders = [each for each in found if each.is_dir]
                 pending += [
                     (path + b"/" + inner, self._lowers.lookup(folders, inner))
@@ -203,26 +187,24 @@ class _Planner:
             self._made.append(step)
 
     def _entry(self, path: bytes, full: bytes, found: Found) -> Step:
-        shown = found.stat
-        xattrs = {
-            text(os.fsencode(name)): text(os.getxattr(full, name, follow_symlinks=False))
-            for name in _xattrs(full)
-            # The kernel's own of the lower layer say nothing here; what is escaped is the image's.
-            if own_mark(os.fsencode(name), self._lowers.namespace) is None
+        step = _entry(MAKE, path, full, found.stat)
+        # The kernel's own of the lower layer say nothing here; what is escaped is the image's.
+        step["xattrs"] = {
+            name: value
+            for name, value in step["xattrs"].items()
+            if own_mark(raw(name), self._lowers.namespace) is None
         }
-        step: Step = {
-            "do": MAKE, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
-            "size": shown.st_size if found.is_file else 0, "times": [shown.st_atime_ns, shown.st_mtime_ns],
-            "rdev": shown.st_rdev, "xattrs": xattrs,
-        }  # fmt: skip
-        if stat.S_ISLNK(shown.st_mode):
+        step |= {"size": found.stat.st_size if found.is_file else 0, "rdev": found.stat.st_rdev}
+        if stat.S_ISLNK(found.stat.st_mode):
             step["target"] = text(os.readlink(full))
         return step
 
     def _set(self, path: bytes, full: bytes, name: bytes, value: bytes | None) -> Step:
-        old = self._lowers.xattr(full, name)
+        return self._mark(text(path), name, self._lowers.xattr(full, name), value)
+
+    def _mark(self, path: str, name: bytes, old: bytes | None, value: bytes | None) -> Step:
         return {
-            "do": SET, "path": text(path), "name": text(self._lowers.namespace.xattr(name)),
+            "do": SET, "path": path, "name": text(self._lowers.namespace.xattr(name)),
             "old": None if old is None else text(old), "new": None if value is None else text(value),
         }  # fmt: skip
 
@@ -233,15 +215,11 @@ class _Planner:
     def _full(self, path: bytes) -> bytes:
         return self._upper + b"/" + path if path else self._upper
 
-    def _count(self, names: int) -> None:
-        self._seen += names
-        if self._note is not None:
-            self._note(self._seen)
 
-
-def _whiteout(path: bytes, full: bytes, shown: os.stat_result) -> Step:
+def _entry(do: str, path: bytes, full: bytes, shown: os.stat_result) -> Step:
+    """Return the step that makes or removes an entry, with all that it takes to make it."""
     return {
-        "do": WHITEOUT, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
+        "do": do, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
         "times": [shown.st_atime_ns, shown.st_mtime_ns],
         "xattrs": {text(os.fsencode(n)): text(os.getxattr(full, n, follow_symlinks=False)) for n in _xattrs(full)},
     }  # fmt: skip
