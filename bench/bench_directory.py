@@ -16,6 +16,7 @@ import numpy as np
 from layerkit.formats.meta.tar import write_tar
 from layerkit.linux import mounts
 from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.syscalls import closing
 from layerkit.metaonly import MetadataLayer, metadata_layer
 from layerkit.model import sparse
 from layerkit.model.digest import Digest
@@ -79,9 +80,9 @@ def _chown(work: Path, lower: Path) -> Callable[[int], float]:
         for path in (upper, scratch, target):
             path.mkdir()
         with contextlib.ExitStack() as stack:
-            fds = [stack.enter_context(mounts.closing(mounts.open_folder(p))) for p in (lower, upper, scratch)]
+            fds = [stack.enter_context(closing(mounts.open_folder(p))) for p in (lower, upper, scratch)]
             mount = stack.enter_context(
-                mounts.closing(mounts.overlay(mounts.Layers(fds[:1], (), *fds[1:]), metacopy=True))
+                closing(mounts.overlay(mounts.Layers(fds[:1], (), *fds[1:]), metacopy=True))
             )
             mounts.attach(mount, target)
         try:

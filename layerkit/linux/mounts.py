@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,6 +34,7 @@ _CONFIG_BYTES = 304  # struct loop_config: fd, block_size, struct loop_info64 (2
 _FLAGS_OFFSET = 8 + 52
 _NAME_OFFSET = 8 + 56
 _TRIES = 64
+_OCTAL = re.compile(rb"\\([0-7]{3})")  # space, tab, newline, # and \ in mountinfo
 
 
 class Context(AbstractContextManager["Context"]):
@@ -309,21 +311,8 @@ def _options(layers: Layers, name: Callable[[str], str]) -> OverlayOptions:
 
 
 def open_folder(path: Path | str) -> int:
-    """Return an ``O_PATH`` descriptor of a folder.
-
-    Raises:
-        OSError: ``ENOENT``, ``ENOTDIR``.
-    """
+    """Return an ``O_PATH`` descriptor of a folder."""
     return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def clone(path: Path | str | int) -> int:
-    """Return a detached copy of the mount at ``path`` (a path or a descriptor) with it as the root.
-
-    Raises:
-        OSError: as open_tree(2).
-    """
-    return sc.open_tree(path)
 
 
 def idmap(mount: int, userns_fd: int) -> None:
@@ -349,8 +338,8 @@ def idmapped_clone(path: Path | str | int, uid: userns.Extents, gid: userns.Exte
         UnsupportedHost: as :func:`idmap`.
         UsageError: maps that the kernel refuses.
     """
-    with closing(userns.userns_fd(uid, gid)) as namespace:
-        fd = clone(path)
+    with sc.closing(userns.userns_fd(uid, gid)) as namespace:
+        fd = sc.open_tree(path)
         try:
             idmap(fd, namespace)
         except BaseException:
@@ -360,11 +349,7 @@ def idmapped_clone(path: Path | str | int, uid: userns.Extents, gid: userns.Exte
 
 
 def attach(mount: int, target: Path | str | int, *, attributes: int = 0) -> None:
-    """Attach a detached mount at ``target``, with ``MOUNT_ATTR_*`` flags added first.
-
-    Raises:
-        OSError: as mount_setattr(2) and move_mount(2).
-    """
+    """Attach a detached mount at ``target``, with ``MOUNT_ATTR_*`` flags added first."""
     if attributes:
         sc.mount_setattr(mount, add=attributes)
     sc.move_mount(mount, target)
@@ -416,15 +401,6 @@ def enter_empty_namespace() -> bool:
     return True
 
 
-@contextmanager
-def closing(fd: int) -> Iterator[int]:
-    """Close ``fd`` at the end; a detached mount goes with it."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 class Mount(NamedTuple):
     """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5)); ``root`` is the folder of ``device`` that it shows."""
 
@@ -460,7 +436,7 @@ def mount_id(path: Path | str) -> int:
     Raises:
         OSError: the path cannot be reached.
     """
-    with closing(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+    with sc.opened(path, os.O_PATH) as fd:
         lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("mnt_id:")))
 
@@ -480,13 +456,4 @@ def mount_of(path: Path | str) -> Mount | None:
 
 
 def _unescape(field: bytes) -> str:
-    if b"\\" in field:
-        for code, byte in (
-            (b"\\040", b" "),
-            (b"\\011", b"\t"),
-            (b"\\012", b"\n"),
-            (b"\\043", b"#"),
-            (b"\\134", b"\\"),
-        ):
-            field = field.replace(code, byte)
-    return os.fsdecode(field)
+    return os.fsdecode(_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), field))

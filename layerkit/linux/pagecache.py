@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-from pathlib import Path
 
 from layerkit.linux import syscalls as sc
 
@@ -20,22 +18,11 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def resident_bytes(path: Path | str) -> tuple[int, int]:
-    """Return (bytes in the page cache, size) of a file, without bringing any of it in.
+def resident_of(fd: int, size: int) -> int:
+    """Return the bytes in the page cache of an open file of ``size`` bytes, without bringing any of it in.
 
     Through an overlay this looks at the file below, where its pages are. The kernel tells the truth only
     to the file's owner, to those who may write to it, and to root; to all others every page looks resident.
-
-    Raises:
-        OSError: the file cannot be opened or mapped.
-    """
-    with sc.opened(path) as fd:
-        size = os.fstat(fd).st_size
-        return resident_of(fd, size), size
-
-
-def resident_of(fd: int, size: int) -> int:
-    """Return the bytes in the page cache of an open file of ``size`` bytes; as :func:`resident_bytes`.
 
     Raises:
         OSError: it cannot be mapped.
@@ -50,19 +37,9 @@ def cached_of(fd: int, size: int) -> int:
         OSError: as :func:`resident_of`.
     """
     try:
-        return min(sc.cachestat(fd)[0] * mmap.PAGESIZE, size)
+        return min(sc.cached_pages(fd) * mmap.PAGESIZE, size)
     except OSError:
         return resident_of(fd, size)
-
-
-def drop(path: Path | str) -> None:
-    """Ask the kernel to forget a file's clean pages; what is mapped or dirty stays.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
-    with sc.opened(path) as fd:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _resident(fd: int, start: int, length: int) -> int:

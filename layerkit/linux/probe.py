@@ -133,7 +133,7 @@ class Features:
             with mounts.Context("overlay") as context:
                 for name in ("a", "b"):
                     (place / name).mkdir()
-                    fd = _enter(stack, mounts.clone(place / name))
+                    fd = _enter(stack, sc.open_tree(place / name))
                     if sc.fsconfig(context.fd, sc.FSCONFIG_SET_FD, "lowerdir+", None, fd) < 0:
                         return False
                 _enter(stack, context.mount(0))
@@ -282,7 +282,7 @@ def _scratch(store: Path) -> Iterator[Path]:
 
 
 def _enter(stack: ExitStack, fd: int) -> int:
-    return stack.enter_context(mounts.closing(fd))
+    return stack.enter_context(sc.closing(fd))
 
 
 def _write_plain(place: Path) -> Path:

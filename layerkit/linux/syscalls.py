@@ -12,17 +12,11 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
-SYS_OPEN_TREE = 428
-SYS_MOVE_MOUNT = 429
-SYS_FSOPEN = 430
-SYS_FSCONFIG = 431
-SYS_FSMOUNT = 432
-SYS_OPENAT2 = 437
-SYS_MOUNT_SETATTR = 442
-SYS_CACHESTAT = 451
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = range(428, 433)
+SYS_OPENAT2, SYS_MOUNT_SETATTR, SYS_CACHESTAT = 437, 442, 451
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """Flags that open a folder and no link to one."""
@@ -31,39 +25,23 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800
 
-FSOPEN_CLOEXEC = 1
-FSMOUNT_CLOEXEC = 1
-FSCONFIG_SET_FLAG = 0
-FSCONFIG_SET_STRING = 1
-FSCONFIG_SET_FD = 5
-FSCONFIG_CMD_CREATE = 6
+FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_SET_FD, FSCONFIG_CMD_CREATE = 0, 1, 5, 6
 FSCONFIG_STRING_BYTES = 255
 """Longest string value that fsconfig(2) takes."""
 
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x02, 0x04, 0x08, 0x10
 
 OPEN_TREE_CLONE = 1
-OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-MOVE_MOUNT_F_EMPTY_PATH = 0x04
-MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 
-MOUNT_ATTR_RDONLY = 0x01
-MOUNT_ATTR_NOSUID = 0x02
-MOUNT_ATTR_NODEV = 0x04
-MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 0x01, 0x02, 0x04, 0x08
 MOUNT_ATTR_IDMAP = 0x00100000
 
-MS_RDONLY, MS_NODEV = 0x1, 0x4
-MS_REC, MS_PRIVATE = 0x4000, 1 << 18
-MNT_DETACH = 2
-UMOUNT_NOFOLLOW = 8
+MS_RDONLY, MS_NODEV, MS_REC, MS_PRIVATE = 0x1, 0x4, 0x4000, 1 << 18
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
-CLONE_FS = 0x00000200
-CLONE_NEWNS = 0x00020000
-CLONE_NEWUSER = 0x10000000
+CLONE_FS, CLONE_NEWNS, CLONE_NEWUSER = 0x00000200, 0x00020000, 0x10000000
 
 FICLONE = 0x40049409
 _SMALL_BYTES = 128 << 10
@@ -80,13 +58,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 """For what has no wrapper here; see :func:`checked`."""
 
 
-def failed(number: int, what: str, path: PathLike | None = None) -> OSError:
-    """Return the ``OSError`` for ``number``: its text says which call failed, its ``filename`` on what."""
+def failed(number: int, what: str, path: PathLike | int | None = None) -> OSError:
+    """Return the ``OSError`` for ``number``: its text says which call failed, its ``filename`` on what.
+
+    A descriptor has no name to tell.
+    """
     text = f"{what}: {os.strerror(number)}"
-    return OSError(number, text) if path is None else OSError(number, text, os.fsdecode(path))
+    return OSError(number, text, *(() if path is None or isinstance(path, int) else (os.fsdecode(path),)))
 
 
-def checked(result: int, what: str, path: PathLike | None = None) -> int:
+def checked(result: int, what: str, path: PathLike | int | None = None) -> int:
     """Return what a call of the C library gave; raise :func:`failed` with its errno where that is negative."""
     if result < 0:
         raise failed(ctypes.get_errno(), what, path)
@@ -94,13 +75,19 @@ def checked(result: int, what: str, path: PathLike | None = None) -> int:
 
 
 @contextmanager
-def opened(path: PathLike, flags: int = os.O_RDONLY, at: int | None = None) -> Iterator[int]:
-    """Give a descriptor of ``path``, relative to the folder ``at``; it is closed after the block."""
-    fd = os.open(path, flags | os.O_CLOEXEC, dir_fd=at)
+def closing(fd: int) -> Iterator[int]:
+    """Close ``fd`` at the end; a detached mount goes with it."""
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def opened(
+    path: PathLike, flags: int = os.O_RDONLY, at: int | None = None, mode: int = 0o777
+) -> AbstractContextManager[int]:
+    """Give a descriptor of ``path``, relative to the folder ``at``; it is closed after the block."""
+    return closing(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=at))
 
 
 def born(fd: int) -> int:
@@ -164,28 +151,21 @@ def context_log(context: int) -> list[str]:
 
 
 def open_tree(path: PathLike | int) -> int:
-    """Return a private, detached copy of a mount with ``path``, or an open descriptor, as its root.
-
-    Raises:
-        OSError: as open_tree(2).
-    """
-    flags = OPEN_TREE_CLOEXEC | OPEN_TREE_CLONE
-    if isinstance(path, int):
-        return checked(_syscall(SYS_OPEN_TREE, path, b"", flags | AT_EMPTY_PATH), "open_tree")
-    return checked(_syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), "open_tree", path)
+    """Return a private, detached copy of a mount with ``path``, or an open descriptor, as its root."""
+    folder, name, empty = _named(path, AT_EMPTY_PATH)
+    return checked(_syscall(SYS_OPEN_TREE, folder, name, os.O_CLOEXEC | OPEN_TREE_CLONE | empty), "open_tree", path)
 
 
 def move_mount(mount: int, target: PathLike | int) -> None:
-    """Attach the detached mount ``mount`` at ``target`` (a path, or a descriptor of the mount point).
+    """Attach the detached mount ``mount`` at ``target`` (a path, or a descriptor of the mount point)."""
+    folder, name, empty = _named(target, MOVE_MOUNT_T_EMPTY_PATH)
+    flags = MOVE_MOUNT_F_EMPTY_PATH | empty
+    checked(_syscall(SYS_MOVE_MOUNT, mount, b"", folder, name, flags), "move_mount", target)
 
-    Raises:
-        OSError: as move_mount(2).
-    """
-    flags = MOVE_MOUNT_F_EMPTY_PATH
-    if isinstance(target, int):
-        checked(_syscall(SYS_MOVE_MOUNT, mount, b"", target, b"", flags | MOVE_MOUNT_T_EMPTY_PATH), "move_mount")
-    else:
-        checked(_syscall(SYS_MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), flags), "move_mount", target)
+
+def _named(path: PathLike | int, empty: int) -> tuple[int, bytes, int]:
+    """Return (folder, name in it, flags) for a call that takes a descriptor's own file by the flag ``empty``."""
+    return (path, b"", empty) if isinstance(path, int) else (AT_FDCWD, os.fsencode(path), 0)
 
 
 def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) -> None:
@@ -199,11 +179,7 @@ def mount_setattr(mount: int, *, add: int = 0, clear: int = 0, userns: int = 0) 
 
 
 def mount(source: str, target: PathLike, fstype: str, flags: int = 0, options: str = "") -> None:
-    """Mount a filesystem by the one call of old.
-
-    Raises:
-        OSError: as mount(2).
-    """
+    """Mount a filesystem by the one call of old."""
     names = [os.fsencode(name) for name in (source, target, fstype)]
     checked(libc.mount(*names, ctypes.c_ulong(flags), os.fsencode(options)), f"mount {fstype}", target)
 
@@ -218,20 +194,12 @@ def umount2(target: PathLike, flags: int = UMOUNT_NOFOLLOW) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Move the calling process into new namespaces.
-
-    Raises:
-        OSError: as unshare(2).
-    """
+    """Move the calling process into new namespaces."""
     checked(libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def filesystem_magic(path: PathLike | int) -> int:
-    """Return the magic number of the filesystem that ``path`` (or a descriptor, also ``O_PATH``) lies on.
-
-    Raises:
-        OSError: as statfs(2).
-    """
+    """Return the magic number of the filesystem that ``path`` (or a descriptor, also ``O_PATH``) lies on."""
     # struct statfs begins with f_type, a long; the rest is not needed and differs between architectures.
     buffer = ctypes.create_string_buffer(512)
     if isinstance(path, int):
@@ -284,16 +252,14 @@ def copy_run(run: Run, target: int, *, in_kernel: bool = True) -> int:
     return run.length - left
 
 
-def cachestat(fd: int, length: int = 0) -> tuple[int, int, int]:
-    """Return (cached, dirty, under writeback) pages of a file, in pages (cachestat(2), Linux 6.5).
+def cached_pages(fd: int) -> int:
+    """Return how many pages of a file are in the page cache (cachestat(2), Linux 6.5).
 
     An overlay's own descriptor shows none: its pages belong to the file below.
 
     Raises:
         OSError: ``ENOSYS`` where the kernel lacks it.
     """
-    span = ctypes.create_string_buffer(struct.pack("=QQ", 0, length), 16)
     counts = ctypes.create_string_buffer(40)
-    checked(_syscall(SYS_CACHESTAT, fd, span, counts, 0), "cachestat")
-    cached, dirty, writeback = struct.unpack_from("=QQQ", counts.raw)
-    return cached, dirty, writeback
+    checked(_syscall(SYS_CACHESTAT, fd, ctypes.create_string_buffer(16), counts, 0), "cachestat")
+    return int(struct.unpack_from("=Q", counts)[0])

@@ -34,11 +34,12 @@ def unpacked(image: str, work: Path, extents: tuple[tuple[int, int, int], ...]) 
 def mapped(folder: Path, shown: Path, extents: tuple[tuple[int, int, int], ...]) -> Iterator[Path]:
     """Give ``folder`` with its owners mapped by the kernel, at the new folder ``shown``."""
     from layerkit.linux import mounts, userns
+    from layerkit.linux import syscalls as sc
 
     shown.mkdir()
     namespace = userns.userns_fd(extents, extents)
     try:
-        tree = mounts.clone(folder)
+        tree = sc.open_tree(folder)
         try:
             mounts.idmap(tree, namespace)
             mounts.attach(tree, shown)

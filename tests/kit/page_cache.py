@@ -20,14 +20,22 @@ PAGES, NAMES, ALL = 1, 2, 3
 def cached_bytes(path: Path) -> int:
     """Return how many bytes of a plain file are cached, in whole pages."""
     with sc.opened(path) as fd:
-        return sc.cachestat(fd)[0] * mmap.PAGESIZE
+        return sc.cached_pages(fd) * mmap.PAGESIZE
 
 
 def drop(*paths: Path) -> None:
     """Take files out of the page cache, also those that were just written: a dirty page would stay."""
     os.sync()
     for path in paths:
-        pagecache.drop(path)
+        with sc.opened(path) as fd:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident_bytes(path: Path | str) -> tuple[int, int]:
+    """Return (bytes in the page cache, size) of a file; through an overlay too."""
+    with sc.opened(path) as fd:
+        size = os.fstat(fd).st_size
+        return pagecache.resident_of(fd, size), size
 
 
 def drop_all(what: int) -> None:

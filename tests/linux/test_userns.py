@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from needs import need_root
-from page_cache import cached_bytes
+from page_cache import cached_bytes, drop, resident_bytes
 from programs import KIT
 
-from layerkit.linux import mounts, pagecache, userns
+from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import sync_filesystem
 from layerkit.model.errors import UsageError
@@ -66,7 +66,7 @@ def maps_of(fd: int) -> tuple[str, str]:
 
 
 def test_the_descriptor_has_the_maps() -> None:
-    with mounts.closing(userns.userns_fd(UIDS, GIDS)) as fd:
+    with sc.closing(userns.userns_fd(UIDS, GIDS)) as fd:
         assert maps_of(fd) == ("0 100000 1000 1000 300000 1", "0 200000 65536")
         assert not os.get_inheritable(fd)
 
@@ -76,7 +76,7 @@ def test_an_idmapped_clone_shows_both_maps(tmp_path: Path) -> None:
         path = tmp_path / str(uid)
         path.touch()
         os.chown(path, uid, gid)
-    with mounts.closing(mounts.idmapped_clone(tmp_path, UIDS, GIDS)) as fd:
+    with sc.closing(mounts.idmapped_clone(tmp_path, UIDS, GIDS)) as fd:
         assert [(s.st_uid, s.st_gid) for s in (os.stat(f"/proc/self/fd/{fd}/{n}") for n in ("5", "1000"))] == [
             (100_005, 200_006),
             (300_000, 200_007),
@@ -100,7 +100,7 @@ def test_maps_that_the_kernel_refuses(extents: list[tuple[int, int, int]], match
 
 def test_as_many_ranges_as_fit_a_page() -> None:
     extents = [(i, 100_000 + 2 * i, 1) for i in range(250)]
-    with mounts.closing(userns.userns_fd(extents, extents)) as fd:
+    with sc.closing(userns.userns_fd(extents, extents)) as fd:
         assert maps_of(fd)[0].split()[-3:] == ["249", "100498", "1"]
 
 
@@ -172,20 +172,20 @@ class TestPageCache:
         path.write_bytes(os.urandom(size))
         with path.open("rb") as f:
             os.fsync(f.fileno())
-        pagecache.drop(path)
-        assert pagecache.resident_bytes(path) == (0, size)
+        drop(path)
+        assert resident_bytes(path) == (0, size)
         with path.open("rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             os.pread(f.fileno(), 1, 8192)
-        assert pagecache.resident_bytes(path) == (4096, size)
+        assert resident_bytes(path) == (4096, size)
         assert cached_bytes(path) == 4096
         path.read_bytes()
-        assert pagecache.resident_bytes(path) == (size, size)
+        assert resident_bytes(path) == (size, size)
 
     def test_empty_and_page_sized_files(self, tmp_path: Path) -> None:
         for size in (0, 1, 4096, 4097):
             (tmp_path / "f").write_bytes(bytes(size))
-            assert pagecache.resident_bytes(tmp_path / "f") == (size, size)
+            assert resident_bytes(tmp_path / "f") == (size, size)
 
 
 if __name__ == "__main__":

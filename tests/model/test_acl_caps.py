@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from needs import need_root, need_tool
 
 from layerkit.linux import mounts
+from layerkit.linux.syscalls import closing
 from layerkit.model import acl_caps
 from layerkit.model.acl_caps import AclEntry, Capability
 from layerkit.model.errors import InvalidImage
@@ -151,7 +152,7 @@ def test_an_idmapped_mount_shows_the_same(tmp_path: Path) -> None:
     subprocess.run(["setcap", "cap_net_raw=ep", file], check=True)
     subprocess.run(["setfacl", "-m", "u:1000:rw-,g:2000:r--", file], check=True)
     mount = mounts.idmapped_clone(tmp_path, ((0, 100000, 65536),), ((0, 200000, 65536),))
-    with mounts.closing(mount):
+    with closing(mount):
         shown = f"/proc/self/fd/{mount}/f"
         assert os.stat(shown).st_uid == 100000
         for name in (acl_caps.ACL_NAMES[0], acl_caps.CAPABILITY_NAME):

@@ -10,10 +10,9 @@ import pytest
 from judge import Shown, data_extents, differences, snapshot, unpacked
 from memcg import cache_bytes, memory_group, run_in
 from needs import missing, need_root, need_tool
-from page_cache import cached_bytes, drop
+from page_cache import cached_bytes, drop, resident_bytes
 
 import layerkit
-from layerkit.linux import pagecache
 from layerkit.model.entry import Kind
 
 MAP = ["0:100000:65536"]
@@ -111,9 +110,9 @@ def test_second_map_reads_the_cache_of_the_first(
             program = next(p for p in (first / "usr/bin").glob("python3.*") if not p.is_symlink())
             there = second / program.relative_to(first)
             drop(there)
-            assert pagecache.resident_bytes(there)[0] == 0
+            assert resident_bytes(there)[0] == 0
             program.read_bytes()
-            resident, size = pagecache.resident_bytes(there)
+            resident, size = resident_bytes(there)
             assert size > 1 << 20
             assert resident >= size
             assert first.lstat().st_uid == 200000

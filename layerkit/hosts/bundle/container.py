@@ -15,6 +15,7 @@ from layerkit.hosts.bundle.folder import Bundle
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
 from layerkit.idmap import Mapping
 from layerkit.linux import mounts, userns
+from layerkit.linux.syscalls import closing
 from layerkit.linux.userns import outer_maps
 from layerkit.model.errors import UnmappedId, UnsupportedHost, UsageError
 from layerkit.store.layout import Layout
@@ -68,7 +69,7 @@ class Container:
             UnmappedId: the process's user is outside the map.
             InvalidImage: a user that the image does not have, or a volume that is no folder there.
         """
-        with mounts.closing(mounts.open_folder(bundle.rootfs)) as root:
+        with closing(mounts.open_folder(bundle.rootfs)) as root:
             own = self.wishes.user is not None
             spec = self.process.user if self.wishes.user is None else self.wishes.user
             user = rootfs.user_of(root, spec, "--user" if own else "Config.User")

@@ -9,10 +9,9 @@ import stat
 from pathlib import Path
 
 from layerkit.formats.runtime import passwd
-from layerkit.linux import mounts
 from layerkit.linux.folders.walk import walk
 from layerkit.linux.inside import make_folders, open_inside, read_inside
-from layerkit.linux.syscalls import Run, copy_run
+from layerkit.linux.syscalls import Run, closing, copy_run
 from layerkit.model.errors import InvalidImage
 
 _ACCOUNT_BYTES = 16 << 20
@@ -50,7 +49,7 @@ def seed_volume(root: int, path: str, target: Path, owner: tuple[int, int]) -> N
         os.chown(target, *owner)
         target.chmod(0o755)
         return
-    with mounts.closing(source):
+    with closing(source):
         _copy(source, os.fsencode(target))
 
 

@@ -203,7 +203,7 @@ def _files(root: Path, warnings: list[str]) -> Iterator[tuple[bytes, os.stat_res
                 except OSError as error:
                     left_out(folder.below(name), error)
                     continue
-                with mounts.closing(fd):
+                with sc.closing(fd):
                     yield folder.below(name), st, fd
 
 

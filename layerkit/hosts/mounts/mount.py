@@ -59,7 +59,7 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
     folder = RunFolder(run)
     with ExitStack() as stack:
         # Before the lock, so that its child process never holds a copy of the lock's descriptor.
-        opened = mounts.closing(userns.userns_fd(*spec.idmap)) if spec.idmap is not None else nullcontext()
+        opened = sc.closing(userns.userns_fd(*spec.idmap)) if spec.idmap is not None else nullcontext()
         namespace = stack.enter_context(opened)
         stack.enter_context(folder.locked())
         _refuse_busy(spec, folder)
@@ -192,7 +192,7 @@ class _Assembly(ExitStack):
         self.spec, self.folder, self.record = spec, folder, record
 
     def _closing(self, fd: int) -> int:
-        return self.enter_context(mounts.closing(fd))
+        return self.enter_context(sc.closing(fd))
 
     def attach(self, namespace: int | None) -> None:
         """Mount it; ``namespace`` is a descriptor of the user namespace whose maps META gets."""
@@ -207,7 +207,7 @@ class _Assembly(ExitStack):
             meta = self._closing(self._open(spec.meta))
         check_stubs(f"/proc/self/fd/{meta}", spec.namespace, str(spec.meta.path))
         if namespace is not None:
-            plain, meta = meta, self._closing(mounts.clone(meta))
+            plain, meta = meta, self._closing(sc.open_tree(meta))
             _idmap(meta, namespace, plain)
         upper, work = self.enter_context(_upper(spec, meta))
         layers = mounts.Layers([meta, *data] if spec.classic else [meta], [] if spec.classic else data, upper, work)
@@ -229,7 +229,7 @@ class _Assembly(ExitStack):
         place = self.folder.layers / layer.name
         place.mkdir(mode=0o700, exist_ok=True)
         if not mounts.is_mount(place):
-            with mounts.closing(layer.mount()) as fd:
+            with sc.closing(layer.mount()) as fd:
                 mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)
         return mounts.open_folder(place)
 
@@ -268,7 +268,7 @@ def _attached_for_now(mount_fd: int, place: Path) -> Iterator[int]:
     try:
         mounts.attach(mount_fd, place)
         try:
-            with mounts.closing(mounts.open_folder(place)) as fd:
+            with sc.closing(mounts.open_folder(place)) as fd:
                 yield fd
         finally:
             mounts.detach(place, lazy=True)
@@ -304,8 +304,8 @@ def _upper(spec: MountSpec, meta: int) -> Iterator[tuple[int | None, int | None]
             spec.work.mkdir(mode=0o700)
             made.append(spec.work)
         with (
-            mounts.closing(mounts.open_folder(spec.upper)) as upper,
-            mounts.closing(mounts.open_folder(spec.work)) as work,
+            sc.closing(mounts.open_folder(spec.upper)) as upper,
+            sc.closing(mounts.open_folder(spec.work)) as work,
         ):
             yield upper, work
     except BaseException:

@@ -22,6 +22,7 @@ import msgspec
 
 from layerkit.linux import mounts, userns
 from layerkit.linux.durable import whole_file
+from layerkit.linux.syscalls import opened
 from layerkit.model.errors import StoreError
 from layerkit.store.locks import open_lock, try_lock
 
@@ -207,7 +208,7 @@ class RunFolder:
         for folder in others:
             if folder.name.removeprefix("mnt-") in alive:
                 continue
-            with suppress(OSError), mounts.closing(os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)) as lock:
+            with suppress(OSError), opened(folder / "lock", os.O_RDWR) as lock:
                 if try_lock(lock):
                     shutil.rmtree(folder)
                     cleared.append(f"folder {folder.name}")

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 from layerkit.formats.meta.fuse_tree import FuseTree
 from layerkit.idmap import Mapping
 from layerkit.linux import fuse, mounts
+from layerkit.linux.syscalls import closing, opened
 from layerkit.model import acl_caps
 from layerkit.model.errors import InvalidImage, LayerkitError, StoreError, UnmappedId
 from layerkit.store.locks import try_lock
@@ -112,9 +113,9 @@ class Keeper(contextlib.ExitStack):
         """
         super().__init__()
         self._ours = self.enter_context(contextlib.ExitStack())
-        self._device = self._ours.enter_context(mounts.closing(fuse.open_device()))
+        self._device = self._ours.enter_context(closing(fuse.open_device()))
         ready, go = os.pipe()
-        self._go = self._ours.enter_context(mounts.closing(go))
+        self._go = self._ours.enter_context(closing(go))
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._go)
@@ -123,7 +124,7 @@ class Keeper(contextlib.ExitStack):
 
     def mount(self) -> int:
         """Return the tree's root, served from now on, in a mount that ends with this block unless it is used."""
-        mount = self.enter_context(mounts.closing(fuse.mount(self._device)))
+        mount = self.enter_context(closing(fuse.mount(self._device)))
         os.write(self._go, b"m")
         # The kernel sees a server that died by the last descriptor of the device: none may stay here.
         self._ours.close()
@@ -230,25 +231,25 @@ def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
     home = str(Path(__file__).resolve().parents[3])
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(contextlib.ExitStack())
-        device = ours.enter_context(mounts.closing(fuse.open_device()))
-        held = stack.enter_context(mounts.closing(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)))
+        device = ours.enter_context(closing(fuse.open_device()))
+        held = stack.enter_context(opened(lock, os.O_RDWR | os.O_CREAT, mode=0o600))
         fcntl.flock(held, fcntl.LOCK_EX)
         # Isolated, and without site: nothing of the caller's surroundings, and a quick start.
         words = [sys.executable, "-I", "-S", "-c", _PROGRAM, home, str(device), str(held)]
         server = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(device, held))
         stack.enter_context(server)
         # While the other starts. It answers from the moment on that it knows what.
-        mount = stack.enter_context(mounts.closing(fuse.mount(device)))
+        mount = stack.enter_context(closing(fuse.mount(device)))
         _tell(server, tree, mapping)
         # The kernel sees a server that died by the last descriptor of the device: none may stay here.
         ours.close()
-        yield stack.enter_context(mounts.closing(fuse.open_tree_root(mount)))
+        yield stack.enter_context(closing(fuse.open_tree_root(mount)))
 
 
 def is_served(lock: Path) -> bool:
     """Return whether a process of the server that holds ``lock`` is still there."""
     try:
-        with mounts.closing(os.open(lock, os.O_RDWR | os.O_CLOEXEC)) as fd:
+        with opened(lock, os.O_RDWR) as fd:
             return not try_lock(fd, shared=True)
     except FileNotFoundError:
         return False

@@ -103,7 +103,7 @@ class _Mount(contextlib.ExitStack):
         layers = sl.storage_layers(lower, self.namespace, top_changes=not self.upper)
         if self.upper and not self.shift and self._is_mounted():
             # podman asks again for what it has mounted already, to look at it.
-            mounts.attach(self._closing(mounts.clone(self.target)), self.target)
+            mounts.attach(self._closing(sc.open_tree(self.target)), self.target)
             return Mounted("bind")
         views = tuple(layer for layer in layers if not layer.fixed)
         over = list(map(self._view, views))
@@ -112,7 +112,7 @@ class _Mount(contextlib.ExitStack):
         return replace(stacked.mounted, way="snapshot") if views else stacked.mounted
 
     def _closing(self, fd: int) -> int:
-        return self.enter_context(mounts.closing(fd))
+        return self.enter_context(sc.closing(fd))
 
     def _opened(self, paths: Iterable[Path | str]) -> list[int]:
         return [self._closing(mounts.open_folder(path)) for path in paths]

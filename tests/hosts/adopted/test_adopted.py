@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from judge import Shown, differences, snapshot
 from needs import need_root, need_tool
-from page_cache import drop
 from programs import answer, run, run_layerkit, wait_for
 
 import layerkit
@@ -28,6 +27,7 @@ from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.linux import mounts
 from layerkit.linux.folders.reader import LayerFolder, Marks
+from layerkit.linux.syscalls import closing
 from layerkit.model.errors import InvalidImage, NotFound, UnsupportedHost, UsageError
 from layerkit.store.local import LocalStore
 
@@ -59,8 +59,8 @@ def judged(folders: tuple[LayerFolder, ...], work: Path) -> Iterator[Path]:
         for fd in mapped:
             stack.callback(os.close, fd)
         # An overlay wants two layers; the empty one lies at the bottom, where it adds nothing.
-        last = stack.enter_context(mounts.closing(mounts.open_folder(empty)))
-        overlay = stack.enter_context(mounts.closing(mounts.overlay(mounts.Layers([*mapped, last]))))
+        last = stack.enter_context(closing(mounts.open_folder(empty)))
+        overlay = stack.enter_context(closing(mounts.overlay(mounts.Layers([*mapped, last]))))
         mounts.attach(overlay, shown)
     try:
         yield shown
@@ -381,7 +381,7 @@ def test_a_ready_upper_is_mounted_with_the_printed_line(
 
 @pytest.mark.usefixtures("caches_stay")
 def test_the_page_cache_is_the_runtimes_own(podman_store: tuple[Path, Path], store: Path, tmp_path: Path) -> None:
-    from layerkit.linux import pagecache
+    from page_cache import drop, resident_bytes
 
     unpacked = find_unpacked(f"containers-storage:[overlay@{podman_store[0]}]app")
     with adopted(unpacked, store, tmp_path / "m"):
@@ -389,9 +389,9 @@ def test_the_page_cache_is_the_runtimes_own(podman_store: tuple[Path, Path], sto
         path = shown.relative_to(tmp_path / "m")
         below = next(f.path / path for f in reversed(unpacked.folders) if (f.path / path).is_file())
         drop(below)
-        assert pagecache.resident_bytes(shown)[0] < shown.stat().st_size
+        assert resident_bytes(shown)[0] < shown.stat().st_size
         below.read_bytes()
-        assert pagecache.resident_bytes(shown) == (shown.stat().st_size,) * 2
+        assert resident_bytes(shown) == (shown.stat().st_size,) * 2
 
 
 def test_more_layers_than_an_overlay_takes(tmp_path: Path) -> None:

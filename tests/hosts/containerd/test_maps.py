@@ -23,12 +23,11 @@ import pytest
 from engines import short_folder
 from kernel_mounts import mounts_below
 from needs import need_root, need_tool
-from page_cache import drop
+from page_cache import drop, resident_bytes
 from programs import run_layerkit
 from snapshot_client import ACTIVE, COMMITTED, Client, Process, mounted, refused, snapshotter
 
 from layerkit.api import open as api
-from layerkit.linux import pagecache
 from layerkit.model.digest import Digest
 from layerkit.model.image import chain_ids
 
@@ -197,9 +196,9 @@ def test_page_cache_grows_once(client: Client, tmp_path: Path) -> None:
             found = client.prepare(f"c{shift}", base, labels(f"0:{shift}:65536"))
             roots.append(stack.enter_context(mounted(found, tmp_path / str(shift))))
         drop(roots[0] / "big")
-        assert pagecache.resident_bytes(roots[1] / "big")[0] == 0
+        assert resident_bytes(roots[1] / "big")[0] == 0
         (roots[0] / "big").read_bytes()
-        assert pagecache.resident_bytes(roots[1] / "big") == (len(_BIG), len(_BIG))
+        assert resident_bytes(roots[1] / "big") == (len(_BIG), len(_BIG))
 
 
 # Layers in layerkit's store

@@ -13,7 +13,7 @@ from typing import Any
 import browser
 import pytest
 from needs import need_root, need_tool
-from page_cache import drop
+from page_cache import drop, resident_bytes
 from programs import Cli
 
 import layerkit
@@ -22,7 +22,6 @@ from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis.cache import CachedFile, CacheReport, MountCache, cache_report
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.linux import pagecache
 from layerkit.store.local import LocalStore
 
 SIZE = 3 << 20
@@ -75,7 +74,7 @@ def test_one_memory_for_three_mounts(store_dir: Path, tmp_path: Path, big: Path)
         assert found["by_sharers"] == [[3, SIZE]]
         assert (found["top"][0]["path"], found["top"][0]["mounts"]) == ("big", 3)
         # Looking brought nothing in.
-        assert pagecache.resident_bytes(big.parent / "small")[0] == 0
+        assert resident_bytes(big.parent / "small")[0] == 0
 
 
 @pytest.mark.usefixtures("caches_stay")

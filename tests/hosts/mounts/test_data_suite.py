@@ -15,9 +15,10 @@ from judge import Shown, differences, mapped, snapshot
 from kernel_mounts import mounts_below
 from made_images import Layout, special
 from needs import missing, need_root, need_tool
+from page_cache import resident_bytes
 
 import layerkit
-from layerkit.linux import fuse, pagecache
+from layerkit.linux import fuse
 
 BACKENDS = ("tar", "objects", "adopted")
 RENDERINGS = ("erofs", "directory", "fuse")
@@ -139,7 +140,7 @@ def test_names_owners_and_bytes_are_the_images(image: Image, mount: Mount, tmp_p
 def test_two_maps_share_the_pages_of_the_data(image: Image, mount: Mount) -> None:
     with mount("one") as one, mount("two", 300_000) as two:
         assert (one / "etc/big").read_bytes() == BIG
-        resident, size = pagecache.resident_bytes(two / "etc/big")
+        resident, size = resident_bytes(two / "etc/big")
         assert (size, resident >= size) == (len(BIG), True)
         assert ((one / "etc/conf").stat().st_uid, (two / "etc/conf").stat().st_uid) == (100_001, 300_001)
 

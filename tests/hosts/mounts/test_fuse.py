@@ -27,6 +27,8 @@ from layerkit.formats.meta.fuse_tree import FuseTree, write_tree
 from layerkit.hosts.mounts.served import Keeper
 from layerkit.hosts.podman import mount_program
 from layerkit.linux import fuse, mounts
+from layerkit.linux import syscalls as sc
+from layerkit.linux.syscalls import closing
 from layerkit.metaonly import metadata_layer
 from layerkit.model.errors import InvalidImage, UnsupportedHost
 
@@ -114,7 +116,7 @@ def test_a_map_shows_what_an_idmapped_mount_shows(rendering: str, tmp_path: Path
     layer, target, judge = tmp_path / "layer", tmp_path / "m", tmp_path / "judge"
     make_layer(layer)
     judge.mkdir()
-    with mounts.closing(mounts.idmapped_clone(layer, MAP, MAP)) as fd:
+    with closing(mounts.idmapped_clone(layer, MAP, MAP)) as fd:
         mounts.attach(fd, judge)
     try:
         with mounted(tmp_path / "store", f"lowerdir={layer},{map_words()},rendering={rendering}", target):
@@ -258,7 +260,7 @@ def test_a_stub_without_an_overlay_is_an_error_and_never_zeros(tmp_path: Path) -
 
 
 def attach(keeper: Keeper, target: Path) -> None:
-    with mounts.closing(keeper.mount()) as root, mounts.closing(mounts.clone(root)) as fd:
+    with closing(keeper.mount()) as root, closing(sc.open_tree(root)) as fd:
         mounts.attach(fd, target)
 
 
@@ -353,7 +355,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     with mounted(store, f"lowerdir={layer},{map_words()}", target):
         judge = tmp_path / "judge"
         judge.mkdir()
-        with mounts.closing(mounts.idmapped_clone(layer, MAP, MAP)) as fd:
+        with closing(mounts.idmapped_clone(layer, MAP, MAP)) as fd:
             mounts.attach(fd, judge)
         try:
             assert differences(snapshot(target), snapshot(judge)) == []

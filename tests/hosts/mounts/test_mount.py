@@ -24,6 +24,8 @@ from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import RunFolder
 from layerkit.hosts.mounts.spec import MountLayer, MountSpec
 from layerkit.linux import mounts
+from layerkit.linux import syscalls as sc
+from layerkit.linux.syscalls import closing
 from layerkit.metaonly import Namespace, data_path
 from layerkit.model.errors import LayerkitError, NotFound, StoreError, UnsupportedHost, UsageError
 
@@ -240,6 +242,8 @@ def test_a_kill_in_mid_mount_leaves_what_clear_stale_and_umount_clear(lab: Lab, 
         lab,
         f"""
 from layerkit.linux import mounts, syscalls
+from layerkit.linux.syscalls import closing
+from layerkit.linux import syscalls as sc
 left = {step}
 def dying(name, real):
     def call(*a, **k):
@@ -541,7 +545,7 @@ class TestBelow:
         try:
             image = folder / "meta.erofs"
             image.write_bytes((lab.root / "meta.erofs").read_bytes())
-            with mounts.closing(mounts.erofs(image, directio=True)) as fd:
+            with closing(mounts.erofs(image, directio=True)) as fd:
                 assert Path(f"/proc/self/fd/{fd}/etc/link").readlink() == Path("conf")
         finally:
             (folder / "meta.erofs").unlink(missing_ok=True)
@@ -549,7 +553,7 @@ class TestBelow:
 
     def test_data_through_loop_devices(self, lab: Lab) -> None:
         spec = lab.spec.data[0]
-        with mounts.closing(mounts.erofs(spec.path, spec.tar, directio=True, loop_only=True)) as fd:
+        with closing(mounts.erofs(spec.path, spec.tar, directio=True, loop_only=True)) as fd:
             for data in CONTENT.values():
                 assert Path(f"/proc/self/fd/{fd}", os.fsdecode(data_path(sha(data)))).read_bytes() == data
 
@@ -578,10 +582,10 @@ class TestBelow:
         assert len(lab.ours()) == 3
 
     def test_a_filesystem_that_cannot_be_idmapped_is_named(self, lab: Lab) -> None:
-        with mounts.closing(mounts.clone("/proc")) as fd, pytest.raises(UnsupportedHost, match="idmapped"):
+        with closing(sc.open_tree("/proc")) as fd, pytest.raises(UnsupportedHost, match="idmapped"):
             from layerkit.linux import userns
 
-            with mounts.closing(userns.userns_fd(*MAP)) as namespace:
+            with closing(userns.userns_fd(*MAP)) as namespace:
                 mounts.idmap(fd, namespace)
 
     def test_descriptors_do_not_leak(self, lab: Lab) -> None:

@@ -32,6 +32,7 @@ from layerkit.formats.erofs.meta import build_meta
 from layerkit.formats.meta.tar import write_tar
 from layerkit.linux import mounts
 from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.syscalls import closing
 from layerkit.metaonly import MetadataLayer, Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.tree import Tree
@@ -98,7 +99,7 @@ class Bench:
         return root
 
     def attach(self, mount: int, target: Path) -> Path:
-        with mounts.closing(mount):
+        with closing(mount):
             mounts.attach(mount, target)
         self.mounted.append(target)
         return target
@@ -120,7 +121,7 @@ class Bench:
         with ExitStack() as fds:
 
             def opened(path: Path) -> int:
-                return fds.enter_context(mounts.closing(mounts.open_folder(path)))
+                return fds.enter_context(closing(mounts.open_folder(path)))
 
             layers = mounts.Layers(
                 [opened(p) for p in lower],

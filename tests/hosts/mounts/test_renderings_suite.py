@@ -21,6 +21,7 @@ from layerkit.hosts.mounts.served import served
 from layerkit.idmap import Mapping
 from layerkit.linux import fuse, mounts
 from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.syscalls import closing
 from layerkit.metaonly import METACOPY_VALUE, Namespace, metadata_layer
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.tree import Tree
@@ -66,7 +67,7 @@ def rendered(kind: str, tree: Tree, folder: Path, namespace: Namespace = Namespa
         assert [x for x in said if not any(text in x for text in remarks)] == []
         yield folder / "meta"
     elif kind == "erofs":
-        with mounts.closing(mounts.erofs(folder / "file")) as fd:
+        with closing(mounts.erofs(folder / "file")) as fd:
             yield Path(f"/proc/self/fd/{fd}/.")
     else:
         with served(folder / "file", Mapping.identity(), folder / "lock") as fd:

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, podman
-from page_cache import drop
+from page_cache import drop, resident_bytes
 from programs import wait_for
 from rootless_podman import load_box, need_podman, write_program
-
-from layerkit.linux import pagecache
 
 MAP = ("--uidmap", "0:100000:65536")
 RUN = ("run", "--rm", "--network", "none", "--cgroups", "no-conmon")
@@ -114,7 +112,7 @@ def test_two_maps_share_data_and_page_cache(engine: Engine) -> None:
         for name in ("one", "two"):
             drop(data)
             engine("exec", name, "md5sum", "/data/big")
-            assert pagecache.resident_bytes(data)[0] == pages * os.sysconf("SC_PAGE_SIZE")
+            assert resident_bytes(data)[0] == pages * os.sysconf("SC_PAGE_SIZE")
     finally:
         _remove(engine, "one", "two")
 

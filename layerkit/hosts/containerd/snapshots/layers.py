@@ -112,7 +112,7 @@ class Places:
             return place
         with self.alone(what):
             if not mounts.is_mount(place):
-                with mounts.closing(make()) as fd:
+                with sc.closing(make()) as fd:
                     place.mkdir(mode=0o700, exist_ok=True)
                     # What a container may do over this is decided by the flags of its own overlay.
                     mounts.attach(fd, place, attributes=sc.MOUNT_ATTR_NOEXEC)

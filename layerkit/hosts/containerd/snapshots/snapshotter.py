@@ -26,7 +26,7 @@ from layerkit.idmap import Mapping as IdMapping
 from layerkit.linux import userns
 from layerkit.linux.durable import remove
 from layerkit.linux.folders.walk import TOP_FOLDER, disk_usage
-from layerkit.linux.mounts import closing
+from layerkit.linux.syscalls import opened
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, SnapshotError, StoreError, UsageError
 from layerkit.model.limits import Limits
@@ -322,7 +322,7 @@ class Snapshotter:
             files = new / stacks.FILES
             if lowers.normal:
                 # An overlay shows the root of its upper: owner, mode and xattrs are those of the layer below.
-                with closing(os.open(lowers.normal[0], TOP_FOLDER)) as top:
+                with opened(lowers.normal[0], TOP_FOLDER) as top:
                     like_root(files, top, Namespace.TRUSTED)
             else:
                 files.mkdir()
