@@ -15,7 +15,7 @@ import numpy as np
 
 from layerkit.formats.meta.tar import write_tar
 from layerkit.linux import mounts
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.linux.syscalls import closing
 from layerkit.metaonly import MetadataLayer, metadata_layer
 from layerkit.model import sparse

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from layerkit.linux.syscalls import AT_FDCWD, FOLDER, checked, failed, libc, opened
+from layerkit.linux.syscalls import AT_FDCWD, FOLDER, checked, closing, failed, libc, opened
 from layerkit.model.errors import StoreError, UsageError
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -381,7 +381,7 @@ def remove(path: str | Path, at: int | None = None) -> None:
         top = os.open(path, FOLDER, dir_fd=at)
     except FileNotFoundError:
         return
-    try:
+    with closing(top):
         moved = (f".removed-{uuid.uuid4().hex}-{number}" for number in itertools.count())
         waiting = _clear_files(top)
         while waiting:
@@ -391,8 +391,6 @@ def remove(path: str | Path, at: int | None = None) -> None:
                     waiting.append(next(moved))
                     os.rename(below, waiting[-1], src_dir_fd=fd, dst_dir_fd=top)
             os.rmdir(name, dir_fd=top)
-    finally:
-        os.close(top)
     os.rmdir(path, dir_fd=at)
 
 

@@ -18,7 +18,6 @@ from layerkit.model.errors import UnsupportedHost
 
 FAN_MODIFY = 0x02
 FAN_CLOSE_WRITE = 0x08
-FAN_OPEN = 0x20
 _Q_OVERFLOW = 0x4000
 
 _CLOEXEC, _NONBLOCK, _UNLIMITED_QUEUE = 0x01, 0x02, 0x10

@@ -41,7 +41,7 @@ def read_inside(root: int, path: str, limit: int) -> bytes:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return b""
         raise InvalidImage(f"/{path.lstrip('/')} of the image: {os.strerror(error.errno or 0)}") from error
-    try:
+    with sc.closing(fd):
         shown = os.fstat(fd)
         if not stat.S_ISREG(shown.st_mode):
             raise InvalidImage(f"/{path.lstrip('/')} of the image is not a regular file")
@@ -49,8 +49,6 @@ def read_inside(root: int, path: str, limit: int) -> bytes:
             raise InvalidImage(f"/{path.lstrip('/')} of the image has {shown.st_size} bytes; want at most {limit}")
         with open(fd, "rb", closefd=False) as file:
             return file.read(limit)
-    finally:
-        os.close(fd)
 
 
 def make_folders(root: int, path: str, uid: int, gid: int) -> int:

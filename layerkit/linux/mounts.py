@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,16 +51,15 @@ class Context(AbstractContextManager["Context"]):
         try:
             self.fd = sc.fsopen(fstype)
         except OSError as error:
-            if error.errno == errno.ENODEV:
-                raise UnsupportedHost(f"the filesystem {fstype}", f"try: modprobe {fstype}") from error
-            if error.errno == errno.ENOSYS:
-                raise UnsupportedHost("fsopen(2)", "Linux 5.2 or newer has it; seccomp may hide it") from error
-            if error.errno == errno.EPERM:
-                raise UnsupportedHost(
-                    f"mounting {fstype} for this user",
-                    "run as root, or in a user namespace where it may be mounted",
-                ) from error
-            raise
+            missing = {
+                errno.ENODEV: (f"the filesystem {fstype}", f"try: modprobe {fstype}"),
+                errno.ENOSYS: ("fsopen(2)", "Linux 5.2 or newer has it; seccomp may hide it"),
+                errno.EPERM: (f"mounting {fstype} for this user",
+                              "run as root, or in a user namespace where it may be mounted"),
+            }.get(error.errno or 0)  # fmt: skip
+            if missing is None:
+                raise
+            raise UnsupportedHost(*missing) from error
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
@@ -168,10 +167,8 @@ def loop_device(file: Path, *, direct: bool = False) -> Iterator[Path]:
     """
     with sc.opened(file) as backing:
         device, path = _configure(backing, file, direct)
-    try:
+    with sc.closing(device):
         yield path
-    finally:
-        os.close(device)
 
 
 def _configure(backing: int, file: Path, direct: bool) -> tuple[int, Path]:
@@ -428,6 +425,13 @@ def mount_table(process: int | str = "self") -> list[Mount]:
             )
         )  # fmt: skip
     return table
+
+
+def namespaces() -> Iterator[tuple[int, str]]:
+    """Yield (inode of the mount namespace, pid) of each process that may be asked; some hide even from root."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            yield (process / "ns" / "mnt").stat().st_ino, process.name
 
 
 def mount_id(path: Path | str) -> int:

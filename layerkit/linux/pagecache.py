@@ -8,7 +8,7 @@ import mmap
 from layerkit.linux import syscalls as sc
 
 _SPAN_BYTES = 1 << 30
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = sc.libc
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,

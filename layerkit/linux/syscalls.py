@@ -44,6 +44,9 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLONE_FS, CLONE_NEWNS, CLONE_NEWUSER = 0x00000200, 0x00020000, 0x10000000
 
 FICLONE = 0x40049409
+_FIEMAP, _FIEMAP_SYNC = 0xC020660B, 0x1
+_FIEMAP_HEAD, _EXTENT = struct.Struct("=QQIIII"), struct.Struct("=QQQQQIIII")
+_EXTENT_LAST, _EXTENT_SHARED, _EXTENTS_AT_ONCE = 0x1, 0x2000, 256
 _SMALL_BYTES = 128 << 10
 """Up to here a read and a write are faster than copy_file_range."""
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -216,6 +219,41 @@ def clone_file(source: int, target: int) -> None:
         OSError: ``EOPNOTSUPP``, ``EXDEV`` or ``EINVAL`` where the filesystem cannot.
     """
     fcntl.ioctl(target, FICLONE, source)
+
+
+class Blocks(NamedTuple):
+    """Bytes of a file's extents: all of them, and those shared with other files."""
+
+    mapped: int
+    shared: int
+
+
+def blocks_of(path: PathLike) -> Blocks | None:
+    """Return the extents (FIEMAP) of the file at ``path``, through no link at its end.
+
+    Returns:
+        None where its filesystem does not tell.
+    """
+    mapped = shared = start = 0
+    with opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+        while True:
+            buffer = bytearray(_FIEMAP_HEAD.size + _EXTENTS_AT_ONCE * _EXTENT.size)
+            _FIEMAP_HEAD.pack_into(buffer, 0, start, 2**63 - 1 - start, _FIEMAP_SYNC, 0, _EXTENTS_AT_ONCE, 0)
+            try:
+                fcntl.ioctl(fd, _FIEMAP, buffer)
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                    return None
+                raise
+            count, flags = _FIEMAP_HEAD.unpack_from(buffer)[3], _EXTENT_LAST
+            for i in range(count):
+                at = _FIEMAP_HEAD.size + i * _EXTENT.size
+                logical, _, length, _, _, flags, *_ = _EXTENT.unpack_from(buffer, at)
+                mapped += length
+                shared += length if flags & _EXTENT_SHARED else 0
+                start = logical + length
+            if count == 0 or flags & _EXTENT_LAST:
+                return Blocks(mapped, shared)
 
 
 class Run(NamedTuple):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from layerkit.idmap import IdExtent, IdMap, is_id
 from layerkit.linux import syscalls as sc
-from layerkit.linux.syscalls import opened
 from layerkit.model.errors import UnsupportedHost, UsageError
 
 Extents = Sequence[tuple[int, int, int]]
@@ -118,7 +117,7 @@ def _spawn_sleeper() -> int:
 def _write(pid: int, name: str, text: bytes) -> None:
     path = f"/proc/{pid}/{name}"
     try:
-        with opened(path, os.O_WRONLY) as fd:
+        with sc.opened(path, os.O_WRONLY) as fd:
             os.write(fd, text)
     except OSError as error:
         shown = text.decode().strip().replace("\n", ", ")

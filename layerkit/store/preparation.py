@@ -165,7 +165,7 @@ class Preparation:
                 with (writer.path / TREE_FILE).open("xb") as file:
                     write_tree(layer, file)
             elif rendering is Rendering.DIRECTORY:
-                from layerkit.linux.folders.stubs import write_directory
+                from layerkit.linux.folders.writer import write_directory
 
                 writer.root.mkdir()
                 write_directory(layer, writer.root, progress=progress)

@@ -209,7 +209,7 @@ def write_upper(
         NotFound, FolderChanged, UnmappedId: as :func:`mount_unpacked`.
     """
     from layerkit.linux.durable import whole_folder
-    from layerkit.linux.folders.stubs import write_directory
+    from layerkit.linux.folders.writer import write_directory
 
     if not userns.is_privileged():
         raise UnsupportedHost(

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.diagnosis.mounted import is_stub, layers_of, record_of
-from layerkit.linux import blocks as extents
 from layerkit.linux import fanotify, mounts
 from layerkit.linux.folders.walk import walk, xattr_path
+from layerkit.linux.syscalls import blocks_of
 from layerkit.metaonly import ORIGIN, Namespace
 from layerkit.model.entry import Kind
 from layerkit.model.errors import NotFound, UsageError, show_path
@@ -272,7 +272,7 @@ def _report(found: _Writable) -> CopyUpReport:
         moved = os.fsdecode(found.namespace.xattr(ORIGIN)) in os.listxattr(full, follow_symlinks=False)
         kind = DATA if below is not None or moved else MADE
         written = kind == MADE or below is None or (st.st_size, st.st_mtime_ns) != below
-        told = extents.blocks_of(full) if st.st_size and kind == DATA else None
+        told = blocks_of(full) if st.st_size and kind == DATA else None
         shared = -1 if told is None and kind == DATA and st.st_size else (told.shared if told else 0)
         files.append(CopyUp(show_path(path), kind, st.st_size, st.st_blocks * 512, shared, written))
         if kind == DATA and below is None:

@@ -173,12 +173,11 @@ def _checked(upper: Path) -> Path:
 def _mounted(place: Path) -> str:
     """Return where an overlay with ``place`` as upper or lower is mounted, in any mount namespace; else ""."""
     seen: set[int] = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    for namespace, process in mounts.namespaces():
+        if namespace in seen:
+            continue
         with contextlib.suppress(OSError):
-            namespace = (process / "ns" / "mnt").stat().st_ino
-            if namespace in seen:
-                continue
-            table = mounts.mount_table(process.name)
+            table = mounts.mount_table(process)
             seen.add(namespace)
             for mount in table:
                 if mount.fstype == "overlay" and _uses(OverlayOptions.shown(mount.super_options), str(place)):

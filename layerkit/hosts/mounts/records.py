@@ -200,13 +200,10 @@ class RunFolder:
         whole = Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE and userns.is_privileged()
         if not (others and whole):
             return []
-        alive, cleared = set[str](), []
-        for process in Path("/proc").glob("[0-9]*"):
-            # Some processes hide even from root; what a wrong guess costs is a record, see above.
-            with suppress(OSError):
-                alive.add(str((process / "ns" / "mnt").stat().st_ino))
+        # Of processes that hide even from root; what a wrong guess costs is a record, see above.
+        alive, cleared = {f"mnt-{namespace}" for namespace, _ in mounts.namespaces()}, []
         for folder in others:
-            if folder.name.removeprefix("mnt-") in alive:
+            if folder.name in alive:
                 continue
             with suppress(OSError), opened(folder / "lock", os.O_RDWR) as lock:
                 if try_lock(lock):

@@ -25,7 +25,7 @@ from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux import configuration
 from layerkit.linux.folders.reader import LayerFolder, Marks, index_layer_folder
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.metaonly import OPAQUE, WHITEOUT_DEVICE, WHITEOUT_MODE, YES, MetadataLayer, Namespace
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Kind
 from layerkit.model.index import Index

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.walk import FILE, open_below, walk, xattr_names, xattr_path
-from layerkit.linux.syscalls import CLONE_FS, opened
+from layerkit.linux.syscalls import CLONE_FS, closing, opened
 from layerkit.metaonly import METACOPY, OPAQUE, REDIRECT, WHITEOUT, YES, is_whiteout, own_mark, unescaped
 from layerkit.model.digest import Digest
 from layerkit.model.entry import OPAQUE_NAME, WHITEOUT_PREFIX, Entry, Extent, Kind, XattrSet
@@ -478,7 +478,7 @@ def read_runs(root: int, entry: Entry) -> Iterator[memoryview]:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             raise _changed(entry.path) from error
         raise
-    try:
+    with closing(fd):
         digest = hashlib.sha256()
         for start, length in ((0, entry.size),) if entry.sparse is None else entry.sparse:
             while length:
@@ -491,8 +491,6 @@ def read_runs(root: int, entry: Entry) -> Iterator[memoryview]:
         # The digest of a sparse file is that of its holes too.
         if entry.sparse is None and digest.digest() != entry.sha256:
             raise _changed(entry.path)
-    finally:
-        os.close(fd)
 
 
 def belongs_to_image(key: bytes) -> bool:

@@ -27,7 +27,7 @@ from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis import copyups
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
-from layerkit.linux import blocks as extents
+from layerkit.linux.syscalls import blocks_of
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.store.local import LocalStore
 
@@ -86,7 +86,7 @@ def test_an_open_for_writing_takes_no_block_where_files_can_share_them(tmp_path:
     with disk(tmp_path, kind, size=512 << 20) as place, writable(place) as target:
         subprocess.run(["sync", "-f", place], check=True)
         os.close(os.open(target / "read-write", os.O_RDWR))
-        found = extents.blocks_of(str(place / "up/read-write"))
+        found = blocks_of(str(place / "up/read-write"))
         assert found is not None
         assert (found.mapped, found.mapped - found.shared) == (SIZE, 0)
         change(target)

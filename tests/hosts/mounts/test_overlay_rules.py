@@ -31,7 +31,7 @@ from layerkit import idmap
 from layerkit.formats.erofs.meta import build_meta
 from layerkit.formats.meta.tar import write_tar
 from layerkit.linux import mounts
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.linux.syscalls import closing
 from layerkit.metaonly import MetadataLayer, Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind

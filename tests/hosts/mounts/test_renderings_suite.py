@@ -20,7 +20,7 @@ from layerkit.formats.meta.tar import write_tar
 from layerkit.hosts.mounts.served import served
 from layerkit.idmap import Mapping
 from layerkit.linux import fuse, mounts
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.linux.syscalls import closing
 from layerkit.metaonly import METACOPY_VALUE, Namespace, metadata_layer
 from layerkit.model.entry import Entry, Kind

@@ -30,7 +30,7 @@ from layerkit.linux import mounts
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import is_staging, remove, staging_beside, sync_path, whole_file
 from layerkit.linux.folders.reader import index_layer_folder
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.linux.probe import Features
 from layerkit.metaonly import metadata_layer, redirects
 from layerkit.model.digest import Digest

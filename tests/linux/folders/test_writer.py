@@ -16,8 +16,7 @@ from disks import disk
 from stub_trees import ACL, CAPABILITY, EVERYTHING, shown, wanted
 from trees import file, folder, tree_of
 
-from layerkit.linux.folders.stubs import write_directory
-from layerkit.linux.folders.writer import Written
+from layerkit.linux.folders.writer import Written, write_directory
 from layerkit.metaonly import Namespace, metadata_layer
 from layerkit.model.entry import Entry, Kind
 from layerkit.model.errors import Cancelled, InvalidImage, LayerkitError, LossyResult, StoreError
@@ -202,7 +201,7 @@ def test_xattrs_the_kernel_has_no_place_for(tmp_path: Path, name: bytes) -> None
 _IMPORTS = """
 from stub_trees import ACL, CAPABILITY, EVERYTHING, NOBODY, acl, shown, wanted
 from trees import file, folder, tree_of
-from layerkit.linux.folders.stubs import write_directory
+from layerkit.linux.folders.writer import write_directory
 from layerkit.metaonly import Namespace, data_path, metadata_layer
 from layerkit.model.entry import Entry, Kind
 """
