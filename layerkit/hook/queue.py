@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from layerkit.formats.toml_settings import whole
+from layerkit.linux.syscalls import opened
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
 
@@ -607,15 +608,12 @@ class Holders:
             return True
         path = self._folder / name
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with opened(path, os.O_RDWR | os.O_NOFOLLOW) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        finally:
-            os.close(fd)
         path.unlink(missing_ok=True)
         return False
 

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from layerkit.formats.erofs import data as erofs_data
 from layerkit.formats.index import file as index_file
 from layerkit.linux.durable import NewFile, disk_errors, remove, sync_filesystem
+from layerkit.linux.syscalls import opened
 from layerkit.model.errors import DigestMismatch, StoreError
 from layerkit.model.index import Index
 from layerkit.store.catalog import Catalog, LayerRow, Publication
@@ -137,8 +138,7 @@ def put_layer(catalog: Catalog, index: Index, files: LayerFiles) -> None:
     """Publish a layer's files and its row, in one transaction."""
     layout, tar, batch = catalog.layout, files.tar, files.batch
     diff_id = index.diff_id
-    root = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(layout.root, os.O_DIRECTORY) as root:
         if batch is not None:
             sync_filesystem(root)
         out = Publication()
@@ -165,19 +165,16 @@ def put_layer(catalog: Catalog, index: Index, files: LayerFiles) -> None:
             has_tar = tar is not None or bool(row and row.tar)
             has_objects = (batch is not None and files.whole) or bool(row and row.objects)
             catalog.put_layer(db, LayerRow(diff_id, index.tar_size, len(index), has_tar, has_objects))
-    finally:
-        os.close(root)
 
 
 def make_objects(spool: Spool, catalog: Catalog, index: Index, *, only: frozenset[bytes] | None = None) -> None:
     """Write the objects of a layer out of its stored tar; ``only`` those, by sha256, again in a repair."""
     batch = ObjectBatch(spool, catalog)
-    tar = os.open(catalog.layout.tar(index.diff_id), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        batch.write(tar, index, only=only)
+        with opened(catalog.layout.tar(index.diff_id)) as tar:
+            batch.write(tar, index, only=only)
         put_layer(catalog, index, LayerFiles(batch=batch, whole=only is None))
     finally:
-        os.close(tar)
         remove(batch.folder)
 
 

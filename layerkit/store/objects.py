@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from layerkit import metaonly
 from layerkit.linux.durable import rename_new
-from layerkit.linux.syscalls import Run, copy_run
+from layerkit.linux.syscalls import Run, copy_run, opened
 from layerkit.model.entry import Kind
 from layerkit.model.errors import StoreError
 from layerkit.model.index import Index
@@ -82,9 +82,8 @@ class ObjectBatch:
         self._known = known = self._catalog.known_objects(objects)
         names = metaonly.redirects(index.sha256[rows])[:, 1:].tobytes()
         width = metaonly.REDIRECT_BYTES - 1
-        root = os.open(self._layout.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         jobs: list[tuple[int, ObjectRow, bytes]] = []
-        try:
+        with opened(self._layout.objects, os.O_DIRECTORY) as root:
             for i, (row, obj) in enumerate(zip(rows.tolist(), objects, strict=True)):
                 target = names[i * width : (i + 1) * width]
                 if only is not None:
@@ -97,8 +96,6 @@ class ObjectBatch:
                             continue
                     self._wrong.add(obj.short)
                 jobs.append((row, obj, target))
-        finally:
-            os.close(root)
         self._rows.extend(objects if only is None else [obj for _, obj, _ in jobs])
         self._write_all(tar, index, jobs)
 
@@ -129,9 +126,8 @@ class ObjectBatch:
         known = self._known
         if self._catalog.version() != self._version:
             known = self._catalog.known_objects(self._rows)
-        source = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        target = os.open(self._layout.objects, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        flags = os.O_DIRECTORY
+        with opened(self.folder, flags) as source, opened(self._layout.objects, flags) as target:
             present = set(os.listdir(target))
             for obj, aside, name in self._written:
                 top = name[:2].decode()
@@ -145,9 +141,6 @@ class ObjectBatch:
                 elif obj.short not in known or obj.short in self._wrong:
                     # Without a row it is what a killed run left; its content was never vouched for.
                     os.rename(aside, name, src_dir_fd=source, dst_dir_fd=target)
-        finally:
-            os.close(source)
-            os.close(target)
         Catalog.put_objects(db, [row for row in self._rows if row.short not in known])
 
     def undo(self) -> None:
@@ -160,11 +153,10 @@ class ObjectBatch:
 
 def _write_slice(folder: Path, tar: int, index: Index, jobs: list[tuple[int, ObjectRow, bytes]]) -> None:
     folder.mkdir()
-    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     offsets, maps = index.offset, index.sparse
     fix_mode = True
-    try:
+    with opened(folder, os.O_DIRECTORY) as at:
         for row, obj, name in jobs:
             fd = os.open(name[3:], flags, FILE_MODE, dir_fd=at)
             try:
@@ -184,8 +176,6 @@ def _write_slice(folder: Path, tar: int, index: Index, jobs: list[tuple[int, Obj
                         os.fchmod(fd, FILE_MODE)
             finally:
                 os.close(fd)
-    finally:
-        os.close(at)
 
 
 def copy_whole(run: Run, target: int, *, in_kernel: bool = True) -> None:

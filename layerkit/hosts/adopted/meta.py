@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux.folders.reader import LayerFolder, index_layer_folder, read_state
-from layerkit.linux.syscalls import FOLDER, born
+from layerkit.linux.syscalls import FOLDER, born, closing
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, StoreError, show_path
@@ -104,7 +104,7 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
             f"{folder.path}: the layer {folder.name or 'folder'} is not there (any more); its runtime removes a "
             "layer with the last image that has it: pull the image again, or name another"
         ) from None
-    try:
+    with closing(root):
         identity = folder_identity(root, folder)
         with store.layer_lock(identity):
             kept = _kept(store, root, identity, folder, reread)
@@ -127,8 +127,6 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
                 },
             )  # fmt: skip
             return AdoptedLayer(folder, diff_id, True)
-    finally:
-        os.close(root)
 
 
 def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, reread: bool) -> Digest | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from layerkit.linux.durable import naming
+from layerkit.linux.syscalls import opened
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.errors import DigestMismatch, InvalidImage, LimitExceeded
 from layerkit.model.limits import Limits
@@ -33,11 +34,8 @@ class FileRange:
     @classmethod
     def whole(cls, path: str | os.PathLike[str]) -> FileRange:
         """Read the file at ``path``."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with opened(path) as fd:
             return cls(fd, 0, os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill ``buffer`` from its start; return the bytes written, 0 at the end."""

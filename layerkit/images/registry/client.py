@@ -43,6 +43,7 @@ from layerkit.images.registry.blobs import Chunks, RemoteBlob, Upload, check_ran
 from layerkit.images.registry.hosts import Endpoint, base_url, endpoints
 from layerkit.images.registry.names import RegistryRef, fallback_tag, parse_host
 from layerkit.images.registry.transport import Ask, Traffic, Transport, next_url, origin
+from layerkit.linux.syscalls import opened
 from layerkit.model.descriptor import Descriptor
 from layerkit.model.digest import Digest
 from layerkit.model.errors import DigestMismatch, InvalidImage, NotFound, RegistryError, UsageError
@@ -529,9 +530,6 @@ def _turn(key: str) -> Iterator[None]:
     if folder.stat().st_uid != os.getuid():
         raise RegistryError(key, 0, f"{folder} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of yours")
     name = hashlib.sha256(key.encode()).hexdigest()[:2]  # few files that stay, each for many lists
-    fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
+    with opened(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode=0o600) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
