@@ -402,7 +402,6 @@ class Mount(NamedTuple):
     """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5)); ``root`` is the folder of ``device`` that it shows."""
 
     mount_id: int
-    parent_id: int
     device: str
     root: str
     point: str
@@ -417,13 +416,11 @@ def mount_table(process: int | str = "self") -> list[Mount]:
     table = []
     for line in Path(f"/proc/{process}/mountinfo").read_bytes().splitlines():
         left, _, right = line.partition(b" - ")
-        first, last = left.split(b" "), right.split(b" ")
-        table.append(
-            Mount(
-                int(first[0]), int(first[1]), os.fsdecode(first[2]), _unescape(first[3]), _unescape(first[4]),
-                _unescape(last[0]), _unescape(last[1]), _unescape(first[5]), os.fsdecode(last[2]),
-            )
-        )  # fmt: skip
+        number, _, device, *places = left.split(b" ")[:6]
+        fstype, source, shown = right.split(b" ")[:3]
+        root, point, options, fstype_text, source_text = map(_unescape, (*places, fstype, source))
+        more = os.fsdecode(shown)  # which has escapes of its own
+        table.append(Mount(int(number), os.fsdecode(device), root, point, fstype_text, source_text, options, more))
     return table
 
 

@@ -8,13 +8,8 @@ import mmap
 from layerkit.linux import syscalls as sc
 
 _SPAN_BYTES = 1 << 30
-_libc = sc.libc
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_mmap = sc.libc.mmap
+_mmap.restype = ctypes.c_void_p
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -43,15 +38,17 @@ def cached_of(fd: int, size: int) -> int:
 
 
 def _resident(fd: int, start: int, length: int) -> int:
-    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-    if address == _MAP_FAILED:
+    span = ctypes.c_size_t(length)
+    found = _mmap(None, span, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_longlong(start))
+    if found == _MAP_FAILED:
         raise sc.failed(ctypes.get_errno(), "mmap")
+    address = ctypes.c_void_p(found)
     try:
         pages = -(-length // mmap.PAGESIZE)
         vector = ctypes.create_string_buffer(pages)
-        sc.checked(_libc.mincore(address, length, vector), "mincore")
+        sc.checked(sc.libc.mincore(address, span, vector), "mincore")
     finally:
-        _libc.munmap(address, length)
+        sc.libc.munmap(address, span)
     raw = vector.raw
     if raw.strip(b"\0\1"):
         # Only the lowest bit of each byte has a meaning.

@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
@@ -58,7 +57,8 @@ sys.exit(0 if Features(Path(sys.argv[1])).overlay_userxattr else 1)
 """
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """One feature for a person: its name, whether it is present, why it matters, what to do without it."""
 
     feature: str
@@ -166,17 +166,19 @@ class Features:
     @cached_property
     def erofs_file(self) -> bool:
         """Whether it can be mounted without a loop device (6.12)."""
-        return self._mounts(lambda place: mounts.erofs_file(_write_plain(place)))
+        return self._mounts(lambda place: mounts.erofs_file(*_written(place, tiny_erofs())))
 
     @cached_property
     def erofs_device(self) -> bool:
         """Whether an EROFS with blocks of 512 bytes can map files onto a raw tar in the store."""
-        return self._mounts(lambda place: mounts.erofs(*_write_device(place), directio=True))
+        return self._mounts(lambda place: mounts.erofs(*_over_device(place), directio=True))
 
     @cached_property
     def erofs_directio(self) -> bool:
         """Whether such an EROFS can read the tar without a second copy in the page cache."""
-        return self._mounts(lambda place: mounts.erofs_file(*_write_device(place), directio=True))
+        return self._mounts(
+            lambda place: mounts.erofs_file(*_written(place, *tiny_erofs_over_device()), directio=True)
+        )
 
     @cached_property
     def erofs_idmap(self) -> bool:
@@ -285,20 +287,19 @@ def _enter(stack: ExitStack, fd: int) -> int:
     return stack.enter_context(sc.closing(fd))
 
 
-def _write_plain(place: Path) -> Path:
-    (place / "plain.erofs").write_bytes(tiny_erofs())
-    return place / "plain.erofs"
+def _written(place: Path, *contents: bytes) -> list[Path]:
+    files = [place / f"file{number}" for number in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    return files
 
 
-def _write_device(place: Path) -> tuple[Path, Path]:
-    image, device = tiny_erofs_over_device()
-    (place / "data.erofs").write_bytes(image)
-    (place / "layer.tar").write_bytes(device)
-    return place / "data.erofs", place / "layer.tar"
+def _over_device(place: Path) -> list[Path]:
+    return _written(place, *tiny_erofs_over_device())
 
 
 def _plain(place: Path) -> int:
-    return mounts.erofs(_write_plain(place))
+    return mounts.erofs(*_written(place, tiny_erofs()))
 
 
 def _content(mount: int) -> bytes:

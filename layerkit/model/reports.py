@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,12 @@ class Report:
     ``seconds``: wall time. ``warnings``: what the user must know, or what was odd but harmless.
     """
 
+    FOUND_OUT: ClassVar[tuple[str, ...]] = ()
+    """Properties that are told besides the fields."""
+
     def to_dict(self) -> dict[str, object]:
         """Return the answer as JSON-able values under the names of its fields."""
-        return asdict(self)
+        return asdict(self) | {name: getattr(self, name) for name in self.FOUND_OUT}
 
 
 @dataclass(frozen=True, slots=True)

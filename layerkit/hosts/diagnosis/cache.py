@@ -82,6 +82,8 @@ class CacheReport(Report):
         warnings: what could not be looked at, or not be trusted.
     """
 
+    FOUND_OUT = ("saved",)
+
     mounts: tuple[MountCache, ...]
     seen: int
     memory: int
@@ -93,10 +95,6 @@ class CacheReport(Report):
     def saved(self) -> int:
         """Return the bytes that copies for each mount would take more."""
         return self.seen - self.memory
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the report as JSON values."""
-        return Report.to_dict(self) | {"saved": self.saved}
 
 
 @dataclass(slots=True)

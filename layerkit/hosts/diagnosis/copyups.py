@@ -84,6 +84,8 @@ class CopyUpReport(Report):
         warnings: what the answer does not cover.
     """
 
+    FOUND_OUT = ("copied_bytes", "cloned_bytes", "needless_bytes")
+
     mount: str
     upper: str
     filesystem: str
@@ -109,13 +111,6 @@ class CopyUpReport(Report):
     def needless_bytes(self) -> int:
         """Return what of :attr:`copied_bytes` a copy at the first write would have saved."""
         return sum(file.copied for file in self.files if not file.written)
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the report as JSON values."""
-        return Report.to_dict(self) | {
-            "copied_bytes": self.copied_bytes, "cloned_bytes": self.cloned_bytes,
-            "needless_bytes": self.needless_bytes,
-        }  # fmt: skip
 
 
 class Below(NamedTuple):

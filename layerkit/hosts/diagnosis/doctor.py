@@ -47,10 +47,6 @@ class HostReport(Report):
     copy_up_why: str
     runtimes: tuple[Runtime, ...] = ()
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the report as JSON values."""
-        return Report.to_dict(self) | {"rows": [row._asdict() for row in self.rows]}
-
     def conclusions(self) -> list[tuple[str, str]]:
         """Return what follows from the rows, as (name, text)."""
         return [

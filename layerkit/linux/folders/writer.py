@@ -116,7 +116,7 @@ def _by_parent(tree: Tree, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return rows[np.argsort(tree.parent[rows], kind="stable")]
 
 
-class _Folders:
+class _Folders(contextlib.AbstractContextManager["_Folders"]):
     """Descriptors of the folders in use, by row; a bounded number, however deep the tree is."""
 
     def __init__(self, tree: Tree, root: int) -> None:
@@ -137,9 +137,6 @@ class _Folders:
             if len(self._open) > _OPEN_FOLDERS:
                 os.close(self._open.pop(next(iter(self._open))))
         return fd
-
-    def __enter__(self) -> _Folders:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for fd in self._open.values():
