@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerkit.linux import pagecache
 from layerkit.linux import syscalls as sc
 
 PAGES, NAMES, ALL = 1, 2, 3
@@ -35,7 +34,7 @@ def resident_bytes(path: Path | str) -> tuple[int, int]:
     """Return (bytes in the page cache, size) of a file; through an overlay too."""
     with sc.opened(path) as fd:
         size = os.fstat(fd).st_size
-        return pagecache.resident_of(fd, size), size
+        return sc.resident_of(fd, size), size
 
 
 def drop_all(what: int) -> None:

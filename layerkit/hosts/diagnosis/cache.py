@@ -18,7 +18,7 @@ from pathlib import Path
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.diagnosis.mounted import in_upper, layers_of, record_of
 from layerkit.hosts.mounts.records import UNPACKED, Record
-from layerkit.linux import mounts, pagecache
+from layerkit.linux import mounts
 from layerkit.linux import syscalls as sc
 from layerkit.linux.folders.walk import FILE, walk
 from layerkit.model.entry import Kind
@@ -131,7 +131,7 @@ def cache_report(
         root, image, mapping, key_of = _look_through(target, store, warnings)
         # An overlay's own descriptor has no pages for cachestat(2); a mapping of it shows those of the file below.
         plain = sc.filesystem_magic(root) in _PLAIN
-        ask = pagecache.cached_of if plain else pagecache.resident_of
+        ask = sc.cached_of if plain else sc.resident_of
         mine: list[Key] = []
         seen: set[tuple[int, int]] = set()
         for path, st, fd in _files(root, warnings):

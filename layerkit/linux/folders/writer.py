@@ -389,13 +389,9 @@ class FolderWriter:
             for piece in _pieces(rows):
                 for row, source in zip(piece.tolist(), first_name[tree.inode[piece]].tolist(), strict=True):
                     try:
-                        os.link(
-                            tree.name[source],
-                            tree.name[row],
-                            src_dir_fd=old[int(tree.parent[source])],
-                            dst_dir_fd=new[int(tree.parent[row])],
-                            follow_symlinks=False,
-                        )
+                        there, here = old[int(tree.parent[source])], new[int(tree.parent[row])]
+                        names = tree.name[source], tree.name[row]
+                        os.link(*names, src_dir_fd=there, dst_dir_fd=here, follow_symlinks=False)
                     except OSError as error:
                         raise self._explain(error, "make a hard link of", row) from error
                 self._report(len(piece))
