@@ -56,7 +56,7 @@ _COMMANDS = (
     (IMAGES, "inspect", "analyze"), (IMAGES, "rewrite", "optimize"), (IMAGES, "rewrite", "flatten"),
     (IMAGES, "rewrite", "copy"), (IMAGES, "inspect", "verify"), (REGISTRIES, "registry", "pull"),
     (SERVICES, "hook", "batch"), (HOST, "diagnosis", "doctor"), (HOST, "containerd", "snapshotter"),
-    (HOST, "adopt", "adopt"), (HOST, "diagnosis", "which"), (HOST, "diagnosis", "cache"),
+    (HOST, "mount", "adopt"), (HOST, "diagnosis", "which"), (HOST, "diagnosis", "cache"),
     (HOST, "diagnosis", "copyups"), (HOST, "config", "config"),
 )  # fmt: skip
 _GROUPS = (

@@ -1,4 +1,4 @@
-"""``layerkit mount``, ``umount``, ``mounts``, and ``mount-program``, which podman runs for fuse-overlayfs."""
+"""``layerkit mount``, ``adopt``, ``umount``, ``mounts``, and ``mount-program``, which podman runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerkit.cli import adopt
 from layerkit.cli import options as o
 from layerkit.cli.render import Output, fields, human, table
 from layerkit.model.errors import UsageError
 
 if TYPE_CHECKING:
+    from layerkit.hosts.adopted.mount import AdoptReport
     from layerkit.idmap import Mapping
+
+Stacking = Annotated[
+    str,
+    typer.Option(
+        "--stacking", metavar="auto|data-only|classic",
+        help="For unpacked layers: how metadata is put over them; auto takes what the kernel supports.",
+    ),
+]  # fmt: skip
+Reread = Annotated[bool, typer.Option("--reread", help="For unpacked layers: accept folders that changed.")]
 
 
 def mount(
@@ -40,8 +49,8 @@ def mount(
     ] = False,
     data: o.Data = "auto",
     platform: o.Platform = None,
-    stacking: adopt.Stacking = "auto",
-    reread: adopt.Reread = False,
+    stacking: Stacking = "auto",
+    reread: Reread = False,
     store: o.StoreDir = None,
     jobs: o.Jobs = 1,
     out: Output = Output(),
@@ -59,12 +68,13 @@ def mount(
     `podman run --rm $(layerkit mount --for-podman image.tar /mnt --uid-map 0:100000:65536) sh`
     """
     from layerkit.api import open as api
+    from layerkit.hosts.adopted.sources import SCHEMES
 
     if for_podman and upper is not None:
         raise UsageError("--for-podman: podman keeps the changes of each container itself; leave --upper out")
     mapping = ids.mapping()
     writable = "" if upper else " (read-only)"
-    if ref.startswith(adopt.SCHEMES):
+    if ref.startswith(tuple(f"{scheme}:" for scheme in SCHEMES)):
         if strict or platform is not None:
             raise UsageError(f"{ref}: leave out --strict and --platform; these layers are unpacked already")
         if for_podman:
@@ -74,7 +84,7 @@ def mount(
                 ref, target, mapping, stacking=stacking, rendering=rendering, own_meta=own_meta, upper=upper,
                 work=work, reread=reread, store=o.store_dir(store), progress=step,
             )  # fmt: skip
-        adopt.tell("mount", adopted, out, ("mounted", f"{adopted.name} on {target}{writable}"))
+        _tell_adopted("mount", adopted, out, ("mounted", f"{adopted.name} on {target}{writable}"))
         return
     if stacking != "auto" or reread:
         raise UsageError(
@@ -183,3 +193,58 @@ def mount_program(
     out = Output(json)
     out.note(*(f"layerkit mount-program: {text}" for text in mounted.notes))
     out.told("mount-program", {"target": str(target), "way": mounted.way, "server": mounted.pid})
+
+
+def adopt(
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="Unpacked layers: `containers-storage:NAME`, `containerd:[ROOT@NAMESPACE]NAME`, "
+            "`docker-storage:NAME`, `folders:UPPER:...:LOWEST`.",
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder for `upper`, `work` and, if needed, `meta`.")
+    ],
+    ids: o.Map = o.Map(),
+    stacking: Stacking = "auto",
+    reread: Reread = False,
+    store: o.StoreDir = None,
+    out: Output = Output(),
+) -> None:
+    """Write an upper that shows a runtime's unpacked layers under an id map; mount it with any tool.
+
+    Only what the map changes is written, as stubs without data. `layerkit mount` takes the same references and
+    also mounts them.
+
+    Example: `layerkit adopt containers-storage:app /srv/app-upper --uid-map 0:100000:65536 --stacking classic`
+    """
+    from layerkit.hosts.adopted import mount as adopting
+    from layerkit.hosts.adopted.sources import find_unpacked
+    from layerkit.hosts.mounts.choose import MountOptions
+
+    settings, mapping, options = o.settings(store), ids.mapping(), MountOptions(stacking=stacking, reread=reread)
+    if mapping is None:
+        raise UsageError("adopt needs a map: add --uid-map C:H:N or --subuid-name NAME")
+    with settings.open_store() as held, out.progress() as step:
+        report = adopting.write_upper(find_unpacked(ref), folder, mapping, held, options, progress=step)
+    _tell_adopted("adopt", report, out, ("written", str(folder)))
+
+
+def _tell_adopted(schema: str, report: AdoptReport, out: Output, first: tuple[str, str]) -> None:
+    """Print what was made of unpacked layers; ``first`` is the first line."""
+    out.warn(report.warnings)
+    if out.told(schema, report.to_dict()):
+        return
+    layers = f"{len(report.folders)} folders"
+    if report.runtime != "folders":
+        layers = f"{len(report.folders)} unpacked by {report.runtime}"
+    read = f", {report.read_folders} read now" if report.read_folders else ", none read again"
+    fields([
+        first,
+        ("map", report.map_text or "none"),
+        ("layers", layers + read + f" ({report.stacking})"),
+        ("metadata", f"{human(report.meta_bytes)} for this map ({report.how})"),
+        *([("to mount", report.mount_line)] if report.mount_line else []),
+    ])  # fmt: skip

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import layerkit
 from layerkit.cli.main import app
-from layerkit.hosts.containerd.snapshots.stacks import GID_LABEL, UID_LABEL, mapping_of
+from layerkit.hosts.containerd.snapshots.layers import GID_LABEL, UID_LABEL, mapping_of
 from layerkit.hosts.podman import mount_options
 from layerkit.idmap import Mapping
 from layerkit.linux.userns import subid_map

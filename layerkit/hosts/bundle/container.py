@@ -1,23 +1,31 @@
-"""The container that a bundle is for: who is its root on the host, and what its config.json says."""
+"""The container that a bundle is for: who is its root on the host, what config.json says, what it needs."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from layerkit.formats import strict_json
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.formats.runtime import config as rc
+from layerkit.formats.runtime import passwd, seccomp
 from layerkit.formats.runtime.process import ImageProcess
-from layerkit.hosts.bundle import rootfs, seccomp
 from layerkit.hosts.bundle.folder import Bundle
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
 from layerkit.idmap import Mapping
 from layerkit.linux import mounts, userns
-from layerkit.linux.syscalls import closing
+from layerkit.linux.folders.walk import walk
+from layerkit.linux.inside import make_folders, open_inside, read_inside
+from layerkit.linux.syscalls import Run, closing, copy_run
 from layerkit.linux.userns import outer_maps
-from layerkit.model.errors import UnmappedId, UnsupportedHost, UsageError
+from layerkit.model.errors import InvalidImage, UnmappedId, UnsupportedHost, UsageError
 from layerkit.store.layout import Layout
 
 
@@ -60,7 +68,7 @@ class Container:
         rc.arguments(process, wishes)
         rc.volumes(process, wishes)
         owner = _root_of(mapping, rootless)
-        return cls(process, wishes, mapping, rootless, owner, seccomp.profile(wishes.seccomp, rc.bounding(wishes)))
+        return cls(process, wishes, mapping, rootless, owner, seccomp_profile(wishes.seccomp, rc.bounding(wishes)))
 
     def config(self, bundle: Bundle, record: Record, new: bool) -> Config:
         """Return the config.json of ``bundle``, whose root filesystem is mounted; ``new``: volumes are made.
@@ -72,11 +80,11 @@ class Container:
         with closing(mounts.open_folder(bundle.rootfs)) as root:
             own = self.wishes.user is not None
             spec = self.process.user if self.wishes.user is None else self.wishes.user
-            user = rootfs.user_of(root, spec, "--user" if own else "Config.User")
+            user = user_of(root, spec, "--user" if own else "Config.User")
             self._check_mapped("uid", user.uid)
             for gid in (user.gid, *user.groups):
                 self._check_mapped("gid", gid)
-            rootfs.need_folder(root, rc.working_dir(self.process, self.wishes), self.owner)
+            need_folder(root, rc.working_dir(self.process, self.wishes), self.owner)
             volumes, warnings = self._volumes(bundle, root, new)
         if self.mapping is not None:
             bundle.open_to(self.owner[1])
@@ -107,7 +115,7 @@ class Container:
             if self.wishes.image_volumes == "bind":
                 place = bundle.volumes / str(number)
                 if new or not place.exists():
-                    rootfs.seed_volume(root, path, place, self.owner)
+                    seed_volume(root, path, place, self.owner)
                 kind, source, options = "bind", str(place), ["rbind", "rprivate", "nodev"]
             else:
                 # tmpcopyup is the runtimes' own word for: with what the image has there.
@@ -161,3 +169,128 @@ def _root_mount(bundle: Bundle, record: Record) -> rc.JsonObject:
         raise UsageError(f"{options.size} bytes of mount options; give the store and the bundle shorter paths")
     source = SOURCE_PREFIX + bundle.id
     return {"destination": "/", "type": "overlay", "source": source, "options": list(options.texts)}
+
+
+_ACCOUNT_BYTES = 16 << 20
+
+
+def user_of(root: int, spec: str, what: str) -> passwd.User:
+    """Return the user that ``spec`` names in the root filesystem ``root`` (a descriptor of its folder)."""
+    return passwd.resolve(
+        spec, read_inside(root, "/etc/passwd", _ACCOUNT_BYTES), read_inside(root, "/etc/group", _ACCOUNT_BYTES),
+        what=what,
+    )  # fmt: skip
+
+
+def need_folder(root: int, path: str, owner: tuple[int, int]) -> None:
+    """Make the folder ``path`` in the root filesystem if it is missing, owned by ``owner`` (host ids)."""
+    os.close(make_folders(root, path, *owner))
+
+
+def seed_volume(root: int, path: str, target: Path, owner: tuple[int, int]) -> None:
+    """Make ``target`` a copy of the folder ``path`` of the root filesystem: attributes, and what is in it.
+
+    Where the image has no such folder, ``target`` is an empty one of ``owner`` (host ids), mode 0755.
+
+    Raises:
+        InvalidImage: something else than a folder lies there.
+    """
+    target.mkdir(mode=0o700)
+    try:
+        source = open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise InvalidImage(f"the image's volume {path} is not a folder in the image") from error
+        if error.errno != errno.ENOENT:
+            raise
+        os.chown(target, *owner)
+        target.chmod(0o755)
+        return
+    with closing(source):
+        _copy(source, os.fsencode(target))
+
+
+def _copy(source: int, target: bytes) -> None:
+    """Copy what is in a folder into the folder ``target``; links between its files stay links."""
+    at = b"/proc/self/fd/%d/" % source
+    links: dict[tuple[int, int], bytes] = {}
+    made = [(b"", os.fstat(source))]
+    for folder in walk(source):
+        for name, shown in folder.names:
+            path = folder.below(name)
+            copy = os.path.join(target, path)
+            first = links.setdefault((shown.st_dev, shown.st_ino), copy)
+            if stat.S_ISDIR(shown.st_mode):
+                os.mkdir(copy, 0o700)
+            elif first != copy:
+                os.link(first, copy, follow_symlinks=False)
+                continue
+            elif stat.S_ISREG(shown.st_mode):
+                with Path(os.fsdecode(at + path)).open("rb") as old, Path(os.fsdecode(copy)).open("xb") as new:
+                    copy_run(Run(old.fileno(), 0, 0, shown.st_size), new.fileno())
+            elif stat.S_ISLNK(shown.st_mode):
+                os.symlink(os.readlink(at + path), copy)
+            else:
+                os.mknod(copy, stat.S_IFMT(shown.st_mode) | 0o600, shown.st_rdev)
+            made.append((path, shown))
+    # Folders after what is in them, which changes their times.
+    for path, shown in reversed(made):
+        _attributes(at + path, os.path.join(target, path), shown)
+
+
+def _attributes(source: bytes, target: bytes, shown: os.stat_result) -> None:
+    # chown clears setuid and capabilities, so it goes first (overlayfs and chown(2)).
+    follow = stat.S_ISDIR(shown.st_mode)
+    os.chown(target, shown.st_uid, shown.st_gid, follow_symlinks=follow)
+    if not stat.S_ISLNK(shown.st_mode):
+        os.chmod(target, stat.S_IMODE(shown.st_mode))
+    with contextlib.suppress(OSError):  # no xattrs on this kind of file
+        for name in os.listxattr(source, follow_symlinks=follow):
+            if name != "security.selinux":
+                value = os.getxattr(source, name, follow_symlinks=follow)
+                os.setxattr(target, name, value, follow_symlinks=follow)
+    os.utime(target, ns=(shown.st_atime_ns, shown.st_mtime_ns), follow_symlinks=follow)
+
+
+SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))
+"""Where podman looks (containers.conf(5), ``seccomp_profile``)."""
+_SECCOMP_BYTES_AT_MOST = 4 << 20
+
+
+def seccomp_profile(wish: str, capabilities: Collection[str]) -> tuple[strict_json.JsonObject | None, str]:
+    """Return ``linux.seccomp`` of a config.json, None for none, and what a person should know, "" for nothing.
+
+    Args:
+        wish: ``auto`` (the host's, if there is one), ``unconfined``, or the path of a profile.
+        capabilities: of the container's bounding set.
+
+    Raises:
+        UsageError: a file that is no profile.
+    """
+    if wish == "unconfined":
+        return None, ""
+    place = Path(wish)
+    if wish == "auto":
+        found = next((path for path in SECCOMP_PROFILES if path.is_file()), None)
+        if found is None:
+            return None, (
+                "no seccomp profile on this host: every system call is open to the container; install "
+                "containers-common, or name a profile with --seccomp FILE"
+            )
+        place = found
+    try:
+        with place.open("rb") as file:
+            text = file.read(_SECCOMP_BYTES_AT_MOST + 1)
+    except OSError as error:
+        raise UsageError(f"--seccomp {wish}: {error.strerror}; want auto, unconfined or a file") from error
+    if len(text) > _SECCOMP_BYTES_AT_MOST:
+        raise UsageError(f"{place}: more than {_SECCOMP_BYTES_AT_MOST} bytes are no seccomp profile")
+    system = os.uname()
+    numbers = re.match(r"(\d+)\.(\d+)", system.release)
+    kernel = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    around = seccomp.Surroundings(system.machine, kernel, capabilities)
+    try:
+        read = strict_json.load_object(text, str(place))
+    except InvalidImage as error:
+        raise UsageError(f"--seccomp: {error}") from error
+    return seccomp.runtime_profile(read, around, str(place)), ""

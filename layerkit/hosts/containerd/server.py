@@ -20,8 +20,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from layerkit.hosts.containerd import messages_pb2 as pb
 from layerkit.hosts.containerd.snapshots.catalog import Row
+from layerkit.hosts.containerd.snapshots.layers import Mount
 from layerkit.hosts.containerd.snapshots.snapshotter import Snapshotter
-from layerkit.hosts.containerd.snapshots.stacks import Mount
 from layerkit.model.errors import LayerkitError, NotFound, SnapshotError, UnmappedId, UnsupportedHost, UsageError
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"

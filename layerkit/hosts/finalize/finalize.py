@@ -16,8 +16,7 @@ from pathlib import Path
 
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.finalize import plan as fp
-from layerkit.hosts.finalize.overlay_view import Lowers
-from layerkit.hosts.finalize.plan import Plan, Step, raw
+from layerkit.hosts.finalize.plan import Lowers, Plan, Step, raw
 from layerkit.linux import mounts
 from layerkit.linux.durable import remove, staging_beside, sync_filesystem, sync_path, whole_file
 from layerkit.linux.folders.walk import TOP_FOLDER

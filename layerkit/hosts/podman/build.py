@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE, write_tree
-from layerkit.hosts.adopted.meta import adopt_layers, metadata_over_folders
+from layerkit.hosts.adopted.mount import adopt_layers, metadata_over_folders
 from layerkit.hosts.podman.layers import TOP, StorageLayer, folder_key, tree_key
 from layerkit.hosts.podman.mount_options import parse_shift, shift_text, shifted_back
 from layerkit.idmap import Mapping

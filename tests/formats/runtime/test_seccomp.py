@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from layerkit.formats.runtime.seccomp import Surroundings, runtime_profile
-from layerkit.hosts.bundle import seccomp
+from layerkit.hosts.bundle import container
 from layerkit.model.errors import UsageError
 
 AROUND = Surroundings("x86_64", (6, 1), ("CAP_CHOWN",))
@@ -101,19 +101,19 @@ def test_what_is_not_understood_is_refused_and_never_left_out(given: dict[str, o
 
 def test_whose_profile_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(seccomp, "PROFILES", (one, two))
-    assert seccomp.profile("unconfined", ()) == (None, "")
-    found, said = seccomp.profile("auto", ())
+    monkeypatch.setattr(container, "SECCOMP_PROFILES", (one, two))
+    assert container.seccomp_profile("unconfined", ()) == (None, "")
+    found, said = container.seccomp_profile("auto", ())
     assert found is None
     assert "--seccomp FILE" in said
     two.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
-    assert seccomp.profile("auto", ()) == ({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}, "")
+    assert container.seccomp_profile("auto", ()) == ({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}, "")
     one.write_text('{"defaultAction": "SCMP_ACT_KILL"}')
     for wish in ("auto", str(one)):
-        found, _ = seccomp.profile(wish, ())
+        found, _ = container.seccomp_profile(wish, ())
         assert found is not None
         assert found["defaultAction"] == "SCMP_ACT_KILL"
     one.write_text("{")
     for wish in (str(one), str(tmp_path / "none")):
         with pytest.raises(UsageError, match="--seccomp"):
-            seccomp.profile(wish, ())
+            container.seccomp_profile(wish, ())

@@ -21,7 +21,7 @@ from programs import answer, run, run_layerkit, wait_for
 import layerkit
 import layerkit.api.open
 from layerkit.hosts.adopted import mount as adopt
-from layerkit.hosts.adopted.meta import FolderChanged
+from layerkit.hosts.adopted.mount import FolderChanged
 from layerkit.hosts.adopted.sources import Unpacked, find_unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions

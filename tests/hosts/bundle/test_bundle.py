@@ -28,8 +28,8 @@ from programs import answer, command, run_layerkit
 import layerkit
 from layerkit.api import bundle as bundling
 from layerkit.formats.runtime.config import Wishes
+from layerkit.hosts.bundle import container
 from layerkit.hosts.bundle import folder as folders
-from layerkit.hosts.bundle import seccomp
 from layerkit.hosts.mounts.mount import default_run
 from layerkit.model.errors import InvalidImage, LayerkitError, NotFound, UnmappedId, UsageError
 from layerkit.store import pins
@@ -137,7 +137,7 @@ def test_system_calls_are_those_that_the_hosts_engines_leave_open(
     store: Path, open_path: Path, tmp_path: Path, runtime: str
 ) -> None:
     need_tool(runtime)
-    if not any(path.is_file() for path in seccomp.PROFILES):
+    if not any(path.is_file() for path in container.SECCOMP_PROFILES):
         missing("needs the seccomp profile of containers-common")
     own = tmp_path / "own.json"
     own.write_text(

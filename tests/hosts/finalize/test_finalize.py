@@ -21,7 +21,7 @@ from programs import run_layerkit
 
 import layerkit
 from layerkit.hosts.finalize import finalize as fz
-from layerkit.hosts.finalize.overlay_view import Lowers
+from layerkit.hosts.finalize.plan import Lowers
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import LossyResult, NotFound, StoreError, UsageError
 

@@ -16,11 +16,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from layerkit.hosts.containerd.snapshots import stacks
+from layerkit.hosts.containerd.snapshots import layers as stacks
 from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Kind, Row, Usage, check_labels
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
 from layerkit.hosts.containerd.snapshots.filters import Filter
-from layerkit.hosts.containerd.snapshots.layers import Layers, Places
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.idmap import Mapping as IdMapping
 from layerkit.linux import userns
@@ -78,10 +77,10 @@ class Snapshotter:
             )
         (self.root / "snapshots").mkdir(mode=0o700, exist_ok=True)
         self._catalog = Catalog(self.root / "snapshots.db")
-        self._places = Places(self.run, self._catalog)
+        self._places = stacks.Places(self.run, self._catalog)
         owner = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:6]
         self._chains = StoreChains(store, owner, limits)
-        self._layers = Layers(self.root, self._catalog, self._places, self._chains, limits)
+        self._layers = stacks.Layers(self.root, self._catalog, self._places, self._chains, limits)
         self._sweeping = threading.Lock()
         self._closed = False
         self._indexing: queue.SimpleQueue[int | None] = queue.SimpleQueue()

@@ -8,7 +8,7 @@ import pytest
 
 from layerkit.hosts.containerd.snapshots.catalog import Kind, Row
 from layerkit.hosts.containerd.snapshots.filters import Filter
-from layerkit.hosts.containerd.snapshots.stacks import Stack, mapping_of, stack_of
+from layerkit.hosts.containerd.snapshots.layers import Stack, mapping_of, stack_of
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError
 from layerkit.model.image import chain_ids
