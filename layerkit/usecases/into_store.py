@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from layerkit.hosts.mounts import choose
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions
-from layerkit.hosts.mounts.spec import MountSpec, data_layers, meta_layer
+from layerkit.hosts.mounts.spec import data_layers
 from layerkit.idmap import Mapping
 from layerkit.model.facts import TreeFacts
 from layerkit.model.reports import RemapReport
@@ -63,19 +64,21 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
         data_bytes=facts.data_bytes,
         data_backend=ways.backend.value,
         rendering=ways.rendering.value,
-        how="idmapped mount of shared metadata"
-        if ways.idmap
-        else "shared metadata, served under the map"
-        if ways.one_meta and mapping
-        else "own metadata"
-        if mapping
-        else "owners as they are",
+        how=_how(ways, mapping),
         meta_bytes=own,
         shared_meta_bytes=entry.allocated_bytes - own,
         seconds=time.monotonic() - start,
         warnings=facts.warnings,
     )
     return Brought(report, ways, facts, entry)
+
+
+def _how(ways: choose.Ways, mapping: Mapping | None) -> str:
+    if ways.idmap:
+        return "idmapped mount of shared metadata"
+    if mapping is None:
+        return "owners as they are"
+    return "shared metadata, served under the map" if ways.one_meta else "own metadata"
 
 
 def mount(
@@ -90,22 +93,10 @@ def mount(
     # Held until the mount's record says what it uses: gc must not come in between.
     with store.hold():
         report, ways, facts, entry = bring(work, store, mapping, options)
-        extents = (mapping.uid.extents, mapping.gid.extents) if mapping else None
-        mounter.mount(
-            MountSpec(
-                meta=meta_layer(entry, mapping),
-                data=data_layers(store, ways.backend, facts),
-                namespace=ways.namespace,
-                target=target,
-                idmap=extents if ways.idmap else None,
-                upper=options.upper,
-                work=options.work,
-                read_only=options.upper is None,
-                label={
-                    "image": work.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
-                    "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
-                },
-            ),
-            run=mounter.default_run(store.root),
-        )  # fmt: skip
+        label = {
+            "image": work.name, "manifest": report.manifest, "map": report.map_text, "meta": entry.key,
+            "layers": ",".join(facts.data_layers), "backend": ways.backend.value,
+        }  # fmt: skip
+        spec = options.spec(target, ways, mapping, entry, data_layers(store, ways.backend, facts))
+        mounter.mount(replace(spec, label=label), run=mounter.default_run(store.root))
     return report

@@ -28,13 +28,14 @@ from layerkit.hosts.adopted.sources import Unpacked
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.hosts.mounts.records import UNPACKED
-from layerkit.hosts.mounts.spec import MountLayer, MountSpec, meta_layer
+from layerkit.hosts.mounts.spec import MountLayer
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux import userns
 from layerkit.linux.folders.reader import LayerFolder, index_layer_folder, read_state
+from layerkit.linux.folders.walk import TOP_FOLDER
 from layerkit.linux.probe import Features
-from layerkit.linux.syscalls import FOLDER, born, opened
+from layerkit.linux.syscalls import FOLDER, born, closing, opened
 from layerkit.metaonly import MetadataLayer, Namespace, metadata_layer
 from layerkit.model.digest import Digest
 from layerkit.model.errors import InvalidImage, NotFound, StoreError, UnsupportedHost, UsageError, show_path
@@ -68,33 +69,12 @@ class AdoptedLayer:
     read: bool
 
 
-@dataclass(frozen=True, slots=True)
-class AdoptedImage:
-    """Layer folders as a store knows them, bottom first."""
-
-    layers: tuple[AdoptedLayer, ...]
-
-    @property
-    def diff_ids(self) -> tuple[Digest, ...]:
-        """Return the names of the indexes, bottom first."""
-        return tuple(layer.diff_id for layer in self.layers)
-
-    def data(self, diff_ids: Sequence[str]) -> tuple[Path, ...]:
-        """Return the folders of the layers called ``diff_ids``, top first."""
-        wanted = set(diff_ids)
-        return tuple(layer.folder.path for layer in reversed(self.layers) if str(layer.diff_id) in wanted)
-
-
 def adopt_layers(
     store: LocalStore, folders: Sequence[LayerFolder], *, reread: bool = False, progress: Progress | None = None
-) -> AdoptedImage:
+) -> tuple[AdoptedLayer, ...]:
     """Bring the indexes of ``folders`` (bottom first) into ``store``; those that are kept are checked, not read.
 
-    Args:
-        store: keeps the indexes.
-        folders: the layers.
-        reread: accept a folder that changed, and read it again.
-        progress: told of entries.
+    With ``reread`` a folder that changed is accepted and read again; ``progress`` is told of entries.
 
     Raises:
         NotFound: a folder is not there, or not there any more.
@@ -102,19 +82,19 @@ def adopt_layers(
         InvalidImage: a folder that cannot be adopted; the message says why.
     """
     store.limits.check("layers_per_image", len(folders), "layer folders")
-    return AdoptedImage(tuple(_adopt(store, folder, reread, progress) for folder in folders))
+    return tuple(_adopt(store, folder, reread, progress) for folder in folders)
 
 
 def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progress | None) -> AdoptedLayer:
     try:
-        root = os.open(folder.path, FOLDER & ~os.O_NOFOLLOW)
+        root = os.open(folder.path, TOP_FOLDER)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"{folder.path}: the layer {folder.name or 'folder'} is not there (any more); its runtime removes a "
             "layer with the last image that has it: pull the image again, or name another"
         ) from None
-    try:
-        identity = folder_identity(root, folder)
+    with closing(root):
+        identity = _identity(root, folder)
         with store.layer_lock(identity):
             kept = _kept(store, root, identity, folder, reread)
             if kept is not None:
@@ -136,8 +116,6 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
                 },
             )  # fmt: skip
             return AdoptedLayer(folder, diff_id, True)
-    finally:
-        os.close(root)
 
 
 def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, reread: bool) -> Digest | None:
@@ -153,21 +131,18 @@ def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, r
         return diff_id
     if reread:
         return None
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(facts["read"]))))
     raise FolderChanged(
-        f"{folder.path}: changed since layerkit read it (at {_when(facts)}): a layer never changes, so somebody "
+        f"{folder.path}: changed since layerkit read it (at {when}): a layer never changes, so somebody "
         "wrote into it; have the runtime verify or pull the image anew, or accept it with --reread"
     )
-
-
-def _when(facts: dict[str, object]) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(facts["read"]))))
 
 
 def _facts_key(identity: Digest) -> str:
     return f"folder-{identity.hex}"
 
 
-def folder_identity(root: int, folder: LayerFolder) -> Digest:
+def _identity(root: int, folder: LayerFolder) -> Digest:
     """Return a digest that stays for as long as the folder is there, and that no later one at its place has."""
     st = os.fstat(root)
     path = os.path.realpath(f"/proc/self/fd/{root}")
@@ -196,11 +171,8 @@ def metadata_over_folders(
 ) -> MetadataLayer:
     """Return the metadata layer of ``tree``, merged from indexes of folders, whose data lies in them by path.
 
-    Args:
-        tree: with container ids.
-        mapping: the id map; None keeps the owners, and everything is in the result.
-        namespace: of the stubs' xattrs.
-        stacking: how the result will lie over the folders.
+    The tree has container ids; without a map the owners stay, and everything is in the result. ``stacking`` says
+    how the result will lie over the folders.
 
     Raises:
         UnmappedId: an owner outside the map.
@@ -298,22 +270,24 @@ class _Adopted:
         """Read what is not known; ``options`` say how META is to lie over the layers, and not ``auto``."""
         self._start, self._unpacked = time.monotonic(), unpacked
         self.way, self.map_text = Stacking(options.stacking), mapping.canonical() if mapping else ""
-        self.image = adopt_layers(store, unpacked.folders, reread=options.reread, progress=progress)
-        self.ready = FolderPreparation(store, self.image.diff_ids, self.way)
+        self.layers = adopt_layers(store, unpacked.folders, reread=options.reread, progress=progress)
+        self.diff_ids = [layer.diff_id for layer in self.layers]
+        self.ready = FolderPreparation(store, self.diff_ids, self.way)
         if mapping is not None:
             self.ready.check(mapping)
         self.facts = self.ready.facts()
         # In the classic way what META leaves out shows through, whiteouts included: then every layer counts.
-        every = [str(diff_id) for diff_id in self.image.diff_ids]
-        self.data = self.image.data(self.facts.data_layers if self.way is Stacking.DATA_ONLY else every)
-        self.folders = tuple(os.fspath(layer.folder.path) for layer in self.image.layers)
+        every = self.way is Stacking.CLASSIC
+        used = [each for each in self.layers if every or str(each.diff_id) in self.facts.data_layers]
+        self.data = tuple(each.folder.path for each in reversed(used))
+        self.folders = tuple(os.fspath(layer.folder.path) for layer in self.layers)
 
     def report(self, target: Path, how: str, meta_bytes: int, mount_line: str = "") -> AdoptReport:
         return AdoptReport(
             name=self._unpacked.name, runtime=self._unpacked.runtime, target=os.fspath(target),
             stacking=self.way.value, how=how, map_text=self.map_text, folders=self.folders,
             data_folders=tuple(map(os.fspath, self.data)),
-            read_folders=sum(layer.read for layer in self.image.layers), names=self.facts.names,
+            read_folders=sum(layer.read for layer in self.layers), names=self.facts.names,
             meta_bytes=meta_bytes, seconds=time.monotonic() - self._start, mount_line=mount_line,
             warnings=self.facts.warnings,
         )  # fmt: skip
@@ -328,15 +302,10 @@ def mount_unpacked(
     *,
     progress: Progress | None = None,
 ) -> AdoptReport:
-    """Mount the layers of ``unpacked`` under ``mapping`` at ``target``; nothing in their folders is written.
+    """Mount the layers of ``unpacked`` under ``mapping`` at the existing folder ``target``.
 
-    Args:
-        unpacked: see :func:`~layerkit.hosts.adopted.sources.find_unpacked`.
-        target: an existing folder.
-        mapping: the id map; None keeps the owners.
-        store: keeps indexes and METAs.
-        options: how; the rendering ``fuse`` is for the data-only stacking, and ``data`` means nothing.
-        progress: told of entries.
+    Nothing in their folders is written; ``store`` keeps indexes and METAs. Of ``options`` the rendering ``fuse`` is
+    for the data-only stacking, and ``data`` means nothing.
 
     Raises:
         NotFound: a layer's folder is not there.
@@ -355,27 +324,15 @@ def mount_unpacked(
         wanted = None if ways.one_meta else mapping
         known = {entry.key for entry in store.metas()}
         entry = found.ready.meta(wanted, ways.rendering, ways.namespace, progress=progress)
-        extents = (mapping.uid.extents, mapping.gid.extents) if mapping and ways.idmap else None
-        mounter.mount(
-            MountSpec(
-                meta=meta_layer(entry, mapping),
-                data=tuple(map(MountLayer, found.data)),
-                namespace=ways.namespace,
-                target=target,
-                idmap=extents,
-                upper=options.upper,
-                work=options.work,
-                read_only=options.upper is None,
-                classic=found.way is Stacking.CLASSIC,
-                label={
-                    "image": unpacked.name, "manifest": unpacked.digest, "map": found.map_text, "meta": entry.key,
-                    "layers": ",".join(map(str, found.image.diff_ids)), "backend": UNPACKED,
-                    "runtime": unpacked.runtime, "folders": "\n".join(found.folders),
-                    "diff_ids": ",".join(unpacked.diff_ids), "blobs": ",".join(unpacked.blobs),
-                },
-            ),
-            run=mounter.default_run(store.root),
-        )  # fmt: skip
+        spec = options.spec(target, ways, mapping, entry, map(MountLayer, found.data))
+        label = {
+            "image": unpacked.name, "manifest": unpacked.digest, "map": found.map_text, "meta": entry.key,
+            "layers": ",".join(map(str, found.diff_ids)), "backend": UNPACKED,
+            "runtime": unpacked.runtime, "folders": "\n".join(found.folders),
+            "diff_ids": ",".join(unpacked.diff_ids), "blobs": ",".join(unpacked.blobs),
+        }  # fmt: skip
+        spec = replace(spec, classic=found.way is Stacking.CLASSIC, label=label)
+        mounter.mount(spec, run=mounter.default_run(store.root))
     kept = entry.key in known
     return found.report(target, _how(mapping, ways, kept), 0 if kept else entry.allocated_bytes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -21,7 +20,7 @@ from layerkit.hosts.bundle.folder import Bundle
 from layerkit.hosts.mounts.records import SOURCE_PREFIX, Record
 from layerkit.idmap import Mapping
 from layerkit.linux import mounts, userns
-from layerkit.linux.folders.walk import walk
+from layerkit.linux.folders.walk import make_like, walk
 from layerkit.linux.inside import make_folders, open_inside, read_inside
 from layerkit.linux.syscalls import Run, closing, copy_run
 from layerkit.linux.userns import outer_maps
@@ -235,21 +234,7 @@ def _copy(source: int, target: bytes) -> None:
             made.append((path, shown))
     # Folders after what is in them, which changes their times.
     for path, shown in reversed(made):
-        _attributes(at + path, os.path.join(target, path), shown)
-
-
-def _attributes(source: bytes, target: bytes, shown: os.stat_result) -> None:
-    # chown clears setuid and capabilities, so it goes first (overlayfs and chown(2)).
-    follow = stat.S_ISDIR(shown.st_mode)
-    os.chown(target, shown.st_uid, shown.st_gid, follow_symlinks=follow)
-    if not stat.S_ISLNK(shown.st_mode):
-        os.chmod(target, stat.S_IMODE(shown.st_mode))
-    with contextlib.suppress(OSError):  # no xattrs on this kind of file
-        for name in os.listxattr(source, follow_symlinks=follow):
-            if name != "security.selinux":
-                value = os.getxattr(source, name, follow_symlinks=follow)
-                os.setxattr(target, name, value, follow_symlinks=follow)
-    os.utime(target, ns=(shown.st_atime_ns, shown.st_mtime_ns), follow_symlinks=follow)
+        make_like(os.path.join(target, path), at + path, shown, lossy=True)
 
 
 SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))
@@ -260,9 +245,8 @@ _SECCOMP_BYTES_AT_MOST = 4 << 20
 def seccomp_profile(wish: str, capabilities: Collection[str]) -> tuple[strict_json.JsonObject | None, str]:
     """Return ``linux.seccomp`` of a config.json, None for none, and what a person should know, "" for nothing.
 
-    Args:
-        wish: ``auto`` (the host's, if there is one), ``unconfined``, or the path of a profile.
-        capabilities: of the container's bounding set.
+    ``wish`` is ``auto`` (the host's, if there is one), ``unconfined``, or the path of a profile; ``capabilities``
+    are those of the container's bounding set.
 
     Raises:
         UsageError: a file that is no profile.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 from layerkit.hosts.mounts import mount as mounter
 from layerkit.hosts.mounts.records import SOURCE_PREFIX
 from layerkit.linux import mounts
+from layerkit.linux.durable import remove as delete_all
 from layerkit.linux.durable import whole_file, whole_folder
 from layerkit.linux.syscalls import FOLDER
 from layerkit.model.errors import LayerkitError, NotFound, UsageError
@@ -198,13 +198,9 @@ def unmount(bundle: Bundle) -> None:
 
 def delete(bundle: Bundle) -> None:
     """Delete the folder; ``layerkit.json`` goes last, so that a kill leaves what can be removed again."""
-    with os.scandir(bundle.folder) as entries:
-        found = [entry for entry in entries if entry.name != FACTS]
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            Path(entry.path).unlink()
+    for name in os.listdir(bundle.folder):
+        if name != FACTS:
+            delete_all(bundle.folder / name)
     (bundle.folder / FACTS).unlink()
     bundle.folder.rmdir()
 

@@ -22,12 +22,9 @@ _CONFIG_OF_2 = 3
 def proxy_plugin(name: str, address: Path, *, unpack: bool = False) -> str:
     """Return the tables of config.toml that let containerd (1.6 and later) use the snapshotter as ``name``.
 
-    Args:
-        name: what containerd is to call it.
-        address: its socket.
-        unpack: let the daemon itself unpack with it, as "ctr images pull" and "import" of 2.x ask it to. The list
-            stands for the default one, so overlayfs is in it too; and the differ is named, since 2.1 may else take
-            the one for EROFS, which unpacks for no other snapshotter.
+    ``unpack`` lets the daemon itself unpack with it, as "ctr images pull" and "import" of 2.x ask it to. The list
+    stands for the default one, so overlayfs is in it too; and the differ is named, since 2.1 may else take the one
+    for EROFS, which unpacks for no other snapshotter.
     """
     more = "".join(
         f"""

@@ -51,10 +51,6 @@ def _update(s: Snapshotter, r: Any) -> pb.InfoReply:
     return pb.InfoReply(info=_info(s.update(r.info.name, dict(r.info.labels), list(r.update_mask.paths))))
 
 
-def _cleanup(s: Snapshotter, r: Any) -> None:
-    s.cleanup()
-
-
 _UNARY: dict[str, tuple[Any, Handler]] = {
     "Prepare": (pb.CreateRequest, lambda s, r: _mounts(s.prepare(r.key, r.parent, dict(r.labels)))),
     "View": (pb.CreateRequest, lambda s, r: _mounts(s.view(r.key, r.parent, dict(r.labels)))),
@@ -64,7 +60,7 @@ _UNARY: dict[str, tuple[Any, Handler]] = {
     "Stat": (pb.KeyRequest, lambda s, r: pb.InfoReply(info=_info(s.stat(r.key)))),
     "Update": (pb.UpdateRequest, _update),
     "Usage": (pb.KeyRequest, lambda s, r: pb.UsageReply(**asdict(s.usage(r.key)))),
-    "Cleanup": (pb.KeyRequest, _cleanup),
+    "Cleanup": (pb.KeyRequest, lambda s, r: s.cleanup() and None),
 }
 
 

@@ -73,12 +73,8 @@ def finalize(
 ) -> FinalizeReport:
     """Make ``upper`` opaque to ``lower``: complete, each folder opaque, each stub with an absolute redirect.
 
-    Args:
-        upper: the upper folder of an overlay that is not mounted.
-        lower: what it was mounted over, ``DIR[:DIR…][::DATA…]``, top first.
-        check: change nothing.
-        keep_root_whiteouts: for mounts over the lowers as normal layers; False for data-only ones.
-        namespace: of the overlay xattrs.
+    The overlay is not mounted; ``lower`` is what it was mounted over, ``DIR[:DIR…][::DATA…]``, top first. ``check``
+    changes nothing. ``keep_root_whiteouts`` is for mounts over the lowers as normal layers, not as data-only ones.
 
     Raises:
         UsageError: mounted, or no folder.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from layerkit import metaonly as mo
 from layerkit.formats.overlay_options import parse_layers
-from layerkit.linux.folders.walk import Folder, walk
+from layerkit.linux.folders.walk import Folder, walk, xattr_names
 from layerkit.metaonly import METACOPY, OPAQUE, REDIRECT, YES, Namespace, own_mark
 from layerkit.model.errors import LossyResult, UsageError, show_path
 
@@ -87,7 +87,7 @@ class Lowers:
             if self.is_whiteout(full, shown, self.full(parent)) or (found and not here.is_dir):
                 break
             found.append(here)
-            if not here.is_dir or self.opaque(full) == YES:
+            if not here.is_dir or self.xattr(full, OPAQUE) == YES:
                 break
             if self.xattr(full, REDIRECT) is not None:
                 raise LossyResult(full, "a renamed folder in a lower layer; flatten the lower layers first")
@@ -119,7 +119,7 @@ class Lowers:
             if redirect is not None:
                 path = redirect[1:] if redirect.startswith(b"/") else os.path.join(os.path.dirname(path), redirect)
             below = [root + b"/" + path for root in (*self.roots[first + 1 :], *self.data)]
-            hit = next((i for i, place in enumerate(below) if is_file(place)), None)
+            hit = next((i for i, place in enumerate(below) if _is_file(place)), None)
             if hit is None:
                 raise LossyResult(full, f"a stub whose data, /{show_path(path)}, is in no layer given with --lower")
             full, first = below[hit], first + 1 + hit
@@ -127,7 +127,7 @@ class Lowers:
                 break
         # A data-only layer is asked for nothing but the path, and the first file that has it wins.
         for other in range(min(first, len(self.roots))):
-            if is_file(self.roots[other] + b"/" + path):
+            if _is_file(self.roots[other] + b"/" + path):
                 raise LossyResult(
                     full,
                     f"{os.fsdecode(self.roots[other])} has another file under this path, which a mount would read "
@@ -140,11 +140,11 @@ class Lowers:
         if mo.is_whiteout(shown.st_mode, shown.st_rdev):
             return True
         marked = stat.S_ISREG(shown.st_mode) and shown.st_size == 0
-        return marked and self.opaque(parent) == mo.HOLDS_WHITEOUTS and self.xattr(full, mo.WHITEOUT) is not None
-
-    def opaque(self, full: bytes) -> bytes | None:
-        """Return the folder's overlay.opaque: ``y``, ``x`` (it holds marked whiteouts) or None."""
-        return self.xattr(full, OPAQUE)
+        return (
+            marked
+            and self.xattr(parent, OPAQUE) == mo.HOLDS_WHITEOUTS
+            and self.xattr(full, mo.WHITEOUT) is not None
+        )
 
     def xattr(self, full: bytes, name: bytes) -> bytes | None:
         """Return an overlay xattr, None where there is none."""
@@ -154,7 +154,7 @@ class Lowers:
             return None
 
 
-def is_file(path: bytes) -> bool:
+def _is_file(path: bytes) -> bool:
     """Return whether a regular file lies at ``path``, which may be nowhere."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
@@ -209,13 +209,10 @@ class Plan:
 
 
 def plan(upper: bytes, lowers: Lowers, *, keep_root_whiteouts: bool) -> Plan:
-    """Return what makes ``upper`` final over ``lowers``; no step where it is already.
+    """Return what makes ``upper`` (an absolute path) final over ``lowers``; no step where it is already.
 
-    Args:
-        upper: absolute path.
-        lowers: what it lies over.
-        keep_root_whiteouts: the kernel merges the roots of all normal layers, whatever they say: a mount over
-            the lowers as normal ones needs whiteouts there, one over data-only layers would list them.
+    ``keep_root_whiteouts``: the kernel merges the roots of all normal layers, whatever they say. A mount over the
+    lowers as normal ones needs whiteouts there, one over data-only layers would list them.
 
     Raises:
         LossyResult: something that no finalized layer can say.
@@ -268,7 +265,7 @@ class _Planner:
                     self._whiteouts.append(_entry(WHITEOUT, child, place, shown))
                     self._touched.add(path)
             elif stat.S_ISDIR(shown.st_mode):
-                opaque = self._lowers.opaque(place) == YES
+                opaque = self._lowers.xattr(place, OPAQUE) == YES
                 found = [] if opaque else self._merged_with(place, below, name)
                 self._below[child] = [each for each in found if each.is_dir]
             elif stat.S_ISREG(shown.st_mode) and self._lowers.xattr(place, METACOPY) is not None:
@@ -278,7 +275,7 @@ class _Planner:
             for name in sorted(self._lowers.names(below) - there):
                 self._make(path, name, below)
                 self._touched.add(path)
-        if self._lowers.opaque(full) != YES:
+        if self._lowers.xattr(full, OPAQUE) != YES:
             self._opaque.append(self._set(path, full, OPAQUE, YES))
         if self._lowers.xattr(full, REDIRECT) is not None:
             # After opaque: in between, it must not merge with what has the folder's own name below.
@@ -310,7 +307,7 @@ class _Planner:
 
     def _is_data(self, redirect: bytes) -> bool:
         """Return whether a data-only layer has the path, which is then looked up nowhere else."""
-        return any(is_file(root + redirect) for root in self._lowers.data)
+        return any(_is_file(root + redirect) for root in self._lowers.data)
 
     def _make(self, parent: bytes, name: bytes, below: list[Found]) -> None:
         """Plan a copy of what the merged lowers show as ``name``: folders whole, files as stubs."""
@@ -377,12 +374,7 @@ def _entry(do: str, path: bytes, full: bytes, shown: os.stat_result) -> Step:
     return {
         "do": do, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
         "times": [shown.st_atime_ns, shown.st_mtime_ns],
-        "xattrs": {text(os.fsencode(n)): text(os.getxattr(full, n, follow_symlinks=False)) for n in _xattrs(full)},
+        "xattrs": {
+            text(os.fsencode(name)): text(os.getxattr(full, name, follow_symlinks=False)) for name in xattr_names(full)
+        },
     }  # fmt: skip
-
-
-def _xattrs(full: bytes) -> list[str]:
-    try:
-        return os.listxattr(full, follow_symlinks=False)
-    except OSError:
-        return []

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerkit.hosts.mounts.spec import MountLayer, MountSpec, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.linux.configuration import configured
 from layerkit.linux.probe import Features
 from layerkit.metaonly import Namespace
 from layerkit.model.errors import UnsupportedHost, UsageError
 from layerkit.store.layout import DataBackend
-from layerkit.store.metas import Stacking
+from layerkit.store.metas import MetaEntry, Stacking
 from layerkit.store.preparation import Rendering
 
 
@@ -60,6 +62,14 @@ class MountOptions:
     work: Path | None = None
     stacking: str = "auto"
     reread: bool = False
+
+    def spec(
+        self, target: Path, ways: Ways, mapping: Mapping | None, meta: MetaEntry, data: Iterable[MountLayer]
+    ) -> MountSpec:
+        """Return what to mount at ``target``: ``meta``, made in these ways for ``mapping``, over ``data``."""
+        idmap = (mapping.uid.extents, mapping.gid.extents) if mapping and ways.idmap else None
+        layer = meta_layer(meta, mapping)
+        return MountSpec(layer, tuple(data), ways.namespace, target, idmap, upper=self.upper, work=self.work)
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing, before anything is opened or made.

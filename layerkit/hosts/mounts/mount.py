@@ -28,7 +28,8 @@ from layerkit.hosts.mounts.spec import MountLayer, MountSpec, check_stubs, check
 from layerkit.linux import mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.linux.durable import staging_beside
-from layerkit.metaonly import Namespace, own_mark
+from layerkit.linux.folders.walk import make_like
+from layerkit.metaonly import Namespace
 from layerkit.model.errors import LayerkitError, NotFound, UnsupportedHost, UsageError
 from layerkit.store import pins
 
@@ -46,9 +47,7 @@ def default_run(store: Path) -> Path:
 def mount(spec: MountSpec, *, run: Path) -> Record:
     """Mount what ``spec`` says, and return its record.
 
-    Args:
-        spec: what to mount where.
-        run: the run folder; one per store (:func:`default_run`). Any number of processes may mount at once.
+    Each store has its run folder (:func:`default_run`). Any number of processes may mount at once.
 
     Raises:
         UsageError: a spec that cannot work, or a target or upper that is in use.
@@ -77,12 +76,8 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
 def umount(target: Path, *, run: Path, lazy: bool = False) -> None:
     """Unmount what layerkit mounted at ``target``, and the shared layers that nobody needs any more.
 
-    A mount that was cut short by a kill is cleared as well.
-
-    Args:
-        target: the mount point.
-        run: the run folder that it was mounted with, or that of another store beside it.
-        lazy: hide the mount now and free it when its last user is gone.
+    A mount that was cut short by a kill is cleared as well. ``run`` is the run folder that it was mounted with, or
+    that of another store beside it. ``lazy`` hides the mount now and frees it when its last user is gone.
 
     Raises:
         NotFound: layerkit mounted nothing there.
@@ -154,7 +149,7 @@ def _record(spec: MountSpec) -> Record:
         idmap=spec.idmap,
         upper=None if spec.upper is None else str(spec.upper),
         work=None if spec.work is None else str(spec.work),
-        read_only=spec.read_only or spec.upper is None,
+        read_only=spec.upper is None,
         pid=os.getpid(),
         created=time.time(),
         label=dict(spec.label),
@@ -325,15 +320,8 @@ def like_root(folder: Path, root: int, namespace: Namespace) -> None:
     Raises:
         OSError: as the system says; the folder may be there then.
     """
-    shown = os.fstat(root)
     folder.mkdir(mode=0o700)
-    os.chown(folder, shown.st_uid, shown.st_gid)
-    folder.chmod(shown.st_mode & 0o7777)
-    like = f"/proc/self/fd/{root}"
-    for name in os.listxattr(like):
-        if own_mark(os.fsencode(name), namespace) is None and name != "security.selinux":
-            os.setxattr(folder, name, os.getxattr(like, name))
-    os.utime(folder, ns=(shown.st_atime_ns, shown.st_mtime_ns))
+    make_like(os.fsencode(folder), b"/proc/self/fd/%d/" % root, os.fstat(root), namespace)
 
 
 def _explain(error: OSError, layers: mounts.Layers) -> str:

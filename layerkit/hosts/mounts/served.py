@@ -65,10 +65,7 @@ def open_tree(file: BinaryIO) -> FuseTree:
 def answers(tree: FuseTree, mapping: Mapping, data: int | None = None) -> fuse.Answers:
     """Return the answers about ``tree`` with its owners, also those in xattrs, mapped.
 
-    Args:
-        tree: with the owners of the image.
-        mapping: how to map them.
-        data: as :class:`layerkit.linux.fuse.Answers` has it.
+    ``data`` is as :class:`layerkit.linux.fuse.Answers` has it.
 
     Raises:
         UnmappedId: an owner outside the map, with the first path that has it.
@@ -102,11 +99,7 @@ class Keeper(contextlib.ExitStack):
     """
 
     def __init__(self, answers: fuse.Answers, data: int = -1) -> None:
-        """Open the device and start the keeper, which waits for :meth:`mount`.
-
-        Args:
-            answers: what to serve.
-            data: a descriptor that it needs.
+        """Open the device and start the keeper, which waits for :meth:`mount`; ``data``: a descriptor it needs.
 
         Raises:
             OSError: no FUSE for this user.
@@ -132,14 +125,10 @@ class Keeper(contextlib.ExitStack):
 
 
 def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) -> NoReturn:
-    """Be the keeper, in a process made for it; never returns.
+    """Be the keeper, in a process made for it; never returns. All descriptors are closed but those ``needed``.
 
-    Args:
-        device: of the mount.
-        answers: what to serve.
-        needed: descriptors to leave open; all others are closed.
-        ready: where a byte says that the mount is made; -1 where it is made already. Its end without a byte is the
-            end of whoever was to make it, and of the keeper.
+    At ``ready`` a byte says that the mount is made; it is -1 where that is so already. Its end without a byte is the
+    end of whoever was to make it, and of the keeper.
     """
     try:
         os.setsid()
@@ -217,10 +206,8 @@ def _say(text: str) -> None:
 def served(tree: Path, mapping: Mapping, lock: Path) -> Iterator[int]:
     """Give the root of a mount of ``tree`` that is served; it ends with the block unless an overlay has it.
 
-    Args:
-        tree: file that ``formats.meta.fuse`` wrote.
-        mapping: of its owners.
-        lock: a file to make; its lock is held for as long as a process of the server is there (:func:`is_served`).
+    ``formats.meta.fuse_tree`` wrote the tree, whose owners are mapped. ``lock`` is a file to make; its lock is held
+    for as long as a process of the server is there (:func:`is_served`).
 
     Raises:
         StoreError: the server did not start; the message says why.

@@ -98,9 +98,8 @@ class MountSpec:
         namespace: where META's stubs have their xattrs: ``user`` mounts with ``userxattr``.
         target: an existing folder.
         idmap: (uid ranges, gid ranges) that the kernel is to apply to META; None: META's owners as they are.
-        upper: the writable layer, made if it is absent; None for a mount without one.
+        upper: the writable layer, made if it is absent; None for a mount that is read-only.
         work: overlayfs's own folder beside ``upper``; None: ``UPPER.work``.
-        read_only: forbid writing through the mount. Without ``upper`` there is nothing to write to.
         classic: ``data`` are folders that lie under META as normal layers, with ``metacopy=on``: META's files
             are found in them at their own paths, and what META does not have shows through.
         label: kept in the record for whoever lists mounts (image, map and so on).
@@ -113,7 +112,6 @@ class MountSpec:
     idmap: tuple[IdExtents, IdExtents] | None = None
     upper: Path | None = None
     work: Path | None = None
-    read_only: bool = True
     classic: bool = False
     label: dict[str, str] = field(default_factory=dict)
 
@@ -256,12 +254,9 @@ def _may_be_absent(path: Path, what: str) -> Path:
 
 
 def check_stubs(meta: str, namespace: Namespace, where: str) -> None:
-    """Refuse a META whose stubs the mount would not follow: it would read as zeros.
+    """Refuse a META whose stubs the mount, which reads ``namespace``, would not follow: it would read as zeros.
 
-    Args:
-        meta: a path to META's root, through a descriptor if it is a detached mount.
-        namespace: the one that the mount will read.
-        where: what to call META.
+    ``meta`` is a path to META's root, through a descriptor if it is a detached mount; ``where`` is what to call it.
 
     Raises:
         UsageError: the first file with data found in META is not a stub of ``namespace``.

@@ -41,13 +41,9 @@ Deleted = tuple[list[bytes], list[bytes]]
 def build_meta(
     store_root: Path, layers: Sequence[StorageLayer], namespace: Namespace, mapping: Mapping | None = None
 ) -> None:
-    """Make the META of ``layers`` (top first, all fixed) in the store unless it is there.
+    """Make the META of ``layers`` (top first, all fixed) in the store, made too if missing, unless it is there.
 
-    Args:
-        store_root: of the store, made if it is missing.
-        layers: what it is over.
-        namespace: of its stubs.
-        mapping: None: a tree to serve under every map, and marks; else a folder of stubs for this map.
+    Without a mapping it is a tree to serve under every map, and marks; else a folder of stubs for this map.
 
     Raises:
         LayerkitError: a folder that cannot be adopted, an owner outside the map, or a disk that refuses.
@@ -60,8 +56,8 @@ def build_meta(
             return
         folders = [LayerFolder(layer.path, Marks.AUFS, layer.path.parent.name) for layer in reversed(layers)]
         # podman itself may touch a layer (to compare it, it mounts it writable): then it is read again.
-        image = adopt_layers(store, folders, reread=True)
-        indexes = [index for index in map(store.load_index, image.diff_ids) if index is not None]
+        diff_ids = [layer.diff_id for layer in adopt_layers(store, folders, reread=True)]
+        indexes = [index for index in map(store.load_index, diff_ids) if index is not None]
         tree = merge(indexes, limits=limits)
         shift = "" if mapping is None else shift_text(mapping)
         meta = metadata_over_folders(tree, mapping if shift else None, namespace, Stacking.DATA_ONLY)
@@ -80,7 +76,7 @@ def build_meta(
                     "rendering": "fuse" if mapping is None else "directory",
                     "folders": [os.fspath(layer.path) for layer in layers],
                     "identities": [layer.identity for layer in layers],
-                    "diff_ids": [str(diff_id) for diff_id in image.diff_ids],
+                    "diff_ids": list(map(str, diff_ids)),
                 }
             )  # fmt: skip
 

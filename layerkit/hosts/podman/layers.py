@@ -52,12 +52,9 @@ class StorageLayer:
 def storage_layers(folders: Sequence[str], namespace: Namespace, *, top_changes: bool) -> tuple[StorageLayer, ...]:
     """Return the layers in ``folders``, top first.
 
-    Args:
-        folders: as in ``lowerdir``; links, and paths through the idmapped mounts that a rootful podman makes
-            (``CONTAINER/mapped/N/LAYER/diff``), are followed to the folder itself: a map is applied once.
-        namespace: ``trusted`` or ``user``.
-        top_changes: the first may be a container's writable folder. All others have a layer on them, and what
-            has one never changes again.
+    Links, and paths through the idmapped mounts that a rootful podman makes (``CONTAINER/mapped/N/LAYER/diff``),
+    are followed to the folder itself: a map is applied once. With ``top_changes`` the first may be a container's
+    writable folder. All others have a layer on them, and what has one never changes again.
 
     Raises:
         NotFound: one is not there.
@@ -146,10 +143,8 @@ def folder_key(layers: Sequence[StorageLayer], namespace: Namespace, mapping: Ma
 def with_marks(layers: Sequence[StorageLayer], meta: Path, below: Iterable[int] | None) -> list[Path]:
     """Return the folders of ``layers`` (top first) with those between them that ``build`` wrote for deletions.
 
-    Args:
-        layers: of the image.
-        meta: the META over them, whose ``root`` has the folders.
-        below: places of the layers that have one below them; None where nothing had to be written.
+    They lie in the ``root`` of ``meta``, the META over the layers. ``below`` are the places of the layers that have
+    one below them; None where nothing had to be written.
     """
     found = [] if below is None else [meta / "root" / TOP]
     for place, layer in enumerate(layers):

@@ -52,12 +52,9 @@ class Mounted:
 
 
 def mount(options: str, target: Path, store: Path) -> Mounted:
-    """Mount what ``options`` ask for at ``target``; it is there in whole or not at all.
+    """Mount what ``options`` ask for at the existing folder ``target``; it is there in whole or not at all.
 
-    Args:
-        options: as containers-storage hands them over; see :func:`mount_options.parse`.
-        target: an existing folder.
-        store: the local store, made if it is missing.
+    Options are as containers-storage gives them (:func:`mount_options.parse`); the store is made if it is missing.
 
     Raises:
         UsageError: a container's folder that was written under another map.

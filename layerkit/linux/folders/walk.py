@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from layerkit.linux.syscalls import FOLDER, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2, opened
+from layerkit.metaonly import Namespace, own_mark
 
 TOP_FOLDER = FOLDER & ~os.O_NOFOLLOW
 """For the folder that a person named: a link at its end is meant."""
@@ -151,6 +153,26 @@ def open_below(root: int, path: bytes, flags: int) -> int:
 def xattr_path(folder: int, name: bytes) -> bytes:
     """Return a path of ``name`` in ``folder``, for calls on xattrs: none takes a folder before Linux 6.13."""
     return b"/proc/self/fd/%d/%b" % (folder, name)
+
+
+def make_like(
+    target: bytes, source: bytes, shown: os.stat_result, leave: Namespace | None = None, *, lossy: bool = False
+) -> None:
+    """Give ``target`` the owner, mode, xattrs and times of ``source``, whose lstat is ``shown``.
+
+    SELinux's label is not copied, nor overlayfs's own marks in the namespace ``leave``. With ``lossy`` xattrs are
+    left out where this kind of file or its filesystem has none.
+    """
+    # chown clears setuid and capabilities, so it goes first (overlayfs and chown(2)); times last.
+    os.chown(target, shown.st_uid, shown.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(shown.st_mode):
+        os.chmod(target, stat.S_IMODE(shown.st_mode))
+    with contextlib.suppress(OSError) if lossy else contextlib.nullcontext():
+        for name in os.listxattr(source, follow_symlinks=False):
+            if name != "security.selinux" and not (leave and own_mark(os.fsencode(name), leave)):
+                value = os.getxattr(source, name, follow_symlinks=False)
+                os.setxattr(target, name, value, follow_symlinks=False)
+    os.utime(target, ns=(shown.st_atime_ns, shown.st_mtime_ns), follow_symlinks=False)
 
 
 def xattr_names(path: bytes) -> list[str]:

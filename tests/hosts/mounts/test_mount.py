@@ -383,7 +383,7 @@ def test_paths_may_be_symbolic_links(lab: Lab) -> None:
 class TestUpper:
     def test_metadata_changes_copy_no_data_and_the_root_looks_like_metas(self, lab: Lab) -> None:
         os.setxattr(lab.root / "meta", "user.note", b"kept")
-        spec = replace(folders(lab), idmap=MAP, upper=lab.root / "upper", read_only=False)
+        spec = replace(folders(lab), idmap=MAP, upper=lab.root / "upper")
         record = mounter.mount(spec, run=lab.run)
         target = lab.target()
         assert record.work == str(lab.root / "upper.work")
@@ -407,7 +407,7 @@ class TestUpper:
             (lab.target() / "new").touch()
 
     def test_one_upper_serves_one_mount(self, lab: Lab) -> None:
-        spec = replace(lab.spec, upper=lab.root / "upper", read_only=False)
+        spec = replace(lab.spec, upper=lab.root / "upper")
         mounter.mount(spec, run=lab.run)
         with pytest.raises(UsageError, match="its own"):
             mounter.mount(replace(spec, target=lab.target("second"), work=lab.root / "w2"), run=lab.run)
@@ -562,7 +562,7 @@ class TestBelow:
     ) -> None:
         # Linux 6.5 to 6.12 cannot be run here: their refusal of descriptors is played by an unknown command.
         monkeypatch.setattr("layerkit.linux.syscalls.FSCONFIG_SET_FD", 99)
-        mounter.mount(replace(lab.spec, upper=lab.root / "upper", read_only=False), run=lab.run)
+        mounter.mount(replace(lab.spec, upper=lab.root / "upper"), run=lab.run)
         check_shown(lab.target())
 
     def test_an_idmapped_clone_is_attached_for_a_moment_where_it_must_be(

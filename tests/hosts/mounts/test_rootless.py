@@ -69,7 +69,7 @@ for change in (
         out["refused"].append("mounted")
     except LayerkitError as error:
         out["refused"].append(type(error).__name__ + ": " + str(error))
-m.mount(replace(spec, target=work / "mnt2", upper=work / "upper", read_only=False), run=run)
+m.mount(replace(spec, target=work / "mnt2", upper=work / "upper"), run=run)
 os.chmod("mnt2/etc/conf", 0o600)
 out["after_chmod"] = Path("mnt2/etc/conf").read_bytes() == CONTENT[b"etc/conf"]
 out["active"] = len(m.active(run))

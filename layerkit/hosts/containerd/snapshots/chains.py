@@ -143,12 +143,9 @@ class StoreChains:
     def layers(
         self, image: str, diff_ids: Sequence[Digest], mapping: Mapping | None
     ) -> tuple[MountLayer, tuple[MountLayer, ...]]:
-        """Return META and the data of a chain, META made if it is not kept.
+        """Return META and the data of a chain, META made if it is not kept, with ``mapping`` written into it if any.
 
-        Args:
-            image: manifest digest of the image that keeps the chain.
-            diff_ids: of the chain.
-            mapping: the id map that is written into META, None for the image's own owners.
+        ``image`` is the manifest digest of the image that keeps the chain.
 
         Raises:
             UnmappedId: the map leaves an owner out.

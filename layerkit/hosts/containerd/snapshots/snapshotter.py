@@ -47,11 +47,8 @@ class Snapshotter:
     def __init__(self, root: Path, store: Path, *, run: Path | None = None, limits: Limits) -> None:
         """Open the root, made if it is not there, and clear what a kill left.
 
-        Args:
-            root: its folder; one process at a time.
-            store: layerkit's store, whose images need no unpacking; it need not exist yet.
-            run: folder for mounts, on a tmpfs; None: :func:`default_run`.
-            limits: bounds on layers.
+        One process at a time has it. Images of ``store`` need no unpacking; it need not exist yet. ``run`` is a
+        folder for mounts, on a tmpfs; None: :func:`default_run`.
 
         Raises:
             UsageError: another process has it, or a path that no mount option can hold.
@@ -138,11 +135,8 @@ class Snapshotter:
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make the active snapshot ``key`` the committed one ``name``; ``key`` is gone then.
 
-        Args:
-            name: of the new snapshot.
-            key: of the active one.
-            labels: of the new one; it inherits none.
-            parent: what its parent has to be, "" for whatever it is.
+        ``labels`` are those of the new one, which inherits none; ``parent`` is what its parent has to be, "" for
+        whatever it is.
 
         Raises:
             SnapshotError: already_exists: ``name``; not_found: ``key``; failed_precondition: it is not active.
@@ -190,10 +184,7 @@ class Snapshotter:
     def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Row:
         """Change labels, the only thing of a snapshot that can be changed.
 
-        Args:
-            name: of the snapshot.
-            labels: the new ones.
-            paths: fields to change: ``labels``, ``labels.KEY`` (removed where ``labels`` lacks it); none: all.
+        ``paths`` are the fields to change: ``labels``, ``labels.KEY`` (removed where ``labels`` lacks it); none: all.
 
         Raises:
             SnapshotError: not_found; invalid_argument: another field.
