@@ -375,6 +375,6 @@ def _entry(do: str, path: bytes, full: bytes, shown: os.stat_result) -> Step:
         "do": do, "path": text(path), "mode": shown.st_mode, "uid": shown.st_uid, "gid": shown.st_gid,
         "times": [shown.st_atime_ns, shown.st_mtime_ns],
         "xattrs": {
-            text(os.fsencode(name)): text(os.getxattr(full, name, follow_symlinks=False)) for name in xattr_names(full)
+            text(os.fsencode(n)): text(os.getxattr(full, n, follow_symlinks=False)) for n in xattr_names(full)
         },
     }  # fmt: skip

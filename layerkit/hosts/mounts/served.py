@@ -127,8 +127,8 @@ class Keeper(contextlib.ExitStack):
 def keep(device: int, answers: fuse.Answers, needed: Set[int], ready: int = -1) -> NoReturn:
     """Be the keeper, in a process made for it; never returns. All descriptors are closed but those ``needed``.
 
-    At ``ready`` a byte says that the mount is made; it is -1 where that is so already. Its end without a byte is the
-    end of whoever was to make it, and of the keeper.
+    At ``ready`` a byte says that the mount is made; it is -1 where that is so already. Its end without a byte is
+    the end of whoever was to make it, and of the keeper.
     """
     try:
         os.setsid()

@@ -143,7 +143,7 @@ class StoreChains:
     def layers(
         self, image: str, diff_ids: Sequence[Digest], mapping: Mapping | None
     ) -> tuple[MountLayer, tuple[MountLayer, ...]]:
-        """Return META and the data of a chain, META made if it is not kept, with ``mapping`` written into it if any.
+        """Return META and the data of a chain, META made for ``mapping`` if it is not kept.
 
         ``image`` is the manifest digest of the image that keeps the chain.
 

@@ -184,7 +184,7 @@ class Snapshotter:
     def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Row:
         """Change labels, the only thing of a snapshot that can be changed.
 
-        ``paths`` are the fields to change: ``labels``, ``labels.KEY`` (removed where ``labels`` lacks it); none: all.
+        ``paths`` are the fields: ``labels``, ``labels.KEY`` (removed where ``labels`` lacks it); none: all.
 
         Raises:
             SnapshotError: not_found; invalid_argument: another field.
