@@ -13,7 +13,6 @@ changes nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -24,14 +23,15 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from layerkit.formats.toml_settings import whole
 from layerkit.linux.syscalls import opened
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, StoreError
+from layerkit.store.locks import open_lock, try_lock
 
 STATES = ("waiting", "running", "done", "skipped", "gone", "dead")
 ENDS = ("done", "skipped", "gone", "dead")
@@ -260,19 +260,17 @@ class Queue:
             self._db = sqlite3.connect(
                 folder / "queue.sqlite", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
             self._prepare()
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def _prepare(self) -> None:
-        """Make the tables if they are not there."""
-        with _on_disk(self._folder):
-            self._db.execute("PRAGMA journal_mode = WAL")
+        with self._read() as db:
+            db.execute("PRAGMA journal_mode = WAL")
             # FULL, not NORMAL: a 202 is a promise that outlasts a loss of power.
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
         with self._write() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
@@ -280,8 +278,9 @@ class Queue:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         if version > _SCHEMA_VERSION:
-            newer = f"a queue of version {version}, newer than this layerkit; use a newer one"
-            raise StoreError(f"{self._folder}: {newer}")
+            raise StoreError(
+                f"{self._folder}: a queue of version {version}, newer than this layerkit; use a newer one"
+            )
 
     def close(self) -> None:
         """Close the database, and end the leases of this process: another takes its jobs over at once."""
@@ -292,15 +291,9 @@ class Queue:
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         """Have the database to oneself; all of the block happens, on disk, or nothing."""
-        with self._read() as db:
+        with self._read() as db, db:
             db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+            yield db
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -326,10 +319,8 @@ class Queue:
             )
             _put_target(db, job, target)
             return Added(job, "waiting", True)
-        known = db.execute(
-            "SELECT 1 FROM targets WHERE job = ? AND registry = ? AND repository = ?",
-            (job, target.registry, target.repository),
-        ).fetchone()
+        place = (job, target.registry, target.repository)
+        known = db.execute(f"SELECT 1 FROM targets WHERE {_TARGET}", place).fetchone()
         before, urgent, finished = row
         age = now - (finished or now)
         state = self.policy.after_wish(before, age, again=wish.again, new_target=known is None)
@@ -343,11 +334,9 @@ class Queue:
 
     def retry(self, jobs: Iterable[str] | None = None) -> int:
         """Let dead jobs run again, all or those named; return how many."""
-        which, values = "state = 'dead'", [] if jobs is None else list(jobs)
-        if jobs is not None:
-            which += f" AND id IN ({_marks(values)})"
+        which, named = ("", ()) if jobs is None else (f" AND id {_AMONG}", (json.dumps(list(jobs)),))
         with self._write() as db:
-            return _set(db, which, values, state="waiting", **_from_now(self._clock()))
+            return _set(db, f"state = 'dead'{which}", named, state="waiting", **_from_now(self._clock()))
 
     def prune(self, older_seconds: float) -> int:
         """Forget what came to its end longer ago than that, the dead excepted; return how many."""
@@ -372,15 +361,13 @@ class Queue:
             rows = db.execute(
                 "SELECT id, digest, mapping, options, version, attempts, anew FROM jobs WHERE state = 'waiting'"
                 " AND not_before <= ? AND NOT EXISTS (SELECT 1 FROM targets WHERE job = jobs.id AND todo"
-                f" AND registry IN ({_marks(busy)})) ORDER BY urgent DESC, not_before LIMIT ?",
-                (now, *busy, count),
+                f" AND registry {_AMONG}) ORDER BY urgent DESC, not_before LIMIT ?",
+                (now, json.dumps(list(busy)), count),
             ).fetchall()
+            lease: dict[str, object] = {"owner": owner, "lease_until": now + self.policy.lease_seconds}
             for job, digest, mapping, options, version, attempts, anew in rows:
                 token = secrets.token_hex(8)
-                until = now + self.policy.lease_seconds
-                _set(
-                    db, "id = ?", (job,), state="running", owner=owner, token=token, lease_until=until, started=now
-                )
+                _set(db, "id = ?", (job,), state="running", token=token, started=now, **lease)
                 key = Key(Digest.parse(digest), mapping, options, version)
                 claims.append(Claim(job, key, _targets(db, job, "AND todo"), token, attempts + 1, bool(anew)))
         return claims
@@ -398,8 +385,7 @@ class Queue:
         """Store what came of ``claim``; return the job's state then, empty where the lease was lost before."""
         now = self._clock()
         with self._write() as db:
-            held = f"SELECT attempts, report FROM jobs WHERE {_HELD}"
-            row = db.execute(held, (claim.job, claim.token)).fetchone()
+            row = _held(db, "attempts, report", claim.job, claim.token)
             if row is None:
                 return ""
             if outcome.state == "failed":
@@ -408,11 +394,8 @@ class Queue:
                 then = now + self.policy.delay(attempts, self._chance())
                 _end(db, claim.job, state, now, attempts=attempts, not_before=then, why=outcome.why)
                 return state
-            for target in claim.targets:
-                db.execute(
-                    "UPDATE targets SET todo = 0 WHERE job = ? AND registry = ? AND repository = ?",
-                    (claim.job, target.registry, target.repository),
-                )
+            served = [(claim.job, target.registry, target.repository) for target in claim.targets]
+            db.executemany(f"UPDATE targets SET todo = 0 WHERE {_TARGET}", served)
             # A repository that was wished for while this ran is still to be served.
             more = db.execute("SELECT 1 FROM targets WHERE job = ? AND todo", (claim.job,)).fetchone()
             state = "waiting" if more else outcome.state
@@ -469,9 +452,8 @@ class Queue:
 
     def _lost(self, db: sqlite3.Connection, job: str, token: str, until: float = math.inf) -> bool:
         """End a lease that ``token`` still has and that is over before ``until``; return whether there was one."""
-        held = f"SELECT losses FROM jobs WHERE {_HELD} AND lease_until < ?"
-        row = db.execute(held, (job, token, until)).fetchone()
-        if row is None:
+        row = _held(db, "losses, lease_until", job, token)
+        if row is None or row[1] >= until:
             return False
         losses, now = row[0] + 1, self._clock()
         state = "dead" if losses >= self.policy.losses else "waiting"
@@ -493,12 +475,8 @@ class Queue:
 
     def states(self, jobs: Sequence[str]) -> dict[str, str]:
         """Return the state of each of ``jobs`` that is known."""
-        found: dict[str, str] = {}
-        for start in range(0, len(jobs), 500):
-            part = jobs[start : start + 500]
-            with self._read() as db:
-                found |= dict(db.execute(f"SELECT id, state FROM jobs WHERE id IN ({_marks(part)})", part))
-        return found
+        with self._read() as db:
+            return dict(db.execute(f"SELECT id, state FROM jobs WHERE id {_AMONG}", (json.dumps(list(jobs)),)))
 
     def job(self, job: str) -> JobRow:
         """Return one job.
@@ -517,20 +495,22 @@ class Queue:
         return self._select(f"{where} ORDER BY coalesce(finished, started, created) DESC LIMIT ?", [*values, limit])
 
     def _select(self, rest: str, values: Iterable[object]) -> list[JobRow]:
-        names = (
-            "id, digest, mapping, options, state, attempts, losses, not_before, created, started, finished, why,"
-            " report"
-        )
-        found = []
+        names = ", ".join(("id", *(each.name for each in fields(JobRow)[1:-1])))
         with self._read() as db:
-            for row in db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall():
-                *plain, report = row
-                found.append(JobRow(*plain, json.loads(report), _targets(db, row[0])))  # type: ignore[call-arg]
-        return found
+            return [
+                JobRow(*plain, json.loads(report), _targets(db, plain[0]))  # type: ignore[call-arg]
+                for *plain, report in db.execute(f"SELECT {names} FROM jobs {rest}", tuple(values)).fetchall()
+            ]
 
 
 _FREE = {"owner": None, "token": None, "lease_until": None}
 _HELD = "id = ? AND token = ? AND state = 'running'"
+_TARGET = "job = ? AND registry = ? AND repository = ?"
+_AMONG = "IN (SELECT value FROM json_each(?))"
+
+
+def _held(db: sqlite3.Connection, names: str, job: str, token: str) -> Any:
+    return db.execute(f"SELECT {names} FROM jobs WHERE {_HELD}", (job, token)).fetchone()
 
 
 def _set(db: sqlite3.Connection, which: str, values: Iterable[object], **columns: object) -> int:
@@ -548,10 +528,6 @@ def _end(db: sqlite3.Connection, job: str, state: str, now: float, **columns: ob
 def _from_now(now: float) -> dict[str, object]:
     """Return the columns of a job that is as if wished for now for the first time."""
     return {"attempts": 0, "losses": 0, "not_before": now, "created": now, "finished": None}
-
-
-def _marks(values: Collection[object]) -> str:
-    return ",".join("?" * len(values))
 
 
 def _targets(db: sqlite3.Connection, job: str, which: str = "") -> tuple[Target, ...]:
@@ -572,7 +548,7 @@ def _on_disk(folder: Path) -> Iterator[None]:
     """Turn what a disk refuses while the block runs into an error that says which."""
     try:
         yield
-    except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
+    except (sqlite3.DatabaseError, OSError) as error:
         raise StoreError(
             f"{folder}: the queue: {error}; it needs a local disk with room, not a network share"
         ) from error
@@ -596,8 +572,8 @@ class Holders:
             self._name = f"{os.getpid()}-{secrets.token_hex(8)}"
             # Locked before it has its name: whoever sees it unlocked may take its owner for dead.
             fresh = self._folder.parent / f"new-{self._name}"
-            fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fd = open_lock(fresh)
+            try_lock(fd)
             fresh.rename(self._folder / self._name)
             self._fd = fd
         return self._name
@@ -609,12 +585,11 @@ class Holders:
         path = self._folder / name
         try:
             with opened(path, os.O_RDWR | os.O_NOFOLLOW) as fd:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not try_lock(fd):
+                    return True
+            path.unlink()
         except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        path.unlink(missing_ok=True)
+            pass
         return False
 
     def sweep(self) -> None:
