@@ -20,7 +20,6 @@ URLs live here and nowhere else: an event names a repository, the configuration 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -67,6 +66,12 @@ class Registry:
     index_repository: str | None = None
     options: RegistryOptions = field(default_factory=RegistryOptions)
 
+    def __post_init__(self) -> None:
+        """Refuse what is no name of a repository of indexes."""
+        name = self.index_repository
+        if name and RegistryRef.of(f"registry.invalid/{name}").repository != name:
+            raise UsageError(f"index_repository = {name!r}: want a name without host, tag and digest")
+
     @classmethod
     def read(cls, table: Table) -> Registry:
         """Return what ``[[registry]]`` says."""
@@ -81,17 +86,7 @@ class Registry:
             raise UsageError(
                 f"{table.where}: name = {found.name!r}: want lower-case letters, digits, '.', '_', '-'"
             )
-        return found.with_index_repository(found.index_repository)
-
-    def with_index_repository(self, name: str | None) -> Registry:
-        """Return it with another repository of indexes.
-
-        Raises:
-            UsageError: no name of a repository.
-        """
-        if name and RegistryRef.of(f"registry.invalid/{name}").repository != name:
-            raise UsageError(f"index_repository = {name!r}: want a name without host, tag and digest")
-        return replace(self, index_repository=name)
+        return found
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
@@ -284,7 +279,7 @@ class Config:
         Raises:
             UsageError: no name of a repository.
         """
-        changed = {known: each.with_index_repository(name) for known, each in self.registries.items()}
+        changed = {known: replace(each, index_repository=name) for known, each in self.registries.items()}
         return replace(self, registries=changed)
 
 
@@ -305,9 +300,8 @@ def read_token(config: Config) -> tuple[str, Path]:
     path = config.token_file or config.state / "token"
     if config.token_file is None and not path.exists():
         config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a file descriptor
-            file.write(secrets.token_urlsafe(32) + "\n")
+        path.touch(0o600, exist_ok=False)
+        path.write_text(secrets.token_urlsafe(32) + "\n")
     try:
         token, mode = path.read_text().strip(), path.stat().st_mode
     except OSError as error:

@@ -389,28 +389,19 @@ def survey(tasks: tuple[Task, ...]) -> list[Want]:
 
     What goes wrong here goes wrong again in the job, which says so.
     """
-    try:
-        return _image_wants(tasks)
-    except LayerkitError:
-        return []
-
-
-def _image_wants(tasks: tuple[Task, ...]) -> list[Want]:
-    task = tasks[0]
+    task, missing = tasks[0], []
     limits, shared = task.settings.bounds, task.fleet.shared_indexes()
-    source, over = look(task, limits)
-    if over is not None:
-        parts = [tuple(replace(each, digest=child) for each in tasks) for child in over.children]
-        return [want for part in parts for want in survey(part)]
-    missing = []
-    for layer in source.image().layers:
-        key = (str(shared.repository) if shared else "", layer.diff_id)
-        if key in _published:
-            continue
-        if shared is not None and shared.has(layer.diff_id):
-            _published.add(key)
-        else:
-            missing.append(Want(layer.diff_id, layer.descriptor, task.targets[0].repository))
-    if missing and all(not each.again and has_artifact(source.repository, each, limits) for each in tasks):
-        return []
-    return missing
+    with contextlib.suppress(LayerkitError):
+        source, over = look(task, limits)
+        if over is not None:
+            parts = [tuple(replace(each, digest=child) for each in tasks) for child in over.children]
+            return [want for part in parts for want in survey(part)]
+        for layer in source.image().layers:
+            key = (str(shared.repository) if shared else "", layer.diff_id)
+            if key not in _published and shared is not None and shared.has(layer.diff_id):
+                _published.add(key)
+            if key not in _published:
+                missing.append(Want(layer.diff_id, layer.descriptor, task.targets[0].repository))
+        if not missing or any(each.again or not has_artifact(source.repository, each, limits) for each in tasks):
+            return missing
+    return []

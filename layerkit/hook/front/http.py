@@ -89,13 +89,13 @@ class Guarded:
         if scope["path"] in _OPEN:
             return None
         if wait := self._requests.wait(address):
-            return _error(429, "too many requests", {"Retry-After": str(int(wait) + 1)})
+            return answer_error(429, "too many requests", {"Retry-After": str(int(wait) + 1)})
         if self._failures.empty(address):
-            return _error(429, "too many wrong tokens; wait a minute", {"Retry-After": "60"})
+            return answer_error(429, "too many wrong tokens; wait a minute", {"Retry-After": "60"})
         if not self._service.token.shown_in(scope):
             self._failures.wait(address)
             challenge = {"WWW-Authenticate": 'Basic realm="layerkit hook", charset="UTF-8"'}
-            return _error(401, "show the hook's token as Bearer, or as the password of Basic", challenge)
+            return answer_error(401, "show the hook's token as Bearer, or as the password of Basic", challenge)
         return None
 
 
@@ -217,8 +217,7 @@ class _Routes:
         return Response(page, media_type="text/html", headers=headers)
 
     async def metrics(self, request: Request) -> Response:
-        text = await asyncio.to_thread(self._service.metrics.text)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return await figures(self._service)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -236,6 +235,12 @@ class _Routes:
         return JSONResponse({"status": "ready"})
 
 
+async def figures(service: Service) -> Response:
+    """Return the answer to whoever collects metrics."""
+    text = await asyncio.to_thread(service.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 def _accepted(taken: Taken, ignored: tuple[str, ...]) -> Response:
     left_out = [*ignored, *taken.ignored]
     jobs = [{"id": each.job, "state": each.state, "new": each.new} for each in taken.jobs[:1000]]
@@ -244,23 +249,24 @@ def _accepted(taken: Taken, ignored: tuple[str, ...]) -> Response:
 
 
 class _Refused(Exception):
-    """A request gets an answer that says why not; the arguments are those of :func:`_error`."""
+    """A request gets an answer that says why not; the arguments are those of :func:`answer_error`."""
 
 
-def _error(code: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def answer_error(code: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer that says what is wrong."""
     return JSONResponse({"error": message}, code, headers)
 
 
 async def _explained(request: Request, error: Exception) -> Response:
     match error:
         case _Refused():
-            return _error(*error.args)
+            return answer_error(*error.args)
         case BadRequest():
-            return _error(400, str(error))
+            return answer_error(400, str(error))
         case NotFound():
-            return _error(404, str(error))
+            return answer_error(404, str(error))
     _log.error("request failed", exc_info=error)
-    return _error(500, "the hook failed; its log says more")
+    return answer_error(500, "the hook failed; its log says more")
 
 
 def status_view(config: Config, stats: Stats, rows: Iterable[JobRow], *, draining: bool) -> dict[str, object]:

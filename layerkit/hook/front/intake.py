@@ -55,7 +55,8 @@ class Service:
     token: Token
     worker: QueueWorker | None
     draining: bool = False
-    _pending: list[tuple[list[Wish], asyncio.Future[list[Added]]]] = field(default_factory=list)
+    _pending: list[Wish] = field(default_factory=list)
+    _stored: asyncio.Future[list[Added]] | None = None
     _some: asyncio.Event = field(default_factory=asyncio.Event)
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RESOLVED_AT_ONCE))
 
@@ -86,32 +87,27 @@ class Service:
         while True:
             await self._some.wait()
             self._some.clear()
-            batch, self._pending = self._pending, []
-            if not batch:
+            pending, stored, self._pending, self._stored = self._pending, self._stored, [], None
+            if stored is None:
                 continue
             try:
-                added = await asyncio.to_thread(self.queue.add, [w for wishes, _ in batch for w in wishes])
-            except BaseException as error:
-                told = error if isinstance(error, Exception) else RuntimeError("stopped")
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(told)
-                if told is not error:
-                    raise
-                continue
-            for wishes, future in batch:
-                if not future.done():
-                    future.set_result(added[: len(wishes)])
-                del added[: len(wishes)]
+                stored.set_result(await asyncio.to_thread(self.queue.add, pending))
+            except Exception as error:
+                stored.set_exception(error)
+            except BaseException:
+                stored.set_exception(RuntimeError("stopped"))
+                raise
 
     async def store(self, wishes: list[Wish]) -> list[Added]:
         """Store ``wishes``; return when they are on disk."""
         if not wishes:
             return []
-        future: asyncio.Future[list[Added]] = asyncio.get_running_loop().create_future()
-        self._pending.append((wishes, future))
+        stored: asyncio.Future[list[Added]] = self._stored or asyncio.get_running_loop().create_future()
+        self._stored, start = stored, len(self._pending)
+        self._pending += wishes
         self._some.set()
-        return await future
+        # One who goes away must not end the commit of the others.
+        return (await asyncio.shield(stored))[start : start + len(wishes)]
 
     async def take(self, events: Sequence[Event], registry: str = "", *, again: bool = False) -> Taken:
         """Make jobs of ``events``, all of them stored when this returns, with ``again`` also what came to an end.

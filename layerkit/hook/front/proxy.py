@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from layerkit.formats.oci import documents as oci
 from layerkit.formats.oci.images import no_image
 from layerkit.hook.config import Registry
+from layerkit.hook.front.http import answer_error, figures
 from layerkit.hook.front.intake import Service
 from layerkit.hook.queue import ENDS, Queue, Target, Wish
 from layerkit.hook.work.access import upstream
@@ -45,7 +46,7 @@ _MAX_HOLDS = 512
 _POLL_SECONDS = 0.05
 
 
-class Proxy:
+class Proxy(Router):
     """The front, as an ASGI application; nothing of it is specific to a server."""
 
     def __init__(self, service: Service, registry: Registry) -> None:
@@ -63,11 +64,7 @@ class Proxy:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
         )  # fmt: skip
         self._holds = 0
-        self._app = Router(default=self._http, lifespan=self._lifespan)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a connection."""
-        await self._app(scope, receive, send)
+        super().__init__(default=self._http, lifespan=self._lifespan)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[None]:
@@ -84,9 +81,8 @@ class Proxy:
             return JSONResponse({"status": "ok"})
         if path == "/metrics":
             if not self._service.token.shown_in(scope):
-                return JSONResponse({"error": "show the hook's token"}, 401, {"WWW-Authenticate": "Bearer"})
-            text = await asyncio.to_thread(self._service.metrics.text)
-            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+                return answer_error(401, "show the hook's token", {"WWW-Authenticate": "Bearer"})
+            return await figures(self._service)
         if not (path == "/v2" or path.startswith("/v2/")) or "/../" in f"{path}/" or "/./" in f"{path}/":
             return _problem(404, "NAME_UNKNOWN", "this is a front for pulls; it serves /v2/ only")
         if scope["method"] not in ("GET", "HEAD"):
@@ -176,7 +172,7 @@ class Waiter:
     def __init__(self, queue: Queue) -> None:
         """Start it with :meth:`run` in a task."""
         self._queue = queue
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[asyncio.Future[None], set[str]] = {}
         self._some = asyncio.Event()
 
     async def run(self) -> None:
@@ -187,30 +183,25 @@ class Waiter:
                 self._some.clear()
                 continue
             try:
-                states = await asyncio.to_thread(self._queue.states, list(self._waiting))
+                states = await asyncio.to_thread(self._queue.states, [*set().union(*self._waiting.values())])
             except LayerkitError as error:
                 _log.error("cannot look at the queue", extra={"error": str(error)})
                 states = {}
-            for job in [job for job in self._waiting if states.get(job) in ENDS]:
-                for future in self._waiting.pop(job):
-                    if not future.done():
-                        future.set_result(None)
+            for future, jobs in self._waiting.items():
+                jobs -= {job for job in jobs if states.get(job) in ENDS}
+                if not jobs and not future.done():
+                    future.set_result(None)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def wait(self, jobs: Sequence[str]) -> None:
         """Return when each of ``jobs`` is at its end."""
-        futures = {job: asyncio.get_running_loop().create_future() for job in jobs}
-        for job, future in futures.items():
-            self._waiting.setdefault(job, set()).add(future)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[future] = set(jobs)
         self._some.set()
         try:
-            await asyncio.gather(*futures.values())
+            await future
         finally:
-            for job, future in futures.items():
-                waiting = self._waiting.get(job, set())
-                waiting.discard(future)
-                if not waiting:
-                    self._waiting.pop(job, None)
+            del self._waiting[future]
 
 
 def passed(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
