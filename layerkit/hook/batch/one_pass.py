@@ -110,7 +110,7 @@ def run(config: Config, wanted: Wanted) -> Pass:
         return Pass([], [])
     # For one pass, somebody waits for the end: what failed is tried again sooner, and given up sooner.
     policy = replace(config.policy, attempts=min(4, config.policy.attempts), first_seconds=0.5, recheck_seconds=0.0)
-    with _state(config) as folder, contextlib.closing(Queue(folder, policy)) as queue:
+    with _state(config) as folder, contextlib.closing(Queue(Path(folder), policy)) as queue:
         wishes, missing = [], []
         for ref in wanted.ours:
             registry = _registry(config, ref)
@@ -148,14 +148,12 @@ def _children(row: JobRow) -> set[str]:
     return {Key(Digest.parse(each), row.mapping, row.options, FORMAT_VERSION).job for each in children}
 
 
-@contextlib.contextmanager
-def _state(config: Config) -> Iterator[Path]:
+def _state(config: Config) -> contextlib.AbstractContextManager[Path | str]:
     try:
         config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        yield config.state
     except PermissionError:
-        with tempfile.TemporaryDirectory(prefix="layerkit-hook-") as folder:
-            yield Path(folder)
+        return tempfile.TemporaryDirectory(prefix="layerkit-hook-")
+    return contextlib.nullcontext(config.state)
 
 
 def _registry(config: Config, ref: RegistryRef) -> Registry:

@@ -390,7 +390,7 @@ def survey(tasks: tuple[Task, ...]) -> list[Want]:
     What goes wrong here goes wrong again in the job, which says so.
     """
     task, missing = tasks[0], []
-    limits, shared = task.settings.bounds, task.fleet.shared_indexes()
+    limits, shared = task.fleet.settings.bounds, task.fleet.shared_indexes()
     with contextlib.suppress(LayerkitError):
         source, over = look(task, limits)
         if over is not None:

@@ -33,8 +33,6 @@ from layerkit.model.limits import DEFAULT
 
 _log = logging.getLogger("layerkit.hook.proxy")
 
-Headers = list[tuple[bytes, bytes]]
-
 # RFC 9110 section 7.6.1: these belong to one connection.
 _HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -204,7 +202,7 @@ class Waiter:
             del self._waiting[future]
 
 
-def passed(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
+def passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers that are handed on, in their order, repeated ones repeated."""
     tokens = [token for name, value in headers if name.lower() == b"connection" for token in value.split(b",")]
     named = {token.strip().lower() for token in tokens}

@@ -6,6 +6,7 @@ have to do so again, as a worker can die at any moment.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -32,8 +33,6 @@ _log = logging.getLogger("layerkit.executors")
 _CONNECT_SECONDS = 15
 _LOOK_SECONDS = 1
 
-ENGINES = "processes, threads or dask://HOST:PORT"
-
 
 def open_executor(engine: str, workers: int, *, tls: ClusterTls | None = None) -> Executor:
     """Return a new executor; ``shutdown(wait=False)`` of it ends what runs at once, where it runs on this machine.
@@ -53,7 +52,8 @@ def open_executor(engine: str, workers: int, *, tls: ClusterTls | None = None) -
         return _Processes(workers)
     scheme, _, address = engine.partition("://")
     if scheme not in ("dask", "dask+tls") or not address or (scheme == "dask+tls") != (tls is not None):
-        raise UsageError(f"engine {engine!r}: want {ENGINES}; dask+tls:// with certificates, and only with them")
+        want = "processes, threads or dask://HOST:PORT; dask+tls:// with certificates, and only with them"
+        raise UsageError(f"engine {engine!r}: want {want}")
     return _Cluster(address, workers, tls)
 
 
@@ -80,21 +80,15 @@ class _Cluster(ThreadPoolExecutor):
     def __init__(self, address: str, most: int, tls: ClusterTls | None) -> None:
         super().__init__(most, thread_name_prefix="layerkit-dask")
         try:
-            from distributed import Client
-            from distributed.security import Security
+            dask: Any = importlib.import_module("distributed")
         except ImportError:
             raise UnsupportedHost("dask", "pip install 'layerkit[fleet]'") from None
-        security = None
+        how: dict[str, object] = {"timeout": _CONNECT_SECONDS, "set_as_default": False}
         if tls is not None:
             files = {"tls_ca_file": tls.ca, "tls_client_cert": tls.certificate, "tls_client_key": tls.key}
-            make: Any = Security
-            security = make(**{name: str(path) for name, path in files.items()}, require_encryption=True)
+            how["security"] = dask.Security(**{k: str(v) for k, v in files.items()}, require_encryption=True)
         try:
-            connect: Any = Client
-            self._client = connect(
-                f"{'tls' if tls else 'tcp'}://{address}", security=security, timeout=_CONNECT_SECONDS,
-                set_as_default=False,
-            )  # fmt: skip
+            self._client = dask.Client(f"{'tls' if tls else 'tcp'}://{address}", **how)
         except OSError as error:
             raise UnsupportedHost(f"a dask scheduler at {address}", f"it does not answer: {error}") from error
         # pure=False: the same task submitted again is meant to run again.

@@ -49,24 +49,17 @@ class Task:
         digest: of a manifest or index.
         options: the artifact that is wanted.
         targets: the repositories that have the image and get the artifact.
-        settings: the local store of whoever does it, which keeps indexes, and bounds.
+        fleet: where the indexes of the image's layers are found; its place is the first of ``targets``.
         platforms: of an index, those to remap; empty takes all of linux.
         again: make it anew even where the registry has it.
-        shared: repository of the first target's registry in which indexes of layers are shared, None for none.
     """
 
     digest: Digest
     options: AttachOptions
     targets: tuple[Place, ...]
-    settings: Settings
+    fleet: Fleet
     platforms: tuple[str, ...] = ()
     again: bool = False
-    shared: Place | None = None
-
-    @property
-    def fleet(self) -> Fleet:
-        """Return where the indexes of the image's layers are found."""
-        return Fleet(self.settings, self.targets[0], self.shared)
 
 
 class _Source(RegistrySource):
@@ -94,18 +87,17 @@ def task_of(config: Config, key: Key, wanted_in: Sequence[Target], *, anew: bool
     if not served:
         raise NotFound("none of its repositories is served any more")
     wish = json.loads(key.options)
-    shared = config.index_repository(served[0][0])
+    shared, targets = config.index_repository(served[0][0]), tuple(place_in(*each) for each in served)
     return Task(
         key.digest,
         AttachOptions(
             Mapping.parse_canonical(key.mapping), wish["rendering"], wish["namespace"], statement=config.statements,
             sign_key=config.sign_key, indexes=config.publish_indexes,
         ),
-        tuple(place_in(*each) for each in served),
-        Settings(config.store),
+        targets,
+        Fleet(Settings(config.store), targets[0], place_in(served[0][0], shared) if shared else None),
         config.platforms,
-        again=anew,
-        shared=place_in(served[0][0], shared) if shared else None,
+        anew,
     )  # fmt: skip
 
 
@@ -132,7 +124,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def _execute(task: Task) -> Outcome:
-    limits = task.settings.bounds
+    limits = task.fleet.settings.bounds
     before = traffic(task.targets, limits)
     source, over = look(task, limits)
     if over is not None:
@@ -164,8 +156,7 @@ def _remap(task: Task, source: RegistrySource, missing: Sequence[Place], limits:
     def beside(at: int) -> Destination:
         """Return where the artifact goes in one of ``missing``; those before it have the blobs by then."""
         place, ref = missing[at], _ref(missing[at], task.digest)
-        near = [*missing[:at], *([task.shared] if task.shared else [])]
-        names = [each.repository for each in near if each.host == place.host]
+        names = [each.repository for each in (*missing[:at], task.fleet.shared) if each and each.host == place.host]
         return Destination(
             lambda: RegistrySink(place.open(limits), ref, mount_from=names, attach_only=True),
             where=f"docker://{ref}", has_image=True,

@@ -30,6 +30,7 @@ from layerkit.hook.telemetry import Metrics
 from layerkit.hook.work import executors
 from layerkit.hook.work.access import Place
 from layerkit.hook.work.executors import open_executor
+from layerkit.hook.work.layers import Fleet
 from layerkit.hook.work.tasks import Task, execute
 from layerkit.hook.work.worker import make_worker
 from layerkit.idmap import Mapping
@@ -110,9 +111,10 @@ def opened(engine: str) -> Iterator[Executor]:
 
 def tasks(host: str, images: list[Pushed], store: Path) -> list[Task]:
     options = AttachOptions(Mapping.parse_canonical(MAP))
+    places = [Place(host, each.name, PLAIN) for each in images]
     return [
-        Task(Digest.parse(each.digest), options, (Place(host, each.name, PLAIN),), Settings(store))
-        for each in images
+        Task(Digest.parse(each.digest), options, (place,), Fleet(Settings(store), place))
+        for each, place in zip(images, places, strict=True)
     ]
 
 
@@ -216,7 +218,9 @@ def test_workers_without_a_common_store_read_each_layer_once(tmp_path: Path, kil
         images = [push(registry.host, number) for number in range(6)]
         layers = {layer for each in images for layer in each.layers}
         indexes = Place(wire.host, shared, PLAIN) if shared else None
-        wanted = [replace(t, shared=indexes) for t in tasks(wire.host, images, Path("store"))]
+        wanted = [
+            replace(t, fleet=replace(t.fleet, shared=indexes)) for t in tasks(wire.host, images, Path("store"))
+        ]
         # So slow that both workers want the common layer while one of them reads it.
         wire.add(Fault("GET", f"/blobs/{images[0].layers[0]}", bytes_per_second=60, times=1))
         with opened(f"dask://{own.address}") as executor:
@@ -245,7 +249,8 @@ def test_workers_without_a_common_store_read_each_layer_once(tmp_path: Path, kil
         wire.seen.clear()
         with opened("threads") as executor:
             options = AttachOptions(Mapping.parse_canonical(MAP.replace("100000", "300000")))
-            later = [replace(t, settings=Settings(tmp_path / "later"), options=options) for t in wanted]
+            settings = Settings(tmp_path / "later")
+            later = [replace(t, fleet=replace(t.fleet, settings=settings), options=options) for t in wanted]
             outcomes = [future.result(120) for future in [executor.submit(execute, task) for task in later]]
         assert [outcome.report["layers_read"] for outcome in outcomes] == [0] * 6
         assert not [path for method, path, _ in wire.seen if method == "GET" and path.rpartition("/")[2] in layers]
