@@ -375,7 +375,7 @@ def test_a_map_is_parsed_and_asked_without_numpy() -> None:
     program = (
         "import sys\n"
         "from layerkit.idmap import IdMap, Mapping\n"
-        "from layerkit.hosts.podman.mount_options import parse\n"
+        "from layerkit.hosts.podman.mount_program import parse\n"
         "one = IdMap.parse(['0:100000:65536'])\n"
         "both = Mapping.parse_canonical(str(Mapping(one, one.compose(one.inverse()), 5)))\n"
         "assert (both.host_of('uid', 1), both.fits_kernel) == (100001, False)\n"

@@ -229,12 +229,12 @@ class OpenImage:
     ) -> RemapReport:
         """Bring the image into the store and make what a mount under ``mapping`` needs; None keeps the owners.
 
-        The other arguments are those of :class:`~layerkit.hosts.mounts.choose.MountOptions`.
+        The other arguments are those of :class:`~layerkit.hosts.mounts.spec.MountOptions`.
 
         Raises:
             UnmappedId: an owner outside the map.
         """
-        from layerkit.hosts.mounts.choose import MountOptions
+        from layerkit.hosts.mounts.spec import MountOptions
         from layerkit.usecases.into_store import bring
 
         options = MountOptions(rendering, self.settings.data, namespace, own_meta)
@@ -254,12 +254,12 @@ class OpenImage:
     ) -> Mounted:
         """Mount the image under ``mapping`` at ``target``; read-only unless ``upper`` is given.
 
-        The other arguments are those of :class:`~layerkit.hosts.mounts.choose.MountOptions`.
+        The other arguments are those of :class:`~layerkit.hosts.mounts.spec.MountOptions`.
 
         Raises:
             UnsupportedHost: this host or user cannot mount it so; the hint says what can.
         """
-        from layerkit.hosts.mounts.choose import MountOptions
+        from layerkit.hosts.mounts.spec import MountOptions
         from layerkit.usecases.into_store import mount
 
         options = MountOptions(rendering, self.settings.data, own_meta=own_meta, upper=upper, work=work)
@@ -375,7 +375,7 @@ def mount_unpacked(
     """Mount a runtime's unpacked layers under ``mapping`` at ``target``; :func:`umount` ends the mount.
 
     ``ref`` is ``containers-storage:NAME``, ``containerd:[ROOT@NAMESPACE]NAME``, ``docker-storage:NAME`` or
-    ``folders:UPPER:...:LOWEST``. See :class:`~layerkit.hosts.mounts.choose.MountOptions` for the options.
+    ``folders:UPPER:...:LOWEST``. See :class:`~layerkit.hosts.mounts.spec.MountOptions` for the options.
 
     Raises:
         NotFound: no such image, or a layer of it is gone.
@@ -384,7 +384,7 @@ def mount_unpacked(
     """
     from layerkit.hosts.adopted import mount as adopt
     from layerkit.hosts.adopted.sources import find_unpacked
-    from layerkit.hosts.mounts.choose import MountOptions
+    from layerkit.hosts.mounts.spec import MountOptions
 
     options = MountOptions(rendering, own_meta=own_meta, upper=upper, work=work, stacking=stacking, reread=reread)
     settings = Settings(store)

@@ -129,7 +129,7 @@ def pull(
     The layers are read and verified. A remap artifact that is attached to the image is compared byte for byte with
     what the layers make of the map, so a wrong one cannot get into the store; without one that is right, the remap
     is made here alone. With a public ``key`` only artifacts with a statement that it has signed count as published.
-    ``own_meta`` is that of :class:`~layerkit.hosts.mounts.choose.MountOptions`; for ``src``, ``platform`` and
+    ``own_meta`` is that of :class:`~layerkit.hosts.mounts.spec.MountOptions`; for ``src``, ``platform`` and
     ``settings`` see :func:`~layerkit.api.open.open_image`.
 
     Raises:

@@ -51,6 +51,7 @@ def finalize(
     `layerkit finalize upper --undo upper.layerkit-undo`
     """
     from layerkit.hosts.finalize import finalize as work
+    from layerkit.hosts.mounts.spec import check_word
     from layerkit.metaonly import Namespace
 
     if undo is not None:
@@ -62,10 +63,8 @@ def finalize(
         return
     if lower is None:
         raise UsageError("--lower is missing: give the folders that UPPER was mounted over, top first")
-    if stacking not in ("classic", "data-only"):
-        raise UsageError(f"--for {stacking!r}: want classic or data-only")
-    if namespace not in tuple(Namespace):
-        raise UsageError(f"--namespace {namespace!r}: want trusted or user")
+    check_word(stacking, "--for", ("classic", "data-only"))
+    check_word(namespace, "--namespace", tuple(Namespace))
     result = work.finalize(
         upper, lower, check=check, keep_root_whiteouts=stacking == "classic", namespace=Namespace(namespace)
     )

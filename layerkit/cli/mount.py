@@ -222,7 +222,7 @@ def adopt(
     """
     from layerkit.hosts.adopted import mount as adopting
     from layerkit.hosts.adopted.sources import find_unpacked
-    from layerkit.hosts.mounts.choose import MountOptions
+    from layerkit.hosts.mounts.spec import MountOptions
 
     settings, mapping, options = o.settings(store), ids.mapping(), MountOptions(stacking=stacking, reread=reread)
     if mapping is None:

@@ -14,8 +14,8 @@ from layerkit.formats.runtime.process import image_process
 from layerkit.hosts.bundle import folder as folders
 from layerkit.hosts.bundle.container import Container
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions
 from layerkit.hosts.mounts.records import RunFolder
+from layerkit.hosts.mounts.spec import MountOptions
 from layerkit.idmap import Mapping
 from layerkit.linux.configuration import configured
 from layerkit.linux.durable import whole_file

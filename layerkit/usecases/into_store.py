@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from layerkit.hosts.mounts import choose
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions
-from layerkit.hosts.mounts.spec import data_layers
+from layerkit.hosts.mounts.spec import MountOptions, Ways, choose, data_layers
 from layerkit.idmap import Mapping
 from layerkit.model.facts import TreeFacts
 from layerkit.model.reports import RemapReport
@@ -25,7 +23,7 @@ class Brought(NamedTuple):
     """What is in the store now: the report on it, the ways chosen for this host, the tree's facts, and META."""
 
     report: RemapReport
-    ways: choose.Ways
+    ways: Ways
     facts: TreeFacts
     meta: MetaEntry
 
@@ -39,7 +37,7 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
         UnmappedId: an owner outside the map.
     """
     start, image = time.monotonic(), work.image
-    ways = choose.choose(store.root, mapping, options)
+    ways = choose(store.root, mapping, options)
     # gc must not take layers between their import and the row that says who needs them.
     with store.hold():
         read = import_layers(work, store, ways.backend)
@@ -73,7 +71,7 @@ def bring(work: Work, store: LocalStore, mapping: Mapping | None, options: Mount
     return Brought(report, ways, facts, entry)
 
 
-def _how(ways: choose.Ways, mapping: Mapping | None) -> str:
+def _how(ways: Ways, mapping: Mapping | None) -> str:
     if ways.idmap:
         return "idmapped mount of shared metadata"
     if mapping is None:

@@ -1,7 +1,7 @@
 """What a user can set: the values that command line, API and settings files fill, and that are passed on whole.
 
 What belongs to one use case alone stands beside it (``FlattenOptions`` in ``flatten``), and what a mount takes in
-:class:`layerkit.hosts.mounts.choose.MountOptions`.
+:class:`layerkit.hosts.mounts.spec.MountOptions`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import layerkit
 from layerkit.cli.main import app
 from layerkit.hosts.containerd.snapshots.layers import GID_LABEL, UID_LABEL, mapping_of
-from layerkit.hosts.podman import mount_options
+from layerkit.hosts.podman import layers, mount_program
 from layerkit.idmap import Mapping
 from layerkit.linux.userns import subid_map
 from layerkit.model.errors import SnapshotError, UsageError
@@ -54,19 +54,19 @@ MAP_WAYS: dict[str, Way] = {
     "flag": lambda text, _: by_flag("--uid-map", text),
     "gid flag": lambda text, _: by_flag("--uid-map", "0:1:10", "--gid-map", text),
     "hook.toml": lambda text, folder: by_hook({"uid_map": [text]}, folder),
-    "mount program": lambda text, _: mount_options.parse(f"lowerdir=/a,uidmapping={text}"),
-    "mount program, groups": lambda text, _: mount_options.parse(f"lowerdir=/a,gidmapping=:{text}:"),
+    "mount program": lambda text, _: mount_program.parse(f"lowerdir=/a,uidmapping={text}"),
+    "mount program, groups": lambda text, _: mount_program.parse(f"lowerdir=/a,gidmapping=:{text}:"),
     "containerd": lambda text, _: by_labels(text),
-    "mark of an upper": lambda text, _: mount_options.parse_shift(f"uid={text}"),
+    "mark of an upper": lambda text, _: layers.parse_shift(f"uid={text}"),
 }
 ID_WAYS: dict[str, Way] = {
     "api": lambda text, _: layerkit.mapping(["0:1:10"], overflow_id=int(text, 0) if text.isascii() else -1),
     "flag": lambda text, _: by_flag("--uid-map", "0:1:10", f"--overflow-id={text}"),
     "hook.toml": lambda text, folder: by_hook({"overflow_id": int(text, 0) if text.isascii() else -1}, folder),
-    "overflow_id": lambda text, _: mount_options.parse(f"lowerdir=/a,overflow_id={text}"),
-    "squash_to_uid": lambda text, _: mount_options.parse(f"lowerdir=/a,squash_to_uid={text}"),
-    "squash_to_gid": lambda text, _: mount_options.parse(f"lowerdir=/a,squash_to_gid={text}"),
-    "mark of an upper": lambda text, _: mount_options.parse_shift(f"gid=all:{text}"),
+    "overflow_id": lambda text, _: mount_program.parse(f"lowerdir=/a,overflow_id={text}"),
+    "squash_to_uid": lambda text, _: mount_program.parse(f"lowerdir=/a,squash_to_uid={text}"),
+    "squash_to_gid": lambda text, _: mount_program.parse(f"lowerdir=/a,squash_to_gid={text}"),
+    "mark of an upper": lambda text, _: layers.parse_shift(f"gid=all:{text}"),
     "kept": lambda text, _: Mapping.parse_canonical(f"uid=0:1:1;gid=0:1:1;overflow={text}"),
 }
 

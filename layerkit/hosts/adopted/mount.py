@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from layerkit.formats.overlay_options import OverlayOptions
 from layerkit.hosts.adopted.sources import Unpacked
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
 from layerkit.hosts.mounts.records import UNPACKED
-from layerkit.hosts.mounts.spec import MountLayer
+from layerkit.hosts.mounts.spec import MountLayer, MountOptions, Ways, choose
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux import userns
@@ -95,8 +94,9 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
         ) from None
     with closing(root):
         identity = _identity(root, folder)
+        key = f"folder-{identity.hex}"
         with store.layer_lock(identity):
-            kept = _kept(store, root, identity, folder, reread)
+            kept = _kept(store, root, key, folder, reread)
             if kept is not None:
                 return AdoptedLayer(folder, kept, False)
             layer = index_layer_folder(root, marks=folder.marks, limits=store.limits, progress=progress)
@@ -109,7 +109,7 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
             diff_id = Digest.of(b"layerkit.folder\0" + identity.hex.encode() + layer.state)
             store.save_index(replace(layer.index, diff_id=diff_id))
             store.put_tree_facts(
-                _facts_key(identity),
+                key,
                 {
                     "version": _FACTS_VERSION, "path": os.fspath(folder.path), "state": layer.state.decode(),
                     "diff_id": str(diff_id), "read": time.time(),
@@ -118,8 +118,8 @@ def _adopt(store: LocalStore, folder: LayerFolder, reread: bool, progress: Progr
             return AdoptedLayer(folder, diff_id, True)
 
 
-def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, reread: bool) -> Digest | None:
-    facts = store.tree_facts(_facts_key(identity))
+def _kept(store: LocalStore, root: int, key: str, folder: LayerFolder, reread: bool) -> Digest | None:
+    facts = store.tree_facts(key)
     if facts is None or facts.get("version") != _FACTS_VERSION:
         return None
     diff_id = Digest.parse(str(facts["diff_id"]))
@@ -136,10 +136,6 @@ def _kept(store: LocalStore, root: int, identity: Digest, folder: LayerFolder, r
         f"{folder.path}: changed since layerkit read it (at {when}): a layer never changes, so somebody "
         "wrote into it; have the runtime verify or pull the image anew, or accept it with --reread"
     )
-
-
-def _facts_key(identity: Digest) -> str:
-    return f"folder-{identity.hex}"
 
 
 def _identity(root: int, folder: LayerFolder) -> Digest:

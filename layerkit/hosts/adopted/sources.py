@@ -63,7 +63,7 @@ def find_unpacked(text: str) -> Unpacked:
 
     Raises:
         UsageError: no such form.
-        NotFound: the runtime has no such image, or not unpacked.
+        NotFound: the runtime has no such image, or several, or a layer that is not unpacked to the end.
         InvalidImage: the runtime's files are not what they should be.
     """
     scheme, _, rest = text.partition(":")
@@ -76,11 +76,11 @@ def find_unpacked(text: str) -> Unpacked:
     if not name:
         raise UsageError(f"{text}: an image's name is missing after the colon")
     if scheme == "containers-storage":
-        return ContainersStorage(_containers_root(where)).image(name)
+        return _ContainersStorage(_containers_root(where)).image(name)
     if scheme == "containerd":
         root, _, namespace = where.rpartition("@") if "@" in where else (where, "", "default")
-        return Containerd(Path(root or "/var/lib/containerd"), namespace or "default").image(name)
-    return DockerStorage(Path(where or "/var/lib/docker")).image(name)
+        return _Containerd(Path(root or "/var/lib/containerd"), namespace or "default").image(name)
+    return _DockerStorage(Path(where or "/var/lib/docker")).image(name)
 
 
 def _folders(text: str) -> Unpacked:
@@ -153,15 +153,10 @@ def _json(path: Path, what: str, shape: type[_T]) -> _T:
         ) from None
 
 
-class ContainersStorage:
+class _ContainersStorage:
     """A store of containers/storage with the overlay driver, read from its JSON files."""
 
     def __init__(self, root: Path) -> None:
-        """Read the store at ``root``.
-
-        Raises:
-            NotFound: there is none.
-        """
         self.root = root
         path = root / "overlay-layers/layers.json"
         layers = _json(path, "podman keeps images there once it has pulled one", list[_Layer])
@@ -171,12 +166,7 @@ class ContainersStorage:
             raise InvalidImage(f"{path}: {show_path(odd)!r} is no id of a layer")
 
     def image(self, name: str) -> Unpacked:
-        """Return the image called ``name``: a name, a name without its registry, or (part of) an id.
-
-        Raises:
-            NotFound: no image, or several, or a layer that is not unpacked to the end.
-            InvalidImage: a parent that is not there, or leads round in a circle.
-        """
+        """Return the image called ``name``: a name, a name without its registry, or (part of) an id."""
         image = self._find(name)
         chain = self._chain(image.layer)
         return Unpacked(
@@ -236,19 +226,13 @@ def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] or "@" in name else name + ":latest"
 
 
-class DockerStorage:
+@dataclass(frozen=True)
+class _DockerStorage:
     """dockerd's overlay2 store, read from its files."""
 
-    def __init__(self, root: Path) -> None:
-        """Use the store at ``root``."""
-        self.root = root
+    root: Path
 
     def image(self, name: str) -> Unpacked:
-        """Return the image called ``name``.
-
-        Raises:
-            NotFound: no such image.
-        """
         base = self.root / "image/overlay2"
         what = "dockerd with the overlay2 driver keeps its images there"
         table = _json(base / "repositories.json", what, _Repositories)
@@ -283,7 +267,7 @@ def _hex(digest: str) -> str:
     return digest.partition(":")[2]
 
 
-class Containerd:
+class _Containerd:
     """containerd's images and the snapshots they are unpacked into, read from its files while it runs.
 
     ``ROOT/io.containerd.metadata.v1.bolt/meta.db`` has the images, ``io.containerd.content.v1.content`` the blobs,
@@ -292,17 +276,11 @@ class Containerd:
     """
 
     def __init__(self, root: Path, namespace: str) -> None:
-        """Name the daemon's root folder (``--root``, ``/var/lib/containerd`` by default)."""
         self.root, self.namespace = root, namespace
         self._snapshots = root / "io.containerd.snapshotter.v1.overlayfs"
 
     def image(self, name: str) -> Unpacked:
-        """Return the image called ``name``, in full or as docker shortens it.
-
-        Raises:
-            NotFound: no such image in the namespace, or not unpacked by the overlayfs snapshotter.
-            InvalidImage: a parent that is not there, or leads round in a circle.
-        """
+        """Return the image called ``name``, in full or as docker shortens it."""
         meta = read_bolt(self.root / "io.containerd.metadata.v1.bolt/meta.db")
         images = meta.root.bucket(b"v1", self.namespace.encode(), b"images")
         full = self._full_name(name, images)

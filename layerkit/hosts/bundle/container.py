@@ -27,6 +27,8 @@ from layerkit.linux.userns import outer_maps
 from layerkit.model.errors import InvalidImage, UnmappedId, UnsupportedHost, UsageError
 from layerkit.store.layout import Layout
 
+_ACCOUNT_BYTES = 16 << 20
+
 
 class Config(NamedTuple):
     """A config.json, uid:gid of its process, and what a person should know."""
@@ -77,13 +79,14 @@ class Container:
             InvalidImage: a user that the image does not have, or a volume that is no folder there.
         """
         with closing(mounts.open_folder(bundle.rootfs)) as root:
+            passwords, groups = (read_inside(root, f"/etc/{name}", _ACCOUNT_BYTES) for name in ("passwd", "group"))
             own = self.wishes.user is not None
             spec = self.process.user if self.wishes.user is None else self.wishes.user
-            user = user_of(root, spec, "--user" if own else "Config.User")
+            user = passwd.resolve(spec, passwords, groups, what="--user" if own else "Config.User")
             self._check_mapped("uid", user.uid)
             for gid in (user.gid, *user.groups):
                 self._check_mapped("gid", gid)
-            need_folder(root, rc.working_dir(self.process, self.wishes), self.owner)
+            os.close(make_folders(root, rc.working_dir(self.process, self.wishes), *self.owner))
             volumes, warnings = self._volumes(bundle, root, new)
         if self.mapping is not None:
             bundle.open_to(self.owner[1])
@@ -114,7 +117,7 @@ class Container:
             if self.wishes.image_volumes == "bind":
                 place = bundle.volumes / str(number)
                 if new or not place.exists():
-                    seed_volume(root, path, place, self.owner)
+                    _seed_volume(root, path, place, self.owner)
                 kind, source, options = "bind", str(place), ["rbind", "rprivate", "nodev"]
             else:
                 # tmpcopyup is the runtimes' own word for: with what the image has there.
@@ -170,29 +173,10 @@ def _root_mount(bundle: Bundle, record: Record) -> rc.JsonObject:
     return {"destination": "/", "type": "overlay", "source": source, "options": list(options.texts)}
 
 
-_ACCOUNT_BYTES = 16 << 20
-
-
-def user_of(root: int, spec: str, what: str) -> passwd.User:
-    """Return the user that ``spec`` names in the root filesystem ``root`` (a descriptor of its folder)."""
-    return passwd.resolve(
-        spec, read_inside(root, "/etc/passwd", _ACCOUNT_BYTES), read_inside(root, "/etc/group", _ACCOUNT_BYTES),
-        what=what,
-    )  # fmt: skip
-
-
-def need_folder(root: int, path: str, owner: tuple[int, int]) -> None:
-    """Make the folder ``path`` in the root filesystem if it is missing, owned by ``owner`` (host ids)."""
-    os.close(make_folders(root, path, *owner))
-
-
-def seed_volume(root: int, path: str, target: Path, owner: tuple[int, int]) -> None:
+def _seed_volume(root: int, path: str, target: Path, owner: tuple[int, int]) -> None:
     """Make ``target`` a copy of the folder ``path`` of the root filesystem: attributes, and what is in it.
 
     Where the image has no such folder, ``target`` is an empty one of ``owner`` (host ids), mode 0755.
-
-    Raises:
-        InvalidImage: something else than a folder lies there.
     """
     target.mkdir(mode=0o700)
     try:

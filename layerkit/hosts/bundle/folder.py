@@ -24,7 +24,7 @@ from layerkit.hosts.mounts.records import SOURCE_PREFIX
 from layerkit.linux import mounts
 from layerkit.linux.durable import remove as delete_all
 from layerkit.linux.durable import whole_file, whole_folder
-from layerkit.linux.syscalls import FOLDER
+from layerkit.linux.syscalls import FOLDER, opened
 from layerkit.model.errors import LayerkitError, NotFound, UsageError
 from layerkit.store import pins
 
@@ -156,20 +156,14 @@ def begin(wanted: Bundle) -> tuple[Bundle, bool]:
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[int]:
     """Give a descriptor of the empty folder ``path``; one that others may write to is replaced by a new one."""
-    try:
-        fd = os.open(path, FOLDER)
-    except (FileNotFoundError, NotADirectoryError):
-        fd = -1
-    try:
-        shown = os.fstat(fd) if fd >= 0 else None
-        if shown is not None and shown.st_uid == os.geteuid() and not shown.st_mode & 0o022:
-            yield fd
-            return
-    finally:
-        if fd >= 0:
-            os.close(fd)
-    with whole_folder(path) as made:
-        yield made
+    with contextlib.ExitStack() as stack:
+        shown = None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            fd = stack.enter_context(opened(path, FOLDER))
+            shown = os.fstat(fd)
+        if shown is None or shown.st_uid != os.geteuid() or shown.st_mode & 0o022:
+            fd = stack.enter_context(whole_folder(path))
+        yield fd
 
 
 def remove(folder: Path) -> Bundle:

@@ -72,7 +72,7 @@ class Containerd(contextlib.ExitStack):
         return True
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[None]:
+    def _leased(self) -> Iterator[None]:
         """Keep containerd's garbage collection from what is made inside the block."""
         name = f"layerkit-{uuid.uuid4().hex}"
         end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=_LEASE_SECONDS)
@@ -85,7 +85,7 @@ class Containerd(contextlib.ExitStack):
             self._lease = ""
             self._call("leases.v1.Leases/Delete", pb.LeaseRequest(id=name))
 
-    def write(self, descriptor: Descriptor, data: bytes, labels: dict[str, str]) -> None:
+    def _put(self, descriptor: Descriptor, data: bytes, labels: dict[str, str]) -> None:
         """Put a blob into the content store; if it is there, only its labels are added to."""
         digest = str(descriptor.digest)
         starts = range(0, len(data), _PIECE_BYTES)
@@ -102,7 +102,7 @@ class Containerd(contextlib.ExitStack):
             mask = FieldMask(paths=[f"labels.{key}" for key in labels])
             self._call("content.v1.Content/Update", pb.ContentUpdateRequest(info=info, update_mask=mask))
 
-    def name(self, name: str, target: Descriptor) -> None:
+    def _name(self, name: str, target: Descriptor) -> None:
         """Let ``name`` mean the image with the manifest ``target``."""
         image = pb.Image(
             name=name,
@@ -112,12 +112,8 @@ class Containerd(contextlib.ExitStack):
             update = pb.ImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
             self._call("images.v1.Images/Update", update)
 
-    def adopt(self, snapshotter: str, chain: Sequence[str]) -> None:
-        """Have the snapshotter take the chains, bottom first, as committed snapshots.
-
-        Raises:
-            UsageError: it does not: it serves another store, or is no snapshotter of layerkit.
-        """
+    def _adopt(self, snapshotter: str, chain: Sequence[str]) -> None:
+        """Have the snapshotter take the chains, bottom first, as committed snapshots."""
         parent = ""
         for chain_id in chain:
             key = f"extract-layerkit-{uuid.uuid4().hex} {chain_id}"
@@ -136,19 +132,19 @@ class Containerd(contextlib.ExitStack):
         """Make ``image``, whose layers lie in the snapshotter's store, known as ``name``; return its chain_id.
 
         Raises:
-            UsageError: the snapshotter does not have it.
+            UsageError: the snapshotter does not have it: it serves another store, or is none of layerkit's.
             LayerkitError: containerd refuses something.
         """
         chain = chain_ids(image.diff_ids)
         top = chain[-1] if chain else ""
         try:
-            with self.lease():
-                self.adopt(snapshotter, chain)
+            with self._leased():
+                self._adopt(snapshotter, chain)
                 kept = {f"containerd.io/gc.ref.snapshot.{snapshotter}": top} if top else {}
-                self.write(image.config_descriptor, image.config, kept)
+                self._put(image.config_descriptor, image.config, kept)
                 config = {"containerd.io/gc.ref.content.config": str(image.config_descriptor.digest)}
-                self.write(image.descriptor, image.manifest, config)
-                self.name(name, image.descriptor)
+                self._put(image.descriptor, image.manifest, config)
+                self._name(name, image.descriptor)
         except grpc.RpcError as error:
             raise LayerkitError(f"containerd at {self._address}: {_failed(error).details()}") from error
         return top

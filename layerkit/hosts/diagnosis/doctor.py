@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerkit.hosts.diagnosis.runtimes import Runtime, examine_runtimes
-from layerkit.hosts.mounts.choose import MountOptions, Ways, choose
+from layerkit.hosts.mounts.spec import MountOptions, Ways, choose
 from layerkit.linux.probe import Features, Row
 from layerkit.model.reports import Report
 from layerkit.store.layout import DataBackend

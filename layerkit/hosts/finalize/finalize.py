@@ -220,11 +220,6 @@ def _load(path: Path, upper: Path) -> Plan:
     return Plan(owner, steps)
 
 
-def _sync_all(folder: Path) -> None:
-    with opened(folder, TOP_FOLDER) as fd:
-        sync_filesystem(fd)
-
-
 # Doing and undoing. Every step may be done or undone twice, so a kill needs no note of how far it came.
 
 
@@ -244,8 +239,7 @@ def _apply(plan: Plan, place: Path) -> None:
             elif step["do"] == fp.WHITEOUT:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-    _folder_times(plan, made=True)
-    _sync_all(place)
+    _finish(plan, place, made=True)
 
 
 def _revert(plan: Plan, place: Path) -> None:
@@ -262,8 +256,7 @@ def _revert(plan: Plan, place: Path) -> None:
                 # A device 0:0, or an empty file that an xattr marks.
                 os.mknod(path, stat.S_IFMT(step["mode"]) | 0o600, 0)
                 _attributes(step, path)
-    _folder_times(plan, made=False)
-    _sync_all(place)
+    _finish(plan, place, made=False)
 
 
 def _path(plan: Plan, step: Step) -> bytes:
@@ -304,12 +297,14 @@ def _set(path: bytes, name: str, value: str | None) -> None:
         os.removexattr(path, raw(name), follow_symlinks=False)
 
 
-def _folder_times(plan: Plan, *, made: bool) -> None:
-    """Set the times of folders again, which their entries' coming and going changed; the deepest first."""
+def _finish(plan: Plan, place: Path, *, made: bool) -> None:
+    """Set the times of folders again, which their entries' coming and going changed, deepest first; then sync."""
     for step in reversed(plan.steps):
         is_folder = step["do"] == fp.TIMES or (made and step["do"] == fp.MAKE and stat.S_ISDIR(step["mode"]))
         if is_folder:
             os.utime(_path(plan, step), ns=(step["times"][0], step["times"][1]))
+    with opened(place, TOP_FOLDER) as fd:
+        sync_filesystem(fd)
 
 
 def _lost_its_stub(step: Step, path: bytes) -> bool:

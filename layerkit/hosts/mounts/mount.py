@@ -62,7 +62,13 @@ def mount(spec: MountSpec, *, run: Path) -> Record:
         namespace = stack.enter_context(opened)
         stack.enter_context(folder.locked())
         _refuse_busy(spec, folder)
-        record = _record(spec)
+        record = Record(
+            id=pins.new_id(), target=str(spec.target), layers=tuple(layer.name for layer in spec.shared),
+            namespace=spec.namespace.value, idmap=spec.idmap,
+            upper=None if spec.upper is None else str(spec.upper),
+            work=None if spec.work is None else str(spec.work), read_only=spec.upper is None,
+            pid=os.getpid(), created=time.time(), label=dict(spec.label),
+        )  # fmt: skip
         folder.write(record)
         try:
             with _Assembly(spec, folder, record) as assembly:
@@ -138,22 +144,6 @@ def clear_stale(run: Path) -> list[str]:
         return []
     with folder.locked():
         return folder.release_unused() + folder.clear_other_namespaces()
-
-
-def _record(spec: MountSpec) -> Record:
-    return Record(
-        id=pins.new_id(),
-        target=str(spec.target),
-        layers=tuple(layer.name for layer in spec.shared),
-        namespace=spec.namespace.value,
-        idmap=spec.idmap,
-        upper=None if spec.upper is None else str(spec.upper),
-        work=None if spec.work is None else str(spec.work),
-        read_only=spec.upper is None,
-        pid=os.getpid(),
-        created=time.time(),
-        label=dict(spec.label),
-    )
 
 
 def _refuse_busy(spec: MountSpec, folder: RunFolder) -> None:

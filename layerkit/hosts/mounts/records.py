@@ -22,7 +22,7 @@ import msgspec
 
 from layerkit.linux import mounts, userns
 from layerkit.linux.durable import whole_file
-from layerkit.linux.syscalls import opened
+from layerkit.linux.syscalls import closing, opened
 from layerkit.model.errors import StoreError
 from layerkit.store.locks import open_lock, try_lock
 
@@ -126,10 +126,8 @@ class RunFolder:
                 if os.path.samestat(os.fstat(lock), (self.base / "lock").stat()):
                     break
             os.close(lock)  # clear_stale of another namespace took the folder away while we waited
-        try:
+        with closing(lock):
             yield
-        finally:
-            os.close(lock)
 
     def write(self, record: Record) -> None:
         """Write a record, whole or not at all."""

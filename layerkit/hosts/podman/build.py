@@ -19,8 +19,15 @@ import numpy as np
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE, write_tree
 from layerkit.hosts.adopted.mount import adopt_layers, metadata_over_folders
-from layerkit.hosts.podman.layers import TOP, StorageLayer, folder_key, tree_key
-from layerkit.hosts.podman.mount_options import parse_shift, shift_text, shifted_back
+from layerkit.hosts.podman.layers import (
+    TOP,
+    StorageLayer,
+    folder_key,
+    parse_shift,
+    shift_text,
+    shifted_back,
+    tree_key,
+)
 from layerkit.idmap import Mapping
 from layerkit.idmap import apply as apply_map
 from layerkit.linux import configuration

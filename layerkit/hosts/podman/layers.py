@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerkit.hosts.podman.mount_options import shift_text
+from layerkit.idmap import IdMap, Mapping, parse_id
 from layerkit.linux import mounts
 from layerkit.metaonly import OWNERS, Namespace
 from layerkit.model.errors import NotFound, UnsupportedHost
 
 if TYPE_CHECKING:
-    from layerkit.idmap import Mapping
     from layerkit.store.metas import MetaEntry
 
 FORMAT_VERSION = 2
+_OVERFLOW_ID = 65534
 
 TOP = "top"
 """The folder of marks that lies over all layers; those between them are called by the place of the layer above."""
@@ -179,3 +179,47 @@ def _is_there(identity: str) -> bool:
         # Not reachable for us is not gone.
         return True
     return numbers == f"{seen.st_dev}:{seen.st_ino}:{seen.st_ctime_ns}"
+
+
+# The maps of owners on disk
+
+
+def shift_text(mapping: Mapping) -> str:
+    """Return a text for what ``mapping`` shifts, equal for equal maps; "" where every id is kept."""
+    # What lies outside a map of equal ids is an error even then, but nothing has to be shifted for it.
+    sides = (("uid", mapping.uid), ("gid", mapping.gid))
+    return ";".join(
+        f"{kind}={one}" for kind, one in sides if one.rest is not None or any(c != h for c, h, _ in one.extents)
+    )
+
+
+def parse_shift(text: str) -> Mapping:
+    """Return the mapping that :func:`shift_text` wrote as ``text``.
+
+    Raises:
+        UsageError: it did not.
+    """
+    sides = {"uid": IdMap.identity(), "gid": IdMap.identity()}
+    for part in text.split(";") if text else ():
+        kind, _, value = part.partition("=")
+        if value.startswith("all:"):
+            sides[kind] = IdMap.everything(parse_id(value[4:], part))
+        else:
+            sides[kind] = IdMap.parse([value], what=part)
+    return Mapping(sides["uid"], sides["gid"])
+
+
+def shifted_back(mapping: Mapping) -> Mapping:
+    """Return the mapping from the owners in a mount back to those in the layers.
+
+    What no map gives out becomes 65534, the kernel's overflow id, but for 0: what podman itself makes in a
+    container's folder is root's.
+    """
+    return Mapping(_back(mapping.uid), _back(mapping.gid), _OVERFLOW_ID)
+
+
+def _back(one: IdMap) -> IdMap:
+    if one.rest is not None:
+        return IdMap.everything(0)
+    back = one.inverse().extents
+    return IdMap.of(back if any(c == 0 for c, _, _ in back) else [(0, 0, 1), *back], squash=True)

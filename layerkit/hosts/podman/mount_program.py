@@ -6,6 +6,9 @@ The owners in the container's folder are those of the map too, on disk: the kern
 marked with the map, and when podman asks for the same container *without* a map, to commit it or to compare it,
 it is shown what the image would hold: a read-only snapshot with the owners mapped back.
 
+The options are those of overlayfs and of fuse-overlayfs (fuse-overlayfs(1)), whose place we take. Maps come as
+``uidmapping=C:H:N:C:H:N…`` with a colon too many at either end.
+
 Started for every container, so it imports little; what reads layers runs in a process of its own.
 """
 
@@ -17,18 +20,110 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
-from layerkit.formats.overlay_options import OverlayOptions
+from layerkit.formats.overlay_options import FEATURE_KEYS, OverlayOptions
 from layerkit.hosts.mounts.served import Keeper, answers, open_tree
 from layerkit.hosts.podman import layers as sl
-from layerkit.hosts.podman import mount_options
+from layerkit.idmap import IdMap, Mapping, parse_id
 from layerkit.linux import fuse, mounts, userns
 from layerkit.linux import syscalls as sc
 from layerkit.metaonly import OWNERS, Namespace
 from layerkit.model.errors import Cancelled, LayerkitError, StoreError, UnsupportedHost, UsageError
+
+_MOUNT_FLAGS = (
+    "noexec", "nodev", "nosuid", "noatime", "nodiratime", "relatime", "exec", "dev", "suid", "atime", "rw", "ro",
+)  # fmt: skip
+_OF_FUSE_OVERLAYFS = (
+    "allow_root", "allow_other", "default_permissions", "static_nlink", "noacl", "clone_fd", "max_threads",
+    "max_idle_threads", "threaded", "fsync", "timeout", "fast_ino", "writeback", "noxattrs", "disable_xattrs",
+    "auto_unmount", "debug", "fsname", "subtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is to be mounted.
+
+    Attributes:
+        lower: layer folders, top first.
+        upper, work: of a writable mount, else "".
+        mapping: of owners; the host ids are those of the mount program's user namespace.
+        read_only: no upper, or ``ro``.
+        attributes: words of the mount itself, such as ``noexec``.
+        overlay: options for overlayfs as (key, value or None).
+        rendering: ``auto``, ``fuse`` or ``directory``.
+        notes: what was asked for and has no effect here, as text for a person.
+    """
+
+    lower: tuple[str, ...]
+    upper: str
+    work: str
+    mapping: Mapping
+    read_only: bool
+    attributes: tuple[str, ...] = ()
+    overlay: tuple[tuple[str, str | None], ...] = ()
+    rendering: str = "auto"
+    notes: tuple[str, ...] = field(default=())
+
+
+def parse(text: str) -> Options:
+    """Return what the option string ``text`` asks for.
+
+    Raises:
+        UsageError: no lower folder, a map that is none, or an option that would change what is shown and that
+            we cannot follow (``xattr_permissions``).
+    """
+    rendering = "auto"
+    attributes, overlay, notes = list[str](), list[tuple[str, str | None]](), list[str]()
+    sides = {"uid": IdMap.identity(), "gid": IdMap.identity()}
+    squash: dict[str, IdMap] = {}
+    overflow: int | None = None
+    asked = OverlayOptions.parse(text)
+    for key, given in asked.more:
+        word, value = key if given is None else f"{key}={given}", given or ""
+        if key == "rendering":
+            rendering = value
+        elif key in ("uidmapping", "gidmapping"):
+            if value.strip(":"):
+                sides[key[:3]] = IdMap.parse([value.strip(":")], what=key)
+        elif key in ("squash_to_uid", "squash_to_gid"):
+            squash[key[-3:]] = IdMap.everything(parse_id(value, key))
+        elif key == "squash_to_root":
+            squash = {"uid": IdMap.everything(0), "gid": IdMap.everything(0)}
+        elif key == "overflow_id":
+            overflow = parse_id(value, key) if value else None
+        elif key in _MOUNT_FLAGS:
+            attributes.append(key)
+        elif key == "volatile":
+            overlay.append(("volatile", None))
+        elif key in ("context", "fscontext", "defcontext", "rootcontext"):
+            overlay.append((key, value))
+        elif key == "xattr_permissions" and value not in ("", "0"):
+            raise UsageError(
+                f"{word}: owners kept in xattrs (force_mask in storage.conf) are not supported; remove it, "
+                "or use fuse-overlayfs as mount_program"
+            )
+        elif key in FEATURE_KEYS:
+            notes.append(f"{word}: chosen by layerkit itself; ignored")
+        elif key not in _OF_FUSE_OVERLAYFS and key != "xattr_permissions":
+            notes.append(f"{word}: unknown option, ignored")
+    lower = asked.lower + asked.data
+    if not lower:
+        raise UsageError("-o: no lowerdir=FOLDER[:FOLDER…], top layer first")
+    if bool(asked.upper) != bool(asked.work):
+        raise UsageError("-o: upperdir and workdir go together")
+    if rendering not in ("auto", "fuse", "directory"):
+        raise UsageError(f"rendering={rendering}: want auto, fuse or directory")
+    read_only = not asked.upper or "ro" in attributes
+    mapping = Mapping(**(sides | squash), overflow=overflow)
+    return Options(
+        lower, asked.upper, asked.work, mapping, read_only, tuple(attributes), tuple(overlay), rendering,
+        tuple(notes),
+    )  # fmt: skip
+
 
 _ATTRIBUTES = {
     "noexec": sc.MOUNT_ATTR_NOEXEC, "nodev": sc.MOUNT_ATTR_NODEV, "nosuid": sc.MOUNT_ATTR_NOSUID,
@@ -54,7 +149,7 @@ class Mounted:
 def mount(options: str, target: Path, store: Path) -> Mounted:
     """Mount what ``options`` ask for at the existing folder ``target``; it is there in whole or not at all.
 
-    Options are as containers-storage gives them (:func:`mount_options.parse`); the store is made if it is missing.
+    Options are as containers-storage gives them (:func:`parse`); the store is made if it is missing.
 
     Raises:
         UsageError: a container's folder that was written under another map.
@@ -62,7 +157,7 @@ def mount(options: str, target: Path, store: Path) -> Mounted:
         UnsupportedHost: the kernel refuses what this needs; the message says what helps.
         LayerkitError: a layer that cannot be read, a store that refuses.
     """
-    parsed = mount_options.parse(options)
+    parsed = parse(options)
     with _Mount(parsed, target, store) as mounting:
         mounted = mounting.run()
     return replace(mounted, notes=(*parsed.notes, *mounted.notes))
@@ -84,12 +179,12 @@ class _Stacked:
 class _Mount(contextlib.ExitStack):
     """One mount on its way; descriptors and processes that it does not keep end with the block."""
 
-    def __init__(self, options: mount_options.Options, target: Path, store: Path) -> None:
+    def __init__(self, options: Options, target: Path, store: Path) -> None:
         super().__init__()
         self.options, self.target, self.store = options, target, store
         self.privileged = userns.is_privileged()
         self.namespace = Namespace.TRUSTED if self.privileged else Namespace.USER
-        self.mapping, self.shift = options.mapping, mount_options.shift_text(options.mapping)
+        self.mapping, self.shift = options.mapping, sl.shift_text(options.mapping)
         self.upper = "" if options.read_only else options.upper
 
     def run(self) -> Mounted:
@@ -117,9 +212,9 @@ class _Mount(contextlib.ExitStack):
     def _shows_snapshot(self) -> bool:
         """Return whether the container's folder has to be shown with its owners mapped back."""
         # Written again: an earlier version may have had more words for the same map.
-        shifted = mount_options.shift_text(mount_options.parse_shift(sl.marker(self.upper, self.namespace)))
+        shifted = sl.shift_text(sl.parse_shift(sl.marker(self.upper, self.namespace)))
         wanted = self.shift
-        if shifted == wanted or _is_empty(self.upper):
+        if shifted == wanted or not os.listdir(self.upper):
             return False
         if not wanted:
             return True
@@ -214,7 +309,7 @@ class _Mount(contextlib.ExitStack):
 
     def _prepare_upper(self, root: tuple[int, int, int] | None) -> None:
         """Give a new container's folder the look of the image's root, which the mount shows from it alone."""
-        if root is None or not _is_empty(self.upper):
+        if root is None or os.listdir(self.upper):
             return
         name = self.namespace.xattr(OWNERS)
         if self.shift:
@@ -261,11 +356,6 @@ def _in_child(work: Callable[[], object]) -> None:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status != 0:
         raise BuildFailed(text or f"reading the layers ended with {status}; try again", status if status > 0 else 1)
-
-
-def _is_empty(folder: str) -> bool:
-    with os.scandir(folder) as entries:
-        return next(entries, None) is None
 
 
 def _refused(error: OSError, data_only: bool, privileged: bool) -> LayerkitError:

@@ -24,7 +24,7 @@ from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.mount import FolderChanged
 from layerkit.hosts.adopted.sources import Unpacked, find_unpacked
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions
+from layerkit.hosts.mounts.spec import MountOptions
 from layerkit.linux import mounts
 from layerkit.linux.folders.reader import LayerFolder, Marks
 from layerkit.linux.syscalls import closing

@@ -30,7 +30,7 @@ import layerkit
 from layerkit.model.errors import UnsupportedHost
 from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions
+from layerkit.hosts.mounts.spec import MountOptions
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.store.local import LocalStore
 from judge import snapshot

@@ -26,7 +26,7 @@ from layerkit.hosts.adopted import mount as adopt
 from layerkit.hosts.adopted.sources import find_unpacked
 from layerkit.hosts.diagnosis import copyups
 from layerkit.hosts.mounts import mount as mounter
-from layerkit.hosts.mounts.choose import MountOptions
+from layerkit.hosts.mounts.spec import MountOptions
 from layerkit.linux.syscalls import blocks_of
 from layerkit.model.errors import NotFound, UsageError
 from layerkit.store.local import LocalStore

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerkit.hosts.podman.mount_options import parse, parse_shift, shift_text, shifted_back
+from layerkit.hosts.podman.layers import parse_shift, shift_text, shifted_back
+from layerkit.hosts.podman.mount_program import parse
 from layerkit.model.errors import UnmappedId, UsageError
 
 KEEP_ID = "uidmapping=:0:1:4242:4242:0:1:4243:4243:61294,gidmapping=:0:1:100:"

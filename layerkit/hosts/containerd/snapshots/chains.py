@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerkit.hosts.mounts.choose import MountOptions, choose
-from layerkit.hosts.mounts.spec import MountLayer, data_layers, meta_layer
+from layerkit.hosts.mounts.spec import MountLayer, MountOptions, choose, data_layers, meta_layer
 from layerkit.idmap import Mapping
 from layerkit.model.digest import Digest
 from layerkit.model.errors import NotFound, SnapshotError, StoreError, UnsupportedHost
