@@ -81,16 +81,14 @@ def _truth(value: object) -> bool:
     raise ValueError("want true or false")
 
 
-def _path(value: object) -> Path:
+def _text(value: object, what: str = "text") -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("want a path")
-    return Path(value).expanduser()
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("want a text")
+        raise ValueError(f"want a {what}")
     return value
+
+
+def _path(value: object) -> Path:
+    return Path(_text(value, "path")).expanduser()
 
 
 def _choice(*choices: str) -> Callable[[object], str]:

@@ -31,14 +31,6 @@ WRITEBACK_BYTES = 8 << 20
 """Of what goes through the page cache: how much is written before the kernel is told to begin."""
 
 
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Start writing ``length`` bytes at ``offset`` to disk without waiting; only ever a hint."""
-    with contextlib.suppress(AttributeError):  # musl before 1.2 and some ports do not have it
-        libc.sync_file_range(
-            ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
-        )
-
-
 def sync_filesystem(fd: int) -> None:
     """Write all that is dirty on the filesystem of ``fd`` to disk (syncfs(2)).
 
@@ -111,9 +103,14 @@ class NewFile:
         rest = piece.cast("B")
         length = len(rest)
         while rest:
-            rest = rest[self._some(rest) :]
-        if self._early and not self._direct and self.size - self._written_back >= WRITEBACK_BYTES:
-            start_writeback(self.fd, self._written_back, self.size - self._written_back)
+            count = self._some(rest)
+            self.size, rest = self.size + count, rest[count:]
+        waiting = self.size - self._written_back
+        if self._early and not self._direct and waiting >= WRITEBACK_BYTES:
+            with contextlib.suppress(AttributeError):  # musl before 1.2 and some ports do not have it
+                # Does not wait, and is only ever a hint.
+                span = ctypes.c_int64(self._written_back), ctypes.c_int64(waiting)
+                libc.sync_file_range(self.fd, *span, _SYNC_FILE_RANGE_WRITE)
             self._written_back = self.size
         return length
 
@@ -122,18 +119,14 @@ class NewFile:
             whole = len(rest) // _BLOCK * _BLOCK
             if whole and self.size % _BLOCK == 0:
                 try:
-                    return self._advance(os.write(self.fd, rest[:whole]))
+                    return os.write(self.fd, rest[:whole])
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
             # The tail of the file, or memory or a filesystem that does not do.
             self._set_direct(False)
             self._written_back = self.size
-        return self._advance(os.write(self.fd, rest))
-
-    def _advance(self, count: int) -> int:
-        self.size += count
-        return count
+        return os.write(self.fd, rest)
 
     def _set_direct(self, on: bool) -> None:
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)

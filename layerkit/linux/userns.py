@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import pwd
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,8 @@ def in_initial_userns() -> bool:
 
 def can_mount() -> bool:
     """Return whether the process may mount in its own mount namespace (``CAP_SYS_ADMIN``)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
-    return False
+    effective = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return effective is not None and bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def is_privileged() -> bool:
