@@ -146,11 +146,10 @@ def _identity(root: int, folder: LayerFolder) -> Digest:
     return Digest.of("\0".join(("layerkit.folder-identity", *parts)).encode("utf-8", "surrogateescape"))
 
 
-class FolderPreparation(Preparation):
+class _FolderPreparation(Preparation):
     """Adopted layers on their way to a mount: the tree, its facts, and META over the folders."""
 
     def __init__(self, store: LocalStore, diff_ids: Sequence[Digest], stacking: Stacking) -> None:
-        """Layers must be in the store, see :func:`adopt_layers`."""
         super().__init__(store, diff_ids, limits=store.limits)
         self.stacking, self.patches = stacking, stacking is Stacking.DATA_ONLY
 
@@ -230,12 +229,8 @@ class AdoptReport(Report):
     warnings: tuple[str, ...] = ()
 
 
-def choose_stacking(store: Path, wanted: str = "auto") -> Stacking:
-    """Return the way of stacking that this kernel and user can have.
-
-    Raises:
-        UnsupportedHost: what was asked for, or both, do not work here.
-    """
+def _stacking(store: Path, wanted: str) -> Stacking:
+    """Return the way of stacking that this kernel and user can have; what was asked for, or both, may not work."""
     features = Features(store)
     privileged = features.privileged
     if wanted in ("auto", Stacking.DATA_ONLY) and (
@@ -268,7 +263,7 @@ class _Adopted:
         self.way, self.map_text = Stacking(options.stacking), mapping.canonical() if mapping else ""
         self.layers = adopt_layers(store, unpacked.folders, reread=options.reread, progress=progress)
         self.diff_ids = [layer.diff_id for layer in self.layers]
-        self.ready = FolderPreparation(store, self.diff_ids, self.way)
+        self.ready = _FolderPreparation(store, self.diff_ids, self.way)
         if mapping is not None:
             self.ready.check(mapping)
         self.facts = self.ready.facts()
@@ -309,7 +304,7 @@ def mount_unpacked(
         UnmappedId: the map does not cover an owner.
         UnsupportedHost: this host or user cannot mount it so.
     """
-    options = replace(options, data="objects", stacking=choose_stacking(store.root, options.stacking))
+    options = replace(options, data="objects", stacking=_stacking(store.root, options.stacking))
     ways = choose(store.root, mapping, options)
     if ways.rendering is Rendering.FUSE and options.stacking == Stacking.CLASSIC:
         raise UsageError(
@@ -370,7 +365,7 @@ def write_upper(
         raise UnsupportedHost(
             "a ready upper for this user", "metacopy=on is for root of the host; `layerkit mount` works without"
         )
-    options = replace(options, stacking=choose_stacking(store.root, options.stacking))
+    options = replace(options, stacking=_stacking(store.root, options.stacking))
     folder, allocated = Path(os.path.abspath(folder)), 0
     with store.hold():
         found = _Adopted(unpacked, mapping, store, options, progress)

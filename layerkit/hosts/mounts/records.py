@@ -144,8 +144,6 @@ class RunFolder:
         Raises:
             StoreError: a record of a later version of layerkit.
         """
-        if not self.records.is_dir():
-            return []
         found = []
         for path in self.records.glob("*.json"):
             with suppress(FileNotFoundError):

@@ -20,7 +20,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerkit.formats.meta.fuse_tree import TREE_FILE
@@ -66,7 +66,7 @@ class Options:
     attributes: tuple[str, ...] = ()
     overlay: tuple[tuple[str, str | None], ...] = ()
     rendering: str = "auto"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def parse(text: str) -> Options:
@@ -321,11 +321,10 @@ class _Mount(contextlib.ExitStack):
         Path(self.upper).chmod(mode & 0o7777)
 
 
-class BuildFailed(LayerkitError):
+class _BuildFailed(LayerkitError):
     """Layers could not be read, in the process that was to do it; message and exit code are its own."""
 
     def __init__(self, text: str, code: int) -> None:
-        """Carry on what the other process said."""
         super().__init__(text)
         self.exit_code = code  # type: ignore[misc]
 
@@ -355,7 +354,9 @@ def _in_child(work: Callable[[], object]) -> None:
         text = said.read().decode("utf-8", "replace")
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status != 0:
-        raise BuildFailed(text or f"reading the layers ended with {status}; try again", status if status > 0 else 1)
+        raise _BuildFailed(
+            text or f"reading the layers ended with {status}; try again", status if status > 0 else 1
+        )
 
 
 def _refused(error: OSError, data_only: bool, privileged: bool) -> LayerkitError:

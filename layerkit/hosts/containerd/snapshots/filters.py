@@ -44,20 +44,14 @@ class _Selector(NamedTuple):
         return self.pattern is not None and self.pattern.search(found or "") is not None
 
 
-class Filter:
-    """Filters that were parsed; no filter at all matches everything."""
+def matcher(texts: Sequence[str]) -> Callable[[Lookup], bool]:
+    """Return what says whether one of these filters matches; no filter at all matches everything.
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        """Parse.
-
-        Raises:
-            SnapshotError: invalid_argument, with the place of the first thing that does not fit.
-        """
-        self._any = [_Parser(text).selectors() for text in texts]
-
-    def matches(self, lookup: Lookup) -> bool:
-        """Return whether one of the filters matches."""
-        return not self._any or any(all(s.matches(lookup) for s in every) for every in self._any)
+    Raises:
+        SnapshotError: invalid_argument, with the place of the first thing that does not fit.
+    """
+    filters = [_Parser(text).selectors() for text in texts]
+    return lambda lookup: not filters or any(all(s.matches(lookup) for s in every) for every in filters)
 
 
 class _Parser:

@@ -19,7 +19,7 @@ from pathlib import Path
 from layerkit.hosts.containerd.snapshots import layers as stacks
 from layerkit.hosts.containerd.snapshots.catalog import REF_LABEL, Catalog, Kind, Row, Usage, check_labels
 from layerkit.hosts.containerd.snapshots.chains import StoreChains
-from layerkit.hosts.containerd.snapshots.filters import Filter
+from layerkit.hosts.containerd.snapshots.filters import matcher
 from layerkit.hosts.mounts.mount import like_root
 from layerkit.idmap import Mapping as IdMapping
 from layerkit.linux import userns
@@ -211,9 +211,9 @@ class Snapshotter:
         Raises:
             SnapshotError: invalid_argument, a filter that cannot be read.
         """
-        wanted = Filter(filters)
+        matches = matcher(filters)
         for row in self._catalog.rows():
-            if wanted.matches(row.field):
+            if matches(row.field):
                 yield row
 
     def usage(self, key: str) -> Usage:

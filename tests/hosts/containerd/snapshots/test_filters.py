@@ -7,7 +7,7 @@ import re
 import pytest
 
 from layerkit.hosts.containerd.snapshots.catalog import Kind, Row
-from layerkit.hosts.containerd.snapshots.filters import Filter
+from layerkit.hosts.containerd.snapshots.filters import matcher
 from layerkit.hosts.containerd.snapshots.layers import Stack, mapping_of, stack_of
 from layerkit.model.digest import Digest
 from layerkit.model.errors import SnapshotError
@@ -54,13 +54,13 @@ def info(name: str = "n", **labels: str) -> Row:
 def test_filters(text: str, matches: bool) -> None:
     labels = {"a": "1", "dotted.key": "2", "x/y": "two words", "quoted": '"Aé', "digest": "sha256:ab-c_d"}
     one = Row("n", 1, Kind.ACTIVE, labels, parent_key="p")
-    assert Filter([text]).matches(one.field) is matches
+    assert matcher([text])(one.field) is matches
 
 
 def test_any_of_several() -> None:
-    assert Filter([]).matches(info().field)
-    assert Filter(["name==x", "name==n"]).matches(info().field)
-    assert not Filter(["name==x", "name==y"]).matches(info().field)
+    assert matcher([])(info().field)
+    assert matcher(["name==x", "name==n"])(info().field)
+    assert not matcher(["name==x", "name==y"])(info().field)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_any_of_several() -> None:
 )  # fmt: skip
 def test_refusals(text: str) -> None:
     with pytest.raises(SnapshotError, match=re.escape("filter ")) as found:
-        Filter([text])
+        matcher([text])
     assert found.value.status == "invalid_argument"
 
 
