@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -41,6 +42,22 @@ def drop_all(what: int) -> None:
     """Empty the caches of the whole machine, when no test counts on them."""
     with _held(fcntl.LOCK_EX):
         Path("/proc/sys/vm/drop_caches").write_text(str(what))
+
+
+@contextmanager
+def locked_in(path: Path) -> Iterator[None]:
+    """Read a file and keep it in the page cache: nobody takes out what a process has locked in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    with sc.opened(path) as fd:
+        size = os.fstat(fd).st_size
+        at = ctypes.c_void_p(libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_SHARED, fd, 0))
+        try:
+            if libc.mlock(at, ctypes.c_size_t(size)):
+                raise OSError(ctypes.get_errno(), "mlock")
+            yield
+        finally:
+            libc.munmap(at, ctypes.c_size_t(size))
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def test_a_dry_run_writes_nothing(tiny_image: Path, tmp_path: Path) -> None:
     assert report["file_bytes_after"] <= report["file_bytes_before"]
     assert "not written" in optimize_command(tiny_image, "--dry-run").stdout
     assert list(tmp_path.iterdir()) == []
-    assert "give DST" in optimize_command(tiny_image, code=2).stderr
+    assert "DST is missing: give one" in optimize_command(tiny_image, code=2).stderr
     assert "Example" in optimize_command("--help").stdout
 
 

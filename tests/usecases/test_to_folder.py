@@ -191,7 +191,7 @@ def test_a_place_that_is_taken_is_refused_untouched(tiny_image: Path, tmp_path: 
     (tmp_path / "link").symlink_to("full")
     for name, why in (
         ("full", "not empty"),
-        ("file", "no folder"),
+        ("file", "not a folder"),
         ("link", "symbolic link"),
         ("no/where", "no folder .*no to make it in"),
     ):

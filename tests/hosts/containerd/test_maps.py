@@ -335,7 +335,7 @@ def test_only_root_and_only_one(process: Process, tmp_path: Path) -> None:
         (("--root", tmp_path / "r", "--address", process.socket), "another process answers there"),
         (("--root", tmp_path / "r,x", "--address", tmp_path / "s"), "cannot stand in mount options"),
         (("--root", tmp_path / "r", "--address", tmp_path / ("s" * 100)), "at most 107 bytes"),
-        (("--root", tmp_path / "r", "--address", tmp_path), "no socket"),
+        (("--root", tmp_path / "r", "--address", tmp_path), "not a socket"),
     ):
         flags = (*words, "--run", tmp_path / "x")
         assert said in run_layerkit("snapshotter", *flags, code=2).stderr

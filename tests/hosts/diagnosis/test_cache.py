@@ -13,7 +13,7 @@ from typing import Any
 import browser
 import pytest
 from needs import need_root, need_tool
-from page_cache import drop, resident_bytes
+from page_cache import drop, locked_in, resident_bytes
 from programs import Cli
 
 import layerkit
@@ -66,8 +66,8 @@ def test_one_memory_for_three_mounts(store_dir: Path, tmp_path: Path, big: Path)
         cold = asked(store_dir, *targets)
         assert (cold["seen"], cold["memory"]) == (0, 0)
         # Read through one mount, it is in memory for all.
-        (targets[1] / "big").read_bytes()
-        found = asked(store_dir, *targets)
+        with locked_in(targets[1] / "big"):
+            found = asked(store_dir, *targets)
         assert [m["resident"] for m in found["mounts"]] == [SIZE] * 3
         assert [m["shared"] for m in found["mounts"]] == [SIZE] * 3
         assert (found["seen"], found["memory"], found["saved"]) == (3 * SIZE, SIZE, 2 * SIZE)
