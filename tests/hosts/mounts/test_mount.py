@@ -401,11 +401,6 @@ class TestUpper:
         assert stat.S_IMODE((target / "etc/conf").stat().st_mode) == 0o600
         mounter.umount(target, run=lab.run)
 
-    def test_read_only_over_an_upper(self, lab: Lab) -> None:
-        mounter.mount(replace(lab.spec, upper=lab.root / "upper"), run=lab.run)
-        with pytest.raises(OSError, match="Read-only"):
-            (lab.target() / "new").touch()
-
     def test_one_upper_serves_one_mount(self, lab: Lab) -> None:
         spec = replace(lab.spec, upper=lab.root / "upper")
         mounter.mount(spec, run=lab.run)
