@@ -18,7 +18,9 @@ _CLEARING_SECONDS = 10.0
 
 _AGAIN_SECONDS = 0.01
 
-_STARTING = {("threading", "start"), ("concurrent.futures.thread", "submit")}
+_WHOLE = {
+    ("threading", "start"), ("concurrent.futures.thread", "submit"), ("importlib._bootstrap", "_find_and_load"),
+}  # fmt: skip
 """Functions, by module and name, that must not be left halfway."""
 
 
@@ -46,7 +48,7 @@ class Interrupts:
         now = time.monotonic()
         if now < self._until:
             return
-        if _starts_a_thread(frame):
+        if _is_halfway(frame):
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
             return
         self._until = now + _CLEARING_SECONDS
@@ -61,14 +63,14 @@ class Interrupts:
             sys.__unraisablehook__(what)
 
 
-def _starts_a_thread(frame: FrameType | None) -> bool:
-    """Return whether Python's own code is about to start a thread.
+def _is_halfway(frame: FrameType | None) -> bool:
+    """Return whether Python's own code is about to start a thread, or imports a module.
 
     An error there leaves a running thread that its pool does not know, and so nobody waits for: it would go on
-    writing into a folder that is being removed.
+    writing into a folder that is being removed. Imports of C modules make another error of it.
     """
     while frame is not None:
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _STARTING:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _WHOLE:
             return True
         frame = frame.f_back
     return False

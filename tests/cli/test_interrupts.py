@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 BEGIN = """
 import os, signal, time
@@ -99,3 +100,17 @@ def test_other_errors_of_destructors_are_shown_as_ever() -> None:
     done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "Exception ignored in" in done.stderr and "KeyError: 'x'" in done.stderr
+
+
+def test_a_module_that_is_imported_is_imported_whole(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text("import __main__, signal\n__main__.send(signal.SIGINT)\nwhole = True\n")
+    assert run(f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import asks
+    time.sleep(9)
+except Cancelled:
+    print(asks.whole)
+""") == "True\n"  # fmt: skip
